@@ -1,0 +1,246 @@
+"""Time and memory of `varm` against mergekit's own methods, on random Llama checkpoints.
+
+\b
+  python benchmarks/merge.py                            1.1e9 parameters (TinyLlama's shape), all methods
+  python benchmarks/merge.py --params 5e7 --rounds 2    the CPU-sized one: some minutes on two cores
+  python benchmarks/merge.py --methods task_arithmetic,varm-matrix --rounds 9 --save
+
+Each measurement is one run of the stock `mergekit-yaml` in a process of its own: start-up and planning
+count, as they do for a user. A round runs every method once, in an order that rotates from round to round,
+and a ratio is taken between two runs of the same round, so that a slow minute of the machine falls on both.
+A warm-up round is not counted.
+
+Memory is the peak of RssAnon, sampled every 10 ms: mapped files are left out, because how much of a
+checkpoint stays mapped is the page cache's business, not the method's. mergekit keeps an output shard in
+memory until it is full (5 GB by default, which would hide everything else), so all methods write the same
+small shards.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+import yaml
+from checkpoints import MODELS, checkpoints, llama_config, parameter_count
+from measure import CommandError, Run, machine, measured, spread, table, verdict
+
+Runs = dict[str, list[Run]]
+
+GRANULARITIES = ("matrix", "layer", "module", "model", "parameter")
+# method: mergekit's name for it, its global parameters, the parameters of each target
+METHODS: dict[str, tuple[str, dict[str, str], dict[str, float]]] = {
+    "linear": ("linear", {}, {"weight": 0.5}),
+    "task_arithmetic": ("task_arithmetic", {}, {"weight": 0.5}),
+    "sce": ("sce", {}, {}),
+    "ties": ("ties", {}, {"weight": 0.5, "density": 0.5}),
+    **{f"varm-{name}": ("varm", {"granularity": name}, {}) for name in GRANULARITIES},
+}
+REFERENCE = "task_arithmetic"
+# The project's budgets. Time: method, compared with, largest ratio of wall times.
+TIME_BUDGETS = (
+    ("varm-matrix", REFERENCE, 1.0),
+    *((f"varm-{name}", "varm-matrix", 1.4) for name in ("layer", "module", "model")),
+    ("varm-parameter", "varm-matrix", 1.2),
+)
+# Peak anonymous memory: MiB a method may take beyond the reference.
+MEMORY_BUDGETS_MIB = {f"varm-{name}": 64 if name in ("layer", "module", "model") else 0 for name in GRANULARITIES}
+STARTUP_BUDGET_MS = 1.0
+STARTUP_ROUNDS = 30
+HOOK = "_varm_merge_autoload"
+TIMED_HOOK = f"""
+import os, sys, time
+sys.path.append(sys.argv[1])
+start = time.perf_counter()
+import {HOOK}
+{HOOK}.start()
+print((time.perf_counter() - start) * 1e3)
+"""
+
+
+@dataclass(frozen=True)
+class Startup:
+    """Milliseconds: `python -c pass` as it is and with the hook switched off, and what the hook does alone."""
+
+    on_ms: list[float] = field(default_factory=list)
+    off_ms: list[float] = field(default_factory=list)
+    hook_ms: list[float] = field(default_factory=list)
+
+
+def recipe(method: str, models: Path) -> str:
+    name, shared, each = METHODS[method]
+    targets = [{"model": str(models / target), "parameters": each} for target in MODELS[1:]]
+    pivot = {} if name == "linear" else {"base_model": str(models / MODELS[0])}
+    settings = {"merge_method": name, "parameters": shared, "dtype": "bfloat16"}
+    return yaml.safe_dump({**pivot, "models": targets, **settings})
+
+
+def merge(method: str, models: Path, work: Path, out_shard_size: str) -> Run:
+    """Merge into a fresh folder, which is deleted after; only the merge is timed."""
+    program = Path(sys.executable).parent / "mergekit-yaml"
+    if not program.exists():
+        raise click.ClickException("no mergekit-yaml beside this Python: pip install -e '.[dev]'")
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        config = Path(folder, "recipe.yaml")
+        config.write_text(recipe(method, models))
+        options = ["--quiet", "--no-copy-tokenizer", "--out-shard-size", out_shard_size]
+        try:
+            return measured([str(program), str(config), str(Path(folder, "merged")), *options])
+        except CommandError as error:
+            raise click.ClickException(f"{method}: {error}") from None
+
+
+def measure_rounds(methods: list[str], rounds: int, run: Callable[[str], Run]) -> Runs:
+    runs: Runs = {method: [] for method in methods}
+    for number in range(rounds + 1):
+        first = number % len(methods)
+        for method in methods[first:] + methods[:first]:
+            result = run(method)
+            label = f"round {number}" if number else "warm-up"
+            click.echo(f"{label}: {method} {result.wall_s:.2f} s, {result.anonymous_mib:.0f} MiB", err=True)
+            if number:
+                runs[method].append(result)
+    return runs
+
+
+def measure_startup() -> Startup:
+    """Pairs of empty Pythons, and the hook's import and start in Pythons that read no start-up files."""
+    on = {name: value for name, value in os.environ.items() if name != "VARM_MERGE_AUTOLOAD"}
+    off = {**on, "VARM_MERGE_AUTOLOAD": "0"}
+    spec, result = find_spec(HOOK), Startup()
+    for _ in range(STARTUP_ROUNDS):
+        for env, times_ms in ((on, result.on_ms), (off, result.off_ms)):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", "pass"], env=env, check=True)
+            times_ms.append((time.perf_counter() - start) * 1e3)
+        if spec is not None and spec.origin is not None:
+            alone = [sys.executable, "-S", "-c", TIMED_HOOK, str(Path(spec.origin).parent)]
+            printed = subprocess.run(alone, env=on, check=True, stdout=subprocess.PIPE, text=True)
+            result.hook_ms.append(float(printed.stdout))
+    return result
+
+
+def report(runs: Runs, startup: Startup) -> str:
+    """The tables, in Markdown."""
+
+    def pairs(one: str, other: str, value: Callable[[Run], float]) -> list[tuple[float, float]]:
+        return [(value(a), value(b)) for a, b in zip(runs[one], runs[other], strict=True)]
+
+    absolute = [
+        (
+            method,
+            spread([run.wall_s for run in results]),
+            spread([run.cpu_s for run in results]),
+            spread([run.anonymous_mib for run in results], 0),
+        )
+        for method, results in runs.items()
+    ]
+    times, memory = [], []
+    for one, other, limit in TIME_BUDGETS:
+        if one in runs and other in runs:
+            wall = [a / b for a, b in pairs(one, other, lambda run: run.wall_s)]
+            cpu = [a / b for a, b in pairs(one, other, lambda run: run.cpu_s)]
+            times.append((f"{one} / {other}", spread(wall), spread(cpu), f"≤ {limit}", verdict(wall, limit)))
+    for one, extra_mib in MEMORY_BUDGETS_MIB.items():
+        if one in runs and REFERENCE in runs:
+            peaks_mib = pairs(one, REFERENCE, lambda run: run.anonymous_mib)
+            ratios, more_mib = [a / b for a, b in peaks_mib], [a - b for a, b in peaks_mib]
+            limits = (f"≤ {extra_mib} MiB more", verdict(more_mib, extra_mib))
+            memory.append((f"{one} / {REFERENCE}", spread(ratios), spread(more_mib, 1), *limits))
+    budget = f"≤ {STARTUP_BUDGET_MS} ms"
+    differences = [on - off for on, off in zip(startup.on_ms, startup.off_ms, strict=True)]
+    starts = [
+        ("python -c pass", spread(startup.on_ms, 1), "", ""),
+        ("the same, VARM_MERGE_AUTOLOAD=0", spread(startup.off_ms, 1), "", ""),
+        ("difference within a pair", spread(differences, 1), "", ""),
+        ("import and start of the hook", "not installed", budget, "not measured")
+        if not startup.hook_ms
+        else (
+            "import and start of the hook",
+            spread(startup.hook_ms, 3),
+            budget,
+            verdict(startup.hook_ms, STARTUP_BUDGET_MS),
+        ),
+    ]
+    sections = {
+        "Merges": table(("method", "wall, s", "CPU, s", "peak anonymous memory, MiB"), absolute),
+        "Time within a round": table(("pair", "wall ratio", "CPU ratio", "budget, wall", "verdict"), times),
+        "Peak anonymous memory within a round": table(
+            ("pair", "ratio", "difference, MiB", "budget", "verdict"), memory
+        ),
+        "Start-up": table(("what", "ms", "budget", "verdict"), starts),
+    }
+    return "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
+
+
+@contextmanager
+def working_folder(given: Path | None) -> Iterator[Path]:
+    if given is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    else:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given
+
+
+def chosen(_context: click.Context, _option: click.Parameter, value: str) -> list[str]:
+    methods = value.split(",")
+    if unknown := [method for method in methods if method not in METHODS]:
+        raise click.BadParameter(f"{', '.join(unknown)}. There are {', '.join(METHODS)}.")
+    return methods
+
+
+@click.command(help=__doc__)
+@click.option("--params", type=float, default=1.1e9, show_default=True, help="Parameters of a checkpoint.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds that count.")
+@click.option("--methods", default=",".join(METHODS), callback=chosen, help="A comma-separated subset.")
+@click.option("--out-shard-size", default="200M", show_default=True, help="mergekit's option; bytes.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the checkpoints.")
+@click.option("--work-dir", type=click.Path(path_type=Path), help="Keep the checkpoints here, and reuse them.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write OUT.json and OUT.md.")
+@click.option("--save", is_flag=True, help="Write benchmarks/results/YYYY-MM-DD-merge.md.")
+def main(
+    params: float,
+    rounds: int,
+    methods: list[str],
+    out_shard_size: str,
+    seed: int,
+    work_dir: Path | None,
+    out: Path | None,
+    save: bool,
+) -> None:
+    config = llama_config(params)
+    startup = measure_startup()
+    with working_folder(work_dir) as work:
+        models = checkpoints(work, config, seed)
+        runs = measure_rounds(methods, rounds, lambda method: merge(method, models, work, out_shard_size))
+    command = shlex.join(["python", "benchmarks/merge.py", *sys.argv[1:]])
+    setting = (
+        f"A pivot and two targets of {parameter_count(config):,} parameters in bfloat16 "
+        f"({config.num_hidden_layers} blocks of width {config.hidden_size}), output shards of {out_shard_size} "
+        f"bytes, {rounds} rounds after one warm-up. Each cell: median [min–max]; a budget is judged by the median."
+    )
+    tables = report(runs, startup)
+    text = f"# Merge benchmark, {date.today()}\n\n    {command}\n\n{machine()}\n\n{setting}\n\n{tables}\n"
+    click.echo(text)
+    if out is not None:
+        data = {"command": command, "machine": machine(), "setting": setting, "startup": asdict(startup)}
+        data["runs"] = {method: [asdict(run) for run in results] for method, results in runs.items()}
+        Path(f"{out}.json").write_text(json.dumps(data, indent=2))
+        Path(f"{out}.md").write_text(text)
+    if save:
+        (Path(__file__).parent / "results" / f"{date.today()}-merge.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

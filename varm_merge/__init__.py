@@ -1,0 +1,12 @@
+"""VaRM (Variation Ratio Merge) as a merge method of stock mergekit: ``merge_method: varm``.
+
+``pip install varm-merge`` is enough for ``mergekit-yaml``; where start-up files are switched off, importing
+this package registers the method too. The import is cheap: mergekit and torch are loaded when mergekit is.
+"""
+
+from varm_merge import _autoload
+from varm_merge.version import __version__
+
+__all__ = ["__version__"]
+
+_autoload.install()

@@ -1,0 +1,349 @@
+"""Checks a ``varm`` recipe before any weight is read, and reports every problem at once with its line.
+
+mergekit ignores keys and parameters it does not know (``granularty: layer`` merges at the default granularity
+and exits 0). For its own recipes the plugin refuses them. Recipes of other methods are none of its business:
+``check`` finds nothing wrong with them.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import huggingface_hub
+import pydantic
+import yaml
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import (
+    ConditionalParameter,
+    InputModelDefinition,
+    InputSliceDefinition,
+    MergeConfiguration,
+    OutputModuleDefinition,
+    OutputSliceDefinition,
+)
+from mergekit.tokenizer.config import TokenizerConfig
+
+from varm_merge.errors import VarmError
+from varm_merge.method import METHOD_NAME, SPEC
+
+__all__ = ["KINDS", "Problem", "check", "refuse"]
+
+KINDS = {"run_yaml": "yaml", "multimerge": "multi", "merge_raw_pytorch": "raw"}
+"""The kind of recipe that each of mergekit's programs reads, by the module of the program."""
+
+HUB_TIMEOUT_SECONDS = 10
+RAW_KEYS = ("merge_method", "models", "parameters", "dtype", "base_model", "out_dtype")
+
+_Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a recipe; ``line`` counts from 1."""
+
+    message: str
+    line: int
+
+
+def check(text: str, *, kind: str = "yaml", models: bool = True, cache_dir: str | None = None) -> list[Problem]:
+    """All problems of the ``varm`` recipes in ``text``, in the order of their lines.
+
+    ``kind``: ``yaml`` (mergekit-yaml), ``multi`` (several named recipes, mergekit-multi) or ``raw``
+    (mergekit-pytorch). With ``models`` false nothing outside the text is looked at; otherwise model folders
+    must exist, and a Hub id must be in the cache (``cache_dir``) or answer on the Hub.
+    """
+    try:
+        roots = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+        documents = list(yaml.safe_load_all(text))
+    except yaml.MarkedYAMLError as error:
+        if not re.search(rf"merge_method:\s*['\"]?{METHOD_NAME}\b", text):
+            return []
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        return [Problem(f"not valid YAML: {error.problem}", line)]
+    names = {str(document["name"]) for document in documents if isinstance(document, dict) and "name" in document}
+    problems: list[Problem] = []
+    for root, document in zip(roots, documents, strict=True):
+        if isinstance(document, dict) and document.get("merge_method") == METHOD_NAME:
+            checker = _Checker(document, _lines(root), kind, names if kind == "multi" else set())
+            checker.run(models, cache_dir)
+            problems += checker.problems
+    return sorted(dict.fromkeys(problems), key=lambda problem: problem.line)
+
+
+def refuse(problems: Sequence[Problem], path: Path | None = None) -> None:
+    """Raise one ``VarmError`` that lists ``problems``, if there are any."""
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        listed = "\n".join(f"  line {problem.line}: {problem.message}" for problem in problems)
+        raise VarmError(f"{path or 'the recipe'} was not merged, it has {count}:\n{listed}")
+
+
+@dataclass
+class _Checker:
+    document: dict[str, Any]
+    lines: Mapping[_Path, int]
+    kind: str
+    names: set[str]
+    problems: list[Problem] = field(default_factory=list)
+
+    def run(self, models: bool, cache_dir: str | None) -> None:
+        for path in self.lines:
+            if path and path[-1] == _DUPLICATE:
+                self.add(path, f"`{path[-2]}` is written twice; YAML would keep the last")
+        for path, node, what in _nodes(self.document):
+            self._known_keys(path, node, self._keys_of(what), what)
+            self._parameters((*path, "parameters"), node.get("parameters"), what)
+        self._dtypes()
+        if self._structure():
+            for path, node, _ in _nodes(self.document):
+                for key in ("models", "sources"):
+                    if node.get(key):
+                        self._inputs((*path, key), node)
+        if models:
+            self._models(cache_dir)
+
+    def add(self, path: _Path, message: str) -> None:
+        while path and path not in self.lines:
+            path = path[:-1]
+        self.problems.append(Problem(message, self.lines.get(path, 1)))
+
+    def _keys_of(self, what: str) -> tuple[str, ...]:
+        if what != _TOP:
+            return tuple(_DEFINITIONS[what].model_fields)
+        keys = RAW_KEYS if self.kind == "raw" else tuple(MergeConfiguration.model_fields)
+        return (*keys, "name") if self.kind == "multi" else keys
+
+    def _known_keys(self, path: _Path, mapping: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
+        for key in mapping:
+            if key not in known:
+                self.add((*path, key), f"unknown {what} `{key}`{_suggest(str(key), known)}")
+
+    def _parameters(self, path: _Path, parameters: Any, what: str) -> None:
+        specs = {spec.name: spec for spec in SPEC.parameters}
+        for name, setting in parameters.items() if isinstance(parameters, dict) else ():
+            where = (*path, name)
+            if name not in specs:
+                self.add(where, f"unknown parameter `{name}` of varm{_suggest(str(name), tuple(specs))}")
+            elif what in ("key of a model", "key of a source"):
+                self.add(
+                    where,
+                    f"`{name}` is a parameter of the whole merge: write it under the recipe's `parameters`, "
+                    "with a `filter` if it is for some tensors only",
+                )
+            else:
+                self._setting(where, specs[name], setting)
+
+    def _setting(self, path: _Path, spec: Any, setting: Any) -> None:
+        if isinstance(setting, list):
+            if not setting:
+                self.add(path, f"`{spec.name}` has an empty list")
+            for index, item in enumerate(setting):
+                self._setting((*path, index), spec, item)
+        elif isinstance(setting, dict):
+            self._known_keys(path, setting, tuple(ConditionalParameter.model_fields), f"key of `{spec.name}`")
+            if "value" in setting:
+                self._setting((*path, "value"), spec, setting["value"])
+            else:
+                self.add(path, f"this entry of `{spec.name}` has no `value`")
+        elif message := _why_invalid(spec, setting):
+            self.add(path, message)
+
+    def _dtypes(self) -> None:
+        for key in ("dtype", "out_dtype"):
+            value = self.document.get(key)
+            try:
+                sound = value is None or dtype_from_name(value).is_floating_point
+            except (RuntimeError, AttributeError):
+                sound = False
+            if not sound:
+                self.add((key,), f"`{key}` is `{value}`, not one of float16, bfloat16, float32, float64")
+
+    def _structure(self) -> bool:
+        """Let mergekit's own definition judge the rest; whether the inputs can be walked at all."""
+        content = {key: value for key, value in self.document.items() if key != "name"}
+        try:
+            MergeConfiguration.model_validate(content)
+        except pydantic.ValidationError as error:
+            for detail in error.errors(include_url=False):
+                path, message = tuple(detail["loc"]), detail["msg"]
+                if "parameters" not in path:
+                    where = ".".join(str(part) for part in path)
+                    self.add(path, f"{where}: {message[0].lower()}{message[1:]}")
+            return False
+        except (RuntimeError, TypeError) as error:
+            self.add((), str(error))
+            return False
+        return True
+
+    def _inputs(self, path: _Path, node: Mapping[str, Any]) -> None:
+        """A pivot, at least one target, and no model twice, in one list of models that are merged."""
+        base = node.get("base_model", self.document.get("base_model"))
+        if base is None:
+            self.add(
+                ("merge_method",),
+                "no base_model: varm needs the pivot that the targets were fine-tuned from",
+            )
+            return
+        pivot = str(ModelReference.model_validate(base))
+        references = [str(ModelReference.model_validate(entry["model"])) for entry in node[str(path[-1])]]
+        if not [reference for reference in references if reference != pivot]:
+            self.add(path, f"no target: list at least one model beside the base_model {pivot}")
+        for index, reference in enumerate(references):
+            if reference in references[:index]:
+                self.add((*path, index), f"{reference} is listed twice")
+        if path[-1] == "sources" and pivot not in references:
+            self.add(path, f"the base_model {pivot} is not among the sources, so it has no layer_range")
+
+    def _models(self, cache_dir: str | None) -> None:
+        seen: set[str] = set()
+        for path, node, _ in _nodes(self.document):
+            for key in ("base_model", "model"):
+                try:
+                    reference = ModelReference.model_validate(node[key])
+                except (KeyError, RuntimeError, ValueError):
+                    continue  # not there, or reported with the structure
+                for part, wanted in ((reference.model, "config.json"), (reference.lora, "adapter_config.json")):
+                    if part is None or str(part) in seen or part.path in self.names:
+                        continue
+                    seen.add(str(part))
+                    if self.kind == "raw":
+                        found = Path(part.path).is_file()
+                        message = None if found else f"no checkpoint file `{part.path}`{_near(part.path)}"
+                    else:
+                        message = _why_missing(part.path, part.revision, wanted, cache_dir)
+                    if message:
+                        self.add((*path, key), message)
+
+
+_TOP = "top-level key"
+_CHILDREN = {
+    "models": "key of a model",
+    "slices": "key of a slice",
+    "sources": "key of a source",
+    "modules": "key of a module",
+    "tokenizer": "key of the tokenizer",
+}
+_DEFINITIONS: dict[str, type[pydantic.BaseModel]] = {
+    "key of a model": InputModelDefinition,
+    "key of a slice": OutputSliceDefinition,
+    "key of a source": InputSliceDefinition,
+    "key of a module": OutputModuleDefinition,
+    "key of the tokenizer": TokenizerConfig,
+}
+
+
+def _nodes(mapping: Any, path: _Path = (), what: str = _TOP) -> Iterator[tuple[_Path, dict[str, Any], str]]:
+    """(path, mapping, what its keys are) of a recipe and every model, slice, source and module in it."""
+    if not isinstance(mapping, dict):
+        return
+    yield path, mapping, what
+    for key, child_what in _CHILDREN.items():
+        child = mapping.get(key)
+        if isinstance(child, list):
+            for index, item in enumerate(child):
+                yield from _nodes(item, (*path, key, index), child_what)
+        elif key == "modules" and isinstance(child, dict):
+            for name, item in child.items():
+                yield from _nodes(item, (*path, key, name), child_what)
+        else:
+            yield from _nodes(child, (*path, key), child_what)
+
+
+_DUPLICATE = "<duplicate>"
+
+
+def _lines(root: yaml.Node) -> dict[_Path, int]:
+    """The line (from 1) of every key and item of a YAML tree, by its path."""
+    lines: dict[_Path, int] = {(): root.start_mark.line + 1}
+
+    def walk(path: _Path, node: yaml.Node) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                here: _Path = (*path, key.value)
+                if here in lines:
+                    second: _Path = (*here, _DUPLICATE)
+                    lines[second] = key.start_mark.line + 1
+                lines[here] = key.start_mark.line + 1
+                walk(here, value)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                item: _Path = (*path, index)
+                lines[item] = value.start_mark.line + 1
+                walk(item, value)
+
+    walk((), root)
+    return lines
+
+
+def _why_invalid(spec: Any, value: Any) -> str | None:
+    choices = [choice for choice in get_args(spec.value_type) if isinstance(choice, str)]
+    if choices:
+        if value in choices:
+            return None
+        hint = _suggest(str(value), choices, list_known=False)
+        return f"`{spec.name}` is `{value}`, not one of {', '.join(choices)}{hint}"
+    try:
+        if isinstance(value, bool) and spec.value_type is not bool:
+            raise ValueError
+        spec.validate(value)
+    except ValueError:
+        limits = {
+            "temperature": "a number > 0",
+            "select_topk": "a number in (0, 1]",
+            "erase_minority": "true or false",
+        }
+        return f"`{spec.name}` is `{value}`, not {limits[spec.name]}"
+    return None
+
+
+def _why_missing(path: str, revision: str | None, wanted: str, cache_dir: str | None) -> str | None:
+    """Why mergekit could not load the folder or Hub id ``path``, whose ``wanted`` file says what it is."""
+    folder = Path(path)
+    if folder.is_dir():
+        return None if (folder / wanted).is_file() else f"the folder `{path}` has no {wanted}"
+    missing = f"no {'adapter' if wanted.startswith('adapter') else 'model'} folder `{path}`{_near(path)}"
+    try:
+        huggingface_hub.utils.validate_repo_id(path)  # type: ignore[attr-defined]
+    except HFValidationError:
+        return missing
+    if isinstance(
+        huggingface_hub.try_to_load_from_cache(path, wanted, cache_dir=cache_dir, revision=revision), str
+    ):
+        return None
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return f"{missing}, and it is not in the Hub cache (HF_HUB_OFFLINE is set)"
+    try:
+        huggingface_hub.HfApi().model_info(path, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+    except GatedRepoError:
+        return f"`{path}` is gated: accept its conditions on the Hub, then run `hf auth login`"
+    except RevisionNotFoundError:
+        return f"`{path}` has no revision `{revision}` on the Hub"
+    except RepositoryNotFoundError:
+        return f"{missing}, and no such model on the Hub (if it is private, run `hf auth login`)"
+    except Exception as error:  # whatever the HTTP client raises without a network
+        return f"{missing}, and the Hub could not be asked ({type(error).__name__})"
+    return None
+
+
+def _near(path: str) -> str:
+    """A hint at what is there, where the last part of a path seems misspelt."""
+    parent = Path(path).parent
+    siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    close = difflib.get_close_matches(Path(path).name, siblings, n=1)
+    return f" (did you mean `{parent / close[0]}`?)" if close else ""
+
+
+def _suggest(word: str, known: Sequence[str], *, list_known: bool = True) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return f"; did you mean `{close[0]}`?"
+    return f"; known are {', '.join(known)}" if list_known else ""

@@ -1,0 +1,108 @@
+"""``varm_weights.json``: for every unit and target of a merge, the statistic and the weight.
+
+The file is written once, after the weights, under a temporary name that is synced and renamed: a folder with
+a ``varm_weights.json`` holds the whole of it.
+"""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FILE_NAME", "UnitRecord", "WeightLog", "recipe_fingerprint", "versions"]
+
+FILE_NAME = "varm_weights.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """One unit: its tensors, how many elements they have together, and each target's numbers.
+
+    At ``parameter`` granularity every element is a unit of its own; the record then stands for one tensor and
+    holds the means over its elements.
+    """
+
+    unit: str
+    granularity: str
+    tensors: Sequence[str]
+    elements: int
+    statistics: Mapping[Hashable, float]
+    weights: Mapping[Hashable, float]
+
+    def as_json(self) -> dict[str, Any]:
+        moved = any(value > 0 for value in self.statistics.values())
+        return {
+            "unit": self.unit,
+            "granularity": self.granularity,
+            "tensors": list(self.tensors),
+            "elements": self.elements,
+            "moved": moved,
+            **({} if moved else {"note": "no target moved; the pivot is kept"}),
+            "targets": {
+                str(target): {"statistic": self.statistics[target], "weight": weight}
+                for target, weight in self.weights.items()
+            },
+        }
+
+
+@dataclass
+class WeightLog:
+    """Collects the units of one run, from any thread, and writes them in the order of ``tensor_order``."""
+
+    base_model: str
+    recipe: Mapping[str, Any]
+    tensor_order: dict[str, int] = field(default_factory=dict)
+    _records: list[UnitRecord] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, record: UnitRecord) -> None:
+        with self._lock:
+            self._records.append(record)
+
+    def as_json(self) -> dict[str, Any]:
+        records = sorted(self._records, key=lambda record: self.tensor_order.get(record.tensors[0], 0))
+        targets = dict.fromkeys(str(target) for record in records for target in record.weights)
+        return {
+            "format": FORMAT,
+            "method": "varm",
+            "versions": versions(),
+            "recipe": {"sha256": recipe_fingerprint(self.recipe), "content": self.recipe},
+            "base_model": self.base_model,
+            "targets": list(targets),
+            "units": [record.as_json() for record in records],
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write the file into ``folder`` so that it is there whole or not at all."""
+        temporary = folder / f".{FILE_NAME}.{os.getpid()}"
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(self.as_json(), file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(folder / FILE_NAME)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def recipe_fingerprint(recipe: Mapping[str, Any]) -> str:
+    """SHA-256 of a recipe's content: comments, order of keys and spelling of YAML do not change it."""
+    canonical = json.dumps(recipe, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that decide a merge's result."""
+    found = {}
+    for package in ("varm-merge", "mergekit", "torch", "transformers", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
