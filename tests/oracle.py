@@ -1,0 +1,82 @@
+"""VaRM and SCE in a few lines of dense float64 numpy, written from the formulas and not from the code.
+
+    W_{j,m} = E_m[Δ_j²] / Σ_i E_m[Δ_i²]        merged_m = Σ_j W_{j,m} θ_{j,m}       (FusionChat, section 3.3)
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def merge(
+    pivot: Arrays,
+    targets: Sequence[Arrays],
+    unit_of: Callable[[str], str] | None,
+    *,
+    statistic: str = "square",
+    normalization: str = "sum",
+    temperature: float = 1.0,
+    select_topk: float = 1.0,
+    erase_minority: bool = False,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(merged tensors by name, weights [K] by unit); ``unit_of`` None is granularity ``parameter``."""
+    deltas = {
+        name: np.stack([target[name].astype(np.float64) - pivot[name].astype(np.float64) for target in targets])
+        for name in pivot
+    }
+    masks = {name: select(delta_K, select_topk) for name, delta_K in deltas.items()}
+    measured = {name: (np.square if statistic == "square" else np.abs)(deltas[name] * masks[name]) for name in deltas}
+
+    if unit_of is None:
+        weights = {name: normalize(values_K, normalization, temperature) for name, values_K in measured.items()}
+        by_unit = {}
+    else:
+        pooled = defaultdict(list)
+        for name, values_K in measured.items():
+            pooled[unit_of(name)].append(values_K.reshape(len(targets), -1))
+        by_unit = {
+            unit: normalize(np.concatenate(parts, axis=1).mean(axis=1), normalization, temperature)
+            for unit, parts in pooled.items()
+        }
+        weights = {
+            name: by_unit[unit_of(name)].reshape(-1, *[1] * (deltas[name].ndim - 1)) * np.ones_like(deltas[name])
+            for name in deltas
+        }
+
+    merged = {}
+    for name, delta_K in deltas.items():
+        masked_K, kept_K = delta_K * masks[name], weights[name] * masks[name]
+        if erase_minority:
+            majority = np.where(masked_K.sum(axis=0) >= 0, 1, -1)
+            kept_K = kept_K * (np.sign(masked_K) == majority)
+            total = kept_K.sum(axis=0)
+            kept_K = np.divide(kept_K, total, out=np.zeros_like(kept_K), where=total > 0)
+        merged[name] = pivot[name].astype(np.float64) + (kept_K * masked_K).sum(axis=0)
+    return merged, by_unit
+
+
+def normalize(statistics_K: np.ndarray, normalization: str, temperature: float) -> np.ndarray:
+    """Weights along the first axis; uniform where every statistic is zero."""
+    total = statistics_K.sum(axis=0)
+    safe = np.where(total > 0, total, 1)
+    if normalization == "sum":
+        weights_K = statistics_K / safe
+    else:
+        exponents_K = statistics_K / (safe / len(statistics_K) * temperature)
+        exponentials_K = np.exp(exponents_K - exponents_K.max(axis=0))
+        weights_K = exponentials_K / exponentials_K.sum(axis=0)
+    return np.where(total > 0, weights_K, 1 / len(statistics_K))
+
+
+def select(delta_K: np.ndarray, fraction: float) -> np.ndarray:
+    """SCE's select: 1 for the ⌊fraction · (elements that vary)⌋ of highest variance, ties to the lower index."""
+    if fraction >= 1:
+        return np.ones(delta_K.shape[1:])
+    variance = delta_K.var(axis=0).ravel()
+    count = int(np.count_nonzero(variance) * fraction)
+    mask = np.zeros_like(variance)
+    mask[np.argsort(-variance, kind="stable")[:count]] = 1
+    return mask.reshape(delta_K.shape[1:])
