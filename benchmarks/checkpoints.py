@@ -15,27 +15,27 @@ __all__ = ["MODELS", "checkpoints", "llama_config", "parameter_count"]
 
 MODELS = ("pivot", "target-a", "target-b")
 # σ of a target's deltas in the first block and, nearly, in the last: the targets' weights differ by layer.
-SIGMAS = {"target-a": (1e-3, 2e-3), "target-b": (4e-3, 2e-3)}
+SIGMAS = {"target-a": (5e-4, 1.5e-3), "target-b": (3e-3, 1e-3)}
 SHARD_ELEMENTS = 250_000_000
 
 
 def llama_config(params: float) -> LlamaConfig:
     """The config nearest to ``params`` parameters in TinyLlama's proportions; 1.1e9 gives TinyLlama's own."""
 
-    def scaled(hidden: int) -> LlamaConfig:
+    def scaled(hidden: int, extra_layers: int) -> LlamaConfig:
         heads = hidden // 64
         return LlamaConfig(
             architectures=["LlamaForCausalLM"],
             dtype="bfloat16",
             hidden_size=hidden,
             intermediate_size=round(hidden * 2.75 / 64) * 64,
-            num_hidden_layers=max(2, round(hidden * 22 / 2048)),
+            num_hidden_layers=max(2, round(hidden * 22 / 2048) + extra_layers),
             num_attention_heads=heads,
             num_key_value_heads=max(k for k in range(1, heads // 8 + 2) if heads % k == 0),
             vocab_size=max(256, round(hidden * 32000 / 2048 / 64) * 64),
         )
 
-    candidates = [scaled(hidden) for hidden in range(64, 8193, 64)]
+    candidates = [scaled(hidden, extra) for hidden in range(64, 8193, 64) for extra in (-1, 0, 1)]
     return min(candidates, key=lambda config: abs(parameter_count(config) - params))
 
 
@@ -58,7 +58,7 @@ def checkpoints(work: Path, config: LlamaConfig, seed: int) -> Path:
 
 def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     hidden, wide, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    key_value = config.num_key_value_heads * 64
+    key_value = 64 * (config.num_key_value_heads or config.num_attention_heads)
     block = {
         "input_layernorm": (hidden,),
         "self_attn.q_proj": (hidden, hidden),

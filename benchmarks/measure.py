@@ -53,7 +53,7 @@ def measured(command: list[str]) -> Run:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             log.seek(0)
-            tail = "".join(log.readlines()[-12:])
+            tail = "".join(log.readlines()[-5:])
             raise CommandError(f"{shlex.join(command)} exited {process.returncode}:\n{tail}")
     return Run(wall_s, usage.ru_utime + usage.ru_stime, peak_kib / 1024)
 
@@ -69,7 +69,8 @@ def _anonymous_kib(pid: int) -> int:
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    return f"{median(values):.{digits}f} [{min(values):.{digits}f}–{max(values):.{digits}f}]"
+    """Median [min – max]."""
+    return f"{median(values):.{digits}f} [{min(values):.{digits}f} – {max(values):.{digits}f}]"
 
 
 def verdict(values: Sequence[float], limit: float) -> str:

@@ -18,12 +18,11 @@ small shards.
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -47,6 +46,7 @@ METHODS: dict[str, tuple[str, dict[str, str], dict[str, float]]] = {
     **{f"varm-{name}": ("varm", {"granularity": name}, {}) for name in GRANULARITIES},
 }
 REFERENCE = "task_arithmetic"
+BARE = "mergekit-yaml --help"  # measured in every round beside the methods: what all of them pay before they merge
 # The project's budgets. Time: method, compared with, largest ratio of wall times.
 TIME_BUDGETS = (
     ("varm-matrix", REFERENCE, 1.0),
@@ -90,6 +90,8 @@ def merge(method: str, models: Path, work: Path, out_shard_size: str) -> Run:
     program = Path(sys.executable).parent / "mergekit-yaml"
     if not program.exists():
         raise click.ClickException("no mergekit-yaml beside this Python: pip install -e '.[dev]'")
+    if method == BARE:
+        return measured([str(program), "--help"])
     with tempfile.TemporaryDirectory(dir=work) as folder:
         config = Path(folder, "recipe.yaml")
         config.write_text(recipe(method, models))
@@ -97,7 +99,8 @@ def merge(method: str, models: Path, work: Path, out_shard_size: str) -> Run:
         try:
             return measured([str(program), str(config), str(Path(folder, "merged")), *options])
         except CommandError as error:
-            raise click.ClickException(f"{method}: {error}") from None
+            hint = "\nIs this project installed here? pip install -e '.[dev]'" if method.startswith("varm") else ""
+            raise click.ClickException(f"{method}: {error}{hint}") from None
 
 
 def measure_rounds(methods: list[str], rounds: int, run: Callable[[str], Run]) -> Runs:
@@ -172,15 +175,16 @@ def report(runs: Runs, startup: Startup) -> str:
             verdict(startup.hook_ms, STARTUP_BUDGET_MS),
         ),
     ]
-    sections = {
-        "Merges": table(("method", "wall, s", "CPU, s", "peak anonymous memory, MiB"), absolute),
-        "Time within a round": table(("pair", "wall ratio", "CPU ratio", "budget, wall", "verdict"), times),
-        "Peak anonymous memory within a round": table(
-            ("pair", "ratio", "difference, MiB", "budget", "verdict"), memory
+    tables: dict[str, tuple[tuple[str, ...], Sequence[tuple[str, ...]]]] = {
+        "Merges": (("run", "wall, s", "CPU, s", "peak anonymous memory, MiB"), absolute),
+        "Time within a round": (("pair", "wall ratio", "CPU ratio", "budget, wall", "verdict"), times),
+        "Peak anonymous memory within a round": (
+            ("pair", "ratio", "difference, MiB", "budget", "verdict"),
+            memory,
         ),
-        "Start-up": table(("what", "ms", "budget", "verdict"), starts),
+        "Start-up of an empty Python": (("what", "ms", "budget", "verdict"), starts),
     }
-    return "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
+    return "\n\n".join(f"## {title}\n\n{table(header, rows)}" for title, (header, rows) in tables.items() if rows)
 
 
 @contextmanager
@@ -223,12 +227,14 @@ def main(
     startup = measure_startup()
     with working_folder(work_dir) as work:
         models = checkpoints(work, config, seed)
-        runs = measure_rounds(methods, rounds, lambda method: merge(method, models, work, out_shard_size))
-    command = shlex.join(["python", "benchmarks/merge.py", *sys.argv[1:]])
+        runs = measure_rounds([BARE, *methods], rounds, lambda m: merge(m, models, work, out_shard_size))
+    options = f"--params {params:g} --rounds {rounds} --out-shard-size {out_shard_size} --seed {seed}"
+    command = f"python benchmarks/merge.py {options} --methods {','.join(methods)}"
     setting = (
         f"A pivot and two targets of {parameter_count(config):,} parameters in bfloat16 "
         f"({config.num_hidden_layers} blocks of width {config.hidden_size}), output shards of {out_shard_size} "
-        f"bytes, {rounds} rounds after one warm-up. Each cell: median [min–max]; a budget is judged by the median."
+        f"bytes, rounds after one warm-up: {rounds}. Each cell: median [min – max]; budgets are judged by "
+        "the median."
     )
     tables = report(runs, startup)
     text = f"# Merge benchmark, {date.today()}\n\n    {command}\n\n{machine()}\n\n{setting}\n\n{tables}\n"

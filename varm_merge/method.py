@@ -161,19 +161,18 @@ class _Call:
             erase_minority=settings.erase_minority,
         )
         if unit.granularity == "parameter":
-            weigh = tensor_math.ElementWeights(*settings.weighting, pivot.tensor, len(tensors))
-            blend_elements(weigh)
-            statistics = _checked(self.group, weigh.statistic_sums_K.tolist())
-            mean_weights_K = (weigh.weight_sums_K / max(out.numel(), 1)).tolist()
-            weights = dict(zip(ids, mean_weights_K, strict=True))
+            statistic_sums, weight_sums = blend_elements(tensor_math.ElementWeights(*settings.weighting))
+            statistics = _checked(self.group, statistic_sums)
+            weights = {target: total / max(out.numel(), 1) for target, total in zip(ids, weight_sums, strict=True)}
         else:
             statistics = unit.statistics or tensor_statistics(self.group, settings, selection)
             weights = statistics.weights(settings, ids)
-            if selection is None and not settings.erase_minority:
+            if not any(statistics.sums.values()):
+                out.copy_(pivot.tensor)
+            elif selection is None and not settings.erase_minority:
                 tensor_math.blend(tensors, list(weights.values()), out)
             else:
-                weights_K1 = torch.tensor(list(weights.values()), dtype=torch.float64, device=out.device)[:, None]
-                blend_elements(lambda _deltas_KC: weights_K1)
+                blend_elements(list(weights.values()))
         if unit.log is not None and unit.statistics is None:
             name = str(self.group.metadata.name)
             unit.log.add(UnitRecord(unit.name, unit.granularity, [name], out.numel(), statistics.means(), weights))

@@ -17,24 +17,27 @@ and a unit's tree inside each of its N tensors' trees would make planning O(N²)
 
 import functools
 import inspect
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from mergekit.common import ImmutableMap
+from mergekit.common import ImmutableMap, ModelReference
 from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel, SaveTensor
 from mergekit.merge_methods import TensorGroup
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
+from pydantic import BaseModel
 
 from varm_merge import method, recipe
 from varm_merge.errors import VarmError
-from varm_merge.report import UnitRecord, WeightLog
+from varm_merge.report import FILE_NAME, UnitRecord, WeightLog, natural_order
 from varm_merge.weights import SPANNING, Granularity, Settings, UnitStatistics, block_of, unit_of
 
 __all__ = ["attach"]
@@ -111,16 +114,20 @@ class MeasureUnit(_ByIdentity, Task[UnitStatistics], arbitrary_types_allowed=Tru
     def priority(self) -> int:
         return MEASURE_PRIORITY - len(self.parts)
 
-    def execute(self, **parts: UnitStatistics) -> UnitStatistics:
+    def execute(self, **measured: UnitStatistics) -> UnitStatistics:
         statistics = UnitStatistics()
-        for part in parts.values():
-            statistics.merge(part)
-        if statistics.sums:
+        names = []
+        for part in self.parts:
+            part_statistics = measured[str(part.rank)]
+            statistics.merge(part_statistics)
+            if part_statistics.sums:
+                names.append(part.merge.output_weight.name)
+        if names:
             self.log.add(
                 UnitRecord(
                     self.unit,
                     self.settings.granularity,
-                    [part.merge.output_weight.name for part in self.parts],
+                    sorted(names, key=natural_order),
                     max(statistics.elements.values()),
                     statistics.means(),
                     statistics.weights(self.settings),
@@ -202,11 +209,12 @@ def _attach_to_planning(plan: ModuleType) -> None:
         if self.config.merge_method != method.METHOD_NAME:
             plan_tensors(self)
             return
-        content = self.config.model_dump(exclude_defaults=True, mode="json")
+        content = _content(self.config)
         plan_tensors(self)
         names = [weight.name for weight, _ in self._tensors]
         _refuse_idle_filters(self.config, names)
-        self._varm_log = WeightLog(str(self.config.base_model), content, _positions(names))
+        pivot = self.config.base_model
+        self._varm_log = WeightLog(None if pivot is None else str(pivot), content)
         merges = _with_units(
             [task for _, task in self._tensors], dict(_blocks(self)), self.options, self._varm_log
         )
@@ -236,14 +244,8 @@ def _attach_to_run(merge: ModuleType) -> None:
             return
         text = config_source if config_source is not None else merge_config.to_yaml()
         recipe.refuse(recipe.check(text, cache_dir=options.transformers_cache))
-        folder = Path(out_path)
-        was_there = folder.exists()
-        try:
+        with _no_remains(out_path):
             run_merge(merge_config, out_path, options, config_source)
-        except BaseException:
-            if not was_there and folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-            raise
 
     merge.run_merge = _run_merge  # type: ignore[attr-defined]
 
@@ -257,12 +259,12 @@ def _attach_to_command(script: ModuleType) -> None:
     @functools.wraps(callback)
     def checked(**arguments: Any) -> Any:
         path = Path(arguments[argument])
-        if path.is_file():
-            problems = recipe.check(
-                path.read_text(encoding="utf-8"), kind=kind, cache_dir=arguments.get("transformers_cache")
-            )
-            recipe.refuse(problems, path)
-        return callback(**arguments)
+        if not path.is_file():
+            return callback(**arguments)
+        text = path.read_text(encoding="utf-8")
+        recipe.refuse(recipe.check(text, kind=kind, cache_dir=arguments.get("transformers_cache")), path)
+        with _no_remains(arguments["out_path"]) if kind == "raw" and recipe.uses_varm(text) else nullcontext():
+            return callback(**arguments)
 
     command.callback = checked
 
@@ -281,13 +283,12 @@ def _attach_to_raw_command(script: ModuleType) -> None:
         saves = sorted((task for task in tasks if isinstance(task, SaveTensor)), key=lambda save: save.tensor_name)
         names = [save.tensor_name for save in saves]
         _refuse_idle_filters(config, names)
-        content = config.model_dump(exclude_defaults=True, mode="json")
-        log = WeightLog(str(config.base_model), content, _positions(names))
+        log = WeightLog(config.base_model, _content(config))
         blocks = {name: block_of(name) for name in names}
         merges = _with_units([save.tensor_task for save in saves], blocks, bound.arguments["options"], log)
         saves = [save.model_copy(update={"tensor_task": merge}) for save, merge in zip(saves, merges, strict=True)]
         finalize = FinalizeModel(tensor_save_tasks=tuple(saves), writer_task=saves[0].writer_task)
-        return [*saves, finalize, WriteWeights(finalize=finalize, log=log, out_path=out_path)]
+        return [*saves, finalize, _write_weights([finalize], log, out_path)]
 
     script.plan_flat_merge = _plan_flat_merge  # type: ignore[attr-defined]
     _attach_to_command(script)
@@ -327,10 +328,13 @@ def _with_units(
             raise VarmError(message)
         measure = None
         if granularity in SPANNING and len(members) > 1:
-            ordered = sorted((_first_label(tasks[i].gather_tensors), i) for i in members)
+            # some architectures plan a tensor in two modules; it is one tensor of the output model
+            distinct = {tasks[i].output_weight.name: i for i in members}
+            ordered = sorted((_first_label(tasks[i].gather_tensors), name, i) for name, i in distinct.items())
+            label = ordered[0][0]
             parts = [
-                MeasureTensor(merge=tasks[i], settings=settings[i], label=ordered[0][0], rank=rank, device=device)
-                for rank, (_, i) in enumerate(ordered)
+                MeasureTensor(merge=tasks[i], settings=settings[i], label=label, rank=rank, device=device)
+                for rank, (_, _, i) in enumerate(ordered)
             ]
             measure = MeasureUnit(unit=unit, settings=settings[members[0]], parts=tuple(parts), log=log)
         for i in members:
@@ -386,12 +390,37 @@ def _evaluate(task: Task[Any], tokenizer: Any) -> Any:
 
 
 def _write_weights(tasks: Sequence[Task[Any]], log: WeightLog, out_path: str) -> WriteWeights:
+    (Path(out_path) / FILE_NAME).unlink(missing_ok=True)  # of an earlier merge that this one overwrites
     finalize = next(task for task in tasks if isinstance(task, FinalizeModel))
     return WriteWeights(finalize=finalize, log=log, out_path=out_path)
 
 
-def _positions(names: Iterable[str]) -> dict[str, int]:
-    return {name: position for position, name in enumerate(names)}
+@contextmanager
+def _no_remains(out_path: str) -> Iterator[None]:
+    """Remove the output folder of a merge that fails, if this run made it: its shards can be of no use."""
+    folder = Path(out_path)
+    was_there = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not was_there:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _content(value: Any) -> Any:
+    """A recipe's settings as plain data, without those left at their defaults.
+
+    ``model_dump`` does not serve: mergekit's serialiser of a model path with a space in it calls itself.
+    """
+    if isinstance(value, ModelReference) and value.override_architecture is None:
+        return str(value)
+    if isinstance(value, BaseModel):
+        defaults = {name: field.default for name, field in type(value).model_fields.items()}
+        return {name: _content(setting) for name, setting in value if setting != defaults[name]}
+    if isinstance(value, Mapping):
+        return {str(key): _content(item) for key, item in value.items()}
+    return [_content(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _refuse_idle_filters(config: Any, tensors: Sequence[str]) -> None:

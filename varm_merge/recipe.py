@@ -35,7 +35,7 @@ from mergekit.tokenizer.config import TokenizerConfig
 from varm_merge.errors import VarmError
 from varm_merge.method import METHOD_NAME, SPEC
 
-__all__ = ["KINDS", "Problem", "check", "refuse"]
+__all__ = ["KINDS", "Problem", "check", "refuse", "uses_varm"]
 
 KINDS = {"run_yaml": "yaml", "multimerge": "multi", "merge_raw_pytorch": "raw"}
 """The kind of recipe that each of mergekit's programs reads, by the module of the program."""
@@ -77,6 +77,12 @@ def check(text: str, *, kind: str = "yaml", models: bool = True, cache_dir: str 
             checker.run(models, cache_dir)
             problems += checker.problems
     return sorted(dict.fromkeys(problems), key=lambda problem: problem.line)
+
+
+def uses_varm(text: str) -> bool:
+    """Whether any recipe in ``text``, which is sound YAML, merges by ``varm``."""
+    documents = yaml.safe_load_all(text)
+    return any(isinstance(doc, dict) and doc.get("merge_method") == METHOD_NAME for doc in documents)
 
 
 def refuse(problems: Sequence[Problem], path: Path | None = None) -> None:

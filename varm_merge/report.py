@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FILE_NAME", "UnitRecord", "WeightLog", "recipe_fingerprint", "versions"]
+__all__ = ["FILE_NAME", "UnitRecord", "WeightLog", "natural_order", "recipe_fingerprint", "versions"]
 
 FILE_NAME = "varm_weights.json"
 FORMAT = 1
@@ -53,11 +53,10 @@ class UnitRecord:
 
 @dataclass
 class WeightLog:
-    """Collects the units of one run, from any thread, and writes them in the order of ``tensor_order``."""
+    """Collects the units of one run, from any thread; what it writes does not depend on the order they came in."""
 
-    base_model: str
+    base_model: str | None
     recipe: Mapping[str, Any]
-    tensor_order: dict[str, int] = field(default_factory=dict)
     _records: list[UnitRecord] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -66,7 +65,7 @@ class WeightLog:
             self._records.append(record)
 
     def as_json(self) -> dict[str, Any]:
-        records = sorted(self._records, key=lambda record: self.tensor_order.get(record.tensors[0], 0))
+        records = sorted(self._records, key=lambda record: natural_order(record.tensors[0]))
         targets = dict.fromkeys(str(target) for record in records for target in record.weights)
         return {
             "format": FORMAT,
@@ -89,6 +88,11 @@ class WeightLog:
             temporary.replace(folder / FILE_NAME)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A sort key by which layer 2 comes before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def recipe_fingerprint(recipe: Mapping[str, Any]) -> str:
