@@ -1,6 +1,6 @@
 """VaRM and SCE in a few lines of dense float64 numpy, written from the formulas and not from the code.
 
-    W_{j,m} = E_m[Δ_j²] / Σ_i E_m[Δ_i²]        merged_m = Σ_j W_{j,m} θ_{j,m}       (FusionChat, section 3.3)
+W_{j,m} = E_m[Δ_j²] / Σ_i E_m[Δ_i²]        merged_m = Σ_j W_{j,m} θ_{j,m}       (FusionChat, section 3.3)
 """
 
 from collections import defaultdict
@@ -28,7 +28,9 @@ def merge(
         for name in pivot
     }
     masks = {name: select(delta_K, select_topk) for name, delta_K in deltas.items()}
-    measured = {name: (np.square if statistic == "square" else np.abs)(deltas[name] * masks[name]) for name in deltas}
+    measured = {
+        name: (np.square if statistic == "square" else np.abs)(deltas[name] * masks[name]) for name in deltas
+    }
 
     if unit_of is None:
         weights = {name: normalize(values_K, normalization, temperature) for name, values_K in measured.items()}

@@ -4,9 +4,10 @@
 this package registers the method too. The import is cheap: mergekit and torch are loaded when mergekit is.
 """
 
-from varm_merge import _autoload
+import _varm_merge_autoload
+
 from varm_merge.version import __version__
 
 __all__ = ["__version__"]
 
-_autoload.install()
+_varm_merge_autoload.install()

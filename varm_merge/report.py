@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,13 @@ class UnitRecord:
         }
 
 
-@dataclass
 class WeightLog:
     """Collects the units of one run, from any thread; what it writes does not depend on the order they came in."""
 
-    base_model: str | None
-    recipe: Mapping[str, Any]
-    _records: list[UnitRecord] = field(default_factory=list)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, base_model: str | None, recipe: Mapping[str, Any]) -> None:
+        self.base_model, self.recipe = base_model, recipe
+        self._records: list[UnitRecord] = []
+        self._lock = threading.Lock()
 
     def add(self, record: UnitRecord) -> None:
         with self._lock:

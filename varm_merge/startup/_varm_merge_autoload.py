@@ -1,9 +1,9 @@
 """Makes stock mergekit see ``varm``: a post-import hook that waits for mergekit and then steps aside.
 
-Installed into site-packages a second time, as the module ``_varm_merge_autoload``, where the start-up files
-``varm_merge_autoload.pth`` and ``varm_merge_autoload.start`` (Python ≥ 3.15) call ``start``. Every Python of
-the environment pays for this file, so it imports nothing but ``sys``. It never raises: whatever goes wrong
-here must not break a Python that has nothing to do with merging.
+Installed as a top-level module beside the start-up files ``varm_merge_autoload.pth`` and
+``varm_merge_autoload.start`` (Python ≥ 3.15), which call ``start``. Every Python of the environment pays for
+this file, so it imports nothing but ``sys``, not even the ``varm_merge`` package. It never raises: whatever
+goes wrong here must not break a Python that has nothing to do with merging.
 """
 
 import sys
@@ -71,8 +71,7 @@ def uninstall() -> None:
 
 
 def _is_ours(finder: object) -> bool:
-    # By name: the start-up copy of this module and the one in the package are two classes.
-    return type(finder).__name__ == VarmMergeFinder.__name__
+    return isinstance(finder, VarmMergeFinder)
 
 
 def _report_when_loaded(spec: object) -> None:

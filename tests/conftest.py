@@ -1,0 +1,33 @@
+"""Fixtures of the suite: tiny checkpoints, made once per session. Nothing here reaches the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
+
+from collections.abc import Callable
+
+import pytest
+import tiny_models
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tiny_models.Family]:
+    """``family("mistral", targets=3, dtype=torch.bfloat16)``: saved once, for reading only."""
+    saved: dict[object, tiny_models.Family] = {}
+
+    def get(architecture: str, targets: int = 2, dtype: torch.dtype = torch.float32) -> tiny_models.Family:
+        key = architecture, targets, dtype
+        if key not in saved:
+            saved[key] = tiny_models.save_family(tmp_path_factory.mktemp(architecture), *key)
+        return saved[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def mistral(family: Callable[..., tiny_models.Family]) -> tiny_models.Family:
+    """A pivot and two targets, for tests that are not about the architecture."""
+    return family("mistral")
