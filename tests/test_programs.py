@@ -21,6 +21,8 @@ from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
 from mergekit.scripts.multimerge import main as mergekit_multi
 from tiny_models import Family
 
+from varm_merge.planner import MeasureTensor, MergeTensor
+
 UNITS = {"model": runs.whole_model, "layer": runs.LAYER, "module": runs.MODULE, "matrix": runs.MATRIX}
 
 
@@ -42,13 +44,13 @@ def test_options_of_a_run_do_not_change_the_merge(
 
 
 @contextlib.contextmanager
-def two_fake_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
-    """Let mergekit's executor for several GPUs run its threads on the CPU; yields the devices that worked."""
-    worked: set[str] = set()
+def two_fake_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, set[type]]]:
+    """Let the executor for several GPUs run on CPU threads; yields the classes of task that each device ran."""
+    worked: dict[str, set[type]] = {}
     device_worker = multi_gpu.MultiGPUExecutor._device_worker
 
     def _device_worker(self: Any, **arguments: Any) -> None:
-        worked.add(str(arguments["device"]))
+        worked[str(arguments["device"])] = {type(handle.task()) for handle in arguments["task_list"]}
         device_worker(self, **arguments)
 
     class PatientEvent(threading.Event):
@@ -75,7 +77,9 @@ def test_several_gpus_share_the_units(
     text = runs.recipe(mistral, granularity=granularity)
     with two_fake_gpus(monkeypatch) as worked:
         parallel = runs.merge(text, tmp_path / "parallel", multi_gpu=True)
-    assert worked == ({"cpu:0"} if granularity == "model" else {"cpu:0", "cpu:1"})
+    assert worked.keys() == ({"cpu:0"} if granularity == "model" else {"cpu:0", "cpu:1"})
+    assert all(MergeTensor in tasks for tasks in worked.values())
+    assert all((MeasureTensor in tasks) == (granularity != "matrix") for tasks in worked.values())
     runs.assert_merges(parallel, mistral, UNITS[granularity])
     runs.assert_same_tensors(parallel, runs.merge(text, tmp_path / "serial"))
 
@@ -91,7 +95,7 @@ def test_the_console_script_writes_the_same_bytes_in_another_process(family: Any
 
 
 def test_a_second_run_writes_the_same_bytes(mistral: Family, tmp_path: Path) -> None:
-    text = runs.recipe(mistral, granularity="module", select_topk=0.5)
+    text = runs.recipe(mistral, granularity="module")
     one, other = (runs.merge(text, tmp_path / name).folder for name in ("one", "other"))
     assert_same_bytes(one, other, "model.safetensors", "varm_weights.json", "config.json")
 

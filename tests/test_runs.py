@@ -208,10 +208,15 @@ modules:
     runs.assert_merges(runs.merge(text, tmp_path), checkpoints, unit_of)
 
 
-def test_a_tensor_that_a_model_plans_twice_counts_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("granularity", ["model", "matrix"])
+def test_a_tensor_that_a_model_plans_twice_counts_once(granularity: str, tmp_path: Path) -> None:
     """mergekit lists the projector of Qwen2-VL once for each of its two layers, under the same names."""
     checkpoints = tiny_models.save_projectors(tmp_path)
     models = json.dumps([{"model": str(target)} for target in checkpoints.targets])
-    text = f"merge_method: varm\nbase_model: {checkpoints.pivot}\nparameters: {{granularity: model}}\n"
-    merged = runs.merge(f"{text}modules: {{multi_modal_projector: {{models: {models}}}}}\n", tmp_path / "out")
-    runs.assert_merges(merged, checkpoints, runs.whole_model)
+    text = f"""
+merge_method: varm
+base_model: {checkpoints.pivot}
+parameters: {{granularity: {granularity}}}
+modules: {{multi_modal_projector: {{models: {models}}}}}
+"""
+    runs.assert_merges(runs.merge(text, tmp_path / "out"), checkpoints, UNITS[granularity])
