@@ -31,7 +31,7 @@ from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel, SaveTensor
 from mergekit.merge_methods import TensorGroup
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask, TensorDictWrapper
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from pydantic import BaseModel
 
@@ -151,11 +151,22 @@ class MergeTensor(_ByIdentity, ExecuteMergeMethodTask, arbitrary_types_allowed=T
     def execute(
         self, tensors: dict[Any, torch.Tensor], statistics: UnitStatistics | None = None, **_kwargs: Any
     ) -> torch.Tensor | None:
+        self._refuse_lost(tensors)
         unit = method.Unit(self.unit, self.granularity, statistics, self.log)
         parameters = ImmutableMap({**dict(self.parameters.items()), method.UNIT: unit})
         bound = self.model_copy(update={"parameters": parameters})
         result: torch.Tensor | None = ExecuteMergeMethodTask.execute(bound, tensors)
         return result
+
+    def _refuse_lost(self, tensors: Mapping[Any, torch.Tensor | None]) -> None:
+        """mergekit's executor for several GPUs can recompute a task from inputs whose values it dropped."""
+        may_lack = self.output_weight.optional or isinstance(self.gather_tensors, TensorDictWrapper)
+        for model in () if may_lack else self.model_order:
+            if tensors.get(model) is None:
+                raise VarmError(
+                    f"mergekit lost `{self.output_weight.name}` of {model}, which can happen with --multi-gpu. "
+                    "Run it again, or without --multi-gpu."
+                )
 
 
 class WriteWeights(_ByIdentity, Task[None], arbitrary_types_allowed=True):  # type: ignore[misc,call-arg]
@@ -314,6 +325,8 @@ def _with_units(
     ``blocks`` maps the names of tensors inside transformer blocks to their block. Raises ``VarmError`` where
     the tensors of one unit were given settings that contradict each other.
     """
+    # some architectures plan a tensor in two modules; it is one tensor of the output model
+    planned, tasks = tasks, list({task.output_weight.name: task for task in tasks}.values())
     settings = [Settings(**dict(task.parameters.items())) for task in tasks]
     units: dict[tuple[str, str], list[int]] = {}
     for index, (task, chosen) in enumerate(zip(tasks, settings, strict=True)):
@@ -322,15 +335,15 @@ def _with_units(
             index
         )
     device = None if options.multi_gpu else options.device
-    merges: dict[int, MergeTensor] = {}
+    merges: dict[str, MergeTensor] = {}
     for (granularity, unit), members in units.items():
         if message := method.conflict(unit, {tasks[i].output_weight.name: settings[i] for i in members}):
             raise VarmError(message)
         measure = None
         if granularity in SPANNING and len(members) > 1:
-            # some architectures plan a tensor in two modules; it is one tensor of the output model
-            distinct = {tasks[i].output_weight.name: i for i in members}
-            ordered = sorted((_first_label(tasks[i].gather_tensors), name, i) for name, i in distinct.items())
+            ordered = sorted(
+                (_first_label(tasks[i].gather_tensors), tasks[i].output_weight.name, i) for i in members
+            )
             label = ordered[0][0]
             parts = [
                 MeasureTensor(merge=tasks[i], settings=settings[i], label=label, rank=rank, device=device)
@@ -339,8 +352,10 @@ def _with_units(
             measure = MeasureUnit(unit=unit, settings=settings[members[0]], parts=tuple(parts), log=log)
         for i in members:
             fields = {name: getattr(tasks[i], name) for name in ExecuteMergeMethodTask.model_fields}
-            merges[i] = MergeTensor(**fields, unit=unit, granularity=granularity, measure=measure, log=log)
-    return [merges[i] for i in range(len(tasks))]
+            merges[tasks[i].output_weight.name] = MergeTensor(
+                **fields, unit=unit, granularity=granularity, measure=measure, log=log
+            )
+    return [merges[task.output_weight.name] for task in planned]
 
 
 def _blocks(planner: Any) -> Iterator[tuple[str, str]]:
@@ -397,15 +412,24 @@ def _write_weights(tasks: Sequence[Task[Any]], log: WeightLog, out_path: str) ->
 
 @contextmanager
 def _no_remains(out_path: str) -> Iterator[None]:
-    """Remove the output folder of a merge that fails, if this run made it: its shards can be of no use."""
+    """Remove the output folder of a merge that fails, if this run made it: its shards can be of no use.
+
+    From a folder that was there before, the ``varm_weights.json`` of this run is removed, not that of another.
+    """
     folder = Path(out_path)
-    was_there = folder.exists()
+    was_there, earlier = folder.exists(), _written_at(folder / FILE_NAME)
     try:
         yield
     except BaseException:
         if not was_there:
             shutil.rmtree(folder, ignore_errors=True)
+        elif _written_at(folder / FILE_NAME) != earlier:
+            (folder / FILE_NAME).unlink(missing_ok=True)
         raise
+
+
+def _written_at(file: Path) -> int | None:
+    return file.stat().st_mtime_ns if file.exists() else None
 
 
 def _content(value: Any) -> Any:
