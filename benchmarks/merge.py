@@ -245,7 +245,9 @@ def main(
         Path(f"{out}.json").write_text(json.dumps(data, indent=2))
         Path(f"{out}.md").write_text(text)
     if save:
-        (Path(__file__).parent / "results" / f"{date.today()}-merge.md").write_text(text)
+        results = Path(__file__).parent / "results"
+        results.mkdir(exist_ok=True)
+        (results / f"{date.today()}-merge.md").write_text(text)
 
 
 if __name__ == "__main__":

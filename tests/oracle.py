@@ -75,7 +75,7 @@ def normalize(statistics_K: np.ndarray, normalization: str, temperature: float) 
 
 def select(delta_K: np.ndarray, fraction: float) -> np.ndarray:
     """SCE's select: 1 for the ⌊fraction · (elements that vary)⌋ of highest variance, ties to the lower index."""
-    if fraction >= 1:
+    if fraction >= 1 or len(delta_K) < 2:
         return np.ones(delta_K.shape[1:])
     variance = delta_K.var(axis=0).ravel()
     count = int(np.count_nonzero(variance) * fraction)

@@ -216,6 +216,26 @@ def test_uninstalling_leaves_nothing(wheel: Path, tmp_path: Path) -> None:
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("module", ["method", "recipe", "planner", "report", "cli", "tensor_math", "weights"])
+def test_any_module_of_the_package_may_be_imported_first(module: str) -> None:
+    code = f"import varm_merge.{module}; import mergekit.merge; mergekit.merge.run_merge.__wrapped__; {SEES_VARM}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "VARM_MERGE_AUTOLOAD": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines()[:1] == ["True"], done.stderr
+    assert "could not attach" not in done.stderr
+
+
+def test_looking_for_mergekit_without_importing_it_does_not_spend_the_hook() -> None:
+    code = f"import varm_merge, importlib.util; importlib.util.find_spec('mergekit.merge_methods'); {SEES_VARM}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
 def test_an_unknown_mergekit_is_refused_with_the_versions_that_work(mistral: Family, tmp_path: Path) -> None:
     """mergekit with its planner changed under us: one sentence, no traceback, no merge."""
     (tmp_path / "recipe.yaml").write_text(runs.recipe(mistral))

@@ -139,6 +139,7 @@ def test_one_target_merges_to_itself_to_the_bit_and_into_memory_of_its_own(granu
     pivot, target = family(1, torch.bfloat16)
     merged = merge([pivot, target], granularity=granularity)
     assert all_bits(merged) == all_bits(target)
+    assert all_bits(merge([pivot, target], granularity=granularity, select_topk=0.1)) == all_bits(target)
     assert all(merged[name].data_ptr() != target[name].data_ptr() for name in target)
 
 
@@ -150,6 +151,12 @@ def test_a_unit_in_which_no_target_moved_keeps_the_pivot_to_the_bit(
     pivot, *_ = family(1, torch.bfloat16)
     merged = merge([pivot] * 4, granularity=granularity, **options)
     assert all_bits(merged) == all_bits(pivot)
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer", "module", "matrix"])
+def test_a_unit_in_which_no_target_moved_keeps_the_signs_of_its_zeros(granularity: Granularity) -> None:
+    pivot = {LOW: torch.tensor([0.0, -0.0]), HIGH: torch.tensor([-0.0, 1.5])}
+    assert all_bits(merge([pivot] * 4, granularity=granularity)) == all_bits(pivot)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -185,16 +185,16 @@ def test_a_failed_run_keeps_the_folder_that_was_there_but_not_its_weights_file(
     assert not (out / "varm_weights.json").exists()
 
 
-def test_a_run_that_fails_after_the_weights_leaves_no_weights_file(mistral: Family, tmp_path: Path) -> None:
+def test_what_fails_after_the_weights_does_not_cost_them(mistral: Family, tmp_path: Path) -> None:
+    """The merge is the work of hours; a chat template can be put right by hand."""
     checkpoints = Family(shutil.copytree(mistral.pivot, tmp_path / "pivot"), mistral.targets)
     tiny_models.train_tokenizer(checkpoints.pivot, "the cat sat on the mat")
     lines = ["tokenizer: {source: base}", "chat_template: no such template"]
     out = tmp_path / "out"
-    out.mkdir()
     with pytest.raises(RuntimeError, match="Invalid chat template"):
         runs.merge(runs.recipe(checkpoints, *lines, granularity="layer"), out)
     assert (out / "model.safetensors").exists()
-    assert not (out / "varm_weights.json").exists()
+    assert (out / "varm_weights.json").exists()
 
 
 def test_a_refused_recipe_leaves_an_earlier_merge_as_it_was(mistral: Family, tmp_path: Path) -> None:

@@ -21,6 +21,16 @@ from varm_merge.errors import VarmError
 SHIPPED = sorted((Path(__file__).parents[1] / "yaml_recipes").glob("*.yaml"))
 SOUND = "merge_method: varm\nbase_model: org/pivot\nmodels:\n  - model: org/a\n  - model: org/b\n"
 
+SLICES = """\
+merge_method: varm
+base_model: org/pivot
+slices:
+  - base_model: null
+    sources:
+      - {model: org/pivot, layer_range: [0, 2]}
+      - {model: org/a, layer_range: [1, 3]}
+"""
+
 
 def problems(text: str, kind: str = "yaml") -> list[tuple[int, str]]:
     return [(problem.line, problem.message) for problem in recipe.check(text, kind=kind, models=False)]
@@ -200,3 +210,64 @@ def test_a_run_from_python_is_checked_too(mistral: Family, tmp_path: Path) -> No
     with pytest.raises(VarmError, match="granularty"):
         run_merge(config, str(tmp_path / "out"), MergeOptions())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SOUND.replace("org/a", "org/a@main+me/adapter"),
+        SOUND.replace("- model: org/a", "- model: {model: {path: org/a, revision: main}, lora: null}"),
+        SOUND + "tokenizer:\n  source: union\n  tokens:\n    <unk>: {source: org/a, force: true}\n",
+        SOUND + "chat_template: auto\ntokenizer_source: base\nout_dtype: float16\n",
+        SOUND + "parameters: null\n",
+        SOUND + "parameters:\n  granularity: [layer, module, matrix]\n",
+        SOUND.replace("base_model: org/pivot", "base_model: &pivot org/pivot") + "  - model: *pivot\n",
+        SLICES.replace("{model: org/a,", "{<<: {layer_range: [0, 1]}, <<: {model: org/b}, model: org/a,"),
+    ],
+)
+def test_whatever_mergekit_reads_is_taken(text: str) -> None:
+    assert problems(text) == []
+
+
+def test_a_slice_without_a_pivot_of_its_own_has_the_recipes() -> None:
+    assert problems(SLICES) == []
+    assert the_problem(SLICES.replace("[1, 3]", "[1, 4]")) == (
+        5,
+        "the layer_ranges of the sources have different lengths",
+    )
+    assert "has no layer_range" in the_problem(SLICES.replace("null", "org/b"))[1]
+    empty = "merge_method: varm\nbase_model: org/p\nslices:\n  - sources: []\n"
+    assert "no target" in problems(empty)[0][1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        SOUND + "sources: 5\n",
+        SOUND + "sources: abc\n",
+        SOUND + "---\n" + SOUND,
+        SOUND + "when: 2024-13-45\n",
+        SOUND + "loop: &loop\n  - *loop\n",
+        SOUND.replace("org/b", "org/\x07"),
+        "merge_method: varm\nbase_model: org/p\nmodules: {text: {base_model: 5, models: [{model: org/a}]}}\n",
+        "merge_method: varm\nbase_model: org/p\nmodels: 7\n",
+        "merge_method: varm\nbase_model: [1]\nmodels: [null]\nslices: {}\nparameters: []\n",
+    ],
+)
+def test_the_check_itself_never_ends_in_a_traceback(text: str) -> None:
+    assert problems(text)
+
+
+def test_mergekit_pytorch_takes_a_path_as_it_stands(tmp_path: Path) -> None:
+    folder = tmp_path / "a+b@c+d"
+    folder.mkdir()
+    lines = ["merge_method: varm", f"base_model: {folder}/pivot.safetensors", "models:"]
+    for name in ("pivot", "a"):
+        (folder / f"{name}.safetensors").touch()
+        lines.append(f"  - model: {folder}/{name}.safetensors")
+    assert recipe.check("\n".join(lines), kind="raw") == []
+    lines.append(f"  - model: {folder}/b.safetensors")
+    ((line, message),) = [
+        (problem.line, problem.message) for problem in recipe.check("\n".join(lines), kind="raw")
+    ]
+    assert (line, message.startswith(f"no checkpoint file `{folder}/b.safetensors`")) == (6, True)

@@ -89,6 +89,7 @@ def test_softmax_goes_from_uniform_to_the_largest_as_the_temperature_falls() -> 
     statistics = [1e-9, 2e-9, 4e-9]
     assert normalize(statistics, "softmax", 1e6) == pytest.approx([1 / 3] * 3, abs=1e-6)
     assert normalize(statistics, "softmax", 1e-3) == pytest.approx([0, 0, 1], abs=1e-12)
+    assert normalize(statistics, "softmax", 5e-324) == [0, 0, 1]
     shares = [math.exp(value / 7) for value in (3, 6, 12)]  # over the mean 7/3, at temperature 1
     assert normalize(statistics, "softmax", 1.0) == pytest.approx([share / sum(shares) for share in shares])
 

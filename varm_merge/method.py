@@ -2,7 +2,7 @@
 
 Through ``merge_state_dicts`` the method gets all tensors in one call and forms its units over them. In a
 ``mergekit-yaml`` run it gets one tensor at a time; ``planner`` then hands it the statistics of the tensor's
-unit, gathered by a pass of their own. Uses mergekit's public API only.
+unit, gathered by a pass of their own.
 """
 
 import math
@@ -142,16 +142,17 @@ class _Call:
     def of(cls, group: TensorGroup, parameters: Mapping[str, Any], dtype: torch.dtype | None) -> "_Call":
         named = {spec.name: parameters[spec.name] for spec in SPEC.parameters if spec.name in parameters}
         dtype = dtype or _promoted(group.entries)
-        return cls(_narrowed(group, dtype), Settings(**named), parameters.get(UNIT), dtype)
+        return cls(group, Settings(**named), parameters.get(UNIT), dtype)
 
     def merge(self, out_dtype: torch.dtype | None) -> torch.Tensor:
-        pivot, unit, settings = self.group.base, self.unit, self.settings
+        group, unit, settings = _narrowed(self.group, self.dtype), self.unit, self.settings
+        pivot = group.base
         assert pivot is not None
         assert unit is not None
-        ids = [target.id for target in self.group.non_base]
-        tensors = [target.tensor for target in self.group.non_base]
+        ids = [target.id for target in group.non_base]
+        tensors = [target.tensor for target in group.non_base]
         out = torch.empty(pivot.tensor.shape, dtype=out_dtype or self.dtype, device=pivot.tensor.device)
-        selection = _selection(self.group, settings)
+        selection = _selection(group, settings)
         blend_elements = partial(
             tensor_math.blend_elements,
             pivot.tensor,
@@ -162,10 +163,10 @@ class _Call:
         )
         if unit.granularity == "parameter":
             statistic_sums, weight_sums = blend_elements(tensor_math.ElementWeights(*settings.weighting))
-            statistics = _checked(self.group, statistic_sums)
+            statistics = _checked(group, statistic_sums)
             weights = {target: total / max(out.numel(), 1) for target, total in zip(ids, weight_sums, strict=True)}
         else:
-            statistics = unit.statistics or tensor_statistics(self.group, settings, selection)
+            statistics = unit.statistics or tensor_statistics(group, settings, selection)
             weights = statistics.weights(settings, ids)
             if not any(statistics.sums.values()):
                 out.copy_(pivot.tensor)
@@ -174,7 +175,7 @@ class _Call:
             else:
                 blend_elements(list(weights.values()))
         if unit.log is not None and unit.statistics is None:
-            name = str(self.group.metadata.name)
+            name = str(group.metadata.name)
             unit.log.add(UnitRecord(unit.name, unit.granularity, [name], out.numel(), statistics.means(), weights))
         return out
 
@@ -243,7 +244,8 @@ def _form_units(calls: Sequence[_Call]) -> None:
             raise VarmError(message)
     for call in calls:
         if call.unit is not None and call.unit.statistics is not None:
-            call.unit.statistics.merge(tensor_statistics(call.group, call.settings))
+            group = _narrowed(call.group, call.dtype)
+            call.unit.statistics.merge(tensor_statistics(group, call.settings))
 
 
 def _checked(group: TensorGroup, sums: Sequence[float]) -> UnitStatistics:
@@ -258,7 +260,7 @@ def _checked(group: TensorGroup, sums: Sequence[float]) -> UnitStatistics:
 
 
 def _selection(group: TensorGroup, settings: Settings) -> tensor_math.Selection | None:
-    if settings.select_topk >= 1:
+    if settings.select_topk >= 1 or len(group.non_base) < 2:  # nothing varies across one target
         return None
     assert group.base is not None
     return tensor_math.select(
@@ -305,3 +307,6 @@ def _explain_nonfinite(group: TensorGroup) -> str:
         f"the deltas of tensor `{group.metadata.name}` are too large for float64 statistics; "
         "the checkpoints do not share a pivot."
     )
+
+
+register()

@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import yaml
 from mergekit.common import ImmutableMap, ModelReference
 from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.graph import Task
@@ -223,12 +224,11 @@ def _attach_to_planning(plan: ModuleType) -> None:
         content = _content(self.config)
         plan_tensors(self)
         names = [weight.name for weight, _ in self._tensors]
-        _refuse_idle_filters(self.config, names)
+        _refuse_idle_filters(self.config, [*names, *_architecture_names(self)])
         pivot = self.config.base_model
         self._varm_log = WeightLog(None if pivot is None else str(pivot), content)
-        merges = _with_units(
-            [task for _, task in self._tensors], dict(_blocks(self)), self.options, self._varm_log
-        )
+        device = None if self.options.multi_gpu else self.options.device
+        merges = _with_units([task for _, task in self._tensors], dict(_blocks(self)), device, self._varm_log)
         self._tensors = [(weight, merge) for (weight, _), merge in zip(self._tensors, merges, strict=True)]
 
     @functools.wraps(plan_to_disk)
@@ -253,7 +253,7 @@ def _attach_to_run(merge: ModuleType) -> None:
         if merge_config.merge_method != method.METHOD_NAME:
             run_merge(merge_config, out_path, options, config_source)
             return
-        text = config_source if config_source is not None else merge_config.to_yaml()
+        text = config_source if config_source is not None else yaml.safe_dump(_content(merge_config))
         recipe.refuse(recipe.check(text, cache_dir=options.transformers_cache))
         with _no_remains(out_path):
             run_merge(merge_config, out_path, options, config_source)
@@ -291,12 +291,14 @@ def _attach_to_raw_command(script: ModuleType) -> None:
         if config.merge_method != method.METHOD_NAME:
             return tasks
         bound = inspect.signature(plan_flat_merge).bind(config, out_path, *args, **kwargs)
+        if len(tasks) < 2:  # nothing but the end of the run: the files have no tensor in common
+            return tasks
         saves = sorted((task for task in tasks if isinstance(task, SaveTensor)), key=lambda save: save.tensor_name)
         names = [save.tensor_name for save in saves]
         _refuse_idle_filters(config, names)
         log = WeightLog(config.base_model, _content(config))
         blocks = {name: block_of(name) for name in names}
-        merges = _with_units([save.tensor_task for save in saves], blocks, bound.arguments["options"], log)
+        merges = _with_units([save.tensor_task for save in saves], blocks, bound.arguments["options"].device, log)
         saves = [save.model_copy(update={"tensor_task": merge}) for save, merge in zip(saves, merges, strict=True)]
         finalize = FinalizeModel(tensor_save_tasks=tuple(saves), writer_task=saves[0].writer_task)
         return [*saves, finalize, _write_weights([finalize], log, out_path)]
@@ -317,7 +319,7 @@ _ATTACH: dict[str, Callable[[ModuleType], None]] = {
 def _with_units(
     tasks: Sequence[ExecuteMergeMethodTask],
     blocks: Mapping[str, str | None],
-    options: Any,
+    device: str | None,
     log: WeightLog,
 ) -> list[MergeTensor]:
     """Exchange mergekit's task of each output tensor for one that knows the tensor's unit.
@@ -334,7 +336,6 @@ def _with_units(
         units.setdefault((chosen.granularity, unit_of(name, chosen.granularity, blocks.get(name))), []).append(
             index
         )
-    device = None if options.multi_gpu else options.device
     merges: dict[str, MergeTensor] = {}
     for (granularity, unit), members in units.items():
         if message := method.conflict(unit, {tasks[i].output_weight.name: settings[i] for i in members}):
@@ -379,6 +380,13 @@ def _blocks(planner: Any) -> Iterator[tuple[str, str]]:
             yield from ((name, block) for name in names)
 
 
+def _architecture_names(planner: Any) -> Iterator[str]:
+    """Every name a tensor of the output model could have, also of optional tensors that no input has."""
+    for module in planner.config.modules:
+        for weight in planner._out_module_arch(module).all_weights():
+            yield from (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
+
+
 def _common_path(names: Sequence[str]) -> str:
     columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
     shared = []
@@ -414,22 +422,16 @@ def _write_weights(tasks: Sequence[Task[Any]], log: WeightLog, out_path: str) ->
 def _no_remains(out_path: str) -> Iterator[None]:
     """Remove the output folder of a merge that fails, if this run made it: its shards can be of no use.
 
-    From a folder that was there before, the ``varm_weights.json`` of this run is removed, not that of another.
+    Weights that are finished (``varm_weights.json`` is written right after them) stay, whatever fails later.
     """
     folder = Path(out_path)
-    was_there, earlier = folder.exists(), _written_at(folder / FILE_NAME)
+    was_there = folder.exists()
     try:
         yield
     except BaseException:
-        if not was_there:
+        if not was_there and not (folder / FILE_NAME).exists():
             shutil.rmtree(folder, ignore_errors=True)
-        elif _written_at(folder / FILE_NAME) != earlier:
-            (folder / FILE_NAME).unlink(missing_ok=True)
         raise
-
-
-def _written_at(file: Path) -> int | None:
-    return file.stat().st_mtime_ns if file.exists() else None
 
 
 def _content(value: Any) -> Any:

@@ -41,7 +41,6 @@ KINDS = {"run_yaml": "yaml", "multimerge": "multi", "merge_raw_pytorch": "raw"}
 """The kind of recipe that each of mergekit's programs reads, by the module of the program."""
 
 HUB_TIMEOUT_SECONDS = 10
-RAW_KEYS = ("merge_method", "models", "parameters", "dtype", "base_model", "out_dtype")
 
 _Path = tuple[str | int, ...]
 
@@ -64,18 +63,23 @@ def check(text: str, *, kind: str = "yaml", models: bool = True, cache_dir: str 
     try:
         roots = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
         documents = list(yaml.safe_load_all(text))
-    except yaml.MarkedYAMLError as error:
+        lines = [_lines(root) for root in roots]
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         if not re.search(rf"merge_method:\s*['\"]?{METHOD_NAME}\b", text):
             return []
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        return [Problem(f"not valid YAML: {error.problem}", line)]
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        return [Problem(f"not valid YAML: {reason}", mark.line + 1 if mark else 1)]
     names = {str(document["name"]) for document in documents if isinstance(document, dict) and "name" in document}
     problems: list[Problem] = []
-    for root, document in zip(roots, documents, strict=True):
+    for document_lines, document in zip(lines, documents, strict=True):
         if isinstance(document, dict) and document.get("merge_method") == METHOD_NAME:
-            checker = _Checker(document, _lines(root), kind, names if kind == "multi" else set())
+            checker = _Checker(document, document_lines, kind, names if kind == "multi" else set())
             checker.run(models, cache_dir)
             problems += checker.problems
+            if len(documents) > 1 and kind != "multi":
+                line = roots[1].start_mark.line + 1
+                problems.append(Problem("a second recipe in one file: that is for mergekit-multi", line))
     return sorted(dict.fromkeys(problems), key=lambda problem: problem.line)
 
 
@@ -110,10 +114,10 @@ class _Checker:
             self._parameters((*path, "parameters"), node.get("parameters"), what)
         self._dtypes()
         if self._structure():
-            for path, node, _ in _nodes(self.document):
-                for key in ("models", "sources"):
-                    if node.get(key):
-                        self._inputs((*path, key), node)
+            for path, node, what in _nodes(self.document):
+                key = "sources" if what == "key of a slice" else "models"
+                if node.get(key) is not None:
+                    self._inputs((*path, key), node[key], node.get("base_model") if key == "sources" else None)
         if models:
             self._models(cache_dir)
 
@@ -125,8 +129,20 @@ class _Checker:
     def _keys_of(self, what: str) -> tuple[str, ...]:
         if what != _TOP:
             return tuple(_DEFINITIONS[what].model_fields)
-        keys = RAW_KEYS if self.kind == "raw" else tuple(MergeConfiguration.model_fields)
+        keys = tuple(self._configuration().model_fields)
         return (*keys, "name") if self.kind == "multi" else keys
+
+    def _configuration(self) -> Any:
+        """mergekit's own definition of the recipe."""
+        if self.kind != "raw":
+            return MergeConfiguration
+        from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
+
+        return RawPyTorchMergeConfig
+
+    def _reference(self, value: Any) -> ModelReference:
+        """A model as mergekit will read it: mergekit-pytorch takes a file's path as it stands."""
+        return ModelReference.model_validate({"model": {"path": value}} if self.kind == "raw" else value)
 
     def _known_keys(self, path: _Path, mapping: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
         for key in mapping:
@@ -177,7 +193,7 @@ class _Checker:
         """Let mergekit's own definition judge the rest; whether the inputs can be walked at all."""
         content = {key: value for key, value in self.document.items() if key != "name"}
         try:
-            MergeConfiguration.model_validate(content)
+            self._configuration().model_validate(content)
         except pydantic.ValidationError as error:
             for detail in error.errors(include_url=False):
                 path, message = tuple(detail["loc"]), detail["msg"]
@@ -190,31 +206,34 @@ class _Checker:
             return False
         return True
 
-    def _inputs(self, path: _Path, node: Mapping[str, Any]) -> None:
-        """A pivot, at least one target, and no model twice, in one list of models that are merged."""
-        base = node.get("base_model", self.document.get("base_model"))
+    def _inputs(self, path: _Path, entries: Sequence[Mapping[str, Any]], slice_base: Any) -> None:
+        """A pivot, at least one target, no model twice, one length: in one list of models that are merged."""
+        base = slice_base or self.document.get("base_model")
         if base is None:
             self.add(
                 ("merge_method",),
                 "no base_model: varm needs the pivot that the targets were fine-tuned from",
             )
             return
-        pivot = str(ModelReference.model_validate(base))
-        references = [str(ModelReference.model_validate(entry["model"])) for entry in node[str(path[-1])]]
+        pivot = str(self._reference(base))
+        references = [str(self._reference(entry["model"])) for entry in entries]
         if not [reference for reference in references if reference != pivot]:
             self.add(path, f"no target: list at least one model beside the base_model {pivot}")
         for index, reference in enumerate(references):
             if reference in references[:index]:
                 self.add((*path, index), f"{reference} is listed twice")
-        if path[-1] == "sources" and pivot not in references:
-            self.add(path, f"the base_model {pivot} is not among the sources, so it has no layer_range")
+        if path[-1] == "sources":
+            if pivot not in references:
+                self.add(path, f"the base_model {pivot} is not among the sources, so it has no layer_range")
+            if len({entry["layer_range"][1] - entry["layer_range"][0] for entry in entries}) > 1:
+                self.add(path, "the layer_ranges of the sources have different lengths")
 
     def _models(self, cache_dir: str | None) -> None:
         seen: set[str] = set()
         for path, node, _ in _nodes(self.document):
             for key in ("base_model", "model"):
                 try:
-                    reference = ModelReference.model_validate(node[key])
+                    reference = self._reference(node[key])
                 except (KeyError, RuntimeError, ValueError):
                     continue  # not there, or reported with the structure
                 for part, wanted in ((reference.model, "config.json"), (reference.lora, "adapter_config.json")):
@@ -231,13 +250,6 @@ class _Checker:
 
 
 _TOP = "top-level key"
-_CHILDREN = {
-    "models": "key of a model",
-    "slices": "key of a slice",
-    "sources": "key of a source",
-    "modules": "key of a module",
-    "tokenizer": "key of the tokenizer",
-}
 _DEFINITIONS: dict[str, type[pydantic.BaseModel]] = {
     "key of a model": InputModelDefinition,
     "key of a slice": OutputSliceDefinition,
@@ -245,6 +257,17 @@ _DEFINITIONS: dict[str, type[pydantic.BaseModel]] = {
     "key of a module": OutputModuleDefinition,
     "key of the tokenizer": TokenizerConfig,
 }
+_CHILDREN = {
+    _TOP: {
+        "models": "key of a model",
+        "slices": "key of a slice",
+        "modules": "key of a module",
+        "tokenizer": "key of the tokenizer",
+    },
+    "key of a module": {"models": "key of a model", "slices": "key of a slice"},
+    "key of a slice": {"sources": "key of a source"},
+}
+"""What mergekit reads under which key; whatever else is nested in a recipe is an unknown key and left alone."""
 
 
 def _nodes(mapping: Any, path: _Path = (), what: str = _TOP) -> Iterator[tuple[_Path, dict[str, Any], str]]:
@@ -252,16 +275,16 @@ def _nodes(mapping: Any, path: _Path = (), what: str = _TOP) -> Iterator[tuple[_
     if not isinstance(mapping, dict):
         return
     yield path, mapping, what
-    for key, child_what in _CHILDREN.items():
+    for key, child_what in _CHILDREN.get(what, {}).items():
         child = mapping.get(key)
         if isinstance(child, list):
-            for index, item in enumerate(child):
-                yield from _nodes(item, (*path, key, index), child_what)
+            children: list[tuple[_Path, Any]] = [((*path, key, index), item) for index, item in enumerate(child)]
         elif key == "modules" and isinstance(child, dict):
-            for name, item in child.items():
-                yield from _nodes(item, (*path, key, name), child_what)
+            children = [((*path, key, name), item) for name, item in child.items()]
         else:
-            yield from _nodes(child, (*path, key), child_what)
+            children = [((*path, key), child)]
+        for child_path, item in children:
+            yield from _nodes(item, child_path, child_what)
 
 
 _DUPLICATE = "<duplicate>"
@@ -275,7 +298,7 @@ def _lines(root: yaml.Node) -> dict[_Path, int]:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 here: _Path = (*path, key.value)
-                if here in lines:
+                if here in lines and key.value != "<<":
                     second: _Path = (*here, _DUPLICATE)
                     lines[second] = key.start_mark.line + 1
                 lines[here] = key.start_mark.line + 1

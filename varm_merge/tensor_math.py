@@ -1,7 +1,8 @@
 """Chunked reductions and weighted sums over one pivot tensor and its K targets; torch only.
 
 On a CPU a reduction with fresh temporaries spends its time in the allocator, not in the arithmetic. So every
-pass here walks the flat tensors in chunks that stay in cache and works in reused float64 buffers. Float64 makes
+pass here walks the flat tensors in chunks that stay in cache and computes in float64, the statistics and plain
+merges in reused buffers. Float64 makes
 the rules of the method free: squares of the smallest float32 delta do not underflow, sums over 10⁹ elements
 lose nothing, and a result is rounded once, to the output's dtype.
 
@@ -14,10 +15,10 @@ Shapes: K targets, C elements of a chunk. Arguments are tensors of one shape and
 """
 
 import functools
+import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -61,7 +62,8 @@ def blend(targets: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> N
     """Write Σ_j W_j θ_j into ``out``; the K weights are ≥ 0 and sum to 1.
 
     Taken as a chain of linear interpolations with the running share W_j / Σ_{i≤j} W_i: equal targets give
-    that target to the bit, one weight of 1 copies, and no element leaves the hull of the targets.
+    that target to the bit (but for the sign of a zero), one weight of 1 copies, and no element leaves the hull
+    of the targets.
     """
     used = [(target, weight) for target, weight in zip(targets, weights, strict=True) if weight > 0]
     flat_out = out.view(-1)
@@ -98,27 +100,41 @@ def blend_elements(
         merged_C, (total_C, share_C, *deltas_KC) = chunk.pivot_C, chunk.scratch_C
         for values_C, delta_C in zip(chunk.values_KC, deltas_KC, strict=True):
             torch.sub(values_C, merged_C, out=delta_C)
-        keep_KC: list[Tensor] = []
-        if selection is not None:
-            mask_C = selection.mask(deltas_KC, chunk.start)
-            keep_KC = [mask_C] * count
-            for delta_C in deltas_KC:
-                delta_C *= mask_C
-        if erase_minority:  # a masked delta is zero, so it is erased as well
-            majority_C = torch.copysign(torch.ones_like(total_C), _sum(deltas_KC, total_C))
-            keep_KC = [(delta_C * majority_C).sign_().clamp_(min=0) for delta_C in deltas_KC]
+        keep_KC = _keep(
+            deltas_KC,
+            total_C,
+            erase_minority,
+            None if selection is None else selection.mask(deltas_KC, chunk.start),
+        )
         sums: list[Tensor] = []
+        weights_KC = deltas_KC
         if isinstance(weights, ElementWeights):
             sums = weights.replace(deltas_KC, total_C)
         else:
-            for delta_C, weight in zip(deltas_KC, weights, strict=True):
-                delta_C.fill_(weight)
-        for weight_C, keep_C in zip(deltas_KC, keep_KC, strict=False):
-            weight_C *= keep_C
-        total_C.zero_()
-        for values_C, weight_C in zip(chunk.values_KC, deltas_KC, strict=True):
-            total_C += weight_C
-            merged_C.lerp_(values_C, torch.div(weight_C, total_C, out=share_C).nan_to_num_(nan=0.0))
+            for weight_C, weight in zip(weights_KC, weights, strict=True):
+                weight_C.fill_(weight)
+        if keep_KC:
+            if isinstance(weights, ElementWeights):
+                _sum(weights_KC, total_C)
+                sums += [_share(weight_C, total_C, share_C, 1 / count).sum() for weight_C in weights_KC]
+            total_C.zero_()
+            for values_C, weight_C, keep_C in zip(chunk.values_KC, weights_KC, keep_KC, strict=True):
+                total_C += weight_C.mul_(keep_C)
+                merged_C.lerp_(values_C, _share(weight_C, total_C, share_C, 0.0))
+        else:
+            merged_C = chunk.values_KC[0]
+            total_C.copy_(weights_KC[0])
+            share_C.fill_(1.0)
+            for earlier, (values_C, weight_C) in enumerate(
+                zip(chunk.values_KC[1:], weights_KC[1:], strict=True), 1
+            ):
+                total_C += weight_C
+                merged_C.lerp_(values_C, _share(weight_C, total_C, share_C, 1 / (earlier + 1)))
+            if isinstance(weights, ElementWeights):  # the last running share is the last weight
+                last = share_C.sum()
+                middle = [_share(weight_C, total_C, share_C, 1 / count).sum() for weight_C in weights_KC[1:-1]]
+                first = [len(share_C) - sum(middle, start=last)] if count > 1 else []
+                sums += [*first, *middle, last]
         flat_out[chunk.start : chunk.stop].copy_(merged_C)
         return sums
 
@@ -137,27 +153,20 @@ class ElementWeights:
     normalization: Normalization
     temperature: float
 
-    def replace(self, deltas_KC: list[Tensor], total_C: Tensor) -> list[Tensor]:
-        """Turn K deltas [C] into K weights [C] in place; uniform weights where no target moved.
+    def replace(self, deltas_KC: list[Tensor], spare_C: Tensor) -> list[Tensor]:
+        """Turn K deltas [C] in place into K numbers ≥ 0 that are proportional to the weights.
 
-        Returns 2·K sums over the chunk: of the statistics, then of the weights. ``total_C`` is overwritten.
+        All K are zero at an element that no target moved (``sum``). Returns the sums of the K statistics.
         """
-        targets = len(deltas_KC)
-        for delta_C in deltas_KC:
-            _ = delta_C.square_() if self.statistic == "square" else delta_C.abs_()
-        statistic_sums = [delta_C.sum() for delta_C in deltas_KC]
-        _sum(deltas_KC, total_C)
+        statistic_sums = [_measure(delta_C, self.statistic) for delta_C in deltas_KC]
         if self.normalization == "softmax":
-            mean_C = total_C.mul_(self.temperature / targets)
+            mean_C = _sum(deltas_KC, spare_C).div_(len(deltas_KC))
             for delta_C in deltas_KC:
-                delta_C.div_(mean_C).nan_to_num_(nan=0.0)
+                delta_C.div_(mean_C).div_(self.temperature).nan_to_num_(nan=0.0)
             largest_C = torch.stack(deltas_KC).amax(dim=0)
             for delta_C in deltas_KC:
                 delta_C.sub_(largest_C).exp_()
-            _sum(deltas_KC, total_C)
-        for delta_C in deltas_KC:
-            delta_C.div_(total_C).nan_to_num_(nan=1 / targets)
-        return statistic_sums + [delta_C.sum() for delta_C in deltas_KC]
+        return statistic_sums
 
 
 @dataclass(frozen=True)
@@ -195,11 +204,10 @@ def select(pivot: Tensor, targets: Sequence[Tensor], fraction: float) -> Selecti
     wanted = int(sum(int(count) for count in over_bits(torch.count_nonzero)) * fraction)
     if wanted == 0:
         return Selection(threshold=torch.iinfo(torch.int64).max, tie_stop=0)
-    prefix = 0
+    prefix, lock = 0, threading.Lock()
     for shift in range(64 - RADIX_BITS, -1, -RADIX_BITS):
         counts = torch.zeros(1 << RADIX_BITS, dtype=torch.int64, device=pivot.device)
-        for partial_counts in over_bits(partial(_count_digits, prefix=prefix, shift=shift)):
-            counts += partial_counts
+        over_bits(partial(_count_digits, counts=counts, lock=lock, prefix=prefix, shift=shift))
         at_least = counts.flip(0).cumsum(0).flip(0)
         digit = int((at_least >= wanted).sum()) - 1
         prefix = (prefix << RADIX_BITS) | digit
@@ -207,20 +215,26 @@ def select(pivot: Tensor, targets: Sequence[Tensor], fraction: float) -> Selecti
         wanted -= int(at_least[digit]) - in_bucket
         if wanted == in_bucket:
             return Selection(threshold=(prefix << shift) - 1, tie_stop=0)
-    tied = over_bits(lambda bits_C: torch.nonzero(bits_C == prefix).view(-1))
+    tied = over_bits(lambda bits_C: torch.count_nonzero(bits_C == prefix))
     for start, ties in zip(_starts(pivot), tied, strict=True):
-        if len(ties) >= wanted:
-            return Selection(threshold=prefix, tie_stop=start + int(ties[wanted - 1]) + 1)
-        wanted -= len(ties)
+        if int(ties) >= wanted:
+            chunk = slice(start, start + _chunk_size(pivot))
+            pivot_C = pivot.reshape(-1)[chunk].to(torch.float64)
+            bits_C = _variance_bits([target.reshape(-1)[chunk] - pivot_C for target in targets])
+            last = int(torch.nonzero(bits_C == prefix)[wanted - 1])
+            return Selection(threshold=prefix, tie_stop=start + last + 1)
+        wanted -= int(ties)
     raise AssertionError("the radix counts promised more ties")
 
 
-def _count_digits(bits_C: Tensor, prefix: int, shift: int) -> Tensor:
-    """How often each value of the 16 bits from ``shift`` up occurs below the higher bits ``prefix``."""
+def _count_digits(bits_C: Tensor, counts: Tensor, lock: threading.Lock, prefix: int, shift: int) -> None:
+    """Add to ``counts`` how often each value of the 16 bits from ``shift`` up occurs below the bits ``prefix``."""
     digits = bits_C >> shift
     if shift < 64 - RADIX_BITS:
         digits = digits[digits >> RADIX_BITS == prefix]
-    return torch.bincount(digits & ((1 << RADIX_BITS) - 1), minlength=1 << RADIX_BITS)
+    found = torch.bincount(digits & ((1 << RADIX_BITS) - 1), minlength=1 << RADIX_BITS)
+    with lock:  # one histogram in all, not one for each chunk; integer sums do not depend on the order
+        counts += found
 
 
 @dataclass(frozen=True)
@@ -246,6 +260,7 @@ def _map_chunks(
     flat_pivot, flat_targets = pivot.reshape(-1), [target.reshape(-1) for target in targets]
     starts, size = _starts(pivot), _chunk_size(pivot)
 
+    @torch.inference_mode()
     def run(own_starts: range) -> list[ResultT]:
         rows = list(_buffer(1 + len(targets) + scratch, size, pivot))
         results = []
@@ -259,13 +274,10 @@ def _map_chunks(
             results.append(work(_Chunk(start, stop, rows[0], values_KC, scratch_C)))
         return results
 
-    threads = min(torch.get_num_threads(), MAX_THREADS, len(starts))
     if pivot.device.type != "cpu":
         return run(starts)
-    with _serial_operations():
-        if threads <= 1:
-            return run(starts)
-        by_thread = list(_pool().map(run, [starts[thread::threads] for thread in range(threads)]))
+    threads = max(min(torch.get_num_threads(), MAX_THREADS, len(starts)), 1)
+    by_thread = list(_pool().map(run, [starts[thread::threads] for thread in range(threads)]))
     return [by_thread[index % threads][index // threads] for index in range(len(starts))]
 
 
@@ -277,20 +289,27 @@ def _chunk_size(pivot: Tensor) -> int:
     return CPU_CHUNK if pivot.device.type == "cpu" else ACCELERATOR_CHUNK
 
 
-@contextmanager
-def _serial_operations() -> Iterator[None]:
-    """Keep torch from splitting operations over threads of its own."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="varm-merge")
+    """Threads in which torch does not split operations; the caller's setting stays what it was."""
+    threads = torch.get_num_threads()
+    workers = min(threads, MAX_THREADS)
+    started = threading.Barrier(workers + 1)
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="varm-merge")
+
+    def become_serial() -> None:
+        torch.set_num_threads(1)  # also the number that threads started later begin with: restored below
+        started.wait()
+
+    for _ in range(workers):
+        pool.submit(become_serial)
+    started.wait()
+    torch.set_num_threads(threads)
+    return pool
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _buffer(rows: int, size: int, like: Tensor) -> Tensor:
@@ -304,7 +323,9 @@ def _buffer(rows: int, size: int, like: Tensor) -> Tensor:
 
 
 def _measure(delta_C: Tensor, statistic: Statistic) -> Tensor:
-    return torch.dot(delta_C, delta_C) if statistic == "square" else delta_C.abs_().sum()
+    """Replace deltas by their squares (or magnitudes); returns the sum of these."""
+    # not torch.dot: its library splits it over threads of its own
+    return (delta_C.square_() if statistic == "square" else delta_C.abs_()).sum()
 
 
 def _total(sums: Sequence[Sequence[Tensor]], count: int) -> list[float]:
@@ -320,6 +341,25 @@ def _sum(terms_KC: Sequence[Tensor], out_C: Tensor) -> Tensor:
     for term_C in terms_KC[1:]:
         out_C += term_C
     return out_C
+
+
+def _keep(deltas_KC: list[Tensor], spare_C: Tensor, erase_minority: bool, mask_C: Tensor | None) -> list[Tensor]:
+    """Which deltas of a chunk keep their weight: K factors 0 or 1, or none at all where all do.
+
+    Deltas that ``mask_C`` does not select become zero.
+    """
+    if mask_C is not None:
+        for delta_C in deltas_KC:
+            delta_C *= mask_C
+    if erase_minority:  # a delta that is zero has no sign: what was not selected is erased as well
+        majority_C = torch.copysign(torch.ones_like(spare_C), _sum(deltas_KC, spare_C))
+        return [(delta_C * majority_C).sign_().clamp_(min=0) for delta_C in deltas_KC]
+    return [] if mask_C is None else [mask_C] * len(deltas_KC)
+
+
+def _share(weight_C: Tensor, total_C: Tensor, out_C: Tensor, of_nothing: float) -> Tensor:
+    """weight / total into ``out_C``; ``of_nothing`` where both are zero."""
+    return torch.div(weight_C, total_C, out=out_C).nan_to_num_(nan=of_nothing)
 
 
 def _variance_bits(deltas_KC: Sequence[Tensor]) -> Tensor:

@@ -102,7 +102,7 @@ def normalize(statistics: Sequence[float], normalization: Normalization, tempera
     if normalization == "sum":
         return [value / total for value in scaled]
     mean = total / len(scaled)
-    exponents = [(value - 1) / (mean * temperature) for value in scaled]
+    exponents = [(value - 1) / mean / temperature for value in scaled]
     exponentials = [math.exp(exponent) for exponent in exponents]
     denominator = math.fsum(exponentials)
     return [value / denominator for value in exponentials]

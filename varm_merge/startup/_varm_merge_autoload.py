@@ -28,17 +28,33 @@ class VarmMergeFinder:
     def find_spec(self, name: str, path: object = None, target: object = None) -> object:
         if name not in self.waiting:
             return None
-        self.waiting.discard(name)
-        if not self.waiting:
-            uninstall()
         for finder in list(sys.meta_path):
             find_spec = getattr(finder, "find_spec", None)
             if not _is_ours(finder) and find_spec is not None:
                 spec = find_spec(name, path, target)
                 if spec is not None:
-                    _report_when_loaded(spec)
+                    self._report_when_loaded(spec)
                     return spec
         return None
+
+    def _report_when_loaded(self, spec: object) -> None:
+        loader = getattr(spec, "loader", None)
+        exec_module = getattr(loader, "exec_module", None)
+
+        def exec_then_report(module: object) -> None:
+            try:
+                exec_module(module)  # type: ignore[misc]
+            finally:
+                del loader.exec_module  # type: ignore[union-attr]
+            self.waiting.discard(module.__name__)  # type: ignore[attr-defined]
+            if not self.waiting:
+                uninstall()
+            _report(module)
+
+        try:
+            loader.exec_module = exec_then_report  # type: ignore[union-attr]
+        except AttributeError:
+            return
 
 
 def start() -> None:
@@ -74,29 +90,10 @@ def _is_ours(finder: object) -> bool:
     return isinstance(finder, VarmMergeFinder)
 
 
-def _report_when_loaded(spec: object) -> None:
-    loader = getattr(spec, "loader", None)
-    exec_module = getattr(loader, "exec_module", None)
-
-    def exec_then_report(module: object) -> None:
-        try:
-            exec_module(module)  # type: ignore[misc]
-        finally:
-            del loader.exec_module  # type: ignore[union-attr]
-        _report(module)
-
-    try:
-        loader.exec_module = exec_then_report  # type: ignore[union-attr]
-    except AttributeError:
-        return
-
-
 def _report(module: object) -> None:
     try:
         if getattr(module, "__name__", None) == "mergekit.merge_methods":
-            from varm_merge import method
-
-            method.register()
+            import varm_merge.method  # noqa: F401  registers itself, also if it is being imported right now
         else:
             from varm_merge import planner
 
