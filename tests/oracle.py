@@ -5,6 +5,7 @@ W_{j,m} = E_m[Δ_j²] / Σ_i E_m[Δ_i²]        merged_m = Σ_j W_{j,m} θ_{j,m}
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 
 import numpy as np
 
@@ -77,8 +78,9 @@ def select(delta_K: np.ndarray, fraction: float) -> np.ndarray:
     """SCE's select: 1 for the ⌊fraction · (elements that vary)⌋ of highest variance, ties to the lower index."""
     if fraction >= 1 or len(delta_K) < 2:
         return np.ones(delta_K.shape[1:])
-    variance = delta_K.var(axis=0).ravel()
-    count = int(np.count_nonzero(variance) * fraction)
+    spread = (delta_K[:, None] - delta_K[None]) ** 2  # summed over pairs of targets: 2·K² times the variance
+    variance = spread.sum(axis=(0, 1)).ravel()
+    count = int(np.count_nonzero(variance) * Decimal(str(fraction)))
     mask = np.zeros_like(variance)
     mask[np.argsort(-variance, kind="stable")[:count]] = 1
     return mask.reshape(delta_K.shape[1:])

@@ -1,5 +1,6 @@
 """A varm recipe with mistakes is refused before any weight is read: every mistake at once, each with its line."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,12 @@ def test_every_shipped_recipe_is_sound(path: Path) -> None:
     entries = [content, *content.get("models", []), *(content.get("slices") or [{}])[0].get("sources", [])]
     assert {name for entry in entries for name in entry.get("parameters") or {}} <= known
     assert f"mergekit-yaml yaml_recipes/{path.name}" in text.split("merge_method")[0]
+
+
+def test_the_recipes_of_the_readme_and_the_demo_are_sound() -> None:
+    (shown,) = re.findall(r"```yaml\n(.*?)```", (SHIPPED[0].parents[1] / "README.md").read_text(), re.DOTALL)
+    assert problems(shown) == []
+    assert problems((SHIPPED[0].parents[1] / "examples" / "demo_recipe.yaml").read_text()) == []
 
 
 def test_the_published_merges_are_shipped_at_every_granularity() -> None:

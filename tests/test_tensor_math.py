@@ -1,5 +1,6 @@
 """Reductions, blends and the selection on single tensors, against numpy, brute force and exact properties."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -270,3 +271,25 @@ def test_a_merge_works_in_inference_mode_and_after_it(
         run(models, torch.empty(500))
 
     in_a_fresh_thread(in_and_out)
+
+
+@pytest.mark.parametrize(("fraction", "kept"), [(0.29, 29), (0.57, 57), (0.58, 58), (0.999, 99)])
+def test_a_fraction_is_taken_as_it_is_written(fraction: float, kept: int) -> None:
+    assert sum(selected([float(value) for value in range(1, 101)], fraction)) == kept
+
+
+def test_deltas_that_differ_only_in_their_order_tie() -> None:
+    for values in [(4.0, 4.0, 0.0), (-3.0, -3.0, -2.0), (1.0, 2.0, 4.0)]:
+        deltas_KC = list(torch.tensor(list(itertools.permutations(values)), dtype=torch.float64).T.contiguous())
+        mask = select(torch.zeros(6), deltas_KC, 0.5).mask(deltas_KC, 0)
+        assert mask.tolist() == [True, True, True, False, False, False]
+
+
+def test_the_callers_threads_are_left_as_they_were() -> None:
+    """Also when several threads merge at once, as for several GPUs, and for threads that start later."""
+    before = torch.get_num_threads()
+    tensors = [torch.randn(3, 300_000) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda group: delta_sums(group[0], list(group[1:]), "square", None), tensors))
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == torch.get_num_threads() == before

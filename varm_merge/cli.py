@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import click
@@ -110,10 +111,11 @@ def _diagnose() -> list[str]:
         problems.append(f"`varm` is registered but not attached to mergekit's planning: {probe.stderr.strip()}")
     script = shutil.which("mergekit-yaml")
     beside = Path(sys.executable).parent / "mergekit-yaml"
+    user_scripts = Path(sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user")))
     click.echo(f"{'mergekit-yaml':14} {script or 'not on PATH'}")
     if script is None:
         problems.append(f"`mergekit-yaml` is not on PATH; it should be {beside}. Activate this environment.")
-    elif Path(script).resolve() != beside.resolve():
+    elif Path(script).resolve() not in {beside.resolve(), (user_scripts / "mergekit-yaml").resolve()}:
         problems.append(
             f"`mergekit-yaml` on PATH is that of another environment ({script}); this one's is {beside}. "
             "Activate this environment, or install varm-merge into the other."

@@ -4,7 +4,7 @@ On a CPU a reduction with fresh temporaries spends its time in the allocator, no
 pass here walks the flat tensors in chunks that stay in cache and computes in float64, the statistics and plain
 merges in reused buffers. Float64 makes
 the rules of the method free: squares of the smallest float32 delta do not underflow, sums over 10⁹ elements
-lose nothing, and a result is rounded once, to the output's dtype.
+lose nothing, and a result is rounded only on its way into the output's dtype.
 
 Threads take whole chunks; torch's own splitting of each operation is switched off meanwhile. It would meet at
 a barrier after every one of these small operations, and on a machine that does anything else at the same time
@@ -15,11 +15,14 @@ Shapes: K targets, C elements of a chunk. Arguments are tensors of one shape and
 """
 
 import functools
+import itertools
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import TypeVar
 
@@ -201,14 +204,15 @@ def select(pivot: Tensor, targets: Sequence[Tensor], fraction: float) -> Selecti
     def over_bits(work: Callable[[Tensor], ResultT]) -> list[ResultT]:
         return _map_chunks(lambda chunk: work(_variance_bits(chunk.to_deltas())), pivot, targets)
 
-    wanted = int(sum(int(count) for count in over_bits(torch.count_nonzero)) * fraction)
+    varying = sum(int(count) for count in over_bits(torch.count_nonzero))
+    wanted = math.floor(varying * Fraction(repr(fraction)))  # 0.29 of 100 is 29, which floats make 28
     if wanted == 0:
         return Selection(threshold=torch.iinfo(torch.int64).max, tie_stop=0)
     prefix, lock = 0, threading.Lock()
     for shift in range(64 - RADIX_BITS, -1, -RADIX_BITS):
         counts = torch.zeros(1 << RADIX_BITS, dtype=torch.int64, device=pivot.device)
         over_bits(partial(_count_digits, counts=counts, lock=lock, prefix=prefix, shift=shift))
-        at_least = counts.flip(0).cumsum(0).flip(0)
+        at_least = counts.cpu().numpy()[::-1].cumsum()[::-1]
         digit = int((at_least >= wanted).sum()) - 1
         prefix = (prefix << RADIX_BITS) | digit
         in_bucket = int(counts[digit])
@@ -363,10 +367,12 @@ def _share(weight_C: Tensor, total_C: Tensor, out_C: Tensor, of_nothing: float) 
 
 
 def _variance_bits(deltas_KC: Sequence[Tensor]) -> Tensor:
-    """Variance over the targets of each element, the bits of non-negative float64s, int64 [C]."""
-    mean_C = _sum(deltas_KC, torch.empty_like(deltas_KC[0])).div_(len(deltas_KC))
-    variance_C = torch.zeros_like(mean_C)
-    for delta_C in deltas_KC:
-        centred_C = delta_C - mean_C
-        variance_C.addcmul_(centred_C, centred_C)
-    return variance_C.view(torch.int64)
+    """K² times the variance over the targets of each element, the bits of non-negative float64s, int64 [C].
+
+    As Σ_{i<j} (Δ_i − Δ_j)²: without a rounded mean, so that deltas which differ only in their order tie.
+    """
+    spread_C, difference_C = torch.zeros_like(deltas_KC[0]), torch.empty_like(deltas_KC[0])
+    for one_C, other_C in itertools.combinations(deltas_KC, 2):
+        torch.sub(one_C, other_C, out=difference_C)
+        spread_C.addcmul_(difference_C, difference_C)
+    return spread_C.view(torch.int64)
