@@ -285,6 +285,12 @@ def test_deltas_that_differ_only_in_their_order_tie() -> None:
         assert mask.tolist() == [True, True, True, False, False, False]
 
 
+def test_torch_does_not_split_operations_in_our_own_threads(threads: int) -> None:
+    tensor_math._pool.cache_clear()
+    torch.set_num_threads(threads)
+    assert set(tensor_math._pool().map(lambda _: torch.get_num_threads(), range(20))) == {1}
+
+
 def test_the_callers_threads_are_left_as_they_were() -> None:
     """Also when several threads merge at once, as for several GPUs, and for threads that start later."""
     before = torch.get_num_threads()

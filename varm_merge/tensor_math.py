@@ -302,6 +302,7 @@ def _pool() -> ThreadPoolExecutor:
     pool = ThreadPoolExecutor(workers, thread_name_prefix="varm-merge")
 
     def become_serial() -> None:
+        torch.get_num_threads()  # a thread's first use of torch sets its number; only later settings last
         torch.set_num_threads(1)  # also the number that threads started later begin with: restored below
         started.wait()
 
