@@ -1,0 +1,147 @@
+"""The ``fusion-trainer`` program."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
+
+import click
+from pydantic import BaseModel
+
+from fusion_trainer.config import ExtractConfig, PrepareConfig, read_config
+from fusion_trainer.errors import FusionError, listed
+
+__all__ = ["main"]
+
+Command = Callable[..., None]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="varm-merge", prog_name="fusion-trainer")
+def main() -> None:
+    """Fuse chat LLMs pairwise: from source models and chat data to the target checkpoints that VaRM merges."""
+
+
+def _settings_as_flags(kind: type[BaseModel]) -> Callable[[Command], Command]:
+    """One option for each setting of ``kind``; a flag that is not given is left to the config file."""
+
+    def decorate(command: Command) -> Command:
+        for name, field in reversed(kind.model_fields.items()):
+            shown = field.description or ""
+            if not field.is_required() and field.default is not None:
+                shown += f"  [default: {field.default}]"
+            flag = "--" + name.replace("_", "-")
+            options: dict[str, Any] = {"default": None, "help": shown}
+            of = [part for part in _members(field.annotation) if part is not type(None)]
+            if of == [bool]:
+                flag += f"/--no-{name.replace('_', '-')}"
+            elif get_origin(field.annotation) is list:
+                options |= {"multiple": True, "type": str}
+            else:
+                choices = [choice for part in of if get_origin(part) is Literal for choice in get_args(part)]
+                options["type"] = click.Choice(choices) if choices else of[0]
+                if of[0] is Path:
+                    options["type"] = click.Path(path_type=Path)
+            command = click.option(flag, name, **options)(command)
+        return click.argument("config", required=False, type=click.Path(path_type=Path))(command)
+
+    return decorate
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in flags.items()
+        if value not in (None, ())
+    }
+
+
+@main.command()
+@_settings_as_flags(PrepareConfig)
+def prepare(config: Path | None, **flags: Any) -> None:
+    """Render and split the chat data; `extract` does it too, when it has not been done.
+
+    \b
+    Example:
+      fusion-trainer prepare --data chats.jsonl --pivot openchat/openchat_3.5 --dialogues dialogues/
+    """
+    from fusion_trainer.prepare import prepare as run
+
+    settings = read_config(PrepareConfig, config, _given(flags))
+    dialogues = run(settings, Path())
+    click.echo(f"{len(dialogues)} blocks in {dialogues.folder}")
+
+
+@main.command()
+@_settings_as_flags(ExtractConfig)
+def extract(config: Path | None, **flags: Any) -> None:
+    """Keep a model's top-k distributions at every token of the assistant.
+
+    Settings come from the YAML file CONFIG, from flags, or both; a flag wins. Stopped at any point, the same
+    command goes on where it was. With several GPUs: `accelerate launch -m fusion_trainer extract …`.
+
+    \b
+    Example:
+      fusion-trainer extract --data chats.jsonl --pivot openchat/openchat_3.5 \\
+        --model NousResearch/Nous-Hermes-2-SOLAR-10.7B --output stores/solar
+    """
+    from accelerate import PartialState
+
+    from fusion_trainer.representations.extract import extract as run
+
+    start = time.monotonic()
+    store = run(read_config(ExtractConfig, config, _given(flags)))
+    if PartialState().is_main_process:
+        positions = store.manifest["positions"]
+        click.echo(
+            f"{store.folder}: {len(store):,} rows, {positions:,} supervised tokens, "
+            f"{store.bytes / max(1, positions):.1f} bytes each, {time.monotonic() - start:.0f} s"
+        )
+        if cut := store.manifest["cut_tokens"]:
+            click.echo(f"{cut:,} tokens lie beyond the model's context and have no distribution")
+
+
+@main.group()
+def store() -> None:
+    """Look at stores, and check them."""
+
+
+@store.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+def verify(folder: Path) -> None:
+    """Check every shard of the store FOLDER: checksums, NaN, ranges. Exit code 1 if something is wrong."""
+    from fusion_trainer.representations.store import RepresentationStore
+
+    opened = RepresentationStore(folder)
+    problems = list(opened.problems())
+    if problems:
+        raise FusionError(f"the store `{folder}` has {len(problems)} problems:{listed(problems)}")
+    click.echo(f"{folder}: {len(opened.manifest['shards'])} shards, {len(opened):,} rows, nothing wrong")
+
+
+@store.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--row", default=0, show_default=True, help="Which row to print.")
+@click.option("--positions", default=20, show_default=True, help="Most positions printed of it.")
+@click.option("--dialogues", type=click.Path(path_type=Path), help="The folder it was made from, for the text.")
+@click.option("--tokenizer", help="Folder or Hub id, if the model has moved since.")
+def show(folder: Path, row: int, positions: int, dialogues: Path | None, tokenizer: str | None) -> None:
+    """Print the manifest of the store FOLDER, and one row, decoded."""
+    from fusion_trainer.representations.show import show_manifest, show_row
+    from fusion_trainer.representations.store import RepresentationStore
+
+    opened = RepresentationStore(folder)
+    if not 0 <= row < len(opened):
+        raise FusionError(f"the store has the rows 0 to {len(opened) - 1}, not {row}")
+    click.echo(show_manifest(opened))
+    click.echo(show_row(opened, row, positions, dialogues, tokenizer))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

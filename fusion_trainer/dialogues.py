@@ -1,0 +1,407 @@
+"""Conversations → blocks of text of at most ``max_length`` tokens of the pivot, in a folder all models share.
+
+The folder is the common ground of every source: one text per block, and which of its characters are the
+assistant's. Whatever tokenizer reads a block later, the same characters are supervised, and the n-th row of
+every store stands for the n-th block.
+
+A long dialogue is split between turns (paper, appendix A): each block is rendered on its own, with the system
+turn at its head, and holds as many exchanges as fit. Only an exchange that is too long alone is cut, and counted.
+
+    blocks.arrow    Arrow IPC file; a row is a block (``SCHEMA``)
+    manifest.json   where the blocks come from, their fingerprint, the report
+"""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fusion_trainer.conversations import BAD_ROW, Conversation, Message
+from fusion_trainer.errors import FusionError, listed
+from fusion_trainer.files import TEMPORARY, read_json, sync_folder, whole_file, write_json
+from fusion_trainer.templates import Template, TemplateError, find_template
+from fusion_trainer.tokens import Span, TextTokenizer, Tokens, supervised_positions
+
+__all__ = ["Block", "Dialogues", "Preparation", "Report", "write_dialogues"]
+
+FORMAT = "fusion-trainer dialogues"
+VERSION = 1
+SCHEMA = pa.schema(
+    [
+        pa.field("conversation", pa.string(), nullable=False),  # the conversation's id
+        pa.field("block", pa.int32(), nullable=False),  # which of its blocks
+        pa.field("source", pa.string(), nullable=False),  # file and row
+        pa.field("text", pa.string(), nullable=False),  # without BOS
+        pa.field("spans", pa.list_(pa.list_(pa.int32(), 2)), nullable=False),  # supervised bytes of text
+        pa.field("tokens", pa.int32(), nullable=False),  # of the pivot, with BOS
+    ]
+)
+ROWS_PER_BATCH = 1024
+CONVERSATIONS_AT_ONCE = 256
+DOCUMENTS_APART = "\n\n"
+"""What stands between two documents packed into one block."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One text that every model reads, with its supervised bytes; ``tokens`` counts the pivot's, with BOS."""
+
+    conversation: str
+    block: int
+    source: str
+    text: str
+    spans: tuple[Span, ...]
+    tokens: int
+
+
+@dataclass
+class Report:
+    """What became of the data; all numbers of tokens are the pivot's.
+
+    Attributes:
+        dropped: Conversations left out, by reason.
+        cut_turns: Answers cut because their exchange alone is longer than ``max_length``.
+        cut_tokens: Tokens lost by that.
+        open_turns: Turns left out because no answer follows them.
+        lengths: Blocks by length: upper bound (a power of two) → number.
+    """
+
+    conversations: int = 0
+    kept: int = 0
+    turns: int = 0
+    open_turns: int = 0
+    blocks: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    cut_turns: int = 0
+    cut_tokens: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+
+    def as_dict(self) -> dict[str, Any]:
+        plain = {**vars(self), "dropped": dict(sorted(self.dropped.items()))}
+        return {**plain, "lengths": {str(bound): self.lengths[bound] for bound in sorted(self.lengths)}}
+
+    def __str__(self) -> str:
+        lines = [
+            f"conversations      {self.conversations:>12,}  of which kept {self.kept:,}",
+            f"turns              {self.turns:>12,}  without an answer after them, left out {self.open_turns:,}",
+            f"blocks             {self.blocks:>12,}",
+            f"tokens             {self.tokens:>12,}",
+            f"supervised tokens  {self.supervised_tokens:>12,}",
+            f"answers cut        {self.cut_turns:>12,}  by {self.cut_tokens:,} tokens",
+            *(f"dropped            {number:>12,}  {reason}" for reason, number in sorted(self.dropped.items())),
+            "length of a block in tokens:",
+        ]
+        most = max(self.lengths.values(), default=1)
+        for bound in sorted(self.lengths):
+            bar = "█" * max(1, round(40 * self.lengths[bound] / most))
+            lines.append(f"  ≤ {bound:<7,} {self.lengths[bound]:>9,}  {bar}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Preparation:
+    """Turns conversations into blocks and counts what it does.
+
+    Attributes:
+        tokenizer: The pivot's.
+        template: None for data without turns; otherwise the tokenizer's own.
+        max_length: Tokens of the pivot, BOS among them.
+        packing: Put several short documents of plain text into one block.
+        skipped: If given, conversations that cannot be used are counted here (by ``conversations`` too) instead of
+            being an error.
+    """
+
+    tokenizer: TextTokenizer
+    template: Template | None
+    max_length: int
+    packing: bool = True
+    skipped: Counter[str] | None = None
+    report: Report = field(default_factory=Report)
+    _problems: list[str] = field(default_factory=list)
+
+    def blocks(self, conversations: Iterable[Conversation]) -> Iterator[Block]:
+        """All blocks, in the order of the conversations (of a few hundred at a time, dialogues before documents).
+
+        Raises:
+            FusionError: The template refuses some conversations (all are named), or most conversations have
+                nothing to supervise.
+        """
+        iterator = iter(conversations)
+        while some := list(islice(iterator, CONVERSATIONS_AT_ONCE)):
+            documents = [c for c in some if c.text is not None]
+            dialogues = [c for c in some if c.text is None]
+            self.report.conversations += len(some)
+            for block in [*self._of_dialogues(dialogues), *self._of_documents(documents)]:
+                self._count(block)
+                yield block
+        self._judge()
+
+    def _count(self, block: Block) -> None:
+        self.report.blocks += 1
+        self.report.tokens += block.tokens
+        self.report.lengths[1 << (block.tokens - 1).bit_length()] += 1
+
+    def _judge(self) -> None:
+        report = self.report
+        skipped = self.skipped or Counter()
+        report.dropped.update(skipped)
+        report.conversations += skipped[BAD_ROW]
+        if self._problems:
+            raise FusionError(
+                f"{len(self._problems)} conversations cannot be rendered:{listed(self._problems)}\n"
+                "Correct them, choose another --template, or leave them out with --bad-rows skip."
+            )
+        if not report.conversations:
+            raise FusionError("the data is empty")
+        if 2 * report.kept <= report.conversations:
+            reasons = "; ".join(f"{number} {reason}" for reason, number in report.dropped.most_common())
+            raise FusionError(
+                f"only {report.kept} of {report.conversations} conversations can be learned from: {reasons}"
+            )
+
+    # Dialogues
+
+    def _of_dialogues(self, conversations: Sequence[Conversation]) -> Iterator[Block]:
+        rendered = [(c, messages, r) for c in conversations for messages, r in [self._rendered(c)] if r]
+        texts = self.tokenizer.encode([whole.text for _, _, whole in rendered])
+        for (conversation, messages, whole), tokens in zip(rendered, texts, strict=True):
+            if len(tokens) <= self.max_length:
+                made = self._block(conversation, 0, whole.text, whole.spans, tokens)
+                blocks = [made] if made else []
+            else:
+                blocks = list(self._split(conversation, messages))
+            if blocks:
+                self.report.kept += 1
+            else:
+                self.report.dropped["no supervised token"] += 1
+            yield from blocks
+
+    def _rendered(self, conversation: Conversation) -> tuple[list[Message], Any]:
+        """The turns up to the last answer, and their rendering; None where there is nothing to render."""
+        messages = list(conversation.messages)
+        self.report.turns += len(messages)
+        while messages and messages[-1].role != "assistant":
+            messages.pop()
+            self.report.open_turns += 1
+        if not messages:
+            self.report.dropped["no answer in it"] += 1
+            return messages, None
+        if self.template is None:
+            self.template = find_template(None, self.tokenizer.tokenizer, self.tokenizer.name)
+        try:
+            return messages, self.template.render(messages)
+        except TemplateError as error:
+            if self.skipped is not None:
+                self.skipped["the template refuses it"] += 1
+            else:
+                self._problems.append(f"{conversation.where}: {error}")
+            return messages, None
+
+    def _split(self, conversation: Conversation, messages: Sequence[Message]) -> Iterator[Block]:
+        """As many exchanges as fit into each block, every block rendered on its own."""
+        system, exchanges = _exchanges(messages)
+        number = first = 0
+        while first < len(exchanges):
+            last = first + 1
+            text, spans, tokens = self._render(conversation, [*system, *exchanges[first]])
+            while last < len(exchanges):
+                longer = self._render(conversation, [*system, *chain(*exchanges[first : last + 1])])
+                if len(longer[2]) > self.max_length:
+                    break
+                text, spans, tokens = longer
+                last += 1
+            if len(tokens) > self.max_length:
+                text, spans, tokens = self._cut(text, spans, tokens)
+            made = self._block(conversation, number, text, spans, tokens)
+            if made:
+                yield made
+                number += 1
+            first = last
+
+    def _render(
+        self, conversation: Conversation, messages: Sequence[Message]
+    ) -> tuple[str, Sequence[Span], Tokens]:
+        assert self.template is not None
+        try:
+            rendered = self.template.render(messages)
+        except TemplateError as error:
+            raise FusionError(
+                f"{conversation.where}: it is longer than {self.max_length} tokens, and split between its turns "
+                f"{error}"
+            ) from error
+        return rendered.text, rendered.spans, self.tokenizer.encode([rendered.text])[0]
+
+    def _cut(self, text: str, spans: Sequence[Span], tokens: Tokens) -> tuple[str, list[Span], Tokens]:
+        """The head of a text that fits, between two characters."""
+        before = len(tokens)
+        length = self.max_length
+        while len(tokens) > self.max_length and length:
+            stop = int(tokens.ends[length - 1])
+            shorter = _head(text, stop)
+            again = self.tokenizer.encode([shorter])[0]
+            if len(again) <= self.max_length:
+                text, tokens = shorter, again
+            length -= min(length, max(1, len(again) - self.max_length))
+        self.report.cut_turns += 1
+        self.report.cut_tokens += before - len(tokens)
+        size = len(text.encode())
+        return text, [(start, min(stop, size)) for start, stop in spans if start < size], tokens
+
+    def _block(
+        self, conversation: Conversation, number: int, text: str, spans: Sequence[Span], tokens: Tokens
+    ) -> Block | None:
+        supervised = len(supervised_positions(tokens, spans))
+        if not supervised:
+            return None
+        self.report.supervised_tokens += supervised
+        return Block(conversation.id, number, conversation.where, text, tuple(spans), len(tokens))
+
+    # Documents of plain text, all of which is supervised
+
+    def _of_documents(self, documents: Sequence[Conversation]) -> Iterator[Block]:
+        whole = self.tokenizer.encode([document.text or "" for document in documents])
+        waiting: list[tuple[Conversation, str]] = []
+        room = self.max_length
+        for document, tokens in zip(documents, whole, strict=True):
+            text = document.text or ""
+            self.report.kept += 1
+            if len(tokens) > self.max_length:
+                yield from self._packed(waiting)
+                waiting, room = [], self.max_length
+                yield from self._pieces(document, text, tokens)
+                continue
+            if waiting and (not self.packing or len(tokens) + 2 > room):
+                yield from self._packed(waiting)
+                waiting, room = [], self.max_length
+            waiting.append((document, text))
+            room -= len(tokens) + 2
+        yield from self._packed(waiting)
+
+    def _packed(self, waiting: Sequence[tuple[Conversation, str]]) -> Iterator[Block]:
+        """Short documents as one block; as one each where together they are longer than they were apart."""
+        if not waiting:
+            return
+        text = DOCUMENTS_APART.join(text for _, text in waiting)
+        tokens = self.tokenizer.encode([text])[0]
+        if len(tokens) > self.max_length and len(waiting) > 1:
+            for one in waiting:
+                yield from self._packed([one])
+            return
+        made = self._block(waiting[0][0], 0, text, [(0, len(text.encode()))], tokens)
+        if made:
+            yield made
+
+    def _pieces(self, document: Conversation, text: str, tokens: Tokens) -> Iterator[Block]:
+        number, length = 0, self.max_length
+        while text:
+            head = text if len(tokens) <= length else _head(text, int(tokens.ends[length - 1])) or text[0]
+            piece = self.tokenizer.encode([head])[0]
+            if len(piece) > self.max_length and length > len(self.tokenizer.prefix) + 1:
+                length -= len(piece) - self.max_length
+                continue
+            made = self._block(document, number, head, [(0, len(head.encode()))], piece)
+            if made:
+                yield made
+                number += 1
+            text, length = text[len(head) :], self.max_length
+            tokens = self.tokenizer.encode([text])[0]
+
+
+def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """The system turns at the head, and the rest in pieces that end with an answer no tool turn follows."""
+    head = 0
+    while head < len(messages) and messages[head].role == "system":
+        head += 1
+    pieces: list[list[Message]] = [[]]
+    for message, following in zip(messages[head:], [*messages[head + 1 :], None], strict=True):
+        pieces[-1].append(message)
+        if message.role == "assistant" and following and following.role != "tool":
+            pieces.append([])
+    return list(messages[:head]), pieces
+
+
+def _head(text: str, size: int) -> str:
+    """The characters that lie whole within the first ``size`` bytes."""
+    return text.encode()[:size].decode(errors="ignore")
+
+
+def write_dialogues(
+    folder: Path, blocks: Iterable[Block], preparation: Preparation, request: dict[str, Any]
+) -> None:
+    """Write the blocks and their manifest; the folder appears whole or not at all.
+
+    Args:
+        folder: Where; nothing may be there yet.
+        blocks: What ``preparation`` makes.
+        preparation: Its report goes into the manifest.
+        request: What the blocks were asked to be made of, by fingerprints.
+    """
+    making = folder.with_name(folder.name + TEMPORARY)
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    try:
+        digest = hashlib.sha256()
+        with whole_file(making / "blocks.arrow") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+            iterator = iter(blocks)
+            while some := list(islice(iterator, ROWS_PER_BATCH)):
+                for block in some:
+                    row = [block.conversation, block.block, block.text, block.spans]
+                    digest.update(json.dumps(row, ensure_ascii=False).encode())
+                columns = [[getattr(block, name) for block in some] for name in SCHEMA.names]
+                arrays = [pa.array(c, type=f.type) for c, f in zip(columns, SCHEMA, strict=True)]
+                writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+        manifest = {"format": FORMAT, "version": VERSION, "fingerprint": digest.hexdigest(), "request": request}
+        write_json(making / "manifest.json", {**manifest, "report": preparation.report.as_dict()})
+        making.replace(folder)
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+
+
+class Dialogues:
+    """A prepared folder, memory-mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        manifest = folder / "manifest.json"
+        if not manifest.is_file():
+            raise FusionError(f"`{folder}` holds no dialogues: no manifest.json in it")
+        self.folder = folder
+        self.manifest: dict[str, Any] = read_json(manifest)
+        if (self.manifest.get("format"), self.manifest.get("version")) != (FORMAT, VERSION):
+            raise FusionError(f"`{folder}` is not a folder of {FORMAT}, version {VERSION}")
+        with pa.memory_map(str(folder / "blocks.arrow")) as source:
+            reader = pa.ipc.open_file(source)
+            self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all conversation ids, texts and spans, in order."""
+        return str(self.manifest["fingerprint"])
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int32]:
+        """int32 [blocks]: tokens of the pivot, with BOS."""
+        columns = [batch.column("tokens").to_numpy() for batch in self._batches]
+        return np.concatenate(columns) if columns else np.empty(0, np.int32)
+
+    def __len__(self) -> int:
+        return sum(batch.num_rows for batch in self._batches)
+
+    def __getitem__(self, number: int) -> Block:
+        if not 0 <= number < len(self):
+            raise IndexError(f"block {number} of {len(self)}")
+        row = self._batches[number // ROWS_PER_BATCH].slice(number % ROWS_PER_BATCH, 1).to_pylist()[0]
+        return Block(**{**row, "spans": tuple(map(tuple, row["spans"]))})

@@ -1,0 +1,131 @@
+"""Checkpoints: where they lie, what they are by hash, and how they are loaded to be asked."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from fusion_trainer.errors import FusionError
+from fusion_trainer.files import fingerprint, sha256_of
+
+__all__ = ["TOKENIZER_FILES", "load_causal_lm", "local_folder", "weights_fingerprint"]
+
+TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
+WEIGHT_FILES = ("*.safetensors",)
+SHA256_LENGTH = 64
+
+
+def local_folder(
+    model: str, revision: str | None = None, *, weights: bool = True, code: bool = False
+) -> tuple[Path, str | None]:
+    """The folder of a model, downloaded if it is on the Hub, and the commit it was downloaded at.
+
+    Raises:
+        FusionError: Neither a folder nor a model of the Hub.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path, None
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise FusionError(f"no model folder `{model}`")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [*TOKENIZER_FILES, *(WEIGHT_FILES if weights else ()), *(("*.py",) if code else ())]
+    try:
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise FusionError(
+            f"`{model}`{at} is no folder, and the Hub gave: {str(error).strip() or type(error).__name__}"
+        ) from error
+    return folder, folder.name
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 over the names and contents of the weight files (a Hub download's names tell their content)."""
+    files = sorted(path for path in folder.glob("*.safetensors"))
+    if not files:
+        pickled = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")])
+        instead = f" but {pickled[0]}; pickled weights are not loaded, convert them first" if pickled else ""
+        raise FusionError(f"`{folder}` has no .safetensors weights{instead}")
+    with ThreadPoolExecutor(4) as threads:
+        return fingerprint(list(zip((f.name for f in files), threads.map(_content, files), strict=True)))
+
+
+def _content(path: Path) -> str:
+    blob = path.resolve().name
+    return blob if path.is_symlink() and len(blob) == SHA256_LENGTH else sha256_of(path)
+
+
+def load_causal_lm(
+    folder: Path,
+    name: str,
+    *,
+    dtype: str,
+    attention: str | None,
+    device: Any,
+    device_map: str | None,
+    load_in: str | None,
+    trust_remote_code: bool,
+) -> Any:
+    """A causal language model in evaluation mode, on its device or devices.
+
+    Raises:
+        FusionError: It cannot be loaded, or its weights lack an lm head or anything else.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if attention:
+        options["attn_implementation"] = attention
+    if load_in:
+        options["quantization_config"] = _quantisation(load_in)
+    if device_map or load_in:
+        options["device_map"] = device_map or {"": device}
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except torch.OutOfMemoryError as error:
+        raise FusionError(
+            f"{name} does not fit into the GPU's memory; try --device-map auto or --load-in 8bit"
+        ) from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise FusionError(f"{name} cannot be loaded as a causal language model: {error}") from error
+    finally:
+        logging.enable_progress_bar()
+    _demand_head(model, name, sorted(info["missing_keys"]), info.get("mismatched_keys") or ())
+    if not (device_map or load_in):
+        model.to(device)
+    return model.eval()
+
+
+def _demand_head(model: Any, name: str, missing: Sequence[str], mismatched: Sequence[Any]) -> None:
+    if mismatched:
+        raise FusionError(f"{name}: weights of other shapes than its config says: {mismatched[0]}")
+    if missing:
+        what = (
+            "no lm head" if any("lm_head" in key or "embed_out" in key for key in missing) else "not all weights"
+        )
+        some = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        raise FusionError(f"{name} has {what}: its files lack {some}; give a causal language model")
+    if model.get_output_embeddings() is None:
+        raise FusionError(f"{name} ({type(model).__name__}) has no lm head; give a causal language model")
+
+
+def _quantisation(load_in: str) -> Any:
+    import importlib.util
+
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise FusionError("--load-in needs bitsandbytes: pip install 'varm-merge[quant]'")
+    return BitsAndBytesConfig(load_in_8bit=load_in == "8bit", load_in_4bit=load_in == "4bit")

@@ -1,0 +1,327 @@
+"""Dialogues and a model → its store of top-k distributions (paper, section 3.2).
+
+The rows are cut into shards by the dialogues alone, and a shard's rows into batches of similar length by the
+model's tokens alone. So what is computed together does not depend on how many processes share the work or on
+where an earlier run was stopped, and neither do the bytes of the store. The next shard is tokenised, and the last
+one written, while a shard is computed.
+"""
+
+import platform
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from fusion_trainer.config import ExtractConfig
+from fusion_trainer.dialogues import Dialogues
+from fusion_trainer.errors import FusionError
+from fusion_trainer.models import load_causal_lm, local_folder, weights_fingerprint
+from fusion_trainer.prepare import prepare
+from fusion_trainer.representations.asking import AskedModel
+from fusion_trainer.representations.store import RepresentationStore, StoreWriter, Supervised, id_dtype
+from fusion_trainer.representations.topk import TopK
+from fusion_trainer.tokens import TextTokenizer, load_tokenizer, supervised_positions
+
+__all__ = ["batches", "extract", "shard_starts"]
+
+CONTEXT_SETTINGS = ("max_position_embeddings", "max_seq_len", "n_positions")
+CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A block as the model reads it: token ids [tokens], and the supervised positions among them."""
+
+    conversation: str
+    block: int
+    source: str
+    ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    cut_tokens: int
+    pivot_tokens: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a batch gave, on its way from the device: rows of the shard and their distributions, in order."""
+
+    numbers: list[int]
+    found: TopK
+    copied: Any
+
+    def arrays(self) -> list[NDArray[Any]]:
+        if self.copied is not None:
+            self.copied.synchronize()
+        parts = (self.found.ids_CK, self.found.logprobs_CK, self.found.tail_C, self.found.gold_logprob_C)
+        return [part.numpy() for part in parts]
+
+
+def shard_starts(lengths: NDArray[np.int32], shard_tokens: int) -> list[int]:
+    """The first row of each shard of about ``shard_tokens`` tokens, and the number of rows."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    starts = [0]
+    while starts[-1] < len(lengths):
+        before = int(ends[starts[-1] - 1]) if starts[-1] else 0
+        starts.append(max(starts[-1] + 1, int(np.searchsorted(ends, before + shard_tokens, "right"))))
+    return starts
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Rows grouped by length, longest first, each group at most ``batch_tokens`` when padded to its longest row.
+
+    A row that is longer than that alone is a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    groups: list[list[int]] = []
+    for row in order:
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= batch_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def extract(config: ExtractConfig) -> RepresentationStore:
+    """Make the store that ``config`` asks for, or what of it is still missing.
+
+    Under ``accelerate launch`` the processes share the shards.
+
+    Raises:
+        FusionError: Anything a user can mend: the data, the model, the disk, the memory.
+    """
+    from accelerate import PartialState
+
+    state = PartialState()
+    if config.device_map and state.num_processes > 1:
+        raise FusionError("--device-map spreads one model over all GPUs: run it as one process, not with several")
+    with state.main_process_first():
+        dialogues = prepare(config, config.output.parent, quiet=not state.is_main_process)
+    folder, commit = local_folder(config.model, config.revision, code=config.trust_remote_code)
+    tokenizer = load_tokenizer(folder, config.model, config.trust_remote_code)
+    identity = _identity(config, dialogues, tokenizer, folder, commit, state.device)
+    starts = shard_starts(dialogues.lengths, config.shard_tokens)
+    writer = StoreWriter(config.output, identity, starts)
+    if state.is_main_process:
+        writer.begin()
+    state.wait_for_everyone()
+    mine = [shard for shard in writer.missing() if not writer.finished][state.process_index :: state.num_processes]
+    state.wait_for_everyone()
+    if mine:
+        try:
+            extraction = _Extraction(config, dialogues, tokenizer, folder, state.device, writer)
+            extraction.run(mine, silent=not state.is_main_process)
+        except BaseException:
+            writer.abandon()
+            raise
+    state.wait_for_everyone()
+    if state.is_main_process and not writer.finished:
+        writer.finish()
+    state.wait_for_everyone()
+    return RepresentationStore(config.output)
+
+
+def _identity(
+    config: ExtractConfig,
+    dialogues: Dialogues,
+    tokenizer: TextTokenizer,
+    folder: Path,
+    commit: str | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """All that the store's bytes depend on."""
+    vocabulary = max(tokenizer.vocabulary) + 1
+    if config.top_k > len(tokenizer.vocabulary):
+        raise FusionError(f"--top-k {config.top_k} is more than the {len(tokenizer.vocabulary)} tokens there are")
+    return {
+        "model": config.model,
+        "revision": commit,
+        "weights": weights_fingerprint(folder),
+        "tokenizer": tokenizer.sha256,
+        "template": dialogues.manifest["request"]["template"],
+        "data": dialogues.fingerprint,
+        "top_k": config.top_k,
+        "vocabulary": vocabulary,
+        "dtype": config.dtype,
+        "attention": config.attention,
+        "load_in": config.load_in,
+        "batch_tokens": config.batch_tokens,
+        "shard_tokens": config.shard_tokens,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}",
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "transformers", "tokenizers", "varm-merge")},
+    }
+
+
+class _Extraction:
+    """One process's share of the work."""
+
+    def __init__(
+        self,
+        config: ExtractConfig,
+        dialogues: Dialogues,
+        tokenizer: TextTokenizer,
+        folder: Path,
+        device: torch.device,
+        writer: StoreWriter,
+    ) -> None:
+        self.config = config
+        self.dialogues = dialogues
+        self.tokenizer = tokenizer
+        self.writer = writer
+        model = load_causal_lm(
+            folder,
+            config.model,
+            dtype=config.dtype,
+            attention=config.attention,
+            device=device,
+            device_map=config.device_map,
+            load_in=config.load_in,
+            trust_remote_code=config.trust_remote_code,
+        )
+        settings = model.config.get_text_config()
+        limits = [getattr(settings, name, None) for name in CONTEXT_SETTINGS]
+        self.context: int | None = next((limit for limit in limits if limit), None)
+        self.model = AskedModel(model, tokenizer.vocabulary)
+        self.id_dtype = id_dtype(writer.identity["vocabulary"])
+
+    def run(self, shards: Sequence[int], silent: bool) -> None:
+        """Compute and write the shards, with a progress bar over the dialogues' tokens."""
+        lengths, starts = self.dialogues.lengths, self.writer.first_rows
+        share = sum(int(lengths[starts[shard] : starts[shard + 1]].sum()) for shard in shards)
+        bar = tqdm(total=share, unit="tok", unit_scale=True, disable=silent, desc=self.config.model[-40:])
+        with bar, ThreadPoolExecutor(1, "tokeniser") as ahead:
+            reading = ahead.submit(self._read, shards[0])
+            for shard, following in zip(shards, [*shards[1:], None], strict=True):
+                rows = reading.result()
+                if following is not None:
+                    reading = ahead.submit(self._read, following)
+                found = self._ask(rows, bar)
+                facts = {
+                    "positions": sum(len(one) for one in found),
+                    "tokens": sum(len(row.ids) for row in rows),
+                    "cut_tokens": sum(row.cut_tokens for row in rows),
+                }
+                self.writer.write(shard, [(row.conversation, row.block) for row in rows], found, facts)
+            self.writer.wait()
+
+    def _read(self, shard: int) -> list[Row]:
+        """Tokenise the blocks of a shard; what exceeds the model's context is cut and counted."""
+        first, last = self.writer.first_rows[shard : shard + 2]
+        blocks = [self.dialogues[number] for number in range(first, last)]
+        rows = []
+        for block, tokens in zip(blocks, self.tokenizer.encode([block.text for block in blocks]), strict=True):
+            positions = supervised_positions(tokens, block.spans)
+            ids = tokens.ids[: self.context]
+            if len(ids) and int(ids.max()) >= self.model.rows:
+                raise FusionError(
+                    f"{block.source}: token {int(ids.max())} of the tokenizer of {self.config.model} has no row "
+                    f"in the model, which has {self.model.rows}: tokenizer and weights do not belong together"
+                )
+            positions = positions[positions < len(ids) - 1]
+            cut = len(tokens) - len(ids)
+            rows.append(Row(block.conversation, block.block, block.source, ids, positions, cut, block.tokens))
+        return rows
+
+    def _ask(self, rows: Sequence[Row], bar: Any) -> list[Supervised]:
+        """The distributions of every row; a batch is copied to the host while the next is computed."""
+        found: list[Supervised | None] = [None] * len(rows)
+        waiting: Answer | None = None
+        for numbers in batches([len(row.ids) for row in rows], self.config.batch_tokens):
+            answer = self._ask_batch(rows, numbers)
+            if waiting is not None:
+                self._keep(waiting, rows, found)
+            waiting = answer
+            bar.update(sum(rows[number].pivot_tokens for number in numbers))
+        if waiting is not None:
+            self._keep(waiting, rows, found)
+        return [one for one in found if one is not None]
+
+    def _ask_batch(self, rows: Sequence[Row], numbers: list[int]) -> Answer:
+        batch = [rows[number] for number in numbers]
+        length = max(len(row.ids) for row in batch)
+        ids_BL = np.zeros((len(batch), length), np.int64)
+        mask_BL = np.zeros((len(batch), length), np.int64)
+        for place, row in enumerate(batch):
+            ids_BL[place, : len(row.ids)] = row.ids
+            mask_BL[place, : len(row.ids)] = 1
+        positions_S = np.concatenate([place * length + row.positions for place, row in enumerate(batch)])
+        gold_S = ids_BL.ravel()[positions_S + 1]
+        mask = None if mask_BL.all() else self._on_device(mask_BL)
+        try:
+            found = self.model.distributions(
+                self._on_device(ids_BL),
+                mask,
+                self._on_device(positions_S.astype(np.int64)),
+                self._on_device(gold_S),
+                self.config.top_k,
+            )
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise FusionError(
+                f"out of memory on {self.model.device} with a batch of {len(batch)} × {length} tokens; lower "
+                f"--batch-tokens (now {self.config.batch_tokens})"
+                + ("" if len(batch) > 1 else ", and as it is one block alone, --max-length")
+                + ", and run the same command again"
+            ) from error
+        return _to_host(numbers, found)
+
+    def _on_device(self, array: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(array).to(self.model.device, non_blocking=True)
+
+    def _keep(self, answer: Answer, rows: Sequence[Row], found: list[Supervised | None]) -> None:
+        """Hand a batch's distributions to their rows."""
+        ids, logprobs, tail, gold = answer.arrays()
+        finite = np.isfinite(logprobs).all(1) & np.isfinite(tail) & np.isfinite(gold)
+        start = 0
+        for number in answer.numbers:
+            row = rows[number]
+            stop = start + len(row.positions)
+            if not finite[start:stop].all():
+                raise FusionError(self._not_finite(row, int(np.argmin(finite[start:stop]))))
+            here = slice(start, stop)
+            found[number] = Supervised(ids[here].astype(self.id_dtype), logprobs[here], tail[here], gold[here])
+            start = stop
+
+    def _not_finite(self, row: Row, which: int) -> str:
+        position = int(row.positions[which])
+        message = (
+            f"{self.config.model} gives NaN or infinite logits, first at token position {position} of "
+            f"conversation {row.conversation!r}, block {row.block} ({row.source})"
+        )
+        for name, weight in self.model.model.named_parameters():
+            wrong = ~torch.isfinite(weight.detach().flatten())
+            if wrong.any():
+                place = np.unravel_index(int(wrong.to(torch.uint8).argmax()), weight.shape)
+                return f"{message}. Its weights are not finite: {name}, first at {[int(i) for i in place]}"
+        return f"{message}. Its weights are finite; a wider --dtype may help"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return named or any(words in str(error) for words in CPU_OUT_OF_MEMORY)
+
+
+def _to_host(numbers: list[int], found: TopK) -> Answer:
+    """Start copying to the host, in the types the store keeps."""
+    half = torch.float16
+    parts = (
+        found.ids_CK.to(torch.int32),
+        found.logprobs_CK.to(half),
+        found.tail_C.to(half),
+        found.gold_logprob_C.to(half),
+    )
+    if found.tail_C.device.type != "cuda":
+        return Answer(numbers, TopK(*(part.cpu() for part in parts)), None)
+    copies = TopK(*(part.to("cpu", non_blocking=True) for part in parts))
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return Answer(numbers, copies, event)

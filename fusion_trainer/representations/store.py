@@ -1,0 +1,395 @@
+"""The store: one model's distributions at every supervised position of the dialogues.
+
+    manifest.json       what the store is of; written last, so that a store without it is unfinished
+    shard-00000.arrow   Arrow IPC file of one record batch, columns as in ``schema``; memory-mappable
+    …
+
+A row is a block of the dialogues, in their order. Its ``positions`` are the supervised ones, in the order of the
+text: position p of the tokenised block is there when the token after p is the assistant's
+(``tokens.supervised_positions``), and its distribution predicts that token. At k = 10 a position takes 44 bytes
+(64 where ids need 32 bits), a row some 40 more.
+
+Each shard appears whole or not at all and depends only on its blocks, so an interrupted extraction goes on
+where it was, and the finished store has the same bytes as one that was never interrupted.
+"""
+
+import errno
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from fusion_trainer.errors import FusionError, unlike
+from fusion_trainer.files import TEMPORARY, read_json, sha256_of, whole_file, write_json
+
+__all__ = ["Representation", "RepresentationStore", "StoreWriter", "Supervised", "id_dtype"]
+
+FORMAT = "fusion-trainer representations"
+VERSION = 1
+MANIFEST, PLAN = "manifest.json", "extraction.json"
+FACTS = b"fusion_trainer"
+"""Key of a shard's own facts in its schema's metadata."""
+SLACK = 2e-3
+"""How far Σ exp(logprobs) + tail may lie from 1: float16 keeps 11 bits of a logarithm."""
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """The distributions of one block's supervised positions.
+
+    Attributes:
+        ids: [positions, k], uint16 for vocabularies up to 65 536, else uint32; descending in probability.
+        logprobs: float16 [positions, k], natural logarithms.
+        tail: float16 [positions], the probability outside the k.
+        gold_logprob: float16 [positions], of the token that really follows.
+    """
+
+    ids: NDArray[np.unsignedinteger[Any]]
+    logprobs: NDArray[np.float16]
+    tail: NDArray[np.float16]
+    gold_logprob: NDArray[np.float16]
+
+    def __len__(self) -> int:
+        return len(self.tail)
+
+
+@dataclass(frozen=True)
+class Representation(Supervised):
+    """A row of a store: views of the mapped file, not copies.
+
+    Attributes:
+        conversation: The conversation's id.
+        block: Which of its blocks.
+    """
+
+    conversation: str
+    block: int
+
+
+def id_dtype(vocabulary: int) -> type[np.uint16] | type[np.uint32]:
+    """What holds an id of a vocabulary of this size."""
+    return np.uint16 if vocabulary <= 1 << 16 else np.uint32
+
+
+def schema(k: int, vocabulary: int) -> pa.Schema:
+    """The columns of a shard."""
+    id_type = pa.uint16() if id_dtype(vocabulary) is np.uint16 else pa.uint32()
+    position = pa.struct(
+        [
+            pa.field("ids", pa.list_(pa.field("item", id_type, nullable=False), k), nullable=False),
+            pa.field("logprobs", pa.list_(pa.field("item", pa.float16(), nullable=False), k), nullable=False),
+            pa.field("tail", pa.float16(), nullable=False),
+            pa.field("gold_logprob", pa.float16(), nullable=False),
+        ]
+    )
+    return pa.schema(
+        [
+            pa.field("conversation", pa.string(), nullable=False),
+            pa.field("block", pa.int32(), nullable=False),
+            pa.field("positions", pa.list_(pa.field("item", position, nullable=False)), nullable=False),
+        ]
+    )
+
+
+class StoreWriter:
+    """Writes the shards of one store, behind the back of what computes them, and at last the manifest.
+
+    Args:
+        folder: The store; created if it is not there.
+        identity: What the store is of. A folder that was begun with another identity is refused.
+        first_rows: The first block of every shard, and the number of blocks.
+
+    Raises:
+        FusionError: The folder holds something else, or a store of another identity.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], first_rows: Sequence[int]) -> None:
+        self.folder = folder
+        self.identity = identity
+        self.first_rows = list(first_rows)
+        self._thread = ThreadPoolExecutor(1, "store-writer")
+        self._last: Any = None
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / MANIFEST).is_file()
+
+    def begin(self) -> None:
+        """Claim the folder, in one process: check what is there, remove what is half-written."""
+        content = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise FusionError(f"`{self.folder}` is a file; --output names the store's folder")
+        known = {MANIFEST, PLAN} & content
+        if content and not known and not all(name.endswith(TEMPORARY) for name in content):
+            raise FusionError(
+                f"`{self.folder}` holds something else ({', '.join(sorted(content)[:3])}); give a new folder"
+            )
+        for name in known:
+            found = read_json(self.folder / name)
+            found = found.get("identity", found) if isinstance(found, dict) else {}
+            if difference := unlike(f"`{self.folder}` is a store of something else:", self.identity, found):
+                raise FusionError(f"{difference}\nGive another --output, or remove that folder.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(f"*{TEMPORARY}"):
+            path.unlink()
+        if self.finished:
+            (self.folder / PLAN).unlink(missing_ok=True)
+        elif PLAN not in known:
+            write_json(self.folder / PLAN, self.identity)
+
+    def missing(self) -> list[int]:
+        """The shards that are not written yet."""
+        return [shard for shard in range(len(self.first_rows) - 1) if not self.path(shard).is_file()]
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:05}.arrow"
+
+    def write(
+        self, shard: int, names: Sequence[tuple[str, int]], rows: Sequence[Supervised], facts: dict[str, int]
+    ) -> None:
+        """Write a shard in the background; waits for the one before it.
+
+        Args:
+            shard: Its number.
+            names: Conversation and block of each row.
+            rows: Their distributions.
+            facts: What the manifest is to sum up over the shards.
+
+        Raises:
+            FusionError: The shard before this could not be written.
+        """
+        self.wait()
+        self._last = self._thread.submit(self._write, shard, names, rows, facts)
+
+    def wait(self) -> None:
+        """Wait until all that was given is on the disk.
+
+        Raises:
+            FusionError: It could not be written.
+        """
+        last, self._last = self._last, None
+        if last is not None:
+            try:
+                last.result()
+            except OSError as error:
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                what = "the disk is full" if full else str(error)
+                raise FusionError(
+                    f"a shard cannot be written to `{self.folder}`: {what}. Once that is mended run the same "
+                    "command again: it goes on where it stopped"
+                ) from error
+
+    def _write(
+        self, shard: int, names: Sequence[tuple[str, int]], rows: Sequence[Supervised], facts: dict[str, int]
+    ) -> None:
+        columns = schema(self.identity["top_k"], self.identity["vocabulary"])
+        position = columns.field("positions").type.value_type
+        offsets = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        parts = []
+        for field in position:
+            joined = np.concatenate([getattr(row, field.name) for row in rows])
+            flat = pa.array(joined.ravel())
+            parts.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type) if joined.ndim == 2 else flat)
+        struct = pa.StructArray.from_arrays(parts, fields=list(position))
+        conversations, blocks = zip(*names, strict=True)
+        arrays = [
+            pa.array(conversations, pa.string()),
+            pa.array(blocks, pa.int32()),
+            pa.ListArray.from_arrays(pa.array(offsets), struct, type=columns.field("positions").type),
+        ]
+        facts = {"shard": shard, "first_row": self.first_rows[shard], **facts}
+        columns = columns.with_metadata({FACTS: json.dumps(facts).encode()})
+        with whole_file(self.path(shard)) as file, pa.ipc.new_file(file, columns) as writer:
+            writer.write_batch(pa.record_batch(arrays, schema=columns))
+
+    def abandon(self) -> None:
+        """After a failure: remove the folder if nothing in it is worth going on with."""
+        if not any(self.folder.glob("shard-*.arrow")) and not self.finished:
+            (self.folder / PLAN).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.rmdir()
+
+    def finish(self) -> None:
+        """Write the manifest, in one process, once every shard is there."""
+        shards, sums = [], dict[str, int]()
+        for shard in range(len(self.first_rows) - 1):
+            path = self.path(shard)
+            facts = _facts(path)
+            first, last = self.first_rows[shard : shard + 2]
+            described = {"file": path.name, "first_row": first, "rows": last - first, "bytes": path.stat().st_size}
+            shards.append({**described, "positions": facts["positions"], "sha256": sha256_of(path)})
+            for key in facts.keys() - {"shard", "first_row"}:
+                sums[key] = sums.get(key, 0) + facts[key]
+        totals = {"rows": self.first_rows[-1], **dict(sorted(sums.items()))}
+        manifest = {"format": FORMAT, "version": VERSION, "identity": self.identity, **totals, "shards": shards}
+        write_json(self.folder / MANIFEST, manifest)
+        (self.folder / PLAN).unlink(missing_ok=True)
+
+
+def _facts(path: Path) -> dict[str, int]:
+    with pa.memory_map(str(path)) as source:
+        return dict(json.loads(pa.ipc.open_file(source).schema.metadata[FACTS]))
+
+
+class _Shard:
+    """One mapped file, its columns as numpy arrays."""
+
+    def __init__(self, path: Path, k: int) -> None:
+        with pa.memory_map(str(path)) as source:
+            self.batch = pa.ipc.open_file(source).get_batch(0)
+        positions = self.batch.column("positions")
+        struct = positions.values
+        self.offsets = positions.offsets.to_numpy()
+        self.blocks = self.batch.column("block").to_numpy()
+        self.conversations = self.batch.column("conversation")
+        self.ids = struct.field("ids").values.to_numpy().reshape(-1, k)
+        self.logprobs = struct.field("logprobs").values.to_numpy().reshape(-1, k)
+        self.tail = struct.field("tail").to_numpy()
+        self.gold_logprob = struct.field("gold_logprob").to_numpy()
+
+    def __getitem__(self, row: int) -> Representation:
+        start, stop = self.offsets[row : row + 2].tolist()
+        return Representation(
+            self.ids[start:stop],
+            self.logprobs[start:stop],
+            self.tail[start:stop],
+            self.gold_logprob[start:stop],
+            self.conversations[row].as_py(),
+            int(self.blocks[row]),
+        )
+
+
+class RepresentationStore:
+    """A finished store, memory-mapped; rows by number, as the blocks of the dialogues.
+
+    Raises:
+        FusionError: No finished store is there, or a shard is missing or has not the size the manifest names.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.manifest = self._manifest()
+        self.k: int = self.identity["top_k"]
+        self._first_rows = np.array([shard["first_row"] for shard in self.manifest["shards"]])
+        self._open: dict[int, _Shard] = {}
+        problems = [problem for shard in self.manifest["shards"] for problem in self._wrong_size(shard)]
+        if problems:
+            raise FusionError(
+                f"the store `{self.folder}` is damaged: {'; '.join(problems)}.\nRemove those shards and "
+                "manifest.json and run the extraction again: it makes only what is missing."
+            )
+
+    def __reduce__(self) -> tuple[type["RepresentationStore"], tuple[Path]]:
+        return type(self), (self.folder,)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the store is of: model, tokenizer, template and data by hash, k, dtype, versions."""
+        return dict(self.manifest["identity"])
+
+    def demand(self, **wanted: object) -> "RepresentationStore":
+        """This store, if its identity has the values named.
+
+        Raises:
+            FusionError: It has others; both stand side by side in the message.
+        """
+        found = {key: self.identity.get(key) for key in wanted}
+        if difference := unlike(f"the store `{self.folder}` does not fit:", wanted, found):
+            raise FusionError(difference)
+        return self
+
+    def __len__(self) -> int:
+        return int(self.manifest["rows"])
+
+    def __getitem__(self, row: int) -> Representation:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of a store of {len(self)} rows")
+        number = int(self._first_rows.searchsorted(row, "right")) - 1
+        shard = self._open.get(number) or self._map(number)
+        return shard[row - int(self._first_rows[number])]
+
+    def __iter__(self) -> Iterator[Representation]:
+        return (self[row] for row in range(len(self)))
+
+    def _map(self, number: int) -> _Shard:
+        self._open[number] = _Shard(self.folder / self.manifest["shards"][number]["file"], self.k)
+        return self._open[number]
+
+    def _manifest(self) -> dict[str, Any]:
+        if not (self.folder / MANIFEST).is_file():
+            begun = (self.folder / PLAN).is_file()
+            raise FusionError(
+                f"the store `{self.folder}` is not finished; run its extraction again: it goes on where it stopped"
+                if begun
+                else f"no store `{self.folder}`: there is no {MANIFEST} in it"
+            )
+        try:
+            manifest = read_json(self.folder / MANIFEST)
+        except ValueError as error:
+            raise FusionError(f"`{self.folder / MANIFEST}` is not JSON: {error}") from error
+        described = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
+        if described != (FORMAT, VERSION):
+            raise FusionError(f"`{self.folder}` is not a store of {FORMAT}, version {VERSION}: found {described}")
+        return dict(manifest)
+
+    def _wrong_size(self, shard: dict[str, Any]) -> Iterator[str]:
+        path = self.folder / shard["file"]
+        if not path.is_file():
+            yield f"{path.name} is missing"
+        elif path.stat().st_size != shard["bytes"]:
+            yield f"{path.name} has {path.stat().st_size} bytes, not {shard['bytes']}"
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of all shards and the manifest."""
+        shards = sum(shard["bytes"] for shard in self.manifest["shards"])
+        return int(shards) + (self.folder / MANIFEST).stat().st_size
+
+    def problems(self) -> Iterator[str]:
+        """Everything wrong with the content, shard by shard: checksums, NaN, ranges."""
+        for number, described in enumerate(self.manifest["shards"]):
+            name = described["file"]
+            if sha256_of(self.folder / name) != described["sha256"]:
+                yield f"{name}: its SHA-256 is not the manifest's"
+            try:
+                shard = self._open.get(number) or self._map(number)
+            except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+                yield f"{name}: not a readable shard: {error}"
+                continue
+            yield from (f"{name}: {problem}" for problem in self._wrong_content(shard, described))
+
+    def _wrong_content(self, shard: _Shard, described: dict[str, Any]) -> Iterator[str]:
+        counts = {"rows": len(shard.blocks), "positions": len(shard.tail)}
+        for key, found in counts.items():
+            if found != described[key]:
+                yield f"{found} {key}, not {described[key]}"
+        if counts["rows"] + 1 != len(shard.offsets) or shard.offsets[-1] != len(shard.tail):
+            yield "its rows do not cover its positions"
+            return
+
+        logprobs, tail, gold = (a.astype(np.float32) for a in (shard.logprobs, shard.tail, shard.gold_logprob))
+        total = np.exp(logprobs).sum(1) + tail
+        checks = {
+            "NaN or infinite": ~(np.isfinite(logprobs).all(1) & np.isfinite(tail) & np.isfinite(gold)),
+            "an id outside the vocabulary": (shard.ids >= self.identity["vocabulary"]).any(1),
+            "an id twice": (np.diff(np.sort(shard.ids, 1), axis=1) == 0).any(1),
+            "a log-probability above 0": (logprobs > 0).any(1) | (gold > 0),
+            "log-probabilities that rise": (np.diff(logprobs, axis=1) > 0).any(1),
+            "a tail outside [0, 1]": (tail < 0) | (tail > 1),
+            "a total mass that is not 1": np.abs(total - 1) > SLACK * (1 + self.k / 10),
+        }
+        for what, wrong in checks.items():
+            if wrong.any():
+                position = int(np.argmax(wrong))
+                row = int(shard.offsets.searchsorted(position, "right")) - 1
+                where = f"first in conversation {shard.conversations[row].as_py()!r}, block {shard.blocks[row]}"
+                yield f"{what} at {int(wrong.sum())} positions, {where}, position {position - shard.offsets[row]}"

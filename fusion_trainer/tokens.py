@@ -1,0 +1,210 @@
+"""One text through any tokenizer: ids, and the byte of the text at which each token ends.
+
+A tokenizer's own offsets are in characters, and where a character is split over several tokens (byte-level BPE,
+byte fallback) or a run of unknown characters falls back to bytes together, each piece claims the whole. Such
+tokens overlap; among them the ends follow from the bytes the tokens stand for.
+
+A token is supervised when it ends inside a supervised span. That holds for any tokenizer: a leading space that a
+token shares with the template before the span does not exclude it, and a token that reaches beyond the span is
+the template's.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusion_trainer.errors import FusionError
+
+__all__ = ["Span", "TextTokenizer", "Tokens", "byte_spans", "load_tokenizer", "supervised_positions"]
+
+Span = tuple[int, int]
+"""First byte and the one after the last, in a text's UTF-8."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A text as one tokenizer reads it.
+
+    Attributes:
+        ids: int32 [tokens].
+        ends: int32 [tokens], bytes of the text (UTF-8) that are read once the token is; 0 for BOS. Where several
+            tokens have one end, because a normaliser made them of one character, only the last has read it.
+    """
+
+    ids: NDArray[np.int32]
+    ends: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def supervised_positions(tokens: Tokens, spans: Sequence[Span]) -> NDArray[np.int32]:
+    """The positions whose *next* token is supervised: where a model predicts the assistant's words.
+
+    Args:
+        tokens: The tokenised text.
+        spans: Supervised bytes, ascending and disjoint.
+
+    Returns:
+        int32 [positions], ascending. The token after position p ends inside a span. The first token of a text
+        is predicted only where a BOS stands before it.
+    """
+    if not spans or len(tokens) < 2:
+        return np.empty(0, np.int32)
+    starts, stops = np.array(spans, np.int32).T
+    ends = tokens.ends[1:]
+    span = np.searchsorted(stops, ends, side="left")
+    inside = span < len(stops)
+    inside[inside] = ends[inside] > starts[span[inside]]
+    return np.flatnonzero(inside).astype(np.int32)
+
+
+class TextTokenizer:
+    """A tokenizer of transformers that tells where its tokens end, with BOS as this tokenizer itself adds it."""
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise FusionError(
+                f"the tokenizer of {name} ({type(tokenizer).__name__}) does not tell which characters a token "
+                "covers; convert it to a tokenizer.json (save it once with a transformers that has its fast class)"
+            )
+        self.tokenizer = tokenizer
+        self.name = name
+        plain = tokenizer("a", add_special_tokens=False).input_ids
+        full = tokenizer("a").input_ids
+        starts = [i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain]
+        self.prefix: list[int] = full[: starts[0]] if starts else []
+        """The ids this tokenizer puts before every text: BOS, or nothing."""
+
+    def encode(self, texts: Sequence[str]) -> list[Tokens]:
+        """Tokenise texts that bear no BOS yet."""
+        if not texts:
+            return []
+        batch = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        before = len(self.prefix)
+        columns = zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True)
+        return [self._tokens(before, text, ids, offsets) for text, ids, offsets in columns]
+
+    def _tokens(self, before: int, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
+        ends = np.zeros(before + len(ids), np.int32)
+        if ids:
+            spans_T2 = _in_bytes(text, np.array(offsets, np.int32))
+            self._separate(text.encode(), ids, spans_T2)
+            ends[before:] = spans_T2[:, 1]
+        return Tokens(np.array([*self.prefix, *ids], np.int32), ends)
+
+    def _separate(self, text: bytes, ids: list[int], spans_T2: NDArray[np.int32]) -> None:
+        """Where the spans of tokens overlap, set their ends by the bytes they stand for."""
+        starts, ends = spans_T2.T
+        read = np.maximum.accumulate(ends)
+        apart = np.flatnonzero(starts[1:] >= read[:-1]) + 1
+        bounds = np.array([0, *apart, len(ids)])
+        for group in np.flatnonzero(np.diff(bounds) > 1):
+            first, last = int(bounds[group]), int(bounds[group + 1])
+            start, stop = int(starts[first:last].min()), int(read[last - 1])
+            sizes = [len(self.surfaces[token]) for token in ids[first:last]]
+            joined = b"".join(self.surfaces[token] for token in ids[first:last])
+            covered = text[start:stop]
+            if joined != covered and joined[1:] == covered[-len(joined) + 1 :] and joined[:1] == b" ":
+                sizes[0] -= 1  # the space that SentencePiece puts before a text
+                joined = joined[1:]
+            if covered.endswith(joined):  # what precedes is white space that trimmed offsets leave out
+                ends[first:last] = stop - len(joined) + np.cumsum(sizes)
+            else:
+                ends[first:last] = stop
+
+    @cached_property
+    def surfaces(self) -> dict[int, bytes]:
+        """The bytes of text that each id stands for."""
+        added = set(self.tokenizer.get_added_vocab())
+        decoder = str(json.loads(self.tokenizer.backend_tokenizer.to_str()).get("decoder"))
+        surface = _byte_level_surface if "ByteLevel" in decoder else _sentencepiece_surface
+        vocabulary = self.tokenizer.get_vocab().items()
+        return {token: (name.encode() if name in added else surface(name)) for name, token in vocabulary}
+
+    @property
+    def vocabulary(self) -> frozenset[int]:
+        """Every id that stands for a token; a model may have more rows than these."""
+        return frozenset(self.tokenizer.get_vocab().values())
+
+    @property
+    def sha256(self) -> str:
+        """Fingerprint of what turns text into ids: the tokenizer's full state and the ids put before a text."""
+        backend = self.tokenizer.backend_tokenizer
+        truncation, padding = backend.truncation, backend.padding
+        backend.no_truncation()
+        backend.no_padding()
+        state = backend.to_str()
+        if truncation:
+            backend.enable_truncation(**truncation)
+        if padding:
+            backend.enable_padding(**padding)
+        return hashlib.sha256(f"{state}{self.prefix}".encode()).hexdigest()
+
+
+def _in_bytes(text: str, offsets_T2: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Offsets in characters of ``text`` as offsets in its UTF-8."""
+    if text.isascii():
+        return offsets_T2
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    sizes = 1 + (points >= 0x80).astype(np.int32) + (points >= 0x800) + (points >= 0x10000)
+    before = np.zeros(len(points) + 1, np.int32)
+    np.cumsum(sizes, out=before[1:])
+    return before[offsets_T2]
+
+
+def byte_spans(text: str, spans: Sequence[tuple[int, int]]) -> list[Span]:
+    """Spans of characters as spans of bytes."""
+    if not spans:
+        return []
+    return [(start, stop) for start, stop in _in_bytes(text, np.array(spans, np.int32)).tolist()]
+
+
+def _byte_level_surface(name: str) -> bytes:
+    """Of a token of byte-level BPE, whose vocabulary writes each byte as one printable character."""
+    table = _printable_bytes()
+    return bytes(table[char] for char in name) if all(char in table for char in name) else name.encode()
+
+
+@cache
+def _printable_bytes() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes stand for themselves, the others follow from U+0100 in order."""
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+
+
+def _sentencepiece_surface(name: str) -> bytes:
+    if len(name) == len("<0x00>") and name.startswith("<0x") and name.endswith(">"):
+        return bytes([int(name[3:5], 16)])
+    return name.replace("▁", " ").encode()
+
+
+@lru_cache(maxsize=8)
+def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> TextTokenizer:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        FusionError: There is none, or it does not tell which characters its tokens cover.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise FusionError(f"no tokenizer of {name} could be loaded: {error}") from error
+    return TextTokenizer(tokenizer, name)
