@@ -13,6 +13,7 @@ turn at its head, and holds as many exchanges as fit. Only an exchange that is t
 
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -87,6 +88,11 @@ class Report:
     cut_tokens: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "Report":
+        lengths = Counter({int(bound): number for bound, number in plain["lengths"].items()})
+        return cls(**{**plain, "dropped": Counter(plain["dropped"]), "lengths": lengths})
 
     def as_dict(self) -> dict[str, Any]:
         plain = {**vars(self), "dropped": dict(sorted(self.dropped.items()))}
@@ -348,8 +354,8 @@ def write_dialogues(
         preparation: Its report goes into the manifest.
         request: What the blocks were asked to be made of, by fingerprints.
     """
-    making = folder.with_name(folder.name + TEMPORARY)
-    shutil.rmtree(making, ignore_errors=True)
+    making = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY}")
+    _remove_abandoned(folder)
     making.mkdir(parents=True)
     try:
         digest = hashlib.sha256()
@@ -364,11 +370,29 @@ def write_dialogues(
                 writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
         manifest = {"format": FORMAT, "version": VERSION, "fingerprint": digest.hexdigest(), "request": request}
         write_json(making / "manifest.json", {**manifest, "report": preparation.report.as_dict()})
-        making.replace(folder)
+        _give_name(making, folder)
     except BaseException:
         shutil.rmtree(making, ignore_errors=True)
         raise
     sync_folder(folder.parent)
+
+
+def _give_name(making: Path, folder: Path) -> None:
+    """Rename; if another process has made the same meanwhile, keep that."""
+    try:
+        making.replace(folder)
+    except OSError:
+        if not (folder / "manifest.json").is_file():
+            raise
+        shutil.rmtree(making)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """What killed processes have left of this folder."""
+    for path in folder.parent.glob(f"{folder.name}.*{TEMPORARY}"):
+        process = path.name.removesuffix(TEMPORARY).rpartition(".")[2]
+        if process.isdecimal() and not Path(f"/proc/{process}").exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class Dialogues:
@@ -385,6 +409,10 @@ class Dialogues:
         with pa.memory_map(str(folder / "blocks.arrow")) as source:
             reader = pa.ipc.open_file(source)
             self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+
+    @property
+    def report(self) -> Report:
+        return Report.from_dict(self.manifest["report"])
 
     @property
     def fingerprint(self) -> str:

@@ -45,16 +45,20 @@ def prepare(config: PrepareConfig, beside: Path, *, quiet: bool = False) -> Dial
     }
     path = config.dialogues or beside / f"dialogues-{fingerprint(request)[:12]}"
     if path.exists():
-        return _demand(path, request)
+        return _told(_demand(path, request), quiet)
     preparation = Preparation(tokenizer, template, config.max_length, config.packing)
     if config.bad_rows == "skip":
         preparation.skipped = Counter()
     rows = conversations(sources, preparation.skipped)
     with tqdm(rows, unit=" conversations", unit_scale=True, disable=quiet, desc="dialogues") as bar:
         write_dialogues(path, preparation.blocks(bar), preparation, request)
+    return _told(Dialogues(path), quiet)
+
+
+def _told(dialogues: Dialogues, quiet: bool) -> Dialogues:
     if not quiet:
-        click.echo(f"{path}\n{preparation.report}")
-    return Dialogues(path)
+        click.echo(f"{dialogues.folder}\n{dialogues.report}")
+    return dialogues
 
 
 def _template(config: PrepareConfig, tokenizer: object) -> Template | None:

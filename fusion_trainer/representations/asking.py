@@ -40,7 +40,7 @@ class AskedModel:
     def __init__(self, model: Any, vocabulary: frozenset[int]) -> None:
         self.model = model
         self.layers = model.base_model
-        self.device = model.get_input_embeddings().weight.device
+        self.device = _input_device(model)
         self._one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         trial_BL = (
             torch.arange(TRIAL_TOKENS, device=self.device)[None] % model.get_input_embeddings().weight.shape[0]
@@ -107,16 +107,24 @@ class AskedModel:
             The ``TopK`` of all S positions, on the device of the logits.
         """
         if self.separable:
-            hidden_SH = self._hidden(ids_BL, mask_BL).flatten(0, 1).index_select(0, positions_S)
+            hidden_SH = self._hidden(ids_BL, mask_BL).flatten(0, 1)
+            hidden_SH = hidden_SH.index_select(0, positions_S.to(hidden_SH.device))
             chunks: Iterator[Tensor] = (self._head(hidden_CH) for hidden_CH in torch.split(hidden_SH, self.chunk))
         else:
-            logits_SV = self.bare_forward(ids_BL, mask_BL).flatten(0, 1).index_select(0, positions_S)
+            logits_SV = self.bare_forward(ids_BL, mask_BL).flatten(0, 1)
+            logits_SV = logits_SV.index_select(0, positions_S.to(logits_SV.device))
             chunks = iter(torch.split(logits_SV, self.chunk))
         parts = [
             top_k(logits_CV, gold_C.to(logits_CV.device), k, self.absent)
             for logits_CV, gold_C in zip(chunks, torch.split(gold_S, self.chunk), strict=True)
         ]
         return TopK(*(torch.cat([getattr(part, name) for part in parts]) for name in TopK.__annotations__))
+
+
+def _input_device(model: Any) -> torch.device:
+    """Where token ids go: to the embedding, or, if that is offloaded, to the first weights that are not."""
+    weights = [model.get_input_embeddings().weight, *model.parameters()]
+    return next((weight.device for weight in weights if weight.device.type != "meta"), torch.device("cpu"))
 
 
 def _agree(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:

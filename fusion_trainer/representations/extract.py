@@ -10,6 +10,7 @@ import platform
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from fusion_trainer.tokens import TextTokenizer, load_tokenizer, supervised_posi
 __all__ = ["batches", "extract", "shard_starts"]
 
 CONTEXT_SETTINGS = ("max_position_embeddings", "max_seq_len", "n_positions")
+PATIENCE = timedelta(days=1)
+"""How long processes wait for each other; the launcher ends them if one fails."""
 CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
 
 
@@ -99,19 +102,21 @@ def extract(config: ExtractConfig) -> RepresentationStore:
     """
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(timeout=PATIENCE)
     if config.device_map and state.num_processes > 1:
         raise FusionError("--device-map spreads one model over all GPUs: run it as one process, not with several")
     with state.main_process_first():
         dialogues = prepare(config, config.output.parent, quiet=not state.is_main_process)
     folder, commit = local_folder(config.model, config.revision, code=config.trust_remote_code)
     tokenizer = load_tokenizer(folder, config.model, config.trust_remote_code)
-    identity = _identity(config, dialogues, tokenizer, folder, commit, state.device)
-    starts = shard_starts(dialogues.lengths, config.shard_tokens)
-    writer = StoreWriter(config.output, identity, starts)
+    identity = None
+    if state.is_main_process:
+        identity = _identity(config, dialogues, tokenizer, folder, commit, state.device)
+    writer = StoreWriter(config.output, identity, shard_starts(dialogues.lengths, config.shard_tokens))
     if state.is_main_process:
         writer.begin()
     state.wait_for_everyone()
+    writer.join()
     mine = [shard for shard in writer.missing() if not writer.finished][state.process_index :: state.num_processes]
     state.wait_for_everyone()
     if mine:

@@ -104,16 +104,13 @@ class StoreWriter:
 
     Args:
         folder: The store; created if it is not there.
-        identity: What the store is of. A folder that was begun with another identity is refused.
+        identity: What the store is of; None in a process that joins one that has begun it.
         first_rows: The first block of every shard, and the number of blocks.
-
-    Raises:
-        FusionError: The folder holds something else, or a store of another identity.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], first_rows: Sequence[int]) -> None:
+    def __init__(self, folder: Path, identity: dict[str, Any] | None, first_rows: Sequence[int]) -> None:
         self.folder = folder
-        self.identity = identity
+        self.identity = identity or {}
         self.first_rows = list(first_rows)
         self._thread = ThreadPoolExecutor(1, "store-writer")
         self._last: Any = None
@@ -123,7 +120,11 @@ class StoreWriter:
         return (self.folder / MANIFEST).is_file()
 
     def begin(self) -> None:
-        """Claim the folder, in one process: check what is there, remove what is half-written."""
+        """Claim the folder, in one process: check what is there, remove what is half-written.
+
+        Raises:
+            FusionError: The folder holds something else, or a store of another identity.
+        """
         content = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         if self.folder.exists() and not self.folder.is_dir():
             raise FusionError(f"`{self.folder}` is a file; --output names the store's folder")
@@ -135,8 +136,10 @@ class StoreWriter:
         for name in known:
             found = read_json(self.folder / name)
             found = found.get("identity", found) if isinstance(found, dict) else {}
-            if difference := unlike(f"`{self.folder}` is a store of something else:", self.identity, found):
+            renamed = {**self.identity, "model": found.get("model")}  # a folder that moved is the same by its hash
+            if difference := unlike(f"`{self.folder}` is a store of something else:", renamed, found):
                 raise FusionError(f"{difference}\nGive another --output, or remove that folder.")
+            self.identity = found
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(f"*{TEMPORARY}"):
             path.unlink()
@@ -144,6 +147,12 @@ class StoreWriter:
             (self.folder / PLAN).unlink(missing_ok=True)
         elif PLAN not in known:
             write_json(self.folder / PLAN, self.identity)
+
+    def join(self) -> None:
+        """Take over what the process that has begun the store says it is of."""
+        name = MANIFEST if self.finished else PLAN
+        found = read_json(self.folder / name)
+        self.identity = found["identity"] if self.finished else found
 
     def missing(self) -> list[int]:
         """The shards that are not written yet."""
