@@ -2,7 +2,7 @@
 #   make demo   fine-tune two tiny targets from one pivot, merge them with stock mergekit-yaml
 #   make test   the test suite
 #   make lint   ruff (lint and format) and mypy
-#   make bench  wall time and memory against mergekit's own methods
+#   make bench  merges against mergekit's own methods, extraction against the bare forward pass
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,6 +32,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/extract.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_out

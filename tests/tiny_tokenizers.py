@@ -1,6 +1,8 @@
 """Tokenizers of the three kinds that models have, trained on a little text."""
 
+import json
 from collections.abc import Iterable
+from functools import cache
 
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, Unigram
@@ -18,10 +20,16 @@ TEXT = [
 KINDS = ("byte_level_bpe", "sentencepiece_bpe", "unigram")
 
 
+@cache
+def shared(kind: str, special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """``train(kind, special=special)``, made once; for reading only."""
+    return train(kind, special=special)
+
+
 def train(
     kind: str, text: Iterable[str] = TEXT, size: int = 600, special: Iterable[str] = ()
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer: ``byte_level_bpe`` (GPT-2, Qwen2), ``sentencepiece_bpe`` (Llama) or ```unigram`` (T5).
+    """A tokenizer: ``byte_level_bpe`` (GPT-2, Qwen2), ``sentencepiece_bpe`` (Llama) or ``unigram`` (T5).
 
     The first has no BOS, as Qwen2 and GPT-NeoX; the others put ``<s>`` before every text.
     """
@@ -55,8 +63,10 @@ def _sentencepiece_bpe(text: list[str], size: int, special: list[str]) -> PreTra
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=True, prepend_scheme="never")
     tokenizer.train_from_iterator([line.replace("\n", " ") for line in text], trainer)
-    tokenizer.pre_tokenizer = None
-    return _with_bos(tokenizer, special)
+    state = json.loads(tokenizer.to_str())
+    state["pre_tokenizer"] = None
+    state["added_tokens"] = []  # bytes are tokens as any other; the trainer knows no way to say so
+    return _with_bos(Tokenizer.from_str(json.dumps(state)), special)
 
 
 def _unigram(text: list[str], size: int, special: list[str]) -> PreTrainedTokenizerFast:
@@ -70,8 +80,6 @@ def _unigram(text: list[str], size: int, special: list[str]) -> PreTrainedTokeni
     )
     ascii_only = [line.replace("\n", " ").encode("ascii", "ignore").decode() for line in text]
     tokenizer.train_from_iterator(ascii_only, trainer)
-    import json
-
     state = json.loads(tokenizer.to_str())
     pieces = state["model"]["vocab"]
     state["model"]["vocab"] = [*pieces[:3], *([byte, -20.0] for byte in BYTES), *pieces[3:]]
