@@ -130,11 +130,21 @@ class TextTokenizer:
     @cached_property
     def surfaces(self) -> dict[int, bytes]:
         """The bytes of text that each id stands for."""
-        added = set(self.tokenizer.get_added_vocab())
         decoder = str(json.loads(self.tokenizer.backend_tokenizer.to_str()).get("decoder"))
         surface = _byte_level_surface if "ByteLevel" in decoder else _sentencepiece_surface
         vocabulary = self.tokenizer.get_vocab().items()
-        return {token: (name.encode() if name in added else surface(name)) for name, token in vocabulary}
+        return {token: name.encode() if token in self.added else surface(name) for name, token in vocabulary}
+
+    @cached_property
+    def added(self) -> frozenset[int]:
+        """Ids of tokens added to the vocabulary, which stand for their own names."""
+        return frozenset(self.tokenizer.get_added_vocab().values())
+
+    @cached_property
+    def byte_fallback(self) -> frozenset[int]:
+        """Ids that stand for one byte each, such as ``<0x0A>``."""
+        vocabulary = self.tokenizer.get_vocab().items()
+        return frozenset(token for name, token in vocabulary if _is_byte(name))
 
     @property
     def vocabulary(self) -> frozenset[int]:
@@ -188,8 +198,12 @@ def _printable_bytes() -> dict[str, int]:
     return {chr(byte): byte for byte in own} | {chr(0x100 + number): byte for number, byte in enumerate(others)}
 
 
+def _is_byte(name: str) -> bool:
+    return len(name) == len("<0x00>") and name.startswith("<0x") and name.endswith(">")
+
+
 def _sentencepiece_surface(name: str) -> bytes:
-    if len(name) == len("<0x00>") and name.startswith("<0x") and name.endswith(">"):
+    if _is_byte(name):
         return bytes([int(name[3:5], 16)])
     return name.replace("▁", " ").encode()
 

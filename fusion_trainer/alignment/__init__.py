@@ -1,0 +1,1 @@
+"""Positions and vocabularies of any source onto the pivot's."""
