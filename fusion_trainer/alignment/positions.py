@@ -1,8 +1,8 @@
 """Which position of a source corresponds to which position of the pivot, for one text.
 
-``boundary_pairs`` pairs positions at which both models have read exactly the same bytes; there, and only there,
-do their next-token distributions speak of the same thing. ``warping_path`` is the papers' way, dynamic time warping
-over the tokens' strings, kept as the reference.
+``boundary_pairs`` pairs positions at which both models have read the same bytes: there, and only there, do their
+next-token distributions speak of the same thing. ``warping_path`` is the papers' way, dynamic time warping over
+the tokens' strings, kept as the reference.
 
 Warping runs along the antidiagonals of the table, whose cells do not depend on each other: numpy computes each in
 three operations. Costs are whole tenths of an edit, so sums are exact and ties are ties.
