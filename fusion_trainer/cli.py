@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import click
 from pydantic import BaseModel
 
-from fusion_trainer.config import ExtractConfig, PrepareConfig, read_config
+from fusion_trainer.config import AlignConfig, ExtractConfig, PrepareConfig, read_config
 from fusion_trainer.errors import FusionError, listed
 
 __all__ = ["main"]
@@ -105,6 +105,55 @@ def extract(config: Path | None, **flags: Any) -> None:
         )
         if cut := store.manifest["cut_tokens"]:
             click.echo(f"{cut:,} tokens lie beyond the model's context and have no distribution")
+
+
+@main.command()
+@_settings_as_flags(AlignConfig)
+def align(config: Path | None, **flags: Any) -> None:
+    """Bring a source's store into the pivot's positions and vocabulary.
+
+    Settings come from the YAML file CONFIG, from flags, or both; a flag wins. Stopped at any point, the same
+    command goes on where it was.
+
+    \b
+    Example:
+      fusion-trainer align --source-store stores/solar --pivot-store stores/pivot --output aligned/solar
+    """
+    from fusion_trainer.alignment.align import align as run
+
+    aligned, report = run(read_config(AlignConfig, config, _given(flags)))
+    click.echo(report)
+    click.echo(f"{aligned.folder}: {len(aligned):,} rows")
+
+
+@main.group("vocab-map")
+def vocab_map() -> None:
+    """Look at vocabulary maps."""
+
+
+@vocab_map.command("show")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--source", required=True, help="Folder or Hub id of the source, for its tokenizer.")
+@click.option("--pivot", required=True, help="Folder or Hub id of the pivot.")
+@click.option("--store", "weighed", type=click.Path(path_type=Path), help="The source's store, to weigh ids by.")
+def show_map(file: Path, source: str, pivot: str, weighed: Path | None) -> None:
+    """Print how much of a vocabulary, and of a store's probability, the map FILE covers, and what it does not."""
+    from fusion_trainer.alignment.maps import coverage, load_map, mass_by_id
+    from fusion_trainer.errors import unlike
+    from fusion_trainer.models import local_folder
+    from fusion_trainer.representations.store import RepresentationStore
+    from fusion_trainer.tokens import load_tokenizer
+
+    made, identity = load_map(file)
+    readers = {
+        side: load_tokenizer(local_folder(name, weights=False)[0], name)
+        for side, name in (("source", source), ("pivot", pivot))
+    }
+    wanted = {side: reader.sha256 for side, reader in readers.items()}
+    if difference := unlike(f"`{file}` is a map of other tokenizers:", wanted, {k: identity[k] for k in wanted}):
+        raise FusionError(difference)
+    mass = mass_by_id(RepresentationStore(weighed).demand(tokenizer=identity["source"])) if weighed else None
+    click.echo(coverage(made, readers["source"], readers["pivot"], mass))
 
 
 @main.group()

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from fusion_trainer.errors import FusionError, listed
 
-__all__ = ["ExtractConfig", "PrepareConfig", "read_config"]
+__all__ = ["AlignConfig", "ExtractConfig", "PrepareConfig", "read_config"]
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -58,6 +58,37 @@ class ExtractConfig(PrepareConfig):
     shard_tokens: int = Field(262144, ge=1, description="Tokens (the pivot's) whose rows make one shard.")
     device_map: str | None = Field(None, description="accelerate's, for models larger than one GPU: auto.")
     load_in: Literal["8bit", "4bit"] | None = Field(None, description="Quantised by bitsandbytes (extra `quant`).")
+
+
+class AlignConfig(BaseModel):
+    """A source's store onto the pivot's positions and vocabulary."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source_store: Path = Field(description="The source's store.")
+    pivot_store: Path = Field(description="The pivot's store, over the same dialogues.")
+    output: Path = Field(description="Folder of the aligned store.")
+    dialogues: Path | None = Field(None, description="Prepared dialogues; default those beside the pivot's store.")
+    positions: Literal["boundary", "dtw"] = Field(
+        "boundary", description="Pair where both have read the same bytes, or by the papers' time warping."
+    )
+    dtw_cost: Literal["fusechat", "fusellm"] = Field(
+        "fusechat", description="Weight of an edit when one token contains the other: 0.1 or 1."
+    )
+    map: Literal["exact", "min_edit_distance", "statistics", "prefix"] = Field(
+        "prefix", description="Which ids of the pivot an id stands for."
+    )
+    most: int = Field(0, ge=0, description="Of `statistics`: images per id, by count; 0 takes the nearest one.")
+    unpaired: Literal["pivot", "gold"] = Field(
+        "pivot", description="Positions without partner: the pivot's own distribution, or all on the next token."
+    )
+    maps: Path | None = Field(
+        None, description="Folder where vocabulary maps are kept; default beside the output."
+    )
+    pivot_tokenizer: str | None = Field(None, description="Folder or Hub id, if the pivot has moved since.")
+    source_tokenizer: str | None = Field(None, description="Folder or Hub id, if the source has moved since.")
+    workers: int | None = Field(None, ge=1, description="Processes; default one per core.")
+    trust_remote_code: bool = Field(False, description="Run code that the model repositories bring along.")
 
 
 def read_config(kind: type[Config], path: Path | None, flags: Mapping[str, Any]) -> Config:

@@ -410,6 +410,18 @@ class Dialogues:
             reader = pa.ipc.open_file(source)
             self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
 
+    @classmethod
+    def beside(cls, store: Path, data: str) -> "Dialogues | None":
+        """The folder beside a store whose fingerprint is ``data``."""
+        for manifest in sorted(store.resolve().parent.glob("*/manifest.json")):
+            try:
+                found = cls(manifest.parent)
+            except (FusionError, ValueError):
+                continue
+            if found.fingerprint == data:
+                return found
+        return None
+
     @property
     def report(self) -> Report:
         return Report.from_dict(self.manifest["report"])

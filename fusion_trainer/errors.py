@@ -1,6 +1,6 @@
 """The one kind of error a user of the fusion trainer can cause."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 
@@ -24,7 +24,7 @@ def listed(problems: Sequence[str]) -> str:
     return "".join(lines)
 
 
-def unlike(what: str, wanted: dict[str, object], found: dict[str, object]) -> str | None:
+def unlike(what: str, wanted: Mapping[str, object], found: Mapping[str, object]) -> str | None:
     """A table of the keys in which two descriptions differ, their values side by side; None if they agree."""
     keys = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     if not keys:

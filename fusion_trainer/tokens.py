@@ -130,10 +130,22 @@ class TextTokenizer:
     @cached_property
     def surfaces(self) -> dict[int, bytes]:
         """The bytes of text that each id stands for."""
-        decoder = str(json.loads(self.tokenizer.backend_tokenizer.to_str()).get("decoder"))
-        surface = _byte_level_surface if "ByteLevel" in decoder else _sentencepiece_surface
+        surface = _byte_level_surface if "ByteLevel" in self._decoder else _sentencepiece_surface
         vocabulary = self.tokenizer.get_vocab().items()
-        return {token: name.encode() if token in self.added else surface(name) for name, token in vocabulary}
+        literal = self.added - self.byte_fallback
+        return {token: name.encode() if token in literal else surface(name) for name, token in vocabulary}
+
+    @cached_property
+    def _decoder(self) -> str:
+        return str(json.loads(self.tokenizer.backend_tokenizer.to_str()).get("decoder"))
+
+    @cached_property
+    def words(self) -> dict[int, str]:
+        """Each id's text without spaces, as the papers compare tokens; broken characters stay apart."""
+        return {
+            token: surface.decode(errors="surrogateescape").replace(" ", "")
+            for token, surface in self.surfaces.items()
+        }
 
     @cached_property
     def added(self) -> frozenset[int]:
@@ -142,7 +154,9 @@ class TextTokenizer:
 
     @cached_property
     def byte_fallback(self) -> frozenset[int]:
-        """Ids that stand for one byte each, such as ``<0x0A>``."""
+        """Ids that stand for one byte each, such as ``<0x0A>``; none where all tokens are bytes."""
+        if "ByteLevel" in self._decoder:
+            return frozenset()
         vocabulary = self.tokenizer.get_vocab().items()
         return frozenset(token for name, token in vocabulary if _is_byte(name))
 
@@ -151,7 +165,7 @@ class TextTokenizer:
         """Every id that stands for a token; a model may have more rows than these."""
         return frozenset(self.tokenizer.get_vocab().values())
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Fingerprint of what turns text into ids: the tokenizer's full state and the ids put before a text."""
         backend = self.tokenizer.backend_tokenizer

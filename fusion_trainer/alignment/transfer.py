@@ -30,12 +30,14 @@ class Mapped:
         probabilities: float64 [P, k], descending.
         tail: float64 [P].
         unmapped: float64 [P], what of the tail is mass of ids without image.
+        beyond: float64 [P], what of it is mass mapped but not among the k.
     """
 
     ids: NDArray[np.int64]
     probabilities: NDArray[np.float64]
     tail: NDArray[np.float64]
     unmapped: NDArray[np.float64]
+    beyond: NDArray[np.float64]
 
 
 def map_distributions(
@@ -74,9 +76,9 @@ def map_distributions(
     found = np.zeros((positions, k))
     found_ids[row[kept], place[kept]] = column[kept]
     found[row[kept], place[kept]] = mass[kept]
-    beyond = np.bincount(row[~kept], mass[~kept], positions)
+    beyond = np.bincount(row[~kept], mass[~kept], positions).astype(np.float64)
     _fill(found_ids)
-    return Mapped(found_ids, found, tail + unmapped + beyond, unmapped)
+    return Mapped(found_ids, found, tail + unmapped + beyond, unmapped, beyond)
 
 
 def _added(

@@ -83,10 +83,10 @@ def min_edit_distance(
             then the one with the lower id.
     """
     images = _exact(source, pivot)
-    words = {token: _characters(surface) for token, surface in pivot.surfaces.items()}
+    words = pivot.words
     counts = frequency or {}
     order = sorted(words, key=lambda token: (-counts.get(token, 0), token))  # the first of equals wins
-    rest = {token: _characters(surface) for token, surface in source.surfaces.items() if token not in images}
+    rest = {token: word for token, word in source.words.items() if token not in images}
     images |= _nearest(rest, [words[token] for token in order], order)
     return _one_to_one(images, source, pivot, "min_edit_distance")
 
@@ -113,8 +113,8 @@ def statistics(
         if most:
             order = order[:most]
         else:
-            word = _characters(source.surfaces.get(token, b""))
-            far = [Levenshtein.distance(word, _characters(pivot.surfaces.get(int(i), b""))) for i in images[order]]
+            word = source.words.get(token, "")
+            far = [Levenshtein.distance(word, pivot.words.get(int(image), "")) for image in images[order]]
             order = order[[int(np.argmin(np.array(far) / seen[order]))]]
         rows += [token] * len(order)
         columns += images[order].tolist()
@@ -214,11 +214,6 @@ def _improve(
         column = distances.argmin(1)
         found = distances[np.arange(len(here)), column].astype(np.int64) * len(candidates) + places[column]
         best[here] = np.minimum(best[here], found)
-
-
-def _characters(surface: bytes) -> str:
-    """A token's text without spaces; bytes that are no character stay themselves."""
-    return surface.decode(errors="surrogateescape").replace(" ", "")
 
 
 def _text(surface: bytes) -> str:

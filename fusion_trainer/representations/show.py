@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from fusion_trainer.dialogues import Dialogues
-from fusion_trainer.errors import FusionError
 from fusion_trainer.models import local_folder
 from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.tokens import TextTokenizer, load_tokenizer, supervised_positions
@@ -80,11 +79,4 @@ def _dialogues(store: RepresentationStore, folder: Path | None) -> Dialogues | N
         prepared = Dialogues(folder)
         store.demand(data=prepared.fingerprint)
         return prepared
-    for path in sorted(store.folder.resolve().parent.glob("*/manifest.json")):
-        try:
-            prepared = Dialogues(path.parent)
-        except (FusionError, ValueError):
-            continue
-        if prepared.fingerprint == store.identity["data"]:
-            return prepared
-    return None
+    return Dialogues.beside(store.folder, store.identity["data"])

@@ -9,6 +9,9 @@ text: position p of the tokenised block is there when the token after p is the a
 (``tokens.supervised_positions``), and its distribution predicts that token. At k = 10 a position takes 44 bytes
 (64 where ids need 32 bits), a row some 40 more.
 
+An aligned store has the same format, in the pivot's ids and positions, and three columns more: which positions are
+the source's (``paired``), and the source's cross-entropy in the conversation per token and per byte.
+
 Each shard appears whole or not at all and depends only on its blocks, so an interrupted extraction goes on
 where it was, and the finished store has the same bytes as one that was never interrupted.
 """
@@ -30,13 +33,17 @@ from numpy.typing import NDArray
 from fusion_trainer.errors import FusionError, unlike
 from fusion_trainer.files import TEMPORARY, read_json, sha256_of, whole_file, write_json
 
-__all__ = ["Representation", "RepresentationStore", "StoreWriter", "Supervised", "id_dtype"]
+__all__ = ["ALIGNED", "Aligned", "Representation", "RepresentationStore", "StoreWriter", "Supervised", "id_dtype"]
 
 FORMAT = "fusion-trainer representations"
 VERSION = 1
 MANIFEST, PLAN = "manifest.json", "extraction.json"
+ALIGNED = "aligned"
+"""What the identity of an aligned store says under ``kind``."""
 FACTS = b"fusion_trainer"
 """Key of a shard's own facts in its schema's metadata."""
+CROSS_ENTROPIES = ("ce_per_token", "ce_per_byte")
+LEAST = float(np.finfo(np.float16).min)
 SLACK = 2e-3
 """How far Σ exp(logprobs) + tail may lie from 1: float16 keeps 11 bits of a logarithm."""
 
@@ -62,16 +69,37 @@ class Supervised:
 
 
 @dataclass(frozen=True)
+class Aligned(Supervised):
+    """A row of an aligned store.
+
+    Attributes:
+        paired: uint8 [positions], 1 where the distribution is the source's and 0 where it is the pivot's own.
+        ce_per_token: The source's mean cross-entropy on its own gold tokens, nats (the papers' unit).
+        ce_per_byte: The same in nats per supervised byte, comparable between tokenizers.
+    """
+
+    paired: NDArray[np.uint8]
+    ce_per_token: float
+    ce_per_byte: float
+
+
+@dataclass(frozen=True)
 class Representation(Supervised):
     """A row of a store: views of the mapped file, not copies.
 
     Attributes:
         conversation: The conversation's id.
         block: Which of its blocks.
+        paired: As in ``Aligned``; None in a store that is not aligned, as are the next two.
+        ce_per_token: As in ``Aligned``.
+        ce_per_byte: As in ``Aligned``.
     """
 
     conversation: str
     block: int
+    paired: NDArray[np.uint8] | None = None
+    ce_per_token: float | None = None
+    ce_per_byte: float | None = None
 
 
 def id_dtype(vocabulary: int) -> type[np.uint16] | type[np.uint32]:
@@ -79,22 +107,22 @@ def id_dtype(vocabulary: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if vocabulary <= 1 << 16 else np.uint32
 
 
-def schema(k: int, vocabulary: int) -> pa.Schema:
+def schema(k: int, vocabulary: int, aligned: bool = False) -> pa.Schema:
     """The columns of a shard."""
     id_type = pa.uint16() if id_dtype(vocabulary) is np.uint16 else pa.uint32()
-    position = pa.struct(
-        [
-            pa.field("ids", pa.list_(pa.field("item", id_type, nullable=False), k), nullable=False),
-            pa.field("logprobs", pa.list_(pa.field("item", pa.float16(), nullable=False), k), nullable=False),
-            pa.field("tail", pa.float16(), nullable=False),
-            pa.field("gold_logprob", pa.float16(), nullable=False),
-        ]
-    )
+    fields = [
+        pa.field("ids", pa.list_(pa.field("item", id_type, nullable=False), k), nullable=False),
+        pa.field("logprobs", pa.list_(pa.field("item", pa.float16(), nullable=False), k), nullable=False),
+        pa.field("tail", pa.float16(), nullable=False),
+        pa.field("gold_logprob", pa.float16(), nullable=False),
+        *([pa.field("paired", pa.uint8(), nullable=False)] if aligned else []),
+    ]
     return pa.schema(
         [
             pa.field("conversation", pa.string(), nullable=False),
             pa.field("block", pa.int32(), nullable=False),
-            pa.field("positions", pa.list_(pa.field("item", position, nullable=False)), nullable=False),
+            *(pa.field(name, pa.float32(), nullable=False) for name in (CROSS_ENTROPIES if aligned else ())),
+            pa.field("positions", pa.list_(pa.field("item", pa.struct(fields), nullable=False)), nullable=False),
         ]
     )
 
@@ -199,7 +227,8 @@ class StoreWriter:
     def _write(
         self, shard: int, names: Sequence[tuple[str, int]], rows: Sequence[Supervised], facts: dict[str, int]
     ) -> None:
-        columns = schema(self.identity["top_k"], self.identity["vocabulary"])
+        aligned = self.identity.get("kind") == ALIGNED
+        columns = schema(self.identity["top_k"], self.identity["vocabulary"], aligned)
         position = columns.field("positions").type.value_type
         offsets = np.zeros(len(rows) + 1, np.int32)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
@@ -213,6 +242,7 @@ class StoreWriter:
         arrays = [
             pa.array(conversations, pa.string()),
             pa.array(blocks, pa.int32()),
+            *(pa.array([getattr(row, name) for row in rows], pa.float32()) for name in columns.names[2:-1]),
             pa.ListArray.from_arrays(pa.array(offsets), struct, type=columns.field("positions").type),
         ]
         facts = {"shard": shard, "first_row": self.first_rows[shard], **facts}
@@ -264,6 +294,10 @@ class _Shard:
         self.logprobs = struct.field("logprobs").values.to_numpy().reshape(-1, k)
         self.tail = struct.field("tail").to_numpy()
         self.gold_logprob = struct.field("gold_logprob").to_numpy()
+        self.aligned = "ce_per_token" in self.batch.schema.names
+        if self.aligned:
+            self.paired = struct.field("paired").to_numpy()
+            self.cross_entropies = [self.batch.column(name).to_numpy() for name in CROSS_ENTROPIES]
 
     def __getitem__(self, row: int) -> Representation:
         start, stop = self.offsets[row : row + 2].tolist()
@@ -274,6 +308,7 @@ class _Shard:
             self.gold_logprob[start:stop],
             self.conversations[row].as_py(),
             int(self.blocks[row]),
+            *((self.paired[start:stop], *(float(ce[row]) for ce in self.cross_entropies)) if self.aligned else ()),
         )
 
 
@@ -387,6 +422,8 @@ class RepresentationStore:
 
         logprobs, tail, gold = (a.astype(np.float32) for a in (shard.logprobs, shard.tail, shard.gold_logprob))
         total = np.exp(logprobs).sum(1) + tail
+        if shard.aligned:  # an id without probability only fills a place
+            logprobs = np.where(np.isneginf(logprobs), LEAST, logprobs)
         checks = {
             "NaN or infinite": ~(np.isfinite(logprobs).all(1) & np.isfinite(tail) & np.isfinite(gold)),
             "an id outside the vocabulary": (shard.ids >= self.identity["vocabulary"]).any(1),

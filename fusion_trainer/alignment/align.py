@@ -1,0 +1,351 @@
+"""A source's store and the pivot's → the source's distributions in the pivot's positions and ids.
+
+Shard by shard, in several processes; each shard appears whole or not at all and depends on its rows alone, so that
+a run that was stopped goes on where it was and ends with the same bytes.
+
+A position of the pivot gets the source's distribution
+
+* with ``boundary``: where a token of the source ends at the same byte;
+* with ``dtw``: where one source token that contains the pivot's was warped onto it, or several, of which one
+  equals or else contains it, or which make it up together (then their mixture, weighted by how often the corpus
+  pairs them);
+
+and keeps the pivot's own otherwise.
+"""
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from fusion_trainer.alignment.corpus import Corpus, count, pair_tokens
+from fusion_trainer.alignment.maps import build_map, coverage, mass_by_id, saved_map
+from fusion_trainer.alignment.positions import CONTAINED
+from fusion_trainer.alignment.transfer import Mixture, transfer
+from fusion_trainer.alignment.vocabulary import VocabularyMap
+from fusion_trainer.config import AlignConfig
+from fusion_trainer.dialogues import Block, Dialogues
+from fusion_trainer.errors import FusionError
+from fusion_trainer.files import fingerprint, sha256_of
+from fusion_trainer.models import local_folder
+from fusion_trainer.representations.store import ALIGNED, Aligned, RepresentationStore, StoreWriter, Supervised
+from fusion_trainer.tokens import TextTokenizer, Tokens, load_tokenizer, supervised_positions
+
+__all__ = ["align", "open_sides"]
+
+BLOCKS_AT_ONCE = 64
+"""Of the corpus, in one process's hands."""
+
+
+@dataclass
+class Sides:
+    """Both models' stores and tokenizers, and the dialogues they have in common."""
+
+    config: AlignConfig
+    pivot_store: RepresentationStore
+    source_store: RepresentationStore
+    dialogues: Dialogues
+    pivot: TextTokenizer
+    source: TextTokenizer
+    made: VocabularyMap | None = None
+    corpus: Corpus | None = None
+    contained: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.contained = None if self.config.positions == "boundary" else CONTAINED[self.config.dtw_cost]
+
+
+def open_sides(config: AlignConfig) -> Sides:
+    """Open all that an alignment needs.
+
+    Raises:
+        FusionError: The stores are not of the same dialogues, or a tokenizer is not the one a store was made with.
+    """
+    pivot_store, source_store = RepresentationStore(config.pivot_store), RepresentationStore(config.source_store)
+    source_store.demand(data=pivot_store.identity["data"])
+    dialogues = Dialogues(config.dialogues or _beside(pivot_store))
+    pivot_store.demand(data=dialogues.fingerprint)
+    for store in (pivot_store, source_store):
+        if store.identity.get("kind") == ALIGNED:
+            raise FusionError(f"the store `{store.folder}` is already aligned; give the source's own")
+    pivot = _tokenizer(pivot_store, config.pivot_tokenizer, config.trust_remote_code)
+    source = _tokenizer(source_store, config.source_tokenizer, config.trust_remote_code)
+    return Sides(config, pivot_store, source_store, dialogues, pivot, source)
+
+
+def _beside(store: RepresentationStore) -> Path:
+    found = Dialogues.beside(store.folder, store.identity["data"])
+    if found is None:
+        raise FusionError(f"no dialogues of the store `{store.folder}` lie beside it; name them with --dialogues")
+    return found.folder
+
+
+def _tokenizer(store: RepresentationStore, place: str | None, code: bool) -> TextTokenizer:
+    name = place or store.identity["model"]
+    revision = None if place else store.identity["revision"]
+    reader = load_tokenizer(local_folder(name, revision, weights=False, code=code)[0], name, code)
+    store.demand(tokenizer=reader.sha256)
+    return reader
+
+
+def align(config: AlignConfig) -> tuple[RepresentationStore, str]:
+    """Make the aligned store that ``config`` asks for, or what of it is still missing.
+
+    Returns:
+        The store, and a report: paired positions and mapped mass, and by cause what was not.
+
+    Raises:
+        FusionError: The stores or tokenizers do not belong together, or something lies in the way.
+    """
+    sides = open_sides(config)
+    made = _map(sides)
+    identity = _identity(sides, made)
+    starts = [shard["first_row"] for shard in sides.pivot_store.manifest["shards"]]
+    writer = StoreWriter(config.output, identity, [*starts, len(sides.pivot_store)])
+    writer.begin()
+    missing = [] if writer.finished else writer.missing()
+    if missing:
+        positions = {shard: sides.pivot_store.manifest["shards"][shard]["positions"] for shard in missing}
+        with tqdm(total=sum(positions.values()), unit="pos", unit_scale=True, desc="align") as bar:
+            for shard in _in_processes(config.workers, sides, _align_shard, missing):
+                bar.update(positions[shard])
+    if not writer.finished:
+        writer.finish()
+    store = RepresentationStore(config.output)
+    mass = mass_by_id(sides.source_store)
+    return store, f"{_report(store.manifest)}\n\n{coverage(made, sides.source, sides.pivot, mass)}"
+
+
+def _identity(sides: Sides, made: VocabularyMap) -> dict[str, Any]:
+    stores = {"pivot_store": sides.pivot_store, "source_store": sides.source_store}
+    source, pivot = sides.source_store.identity, sides.pivot_store.identity
+    matrix = made.matrix
+    return {
+        "kind": ALIGNED,
+        "model": source["model"],
+        **{name: sha256_of(store.folder / "manifest.json") for name, store in stores.items()},
+        **{name: pivot[name] for name in ("tokenizer", "template", "data", "top_k", "vocabulary")},
+        "positions": sides.config.positions,
+        "dtw_cost": sides.config.dtw_cost if sides.contained is not None else None,
+        "unpaired": sides.config.unpaired,
+        "map": made.method,
+        "map_sha256": fingerprint([matrix.indptr.tolist(), matrix.indices.tolist(), matrix.data.tolist()]),
+    }
+
+
+def _map(sides: Sides) -> VocabularyMap:
+    """The vocabulary map, and for warping the corpus that weighs mixtures."""
+    config = sides.config
+    identity = {
+        "source": sides.source.sha256,
+        "pivot": sides.pivot.sha256,
+        "method": config.map,
+        **({"data": sides.dialogues.fingerprint} if config.map in ("statistics", "min_edit_distance") else {}),
+        **({"contained": sides.contained, "most": config.most} if config.map == "statistics" else {}),
+    }
+
+    def corpus() -> Corpus:
+        sides.corpus = sides.corpus or _count(sides)
+        return sides.corpus
+
+    folder = config.maps or config.output.parent
+    sides.made = saved_map(
+        folder, identity, lambda: build_map(config.map, sides.source, sides.pivot, corpus, config.most)
+    )
+    if sides.contained is not None:
+        corpus()
+    return sides.made
+
+
+def _count(sides: Sides) -> Corpus:
+    starts = range(0, len(sides.dialogues), BLOCKS_AT_ONCE)
+    found: dict[int, Corpus] = {}
+    with tqdm(total=len(sides.dialogues), unit="block", desc="corpus") as bar:
+        for start, corpus in _in_processes(sides.config.workers, sides, _count_blocks, starts):
+            found[start] = corpus
+            bar.update(min(BLOCKS_AT_ONCE, len(sides.dialogues) - start))
+    total = found[0]
+    for start in starts[1:]:
+        total += found[start]
+    return total
+
+
+# In the processes
+
+_here: Sides | None = None
+"""What this process works with."""
+
+
+def _in_processes(
+    workers: int | None, sides: Sides, work: Callable[[Sides, int], Any], tasks: Iterable[int]
+) -> Iterator[Any]:
+    """Results of ``work`` for every task, as they come."""
+    tasks = list(tasks)
+    number = min(workers or os.cpu_count() or 1, len(tasks))
+    if number <= 1:
+        for task in tasks:
+            yield work(sides, task)
+        return
+    handed = (sides.config, sides.made, sides.corpus, os.getpid())
+    with ProcessPoolExecutor(number, get_context("spawn"), _begin_process, handed) as pool:
+        futures: list[Future[Any]] = [pool.submit(_in_process, work, task) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _begin_process(config: AlignConfig, made: VocabularyMap | None, corpus: Corpus | None, parent: int) -> None:
+    global _here
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _here = open_sides(config)
+    _here.made, _here.corpus = made, corpus
+
+
+def _end_with(parent: int) -> None:
+    """Do not outlive a parent that was killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _in_process(work: Callable[[Sides, int], Any], task: int) -> Any:
+    assert _here is not None
+    return work(_here, task)
+
+
+def _count_blocks(sides: Sides, start: int) -> tuple[int, Corpus]:
+    stop = min(start + BLOCKS_AT_ONCE, len(sides.dialogues))
+    texts = [sides.dialogues[number].text for number in range(start, stop)]
+    return start, count(texts, sides.source, sides.pivot, sides.contained)
+
+
+def _align_shard(sides: Sides, shard: int) -> int:
+    described = sides.pivot_store.manifest["shards"][shard]
+    numbers = range(described["first_row"], described["first_row"] + described["rows"])
+    blocks = [sides.dialogues[number] for number in numbers]
+    texts = [block.text for block in blocks]
+    rows, totals = [], Counter[str]()
+    tokens = zip(sides.pivot.encode(texts), sides.source.encode(texts), strict=True)
+    for number, block, (of_pivot, of_source) in zip(numbers, blocks, tokens, strict=True):
+        row, counts = _align_row(sides, number, block, of_pivot, of_source)
+        rows.append(row)
+        totals.update(counts)
+    starts = [*(one["first_row"] for one in sides.pivot_store.manifest["shards"]), len(sides.pivot_store)]
+    writer = StoreWriter(sides.config.output, None, starts)
+    writer.join()
+    facts = {"positions": sum(map(len, rows)), **{name: totals[name] for name in CAUSES}}
+    writer.write(shard, [(block.conversation, block.block) for block in blocks], rows, facts)
+    writer.wait()
+    return shard
+
+
+CAUSES = ("paired", "no_boundary", "not_stored", "mass_ppm", "unmapped_ppm", "beyond_ppm", "source_tail_ppm")
+"""What a shard counts: positions, and probability mass in millionths of a position."""
+
+
+def _align_row(
+    sides: Sides, number: int, block: Block, of_pivot: Tokens, of_source: Tokens
+) -> tuple[Aligned, Counter[str]]:
+    own, source = sides.pivot_store[number], sides.source_store[number]
+    positions = supervised_positions(of_pivot, block.spans)[: len(own)]
+    stored = {int(p): row for row, p in enumerate(supervised_positions(of_source, block.spans)[: len(source)])}
+    candidates = _partners(sides, of_pivot, of_source)
+    found: list[Mixture | None] = []
+    counts: Counter[str] = Counter()
+    for position in positions.tolist():
+        mixture = candidates.get(position)
+        if mixture is None:
+            counts["no_boundary"] += 1
+            found.append(None)
+            continue
+        kept = [(stored[place], weight) for place, weight in mixture if place in stored]
+        if len(kept) < len(mixture):
+            counts["not_stored"] += 1
+            found.append(None)
+        else:
+            found.append(kept)
+    assert sides.made is not None
+    row, paired, mapped = transfer(own, source, found, sides.made.matrix)
+    if sides.config.unpaired == "gold":
+        row = _gold_where(row, ~paired, of_pivot.ids[positions + 1])
+    source_tail = mapped.tail - mapped.unmapped - mapped.beyond
+    masses = {"mass_ppm": mapped.probabilities.sum(), "unmapped_ppm": mapped.unmapped.sum()}
+    masses |= {"beyond_ppm": mapped.beyond.sum(), "source_tail_ppm": source_tail.sum()}
+    counts.update({"paired": int(paired.sum()), **{name: round(1e6 * float(m)) for name, m in masses.items()}})
+    golds = source.gold_logprob.astype(np.float64)
+    size = sum(stop - start for start, stop in block.spans)
+    per_token, per_byte = (-golds.sum() / max(1, number) for number in (len(golds), size))
+    arrays = row.ids, row.logprobs, row.tail, row.gold_logprob
+    return Aligned(*arrays, paired.astype(np.uint8), per_token, per_byte), counts
+
+
+def _gold_where(row: Supervised, where: NDArray[np.bool_], gold: NDArray[np.int32]) -> Supervised:
+    """All probability on the token that really follows, at some positions."""
+    k = row.ids.shape[1]
+    others = np.arange(k)[None] + (np.arange(k)[None] >= gold[where, None])  # ids that are not the gold one
+    row.ids[where] = np.concatenate([gold[where, None], others[:, : k - 1]], 1)
+    row.logprobs[where] = np.array([0.0] + [-np.inf] * (k - 1), np.float16)
+    row.tail[where] = 0.0
+    row.gold_logprob[where] = 0.0
+    return row
+
+
+def _partners(sides: Sides, of_pivot: Tokens, of_source: Tokens) -> dict[int, Mixture]:
+    """For positions of the pivot that have any: the source's positions, with weights."""
+    pairs = pair_tokens(of_pivot, of_source, sides.pivot, sides.source, sides.contained)
+    if sides.contained is None:
+        return {i: [(j, 1.0)] for i, j in zip(pairs.pivot.tolist(), pairs.source.tolist(), strict=True)}
+    groups: dict[int, list[int]] = {}
+    for i, j in zip(pairs.pivot.tolist(), pairs.source.tolist(), strict=True):
+        groups.setdefault(i, []).append(j)
+    found = ((i, _by_the_papers(sides, int(of_pivot.ids[i]), js, of_source)) for i, js in groups.items())
+    return {i: mixture for i, mixture in found if mixture}
+
+
+def _by_the_papers(sides: Sides, pivot_id: int, places: Sequence[int], of_source: Tokens) -> Mixture | None:
+    """Which of the source tokens warped onto one pivot token stand for it (FuseLLM; FuseChat)."""
+    word = sides.pivot.words[pivot_id]
+    ids = [int(of_source.ids[place]) for place in places]
+    theirs = [sides.source.words[token] for token in ids]
+    for fits in (lambda other: other == word, lambda other: word in other):
+        for place, other in zip(places, theirs, strict=True):
+            if fits(other):
+                return [(place, 1.0)]
+    if len(places) > 1 and "".join(theirs) == word:
+        assert sides.corpus is not None
+        seen = np.array([float(sides.corpus.pairs[token, pivot_id]) for token in ids])
+        weights = seen / seen.sum() if seen.sum() else np.full(len(ids), 1 / len(ids))
+        return list(zip(places, weights.tolist(), strict=True))
+    return None
+
+
+def _report(manifest: dict[str, Any]) -> str:
+    positions, paired = manifest["positions"], manifest["paired"]
+    mass = {
+        name: manifest[f"{name}_ppm"] / 1e6 / max(1, paired)
+        for name in ("mass", "unmapped", "beyond", "source_tail")
+    }
+    share = 1 / max(1, positions)
+    return "\n".join(
+        [
+            f"positions               {positions:>12,}",
+            f"paired                  {paired:>12,}  {paired * share:.2%}",
+            f"  no common boundary    {manifest['no_boundary']:>12,}  {manifest['no_boundary'] * share:.2%}",
+            f"  not in source store   {manifest['not_stored']:>12,}  {manifest['not_stored'] * share:.2%}",
+            f"of a paired position's mass mapped {mass['mass']:.2%}, ids without image {mass['unmapped']:.2%}, "
+            f"beyond the k kept {mass['beyond']:.2%}, the source's tail {mass['source_tail']:.2%}",
+        ]
+    )
