@@ -108,6 +108,8 @@ def conversations(sources: Iterable[Source], skipped: Counter[str] | None = None
     problems: list[str] = []
     for source in sources:
         for number, (where, row) in enumerate(source.rows(), 1):
+            if len(problems) == MOST_PROBLEMS:
+                break
             try:
                 conversation = _conversation(row, str(number), where)
             except RowError as error:
@@ -115,8 +117,6 @@ def conversations(sources: Iterable[Source], skipped: Counter[str] | None = None
                     skipped[BAD_ROW] += 1
                     continue
                 problems.append(f"{where}: {error}")
-                if len(problems) == MOST_PROBLEMS:
-                    break
                 continue
             if not problems:
                 yield conversation
@@ -138,12 +138,14 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """A JSON array, or JSON Lines: told by the first character, not by the name."""
     with path.open("rb") as file:
         first = file.read(1)
+        if first == b"\xef" and file.read(2) == b"\xbb\xbf":
+            first = file.read(1)
         while first.isspace():
             first = file.read(1)
     if first == b"[":
         try:
             rows = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FusionError(f"{path.name} is not JSON: {error}") from error
         yield from ((f"{path.name}, row {number}", row) for number, row in enumerate(rows, 1))
         return
@@ -156,7 +158,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _json_line(line: bytes) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return RowError(f"not JSON: {error}")
 
 
@@ -244,4 +246,8 @@ def _string(value: Any, what: str) -> str:
         raise RowError(f"{what} is a {type(value).__name__}, not a string")
     if not value.strip():
         raise RowError(f"{what} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"{what} is no Unicode text: {error}") from error
     return value

@@ -17,13 +17,14 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 from numpy.typing import NDArray
 
@@ -187,7 +188,13 @@ class Preparation:
                 made = self._block(conversation, 0, whole.text, whole.spans, tokens)
                 blocks = [made] if made else []
             else:
-                blocks = list(self._split(conversation, messages))
+                counted = replace(self.report)
+                try:
+                    blocks = list(self._split(conversation, messages))
+                except TemplateError as error:
+                    self.report = counted
+                    self._refused(conversation, error)
+                    continue
             if blocks:
                 self.report.kept += 1
             else:
@@ -209,11 +216,14 @@ class Preparation:
         try:
             return messages, self.template.render(messages)
         except TemplateError as error:
-            if self.skipped is not None:
-                self.skipped["the template refuses it"] += 1
-            else:
-                self._problems.append(f"{conversation.where}: {error}")
+            self._refused(conversation, error)
             return messages, None
+
+    def _refused(self, conversation: Conversation, error: TemplateError) -> None:
+        if self.skipped is not None:
+            self.skipped["the template refuses it"] += 1
+        else:
+            self._problems.append(f"{conversation.where}: {error}")
 
     def _split(self, conversation: Conversation, messages: Sequence[Message]) -> Iterator[Block]:
         """As many exchanges as fit into each block, every block rendered on its own."""
@@ -243,9 +253,8 @@ class Preparation:
         try:
             rendered = self.template.render(messages)
         except TemplateError as error:
-            raise FusionError(
-                f"{conversation.where}: it is longer than {self.max_length} tokens, and split between its turns "
-                f"{error}"
+            raise TemplateError(
+                f"longer than {self.max_length} tokens, and split between its turns {error}"
             ) from error
         return rendered.text, rendered.spans, self.tokenizer.encode([rendered.text])[0]
 
@@ -282,6 +291,9 @@ class Preparation:
         room = self.max_length
         for document, tokens in zip(documents, whole, strict=True):
             text = document.text or ""
+            if len(tokens) < 2:
+                self.report.dropped["no supervised token"] += 1
+                continue
             self.report.kept += 1
             if len(tokens) > self.max_length:
                 yield from self._packed(waiting)
@@ -391,7 +403,7 @@ def _remove_abandoned(folder: Path) -> None:
     """What killed processes have left of this folder."""
     for path in folder.parent.glob(f"{folder.name}.*{TEMPORARY}"):
         process = path.name.removesuffix(TEMPORARY).rpartition(".")[2]
-        if process.isdecimal() and not Path(f"/proc/{process}").exists():
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from fusion_trainer.errors import FusionError
 from fusion_trainer.files import fingerprint, sha256_of
 
-__all__ = ["TOKENIZER_FILES", "load_causal_lm", "local_folder", "weights_fingerprint"]
+__all__ = ["TOKENIZER_FILES", "load_causal_lm", "local_folder", "resolved_dtype", "weights_fingerprint"]
 
 TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 WEIGHT_FILES = ("*.safetensors",)
@@ -85,6 +85,7 @@ def load_causal_lm(
         options["quantization_config"] = _quantisation(load_in)
     if device_map or load_in:
         options["device_map"] = device_map or {"": device}
+    bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -101,11 +102,25 @@ def load_causal_lm(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise FusionError(f"{name} cannot be loaded as a causal language model: {error}") from error
     finally:
-        logging.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()
     _demand_head(model, name, sorted(info["missing_keys"]), info.get("mismatched_keys") or ())
     if not (device_map or load_in):
         model.to(device)
     return model.eval()
+
+
+def resolved_dtype(folder: Path, dtype: str, code: bool = False) -> str:
+    """The dtype a checkpoint is loaded in: ``dtype``, or for ``auto`` its own."""
+    from transformers import AutoConfig
+
+    if dtype != "auto":
+        return dtype
+    try:
+        own = AutoConfig.from_pretrained(folder, trust_remote_code=code).dtype
+    except (OSError, ValueError, KeyError) as error:
+        raise FusionError(f"the config of `{folder}` cannot be read: {error}") from error
+    return str(own).removeprefix("torch.") if own is not None else dtype
 
 
 def _demand_head(model: Any, name: str, missing: Sequence[str], mismatched: Sequence[Any]) -> None:

@@ -24,6 +24,8 @@ __all__ = ["BUILT_IN", "Rendered", "Template", "TemplateError", "find_template"]
 FOLDER = Path(__file__).parent / "templates"
 BUILT_IN = ("openchat", "chatml", "vicuna", "mistral", "llama-3", "zephyr")
 
+MOST_PLACES = 32
+"""How many characters of an answer may be taken for markup by the template, at either end."""
 
 Characters = tuple[int, int]
 
@@ -60,11 +62,11 @@ class Template:
             TemplateError: The template raises, or changes the text around an answer with the answer's content.
         """
         text = self._apply(messages)
-        spans = self._spans_by_one_marking(text, messages)
+        spans, last = self._spans_by_one_marking(text, messages), True
         if spans is None:
-            spans = self._spans_by_one_marking_each(text, messages)
-        closing = text[spans[-1][1] :] if spans else ""
-        nexts = [*(start for start, _ in spans[1:]), len(text)]
+            spans, last = self._spans_by_one_marking_each(text, messages)
+        closing = text[spans[-1][1] :] if spans and last else ""
+        nexts = [*(start for start, _ in spans[1:]), len(text)][: len(spans)]
         ended = [
             (start, stop + self._end_of_turn(text[stop:following], closing))
             for (start, stop), following in zip(spans, nexts, strict=True)
@@ -72,12 +74,10 @@ class Template:
         return self._without_bos(text, ended)
 
     def _apply(self, messages: Sequence[Message]) -> str:
-        from jinja2.exceptions import TemplateError as JinjaError
-
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return str(self.tokenizer.apply_chat_template(turns, chat_template=self.jinja, tokenize=False))
-        except (JinjaError, ValueError, TypeError, KeyError) as error:
+        except Exception as error:
             raise TemplateError(f"the template {self.name} refuses it: {error}") from error
 
     def _spans_by_one_marking(self, text: str, messages: Sequence[Message]) -> list[Characters] | None:
@@ -103,18 +103,22 @@ class Template:
                 return None
         return spans if position == len(text) else None
 
-    def _spans_by_one_marking_each(self, text: str, messages: Sequence[Message]) -> list[Characters]:
+    def _spans_by_one_marking_each(self, text: str, messages: Sequence[Message]) -> tuple[list[Characters], bool]:
         """One answer marked at a time: whatever stands where its mark stands is what became of it."""
         spans: list[Characters] = []
+        last = False
         for number, message in enumerate(messages):
             if message.role != "assistant":
                 continue
+            last = False
             marked, marks = _marked(messages, [number])
             rendered = self._apply(marked)
             if marks[0] not in rendered:
                 continue  # the template leaves this answer out
             pieces = _split(rendered, marks)
             if pieces is None or not (text.startswith(pieces[0]) and text.endswith(pieces[1])):
+                pieces = self._around_what_remains(text, messages, number)
+            if pieces is None:
                 raise TemplateError(
                     f"the template {self.name} changes the text around turn {number + 1} with its content, so "
                     "that the assistant's characters cannot be told"
@@ -122,7 +126,35 @@ class Template:
             start, stop = len(pieces[0]), len(text) - len(pieces[1])
             if start < stop and (not spans or spans[-1][1] <= start):
                 spans.append((start, stop))
-        return spans
+                last = True
+        return spans, last
+
+    def _around_what_remains(self, text: str, messages: Sequence[Message], number: int) -> list[str] | None:
+        """For templates that take an answer apart (Qwen3: its reasoning): what stands around the part they keep.
+
+        A mark put into the answer, rather than in its place, tells where a character of it came to stand. The
+        first and the last place near its ends where a mark stays are its edges.
+        """
+        answer = messages[number].content
+        head = self._first_place(text, messages, number, range(min(len(answer), MOST_PLACES)))
+        tail = self._first_place(text, messages, number, range(len(answer), max(0, len(answer) - MOST_PLACES), -1))
+        if head is None or tail is None or text[head[1] : tail[1]] != answer[head[0] : tail[0]]:
+            return None
+        return [text[: head[1]], text[tail[1] :]]
+
+    def _first_place(
+        self, text: str, messages: Sequence[Message], number: int, places: Sequence[int]
+    ) -> tuple[int, int] | None:
+        """The first of ``places`` in the answer where a mark stays and changes nothing else; and its place."""
+        answer = messages[number].content
+        (mark,) = _marked(messages, [number])[1]
+        for place in places:
+            changed = list(messages)
+            changed[number] = Message("assistant", answer[:place] + mark + answer[place:])
+            before, found, after = self._apply(changed).partition(mark)
+            if found and before + after == text:
+                return place, len(before)
+        return None
 
     def _end_of_turn(self, following: str, closing: str) -> int:
         """Length of the marker at the head of ``following``, which stands after an answer.

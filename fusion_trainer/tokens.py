@@ -1,8 +1,9 @@
 """One text through any tokenizer: ids, and the byte of the text at which each token ends.
 
 A tokenizer's own offsets are in characters, and where a character is split over several tokens (byte-level BPE,
-byte fallback) or a run of unknown characters falls back to bytes together, each piece claims the whole. Such
-tokens overlap; among them the ends follow from the bytes the tokens stand for.
+byte fallback) or a run of unknown characters falls back to bytes together, each piece claims the whole. Some
+leave out white space. So the ends follow from the bytes that the tokens stand for, wherever those make up the
+text; where a tokenizer has changed the text, from its offsets, and where these overlap again from the bytes.
 
 A token is supervised when it ends inside a supervised span. That holds for any tokenizer: a leading space that a
 token shares with the template before the span does not exclude it, and a token that reaches beyond the span is
@@ -53,8 +54,8 @@ def supervised_positions(tokens: Tokens, spans: Sequence[Span]) -> NDArray[np.in
         spans: Supervised bytes, ascending and disjoint.
 
     Returns:
-        int32 [positions], ascending. The token after position p ends inside a span. The first token of a text
-        is predicted only where a BOS stands before it.
+        int32 [positions], ascending. The token after position p ends inside a span, and does not begin at its end.
+        The first token of a text is predicted only where a BOS stands before it.
     """
     if not spans or len(tokens) < 2:
         return np.empty(0, np.int32)
@@ -62,7 +63,8 @@ def supervised_positions(tokens: Tokens, spans: Sequence[Span]) -> NDArray[np.in
     ends = tokens.ends[1:]
     span = np.searchsorted(stops, ends, side="left")
     inside = span < len(stops)
-    inside[inside] = ends[inside] > starts[span[inside]]
+    before = tokens.ends[:-1]
+    inside[inside] = (ends[inside] > starts[span[inside]]) & (before[inside] < stops[span[inside]])
     return np.flatnonzero(inside).astype(np.int32)
 
 
@@ -101,9 +103,15 @@ class TextTokenizer:
 
     def _tokens(self, before: int, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
         ends = np.zeros(before + len(ids), np.int32)
-        if ids:
+        raw = text.encode()
+        surfaces = [self.surfaces[token] for token in ids]
+        joined = b"".join(surfaces)
+        if joined == raw or joined == b" " + raw:  # SentencePiece puts a space before a text
+            sizes = np.array([len(surface) for surface in surfaces], np.int32)
+            ends[before:] = np.cumsum(sizes) - (len(joined) - len(raw))
+        elif ids:
             spans_T2 = _in_bytes(text, np.array(offsets, np.int32))
-            self._separate(text.encode(), ids, spans_T2)
+            self._separate(raw, ids, spans_T2)
             ends[before:] = spans_T2[:, 1]
         return Tokens(np.array([*self.prefix, *ids], np.int32), ends)
 

@@ -1,6 +1,7 @@
 """Tokenizers of the three kinds that models have, trained on a little text."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 
@@ -59,7 +60,11 @@ def _sentencepiece_bpe(text: list[str], size: int, special: list[str]) -> PreTra
     tokenizer = Tokenizer(BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trainer = BpeTrainer(
-        vocab_size=size, special_tokens=["<unk>", "<s>", "</s>", *BYTES], limit_alphabet=60, show_progress=False
+        vocab_size=size,
+        special_tokens=["<unk>", "<s>", "</s>", *BYTES],
+        initial_alphabet=["▁", *_most_frequent(text, 59)],  # the trainer's own choice among equals is by chance
+        limit_alphabet=60,
+        show_progress=False,
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=True, prepend_scheme="never")
     tokenizer.train_from_iterator([line.replace("\n", " ") for line in text], trainer)
@@ -67,6 +72,12 @@ def _sentencepiece_bpe(text: list[str], size: int, special: list[str]) -> PreTra
     state["pre_tokenizer"] = None
     state["added_tokens"] = []  # bytes are tokens as any other; the trainer knows no way to say so
     return _with_bos(Tokenizer.from_str(json.dumps(state)), special)
+
+
+def _most_frequent(text: list[str], count: int) -> list[str]:
+    """The characters, white space aside, that occur most, the lower code point first among equals."""
+    counts = Counter(char for line in text for char in line if not char.isspace())
+    return sorted(counts, key=lambda char: (-counts[char], char))[:count]
 
 
 def _unigram(text: list[str], size: int, special: list[str]) -> PreTrainedTokenizerFast:
@@ -81,8 +92,9 @@ def _unigram(text: list[str], size: int, special: list[str]) -> PreTrainedTokeni
     ascii_only = [line.replace("\n", " ").encode("ascii", "ignore").decode() for line in text]
     tokenizer.train_from_iterator(ascii_only, trainer)
     state = json.loads(tokenizer.to_str())
-    pieces = state["model"]["vocab"]
-    state["model"]["vocab"] = [*pieces[:3], *([byte, -20.0] for byte in BYTES), *pieces[3:]]
+    special_pieces, pieces = state["model"]["vocab"][:3], state["model"]["vocab"][3:]
+    pieces = sorted(([piece, round(score, 1)] for piece, score in pieces), key=lambda pair: (-pair[1], pair[0]))
+    state["model"]["vocab"] = [*special_pieces, *([byte, -20.0] for byte in BYTES), *pieces]
     state["model"]["byte_fallback"] = True
     return _with_bos(Tokenizer.from_str(json.dumps(state)), special)
 

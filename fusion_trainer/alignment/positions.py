@@ -23,6 +23,8 @@ __all__ = ["CONTAINED", "Pairs", "boundary_pairs", "warping_costs", "warping_pat
 CONTAINED = {"fusechat": 1, "fusellm": 10}
 """Tenths that an edit costs when one token contains the other; otherwise it costs 10."""
 FAR = 1 << 29
+AT_ONCE = 64
+"""Antidiagonals whose costs are laid out together."""
 
 
 @dataclass(frozen=True)
@@ -101,36 +103,52 @@ def _kinds(words: Sequence[str]) -> tuple[list[str], NDArray[np.intp]]:
     return list(numbers), which
 
 
-def _warp(costs_NM: NDArray[np.uint16]) -> NDArray[np.int32]:
-    """The table D by antidiagonals: [N + M − 1, N + 2], cell (i, j) at [i + j, i + 1]; what is outside is far."""
+def _warp(costs_NM: NDArray[np.uint16]) -> list[NDArray[np.int32]]:
+    """The table D by antidiagonals: cell (i, j) in array i + j at i − first + 1; both ends of it are far."""
     short, long = costs_NM.shape
-    skewed = np.zeros((short, short + long), np.uint16)
-    row, column = skewed.strides
-    np.lib.stride_tricks.as_strided(skewed, costs_NM.shape, (row + column, column))[:] = costs_NM
-    costs_by_diagonal = np.ascontiguousarray(skewed.T)
-
-    table = np.empty((short + long - 1, short + 2), np.int32)
-    before = last = np.full(short + 2, FAR, np.int32)
-    before[0] = 0  # what cell (0, 0) follows
-    for diagonal, here in enumerate(table):
-        first, stop = max(0, diagonal - long + 1), min(diagonal + 1, short)
-        here[first] = here[stop + 1] = FAR
-        cells = here[first + 1 : stop + 1]
-        np.minimum(before[first:stop], last[first:stop], out=cells)
-        np.minimum(cells, last[first + 1 : stop + 1], out=cells)
-        np.add(cells, costs_by_diagonal[diagonal, first:stop], out=cells)
-        before, last = last if diagonal else np.full(short + 2, FAR, np.int32), here
+    number = short + long - 1
+    padded = np.zeros(short * long + AT_ONCE, np.uint16)
+    padded[: short * long] = costs_NM.ravel()
+    costs = np.empty((AT_ONCE, short), np.int32)
+    table: list[NDArray[np.int32]] = []
+    for start in range(0, number, AT_ONCE):
+        # row i from column start − i on: a step down and to the left is long − 1 further in memory
+        view = np.lib.stride_tricks.as_strided(padded[start:], (short, AT_ONCE), (2 * (long - 1), 2))
+        costs[:] = view.T
+        for diagonal in range(start, min(start + AT_ONCE, number)):
+            first, stop = _extent(diagonal, short, long)
+            here = np.empty(stop - first + 2, np.int32)
+            here[0] = here[-1] = FAR
+            cells = here[1:-1]
+            if diagonal:
+                last = table[-1]
+                skip = first - max(0, diagonal - long)  # 1 where the antidiagonal before begins a row higher
+                np.minimum(last[skip : skip + len(cells)], last[skip + 1 : skip + 1 + len(cells)], out=cells)
+            if diagonal > 1:
+                before = table[-2]
+                skip = first - max(0, diagonal - 1 - long)
+                np.minimum(cells, before[skip : skip + len(cells)], out=cells)
+            if not diagonal:
+                cells[0] = 0
+            np.add(cells, costs[diagonal - start, first:stop], out=cells)
+            table.append(here)
     return table
 
 
-def _walk_back(table: NDArray[np.int32], short: int, long: int, pivot_is_short: bool) -> Pairs:
+def _extent(diagonal: int, short: int, long: int) -> tuple[int, int]:
+    """The rows i that an antidiagonal has."""
+    return max(0, diagonal - long + 1), min(diagonal + 1, short)
+
+
+def _walk_back(table: list[NDArray[np.int32]], short: int, long: int, pivot_is_short: bool) -> Pairs:
     i, j = short - 1, long - 1
     path = [(i, j)]
     while i or j:
         diagonal = i + j
-        both = int(table[diagonal - 2, i]) if i and j else FAR
-        in_long = int(table[diagonal - 1, i + 1]) if j else FAR
-        in_short = int(table[diagonal - 1, i]) if i else FAR
+        shift = 1 - max(0, diagonal - long)  # of the antidiagonal before
+        both = int(table[diagonal - 2][i - max(0, diagonal - 1 - long)]) if i and j else FAR
+        in_long = int(table[diagonal - 1][i + shift]) if j else FAR
+        in_short = int(table[diagonal - 1][i - 1 + shift]) if i else FAR
         least = min(both, in_long, in_short)
         in_source = in_long if pivot_is_short else in_short
         if both == least:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from fusion_trainer.config import ExtractConfig
 from fusion_trainer.dialogues import Dialogues
 from fusion_trainer.errors import FusionError
-from fusion_trainer.models import load_causal_lm, local_folder, weights_fingerprint
+from fusion_trainer.models import load_causal_lm, local_folder, resolved_dtype, weights_fingerprint
 from fusion_trainer.prepare import prepare
 from fusion_trainer.representations.asking import AskedModel
 from fusion_trainer.representations.store import RepresentationStore, StoreWriter, Supervised, id_dtype
@@ -154,7 +154,7 @@ def _identity(
         "data": dialogues.fingerprint,
         "top_k": config.top_k,
         "vocabulary": vocabulary,
-        "dtype": config.dtype,
+        "dtype": resolved_dtype(folder, config.dtype, config.trust_remote_code),
         "attention": config.attention,
         "load_in": config.load_in,
         "batch_tokens": config.batch_tokens,

@@ -1,0 +1,482 @@
+"""Time of an extraction against the bare forward pass, size of the store, time to read a row of it.
+
+\b
+  python benchmarks/extract.py                              a Llama of 110M parameters, ten minutes or so;
+                                                            on a GPU a Qwen2 of 1.5B
+  python benchmarks/extract.py --model tiny --rounds 2      a trial of everything, a minute or two on two cores
+  python benchmarks/extract.py --rounds 9 --save
+
+The models are random; what they cost does not depend on what they know. The dialogues are those of
+examples/make_sharegpt.py, and so is the tokenizer, filled up to the vocabulary of the layout with tokens that no
+text needs: all but a few rows of the head stand for a token, as in a real checkpoint.
+
+An extraction is what the program does once the model is loaded: tokens, batches, distributions, shards and the
+manifest on the disk. The references get the very batches it makes, recorded in the warm-up, on the device already:
+
+- `bare forward`: transformers' logits at every position, padding included, dropped at once;
+- `layers + head`: the layers, and the head at the supervised positions alone, as the extraction runs them; nothing
+  is made of the logits. The stricter one: the difference is what the distributions and the store cost.
+
+All run in one process, in an order that rotates from round to round; a ratio is taken within a round.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import click
+import numpy as np
+import torch
+import transformers
+from accelerate import PartialState
+from measure import machine, spread, table, verdict
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+
+from fusion_trainer.config import ExtractConfig
+from fusion_trainer.prepare import prepare
+from fusion_trainer.representations import asking
+from fusion_trainer.representations.asking import AskedModel
+from fusion_trainer.representations.extract import _Extraction, _identity, shard_starts
+from fusion_trainer.representations.store import RepresentationStore, StoreWriter, Supervised, id_dtype
+from fusion_trainer.representations.topk import top_k
+from fusion_trainer.tokens import load_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from make_sharegpt import byte_level_bpe, conversations, texts, write_jsonl
+
+# The project's budgets
+TIME_BUDGET = 1.05  # wall, extraction / bare forward
+BYTES_BUDGETS = {np.uint16: 45, np.uint32: 65}  # per supervised token, by what holds an id
+ROW_BUDGET_US = 50.0
+
+K = 10
+BARE, HEAD, EXTRACTION = "bare forward", "layers + head", "extraction"
+CHARACTERS_PER_TOKEN = 3.0
+TRAINED_ON, TRAINED_TOKENS = 1000, 8000  # conversations; more tokens than that are filled in
+READ_SHARDS, ROWS_PER_SHARD, READS = 64, 64, 20_000
+SIZE_TOKENS = 32_768  # in the stores whose size is told
+CHUNK_SHAPES = ((256, 32_000), (256, 152_064), (55, 152_064))  # the last as an extraction on CPU cuts it
+
+
+def llama(hidden: int, layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 64),
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        dtype="float32",
+    )
+
+
+def qwen2(hidden: int, layers: int, dtype: str) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=152_064,
+        hidden_size=hidden,
+        intermediate_size=hidden * 35 // 6,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 128),
+        num_key_value_heads=2 if hidden > 256 else 1,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        dtype=dtype,
+    )
+
+
+LAYOUTS: dict[str, tuple[PretrainedConfig, int]] = {  # and the ids for which there is a token
+    "tiny": (llama(192, 4), 32_000),
+    "llama-110m": (llama(768, 12), 32_000),
+    "qwen2-1.5b": (qwen2(1536, 28, "bfloat16"), 151_936),
+    "narrow-32k": (llama(48, 1), 32_000),  # for the size of a store, and its rows
+    "narrow-152k": (qwen2(48, 1, "float32"), 151_936),
+}
+
+
+class Seconds(NamedTuple):
+    """Elapsed, and of all threads of this process together."""
+
+    wall: float
+    cpu: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the extraction gave its model, on the device."""
+
+    ids_BL: Tensor
+    mask_BL: Tensor | None
+    positions_S: Tensor
+
+
+def write_model(folder: Path, layout: str, lines: list[str], device: torch.device) -> None:
+    """A random checkpoint, and a tokenizer of as many tokens as its layout has."""
+    config, tokens = LAYOUTS[layout]
+    torch.manual_seed(0)
+    transformers.utils.logging.disable_progress_bar()
+    with device:
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    byte_level_bpe(lines, TRAINED_TOKENS).save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    state = json.loads(path.read_text("utf-8"))
+    vocabulary = state["model"]["vocab"]
+    vocabulary |= {token["content"]: token["id"] for token in state["added_tokens"]}
+    vocabulary |= {f"never-{number}": number for number in range(len(vocabulary), tokens)}
+    path.write_text(json.dumps(state, ensure_ascii=False), "utf-8")
+
+
+def loaded(work: Path, layout: str, tokens: int, batch_tokens: int) -> _Extraction:
+    """All that the program does before the first shard: about ``tokens`` tokens of dialogues, model, writer."""
+    device = PartialState().device
+    rows, characters = [], 0
+    for row in conversations(seed=0):
+        rows.append(row)
+        characters += sum(map(len, texts([row])))
+        if characters > CHARACTERS_PER_TOKEN * tokens:
+            break
+    folder, data = work / layout, work / f"{tokens}.jsonl"
+    write_jsonl(data, rows)
+    lines = [line for row in islice(conversations(seed=1), TRAINED_ON) for line in texts([row])]
+    write_model(folder, layout, lines, device)
+    config = ExtractConfig(
+        data=[str(data)],
+        pivot=str(folder),
+        template="chatml",
+        model=str(folder),
+        output=work / f"{layout}-store",
+        top_k=K,
+        batch_tokens=batch_tokens,
+        shard_tokens=max(2 * batch_tokens, tokens // 4),
+    )
+    dialogues = prepare(config, work, quiet=True)
+    tokenizer = load_tokenizer(folder, layout)
+    assert len(tokenizer.vocabulary) == LAYOUTS[layout][1]
+    identity = _identity(config, dialogues, tokenizer, folder, None, device)
+    writer = StoreWriter(config.output, identity, shard_starts(dialogues.lengths, config.shard_tokens))
+    return _Extraction(config, dialogues, tokenizer, folder, device, writer)
+
+
+# Time
+
+
+def run(extraction: _Extraction, output: Path) -> RepresentationStore:
+    """One whole extraction into a new folder."""
+    writer = extraction.writer
+    writer.folder = output
+    writer.begin()
+    extraction.run(writer.missing(), silent=True)
+    writer.finish()
+    return RepresentationStore(output)
+
+
+def recorded(extraction: _Extraction, output: Path) -> tuple[RepresentationStore, list[Batch]]:
+    """An extraction that is not timed, and the batches it made."""
+    batches: list[Batch] = []
+    ask = extraction.model.distributions
+
+    def recording(ids_BL: Tensor, mask_BL: Tensor | None, positions_S: Tensor, *others: Any) -> Any:
+        batches.append(Batch(ids_BL, mask_BL, positions_S))
+        return ask(ids_BL, mask_BL, positions_S, *others)
+
+    with patch.object(extraction.model, "distributions", recording):
+        return run(extraction, output), batches
+
+
+def bare_forward(model: AskedModel, batches: list[Batch]) -> None:
+    for batch in batches:
+        model.bare_forward(batch.ids_BL, batch.mask_BL)
+
+
+@torch.inference_mode()
+def layers_and_head(model: AskedModel, batches: list[Batch]) -> None:
+    for batch in batches:
+        hidden_SH = model._hidden(batch.ids_BL, batch.mask_BL).flatten(0, 1).index_select(0, batch.positions_S)
+        for hidden_CH in torch.split(hidden_SH, model.chunk):
+            model._head(hidden_CH)
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(function: Callable[[], object]) -> Seconds:
+    synchronise()
+    start, start_cpu = time.perf_counter(), time.process_time()
+    function()
+    synchronise()
+    return Seconds(time.perf_counter() - start, time.process_time() - start_cpu)
+
+
+def measure_rounds(
+    extraction: _Extraction, batches: list[Batch], rounds: int, work: Path
+) -> dict[str, list[Seconds]]:
+    """Seconds of each leg, round by round."""
+    outputs = (work / f"round-{number}" for number in count())
+    legs: dict[str, Callable[[], object]] = {
+        BARE: lambda: bare_forward(extraction.model, batches),
+        HEAD: lambda: layers_and_head(extraction.model, batches),
+        EXTRACTION: lambda: run(extraction, next(outputs)),
+    }
+    spent: dict[str, list[Seconds]] = {leg: [] for leg in legs}
+    for number in range(rounds + 1):
+        order = [*legs][number % 3 :] + [*legs][: number % 3]
+        for leg in order:
+            spent_s = seconds(legs[leg])
+            label = f"round {number}" if number else "warm-up"
+            click.echo(f"{label}: {leg} {spent_s.wall:.2f} s, CPU {spent_s.cpu:.2f} s", err=True)
+            if number:
+                spent[leg].append(spent_s)
+    return spent
+
+
+def profile(extraction: _Extraction, output: Path) -> tuple[float, dict[str, float]]:
+    """One extraction with a clock at each part: its wall seconds, and each part's."""
+    spent: dict[str, float] = {}
+
+    def clocked(part: str, function: Callable[..., Any], waits: bool) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            result = function(*arguments)
+            if waits:
+                synchronise()
+            spent[part] = spent.get(part, 0.0) + time.perf_counter() - start
+            return result
+
+        return call
+
+    model, writer = extraction.model, extraction.writer
+    parts = [
+        ("layers", model, "_hidden", True),
+        ("head", model, "_head", True),
+        ("top-k", asking, "top_k", True),
+        ("to the host, by row", extraction, "_keep", False),
+        ("manifest, checksums", writer, "finish", False),
+        ("tokenise", extraction, "_read", False),
+        ("write", writer, "_write", False),
+    ]
+    with ExitStack() as clocks:
+        for part, owner, name, waits in parts:
+            clocks.enter_context(patch.object(owner, name, clocked(part, getattr(owner, name), waits)))
+        wall_s = seconds(lambda: run(extraction, output)).wall
+    return wall_s, {part: spent.get(part, 0.0) for part, *_ in parts}
+
+
+def measure_top_k(shape: tuple[int, int], rounds: int) -> tuple[list[float], list[float]]:
+    """Milliseconds for one chunk: ours, and log_softmax, topk, gather and sum over the dense chunk."""
+    device, reserve = PartialState().device, torch.Generator().manual_seed(0)
+    logits_CV = torch.randn(shape, generator=reserve).to(device)
+    gold_C = torch.randint(shape[1], shape[:1], generator=reserve).to(device)
+
+    def dense() -> None:
+        logprobs_CV = logits_CV.log_softmax(-1)
+        best = logprobs_CV.topk(K)
+        best.values.exp().sum(-1).neg().add(1)
+        logprobs_CV.gather(1, gold_C[:, None])
+
+    ours_ms, dense_ms = [], []
+    for number in range(2 + 3 * rounds):
+        copy_CV = logits_CV.clone()  # top_k overwrites
+        ours = 1e3 * seconds(partial(top_k, copy_CV, gold_C, K)).wall
+        theirs = 1e3 * seconds(dense).wall
+        if number >= 2:  # warm-up
+            ours_ms.append(ours)
+            dense_ms.append(theirs)
+    return ours_ms, dense_ms
+
+
+# Store
+
+
+def readable_store(folder: Path, like: RepresentationStore) -> RepresentationStore:
+    """A store of many shards with random content and rows as long as those of ``like``."""
+    rng = np.random.default_rng(0)
+    lengths = rng.choice([len(row) for row in like], READ_SHARDS * ROWS_PER_SHARD)
+    identity = {"top_k": K, "vocabulary": like.identity["vocabulary"]}
+    kind = id_dtype(identity["vocabulary"])
+    writer = StoreWriter(folder, identity, range(0, len(lengths) + 1, ROWS_PER_SHARD))
+    writer.begin()
+    for shard in range(READ_SHARDS):
+        first = shard * ROWS_PER_SHARD
+        rows = [
+            Supervised(
+                rng.integers(identity["vocabulary"], size=(length, K)).astype(kind),
+                -rng.random((length, K)).astype(np.float16),
+                rng.random(length).astype(np.float16),
+                -rng.random(length).astype(np.float16),
+            )
+            for length in lengths[first : first + ROWS_PER_SHARD]
+        ]
+        names = [(f"conversation {first + number}", 0) for number in range(ROWS_PER_SHARD)]
+        writer.write(shard, names, rows, {"positions": sum(map(len, rows))})
+    writer.wait()
+    writer.finish()
+    return RepresentationStore(folder)
+
+
+def measure_reading(store: RepresentationStore) -> dict[str, list[float]]:
+    """Microseconds: to open the store, to map a shard, to get a row, to get a row and touch its data."""
+    opening = [1e6 * seconds(partial(RepresentationStore, store.folder)).wall for _ in range(20)]
+    fresh = RepresentationStore(store.folder)
+    mapping = [1e6 * seconds(partial(fresh.__getitem__, row)).wall for row in range(0, len(fresh), ROWS_PER_SHARD)]
+    for row in fresh:
+        sum(part.sum(dtype=np.float64) for part in (row.ids, row.logprobs, row.tail, row.gold_logprob))
+    rows = np.random.default_rng(1).integers(len(fresh), size=(2, READS)).tolist()
+    getting, touching = [], []
+    for row in rows[0]:
+        start = time.perf_counter_ns()
+        fresh[row]
+        getting.append((time.perf_counter_ns() - start) / 1e3)
+    for row in rows[1]:
+        start = time.perf_counter_ns()
+        fresh[row].gold_logprob.sum()
+        touching.append((time.perf_counter_ns() - start) / 1e3)
+    return {
+        "open the store": opening,
+        "first row of a shard": mapping,
+        "a random row": getting,
+        "a random row, and the sum of its gold_logprob": touching,
+    }
+
+
+# Report
+
+
+def time_tables(spent: dict[str, list[Seconds]], tokens: int) -> Iterator[tuple[str, str]]:
+    legs = []
+    for leg, of in spent.items():
+        per_second = spread([tokens / one.wall for one in of], 0)
+        legs.append((leg, spread([one.wall for one in of]), spread([one.cpu for one in of]), per_second))
+    yield "Legs", table(("leg", "wall, s", "CPU, s", "tokens/s"), legs)
+    rows = []
+    for reference, budget in ((BARE, TIME_BUDGET), (HEAD, None)):
+        pairs = list(zip(spent[EXTRACTION], spent[reference], strict=True))
+        wall, cpu = [ours.wall / theirs.wall for ours, theirs in pairs], [o.cpu / t.cpu for o, t in pairs]
+        each = " ".join(f"{ratio:.3f}" for ratio in wall)
+        judged = (f"≤ {budget}", verdict(wall, budget)) if budget else ("", "")
+        rows.append((f"{EXTRACTION} / {reference}", spread(wall, 3), each, spread(cpu, 3), *judged))
+    header = ("pair", "wall ratio", "round by round", "CPU ratio", "budget, wall", "verdict")
+    yield "Time within a round", table(header, rows)
+
+
+def profile_table(wall_s: float, parts: dict[str, float]) -> str:
+    beside = ("tokenise", "write")
+    rest = wall_s - sum(spent for part, spent in parts.items() if part not in beside)
+    rows = [
+        (part, f"{spent:.3f}", f"{spent / wall_s:.1%}", "beside" if part in beside else "")
+        for part, spent in {**parts, "all else": rest, "wall": wall_s}.items()
+    ]
+    return table(("part", "s", "of the wall", "thread of its own"), rows)
+
+
+def top_k_table(rounds: int) -> str:
+    rows = []
+    for shape in CHUNK_SHAPES:
+        ours_ms, dense_ms = measure_top_k(shape, rounds)
+        ratios = [a / b for a, b in zip(ours_ms, dense_ms, strict=True)]
+        rows.append((f"{list(shape)}", spread(ours_ms), spread(dense_ms), spread(ratios)))
+    return table(("float32 logits", "top_k, ms", "log_softmax + topk, ms", "ratio"), rows)
+
+
+def size_table(stores: list[RepresentationStore]) -> str:
+    rows = []
+    for store in stores:
+        positions, vocabulary = store.manifest["positions"], store.identity["vocabulary"]
+        each, budget = store.bytes / positions, BYTES_BUDGETS[id_dtype(vocabulary)]
+        counts = (f"{vocabulary:,}", f"{len(store.manifest['shards'])}", f"{len(store):,}", f"{positions:,}")
+        rows.append((*counts, f"{each:.2f}", f"≤ {budget}", verdict([each], budget)))
+    header = ("vocabulary", "shards", "rows", "supervised tokens", "bytes per supervised token")
+    return table((*header, "budget", "verdict"), rows)
+
+
+def reading_table(times_us: dict[str, list[float]]) -> str:
+    rows = []
+    for what, of in times_us.items():
+        judged = (f"≤ {ROW_BUDGET_US:.0f} µs", verdict(of, ROW_BUDGET_US)) if "random" in what else ("", "")
+        rows.append((what, f"{median(of):.1f}", f"{np.percentile(of, 99):.1f}", *judged))
+    return table(("what", "median, µs", "99th percentile, µs", "budget, median", "verdict"), rows)
+
+
+def measurements(
+    work: Path, layout: str, rounds: int, tokens: int, batch_tokens: int
+) -> tuple[str, dict[str, Any]]:
+    """The report's body, in Markdown, and the raw numbers."""
+    extraction = loaded(work, layout, tokens, batch_tokens)
+    store, batches = recorded(extraction, extraction.config.output)
+    spent = measure_rounds(extraction, batches, rounds, work)
+    wall_s, parts = profile(extraction, work / "profiled")
+    padded = sum(batch.ids_BL.numel() for batch in batches)
+    read, supervised = store.manifest["tokens"], store.manifest["positions"]
+    parameters = sum(weight.numel() for weight in extraction.model.model.parameters())
+    setting = (
+        f"{layout}: {parameters:,} parameters in {extraction.model.model.dtype}, on {store.identity['device']}; "
+        f"{len(store):,} blocks of {read:,} tokens ({supervised / read:.0%} supervised) in {len(batches)} batches "
+        f"of at most {batch_tokens:,} ({1 - read / padded:.1%} padding); rounds after one warm-up: {rounds}. "
+        "Cells: median [min – max]; budgets are judged by the median."
+    )
+    del extraction, batches
+    narrow = [loaded(work, name, SIZE_TOKENS, SIZE_TOKENS // 8) for name in LAYOUTS if name.startswith("narrow")]
+    stores = [run(extraction, extraction.config.output) for extraction in narrow]
+    reading = measure_reading(readable_store(work / "reading", stores[0]))
+    many = f"{READ_SHARDS * ROWS_PER_SHARD:,} rows in {READ_SHARDS} shards"
+    sections = [
+        *time_tables(spent, read),
+        ("Where the time of an extraction goes (one run, clocked)", profile_table(wall_s, parts)),
+        ("top_k of a chunk alone", top_k_table(rounds)),
+        ("Store, manifest and schemas counted", size_table(stores)),
+        ("Reading", f"{READS:,} reads of {many}, page cache warm.\n\n{reading_table(reading)}"),
+    ]
+    text = "\n\n".join([setting, *(f"## {title}\n\n{body}" for title, body in sections)])
+    return text, {
+        "wall_and_cpu_s": spent,
+        "profile_s": {**parts, "wall": wall_s},
+        "tokens": read,
+        "padded": padded,
+    }
+
+
+@click.command(help=__doc__)
+@click.option("--model", type=click.Choice(list(LAYOUTS)[:3]), help="Default: llama-110m, qwen2-1.5b on a GPU.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds that count.")
+@click.option("--tokens", type=int, help="Tokens in a leg, about. Default: 16384, 524288 on a GPU.")
+@click.option("--batch-tokens", type=int, help="Most tokens in a batch. Default: 4096, 16384 on a GPU.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write OUT.json and OUT.md.")
+@click.option("--save", is_flag=True, help="Write benchmarks/results/YYYY-MM-DD-extract.md.")
+def main(
+    model: str | None, rounds: int, tokens: int | None, batch_tokens: int | None, out: Path | None, save: bool
+) -> None:
+    on_gpu = PartialState().device.type == "cuda"
+    model = model or ("qwen2-1.5b" if on_gpu else "llama-110m")
+    tokens = tokens or (524_288 if on_gpu else 16_384)
+    batch_tokens = batch_tokens or (16_384 if on_gpu else 4096)
+    with tempfile.TemporaryDirectory() as work:
+        body, numbers = measurements(Path(work), model, rounds, tokens, batch_tokens)
+    options = f"--model {model} --rounds {rounds} --tokens {tokens} --batch-tokens {batch_tokens}"
+    command = f"python benchmarks/extract.py {options}"
+    text = f"# Extraction benchmark, {date.today()}\n\n    {command}\n\n{machine()}\n\n{body}\n"
+    click.echo(text)
+    if out is not None:
+        Path(f"{out}.json").write_text(json.dumps({"command": command, "machine": machine(), **numbers}, indent=2))
+        Path(f"{out}.md").write_text(text)
+    if save:
+        results = Path(__file__).parent / "results"
+        results.mkdir(exist_ok=True)
+        (results / f"{date.today()}-extract.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
