@@ -17,6 +17,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 
 from fusion_trainer.conversations import BAD_ROW, Conversation, Message
 from fusion_trainer.errors import FusionError, listed
-from fusion_trainer.files import TEMPORARY, read_json, sync_folder, whole_file, write_json
+from fusion_trainer.files import TEMPORARY, read_json, sync_folder, whole_file, write_json, written_to
 from fusion_trainer.templates import Template, TemplateError, find_template
 from fusion_trainer.tokens import Span, TextTokenizer, Tokens, supervised_positions
 
@@ -367,7 +368,15 @@ def write_dialogues(
         request: What the blocks were asked to be made of, by fingerprints.
     """
     making = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY}")
+    with written_to(folder):
+        _write(making, folder, blocks, preparation, request)
+
+
+def _write(
+    making: Path, folder: Path, blocks: Iterable[Block], preparation: Preparation, request: dict[str, Any]
+) -> None:
     _remove_abandoned(folder)
+    made_parents = [parent for parent in folder.parents if not parent.exists()]
     making.mkdir(parents=True)
     try:
         digest = hashlib.sha256()
@@ -385,6 +394,9 @@ def write_dialogues(
         _give_name(making, folder)
     except BaseException:
         shutil.rmtree(making, ignore_errors=True)
+        for parent in made_parents:
+            with suppress(OSError):
+                parent.rmdir()
         raise
     sync_folder(folder.parent)
 

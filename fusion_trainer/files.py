@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and fingerprints of what they hold."""
 
+import errno
 import hashlib
 import json
 import os
@@ -8,7 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["TEMPORARY", "fingerprint", "read_json", "sha256_of", "sync_folder", "whole_file", "write_json"]
+from fusion_trainer.errors import FusionError
+
+__all__ = [
+    "TEMPORARY",
+    "fingerprint",
+    "read_json",
+    "sha256_of",
+    "sync_folder",
+    "whole_file",
+    "write_json",
+    "written_to",
+]
 
 TEMPORARY = ".tmp"
 """Suffix of a file that is being written; nothing that reads a folder looks at such files."""
@@ -32,6 +44,24 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def written_to(folder: Path) -> Iterator[None]:
+    """What the disk refuses inside the block becomes a sentence for the user.
+
+    Raises:
+        FusionError: The disk is full, or the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "the disk is full" if full else error.strerror or str(error)
+        raise FusionError(
+            f"`{folder}` cannot be written: {what}. Once that is mended run the same command again: it goes on "
+            "where it stopped"
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -75,6 +75,7 @@ def load_causal_lm(
         FusionError: It cannot be loaded, or its weights lack an lm head or anything else.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -99,7 +100,7 @@ def load_causal_lm(
         raise FusionError(
             f"{name} does not fit into the GPU's memory; try --device-map auto or --load-in 8bit"
         ) from error
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise FusionError(f"{name} cannot be loaded as a causal language model: {error}") from error
     finally:
         if bars:

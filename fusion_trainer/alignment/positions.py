@@ -82,7 +82,7 @@ def warping_costs(rows: Sequence[str], columns: Sequence[str], contained: int) -
     """Edit distances in tenths, uint16 [rows, columns]; each pair of different tokens is measured once."""
     kinds_of_rows, row_kind = _kinds(rows)
     kinds_of_columns, column_kind = _kinds(columns)
-    distances = cdist(kinds_of_rows, kinds_of_columns, scorer=Levenshtein.distance, dtype=np.uint16, workers=-1)
+    distances = cdist(kinds_of_rows, kinds_of_columns, scorer=Levenshtein.distance, dtype=np.uint16)
     costs = distances * np.uint16(10)
     if contained != 10:
         lengths = [np.array([len(word) for word in words]) for words in (kinds_of_rows, kinds_of_columns)]
@@ -92,7 +92,7 @@ def warping_costs(rows: Sequence[str], columns: Sequence[str], contained: int) -
             one, other = kinds_of_rows[row], kinds_of_columns[column]
             if one in other or other in one:
                 costs[row, column] = distances[row, column] * contained
-    table: NDArray[np.uint16] = costs.take(row_kind, axis=0).take(column_kind, axis=1)
+    table: NDArray[np.uint16] = costs.take(column_kind, axis=1).take(row_kind, axis=0)
     return table
 
 
@@ -106,38 +106,41 @@ def _kinds(words: Sequence[str]) -> tuple[list[str], NDArray[np.intp]]:
 def _warp(costs_NM: NDArray[np.uint16]) -> list[NDArray[np.int32]]:
     """The table D by antidiagonals: cell (i, j) in array i + j at i − first + 1; both ends of it are far."""
     short, long = costs_NM.shape
-    number = short + long - 1
     padded = np.zeros(short * long + AT_ONCE, np.uint16)
     padded[: short * long] = costs_NM.ravel()
     costs = np.empty((AT_ONCE, short), np.int32)
     table: list[NDArray[np.int32]] = []
-    for start in range(0, number, AT_ONCE):
+    firsts: list[int] = []
+    for start in range(0, short + long - 1, AT_ONCE):
+        end = min(start + AT_ONCE, short + long - 1)
+        low, high = max(0, start - long + 1), min(end, short)
         # row i from column start − i on: a step down and to the left is long − 1 further in memory
-        view = np.lib.stride_tricks.as_strided(padded[start:], (short, AT_ONCE), (2 * (long - 1), 2))
-        costs[:] = view.T
-        for diagonal in range(start, min(start + AT_ONCE, number)):
-            first, stop = _extent(diagonal, short, long)
-            here = np.empty(stop - first + 2, np.int32)
+        rows = padded[start + low * (long - 1) :]
+        view = np.lib.stride_tricks.as_strided(rows, (high - low, AT_ONCE), (2 * (long - 1), 2))
+        costs[:, low:high] = view.T
+        for diagonal in range(start, end):
+            first, stop = max(0, diagonal - long + 1), min(diagonal + 1, short)
+            here = np.empty(stop - first + 2, np.int32)  # an array of its own: numpy need not look for overlaps
             here[0] = here[-1] = FAR
             cells = here[1:-1]
-            if diagonal:
-                last = table[-1]
-                skip = first - max(0, diagonal - long)  # 1 where the antidiagonal before begins a row higher
-                np.minimum(last[skip : skip + len(cells)], last[skip + 1 : skip + 1 + len(cells)], out=cells)
-            if diagonal > 1:
-                before = table[-2]
-                skip = first - max(0, diagonal - 1 - long)
-                np.minimum(cells, before[skip : skip + len(cells)], out=cells)
-            if not diagonal:
-                cells[0] = 0
+            _reach(cells, table, firsts, first)
             np.add(cells, costs[diagonal - start, first:stop], out=cells)
             table.append(here)
+            firsts.append(first)
     return table
 
 
-def _extent(diagonal: int, short: int, long: int) -> tuple[int, int]:
-    """The rows i that an antidiagonal has."""
-    return max(0, diagonal - long + 1), min(diagonal + 1, short)
+def _reach(cells: NDArray[np.int32], table: list[NDArray[np.int32]], firsts: list[int], first: int) -> None:
+    """The least cost of what comes before each cell of the next antidiagonal, whose first row is ``first``."""
+    if not table:
+        cells[0] = 0
+        return
+    number, last = len(cells), table[-1]
+    skip = first - firsts[-1]
+    np.minimum(last[skip : skip + number], last[skip + 1 : skip + 1 + number], out=cells)
+    if len(table) > 1:
+        skip = first - firsts[-2]
+        np.minimum(cells, table[-2][skip : skip + number], out=cells)
 
 
 def _walk_back(table: list[NDArray[np.int32]], short: int, long: int, pivot_is_short: bool) -> Pairs:
@@ -145,15 +148,15 @@ def _walk_back(table: list[NDArray[np.int32]], short: int, long: int, pivot_is_s
     path = [(i, j)]
     while i or j:
         diagonal = i + j
-        shift = 1 - max(0, diagonal - long)  # of the antidiagonal before
-        both = int(table[diagonal - 2][i - max(0, diagonal - 1 - long)]) if i and j else FAR
-        in_long = int(table[diagonal - 1][i + shift]) if j else FAR
-        in_short = int(table[diagonal - 1][i - 1 + shift]) if i else FAR
-        least = min(both, in_long, in_short)
-        in_source = in_long if pivot_is_short else in_short
-        if both == least:
+        before = table[diagonal - 1]
+        place = i - max(0, diagonal - long) + 1  # of row i in the antidiagonal before
+        in_long = before[place] if j else FAR
+        in_short = before[place - 1] if i else FAR
+        both = table[diagonal - 2][i - max(0, diagonal - 1 - long)] if i and j else FAR
+        least = min(in_long, in_short)
+        if both <= least:
             i, j = i - 1, j - 1
-        elif (in_source == least) == pivot_is_short:
+        elif ((in_long if pivot_is_short else in_short) == least) == pivot_is_short:
             j -= 1
         else:
             i -= 1

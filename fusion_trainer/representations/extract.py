@@ -102,7 +102,7 @@ def extract(config: ExtractConfig) -> RepresentationStore:
     """
     from accelerate import PartialState
 
-    state = PartialState(timeout=PATIENCE)
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     if config.device_map and state.num_processes > 1:
         raise FusionError("--device-map spreads one model over all GPUs: run it as one process, not with several")
     with state.main_process_first():
@@ -124,7 +124,8 @@ def extract(config: ExtractConfig) -> RepresentationStore:
             extraction = _Extraction(config, dialogues, tokenizer, folder, state.device, writer)
             extraction.run(mine, silent=not state.is_main_process)
         except BaseException:
-            writer.abandon()
+            if state.num_processes == 1:  # another may be writing
+                writer.abandon()
             raise
     state.wait_for_everyone()
     if state.is_main_process and not writer.finished:
@@ -285,16 +286,24 @@ class _Extraction:
     def _keep(self, answer: Answer, rows: Sequence[Row], found: list[Supervised | None]) -> None:
         """Hand a batch's distributions to their rows."""
         ids, logprobs, tail, gold = answer.arrays()
-        finite = np.isfinite(logprobs).all(1) & np.isfinite(tail) & np.isfinite(gold)
+        finite = _finite(logprobs, tail, gold)
         start = 0
         for number in answer.numbers:
             row = rows[number]
             stop = start + len(row.positions)
             if not finite[start:stop].all():
-                raise FusionError(self._not_finite(row, int(np.argmin(finite[start:stop]))))
+                raise FusionError(self._not_finite(*self._first_not_finite(rows, row)))
             here = slice(start, stop)
             found[number] = Supervised(ids[here].astype(self.id_dtype), logprobs[here], tail[here], gold[here])
             start = stop
+
+    def _first_not_finite(self, rows: Sequence[Row], met: Row) -> tuple[Row, int]:
+        """The first row of the shard, and position in it, without finite logits; the rows are asked one by one."""
+        for number, row in enumerate(rows):
+            finite = _finite(*self._ask_batch(rows, [number]).arrays()[1:])
+            if not finite.all():
+                return row, int(np.argmin(finite))
+        return met, 0
 
     def _not_finite(self, row: Row, which: int) -> str:
         position = int(row.positions[which])
@@ -308,6 +317,13 @@ class _Extraction:
                 place = np.unravel_index(int(wrong.to(torch.uint8).argmax()), weight.shape)
                 return f"{message}. Its weights are not finite: {name}, first at {[int(i) for i in place]}"
         return f"{message}. Its weights are finite; a wider --dtype may help"
+
+
+def _finite(
+    logprobs: NDArray[np.float16], tail: NDArray[np.float16], gold: NDArray[np.float16]
+) -> NDArray[np.bool_]:
+    finite: NDArray[np.bool_] = np.isfinite(logprobs).all(1) & np.isfinite(tail) & np.isfinite(gold)
+    return finite
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -16,7 +16,6 @@ Each shard appears whole or not at all and depends only on its blocks, so an int
 where it was, and the finished store has the same bytes as one that was never interrupted.
 """
 
-import errno
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from fusion_trainer.errors import FusionError, unlike
-from fusion_trainer.files import TEMPORARY, read_json, sha256_of, whole_file, write_json
+from fusion_trainer.files import TEMPORARY, read_json, sha256_of, whole_file, write_json, written_to
 
 __all__ = ["ALIGNED", "Aligned", "Representation", "RepresentationStore", "StoreWriter", "Supervised", "id_dtype"]
 
@@ -162,19 +161,31 @@ class StoreWriter:
                 f"`{self.folder}` holds something else ({', '.join(sorted(content)[:3])}); give a new folder"
             )
         for name in known:
-            found = read_json(self.folder / name)
-            found = found.get("identity", found) if isinstance(found, dict) else {}
+            found = _identity_in(self.folder / name)
             renamed = {**self.identity, "model": found.get("model")}  # a folder that moved is the same by its hash
             if difference := unlike(f"`{self.folder}` is a store of something else:", renamed, found):
                 raise FusionError(f"{difference}\nGive another --output, or remove that folder.")
             self.identity = found
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob(f"*{TEMPORARY}"):
-            path.unlink()
-        if self.finished:
-            (self.folder / PLAN).unlink(missing_ok=True)
-        elif PLAN not in known:
-            write_json(self.folder / PLAN, self.identity)
+        with written_to(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob(f"*{TEMPORARY}"):
+                path.unlink()
+            if self.finished and not self._reopened():
+                (self.folder / PLAN).unlink(missing_ok=True)
+            elif not (self.folder / PLAN).is_file():
+                write_json(self.folder / PLAN, self.identity)
+
+    def _reopened(self) -> bool:
+        """Whether a finished store had to be begun again because shards of it are missing or damaged."""
+        shards = read_json(self.folder / MANIFEST)["shards"]
+        damaged = [self.folder / shard["file"] for shard in shards if list(_wrong_size(self.folder, shard))]
+        if not damaged:
+            return False
+        write_json(self.folder / PLAN, self.identity)
+        (self.folder / MANIFEST).unlink()
+        for path in damaged:
+            path.unlink(missing_ok=True)
+        return True
 
     def join(self) -> None:
         """Take over what the process that has begun the store says it is of."""
@@ -214,15 +225,8 @@ class StoreWriter:
         """
         last, self._last = self._last, None
         if last is not None:
-            try:
+            with written_to(self.folder):
                 last.result()
-            except OSError as error:
-                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                what = "the disk is full" if full else str(error)
-                raise FusionError(
-                    f"a shard cannot be written to `{self.folder}`: {what}. Once that is mended run the same "
-                    "command again: it goes on where it stopped"
-                ) from error
 
     def _write(
         self, shard: int, names: Sequence[tuple[str, int]], rows: Sequence[Supervised], facts: dict[str, int]
@@ -252,6 +256,8 @@ class StoreWriter:
 
     def abandon(self) -> None:
         """After a failure: remove the folder if nothing in it is worth going on with."""
+        with suppress(FusionError):
+            self.wait()
         if not any(self.folder.glob("shard-*.arrow")) and not self.finished:
             (self.folder / PLAN).unlink(missing_ok=True)
             with suppress(OSError):
@@ -270,8 +276,33 @@ class StoreWriter:
                 sums[key] = sums.get(key, 0) + facts[key]
         totals = {"rows": self.first_rows[-1], **dict(sorted(sums.items()))}
         manifest = {"format": FORMAT, "version": VERSION, "identity": self.identity, **totals, "shards": shards}
-        write_json(self.folder / MANIFEST, manifest)
-        (self.folder / PLAN).unlink(missing_ok=True)
+        with written_to(self.folder):
+            write_json(self.folder / MANIFEST, manifest)
+            (self.folder / PLAN).unlink(missing_ok=True)
+
+
+def _identity_in(path: Path) -> dict[str, Any]:
+    """What a manifest or plan says the store is of.
+
+    Raises:
+        FusionError: It is none.
+    """
+    try:
+        found = read_json(path)
+        found = found["identity"] if path.name == MANIFEST else found
+    except (ValueError, KeyError, TypeError) as error:
+        raise FusionError(
+            f"`{path.parent}` holds something else: its {path.name} is no store's; give a new folder"
+        ) from error
+    return found if isinstance(found, dict) else {}
+
+
+def _wrong_size(folder: Path, shard: dict[str, Any]) -> Iterator[str]:
+    path = folder / shard["file"]
+    if not path.is_file():
+        yield f"{path.name} is missing"
+    elif path.stat().st_size != shard["bytes"]:
+        yield f"{path.name} has {path.stat().st_size} bytes, not {shard['bytes']}"
 
 
 def _facts(path: Path) -> dict[str, int]:
@@ -325,11 +356,11 @@ class RepresentationStore:
         self.k: int = self.identity["top_k"]
         self._first_rows = np.array([shard["first_row"] for shard in self.manifest["shards"]])
         self._open: dict[int, _Shard] = {}
-        problems = [problem for shard in self.manifest["shards"] for problem in self._wrong_size(shard)]
+        problems = [problem for shard in self.manifest["shards"] for problem in _wrong_size(self.folder, shard)]
         if problems:
             raise FusionError(
-                f"the store `{self.folder}` is damaged: {'; '.join(problems)}.\nRemove those shards and "
-                "manifest.json and run the extraction again: it makes only what is missing."
+                f"the store `{self.folder}` is damaged: {'; '.join(problems)}.\nRun the command that made it "
+                "again: it makes only what is missing."
             )
 
     def __reduce__(self) -> tuple[type["RepresentationStore"], tuple[Path]]:
@@ -384,13 +415,6 @@ class RepresentationStore:
         if described != (FORMAT, VERSION):
             raise FusionError(f"`{self.folder}` is not a store of {FORMAT}, version {VERSION}: found {described}")
         return dict(manifest)
-
-    def _wrong_size(self, shard: dict[str, Any]) -> Iterator[str]:
-        path = self.folder / shard["file"]
-        if not path.is_file():
-            yield f"{path.name} is missing"
-        elif path.stat().st_size != shard["bytes"]:
-            yield f"{path.name} has {path.stat().st_size} bytes, not {shard['bytes']}"
 
     @cached_property
     def bytes(self) -> int:

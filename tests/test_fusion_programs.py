@@ -1,0 +1,327 @@
+"""``fusion-trainer extract`` as processes: killed, shared by several, out of disk, out of memory.
+
+Importing torch and transformers takes seconds. The console script and ``accelerate launch`` are run as a user runs
+them; for the many runs that are to be killed, one process imports everything and forks itself for each run.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_sources
+import torch
+
+from fusion_trainer.dialogues import Dialogues
+from fusion_trainer.representations.store import RepresentationStore
+
+BIN = Path(sys.executable).parent
+CHATS = tiny_sources.made_up_chats(250, words=10, turns=1)
+SETTINGS = ["--template", "openchat", "--batch-tokens", "250", "--shard-tokens", "220"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+FORKING = """
+import json, os, resource, sys
+import pyarrow, torch, accelerate, pandas
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM, Qwen2ForCausalLM, Qwen2Tokenizer
+import fusion_trainer.representations.extract
+from fusion_trainer.cli import main
+
+print("ready", flush=True)
+for line in iter(sys.stdin.readline, ""):
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(job["folder"])
+        said = os.open(job["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        if "file_size" in job:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size"],) * 2)
+        if "more_memory" in job:
+            now = open("/proc/self/status").read().partition("VmData:")[2].split()[0]
+            resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(now) + job["more_memory"],) * 2)
+        main(job["arguments"], prog_name="fusion-trainer")
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@dataclass
+class Run:
+    """A run that is under way: its process, and what it says in the end."""
+
+    process: int
+    wait: Callable[[], tuple[int, str]]
+
+
+class Programs:
+    """``fusion-trainer`` in forks of one process that has imported everything."""
+
+    def __init__(self, folder: Path) -> None:
+        self.said = folder / "said.txt"
+        self._parent = subprocess.Popen(
+            [sys.executable, "-c", FORKING],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+        )
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self._parent.stdout
+        return self._parent.stdout.readline().strip()
+
+    def start(self, folder: Path, *arguments: object, **limits: int) -> Run:
+        job = {
+            "folder": str(folder),
+            "said": str(self.said),
+            "arguments": [str(one) for one in arguments],
+            **limits,
+        }
+        assert self._parent.stdin
+        self._parent.stdin.write(json.dumps(job) + "\n")
+        self._parent.stdin.flush()
+        return Run(int(self._line()), lambda: (int(self._line()), self.said.read_text()))
+
+    def run(self, folder: Path, *arguments: object, **limits: int) -> tuple[int, str]:
+        return self.start(folder, *arguments, **limits).wait()
+
+    def end(self) -> None:
+        assert self._parent.stdin
+        self._parent.stdin.close()
+        self._parent.wait()
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+    started = Programs(tmp_path_factory.mktemp("programs"))
+    yield started
+    started.end()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Chats, a pivot and a source; in bfloat16, where a batch of another shape gives other bytes."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_sources.write_sharegpt(folder / "chats.jsonl", CHATS)
+    tiny_sources.save_source(folder / "pivot", "mistral", "sentencepiece_bpe")
+    tiny_sources.save_source(folder / "source", "qwen2", "byte_level_bpe", padded=50, dtype=torch.bfloat16)
+    return folder
+
+
+def extract(world: Path, *more: object) -> list[str]:
+    """The arguments that write the store ``stores/source`` below the current folder."""
+    paths = ["--data", world / "chats.jsonl", "--pivot", world / "pivot", "--model", world / "source"]
+    return ["extract", *map(str, paths), *SETTINGS, "--output", "stores/source", *map(str, more)]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder ``stores`` that the console script writes: prepared dialogues and the store."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    program = [BIN / "fusion-trainer", *extract(world)]
+    result = subprocess.run(program, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "supervised tokens" in result.stdout
+    assert "100%" in result.stderr  # the progress bar
+    assert "tok/s" in result.stderr
+    store = RepresentationStore(folder / "stores" / "source")
+    assert len(store) == len(CHATS)
+    assert len(store.manifest["shards"]) > 60
+    return folder / "stores"
+
+
+def no_half_written_shard(stores: Path, uninterrupted: Path) -> int:
+    """Every shard that is there is whole; returns how many there are."""
+    shards = list((stores / "source").glob("*.arrow")) if stores.is_dir() else []
+    for shard in shards:
+        assert shard.read_bytes() == (uninterrupted / "source" / shard.name).read_bytes(), shard.name
+    return len(shards)
+
+
+def wait_for(what: Callable[[], Any], process: int) -> None:
+    """Poll until it is so, or the process has ended."""
+    while not what() and Path(f"/proc/{process}/fd").exists():
+        with suppress(PermissionError):
+            if not os.listdir(f"/proc/{process}/fd"):  # ended, and not waited for yet  # noqa: PTH208
+                return
+        time.sleep(0.0005)
+
+
+def test_killed_at_any_point_and_started_again_the_store_has_the_same_bytes(
+    programs: Programs, world: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Killed in the preparation, at some number of shards as soon as the last has its name, and at the end."""
+    stores = tmp_path / "stores"
+    store = stores / "source"
+    shards = len(RepresentationStore(uninterrupted / "source").manifest["shards"])
+    rng = random.Random(2402)
+    kills: list[tuple[str, Callable[[], Any]]] = [
+        ("in the preparation", lambda: list(stores.glob("dialogues-*.tmp/blocks.arrow*"))),
+        ("at the start of the extraction", (store / "extraction.json").exists),
+        *(
+            (f"at {number} shards", lambda number=number: (store / f"shard-{number - 1:05}.arrow").exists())
+            for number in sorted(rng.sample(range(1, shards), 5))
+        ),
+        ("at the last shard", (store / f"shard-{shards - 1:05}.arrow").exists),
+        ("at the manifest", lambda: list(store.glob("manifest.json*"))),
+    ]
+    killed = []
+    for when, reached in kills:
+        run = programs.start(tmp_path, *extract(world))
+        wait_for(reached, run.process)
+        if "shards" in when:
+            time.sleep(rng.choice([0, 0, 0.002, 0.004]))
+        with suppress(ProcessLookupError):
+            os.kill(run.process, signal.SIGKILL)
+        code, said = run.wait()
+        assert code in (0, -signal.SIGKILL), said
+        if code:
+            killed.append(when)
+        there = no_half_written_shard(stores, uninterrupted)
+        assert there in (0, shards) or (store / "extraction.json").is_file(), when
+        assert there == shards or not (store / "manifest.json").exists()
+    assert len(killed) >= len(kills) - 2, killed  # at the very end a run may be faster than the signal
+    code, said = programs.run(tmp_path, *extract(world))
+    assert code == 0, said
+    assert tree(stores) == tree(uninterrupted)
+    assert f"{shards} shards" in programs.run(tmp_path, "store", "verify", "stores/source")[1]
+
+
+def test_interrupted_from_the_keyboard_a_run_ends_soon_and_can_be_gone_on_with(
+    programs: Programs, world: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = programs.start(tmp_path, *extract(world))
+    wait_for((tmp_path / "stores" / "source" / "shard-00004.arrow").exists, run.process)
+    os.kill(run.process, signal.SIGINT)
+    code, said = run.wait()
+    assert code == 1
+    assert "Aborted!" in said
+    assert "Traceback" not in said
+    assert 5 <= no_half_written_shard(tmp_path / "stores", uninterrupted) < 60
+    assert programs.run(tmp_path, *extract(world))[0] == 0
+    assert tree(tmp_path / "stores") == tree(uninterrupted)
+
+
+def test_two_processes_share_the_work_and_write_the_same_bytes_as_one(
+    world: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """``--multi_gpu`` is accelerate's way to start several processes, also where there is no GPU."""
+    launch = [BIN / "accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    options = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    program = [*launch, *options, "-m", "fusion_trainer", *extract(world)]
+    result = subprocess.run(program, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("supervised tokens,") == 1  # one of the two tells the result
+    assert tree(tmp_path / "stores") == tree(uninterrupted)
+    tokens = Dialogues(next(uninterrupted.glob("dialogues-*"))).lengths.sum()
+    share = re.findall(r"100%.*/([\d.]+)k \[", result.stderr)[-1]  # of the process that shows its bar
+    assert float(share) * 1000 < 0.7 * tokens
+
+
+# A full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """``small_disk(bytes)`` mounts a file system of that size, or makes the mounted one that large."""
+    folder = tmp_path / "disk"
+
+    def of_size(size: int) -> Path:
+        options = f"size={size}" + (",remount" if folder.is_dir() else "")
+        folder.mkdir(exist_ok=True)
+        mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True)
+        if mount.returncode:
+            pytest.skip("only root may mount a small file system")
+        return folder
+
+    yield of_size
+    subprocess.run(["umount", folder], check=False, capture_output=True)
+
+
+def test_a_full_disk_ends_in_a_message_and_a_store_that_can_be_gone_on_with(
+    programs: Programs, world: Path, uninterrupted: Path, small_disk: Callable[[int], Path]
+) -> None:
+    folder = small_disk(sum(map(len, tree(uninterrupted).values())) // 2)
+    code, said = programs.run(folder, *extract(world))
+    assert code == 1
+    assert "the disk is full" in said
+    assert "run the same command again" in said
+    assert "Traceback" not in said
+    assert 5 < no_half_written_shard(folder / "stores", uninterrupted) < 60
+    assert not list((folder / "stores").rglob("*.tmp"))
+    small_disk(1 << 26)
+    assert programs.run(folder, *extract(world))[0] == 0
+    assert tree(folder / "stores") == tree(uninterrupted)
+
+
+def test_a_disk_that_is_full_before_the_first_shard_ends_in_a_message(
+    programs: Programs, world: Path, small_disk: Callable[[int], Path]
+) -> None:
+    folder = small_disk(8192)
+    code, said = programs.run(folder, *extract(world))
+    assert code == 1
+    assert "Traceback" not in said
+    assert "disk is full" in said or "No space left on device" in said
+    assert not tree(folder)
+
+
+@pytest.mark.parametrize("what", ["a shard", "the manifest"])
+def test_a_file_that_may_not_be_written_ends_in_a_message_and_a_store_that_can_be_gone_on_with(
+    what: str, programs: Programs, world: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of files: below the size of some shards, and between them and the manifest."""
+    dialogues = shutil.copytree(next(uninterrupted.glob("dialogues-*")), tmp_path / "dialogues")
+    arguments = extract(world, "--dialogues", dialogues)
+    sizes = sorted(path.stat().st_size for path in (uninterrupted / "source").glob("*.arrow"))
+    assert (uninterrupted / "source" / "manifest.json").stat().st_size > sizes[-1]
+    limit = sizes[-1] if what == "the manifest" else sizes[-2]
+    code, said = programs.run(tmp_path, *arguments, file_size=limit)
+    assert code == 1
+    assert "Traceback" not in said
+    assert "File too large" in said
+    there = no_half_written_shard(tmp_path / "stores", uninterrupted)
+    assert there == len(sizes) if what == "the manifest" else 0 < there < len(sizes)
+    assert not list((tmp_path / "stores").rglob("*.tmp"))
+    assert programs.run(tmp_path, *arguments)[0] == 0
+    assert tree(tmp_path / "stores" / "source") == tree(uninterrupted / "source")
+
+
+# Memory
+
+
+def test_out_of_memory_the_message_says_which_flag_to_lower(
+    programs: Programs, world: Path, tmp_path: Path
+) -> None:
+    """Attention over 32 × 860 tokens at once takes over 1 GB; only 600 MB more may be had."""
+    long_answers = [[("Count.", " ".join(["1 2 3 fox"] * 120))] for _ in range(32)]
+    data = tiny_sources.write_sharegpt(tmp_path / "long.jsonl", long_answers)
+    arguments = ["extract", "--pivot", world / "pivot", "--model", world / "source", "--template", "openchat"]
+    arguments += ["--data", data, "--output", "stores/source", "--attention", "eager", "--batch-tokens"]
+    code, said = programs.run(tmp_path, *arguments, 10**6, more_memory=600 << 20)
+    assert code == 1, said
+    assert "Traceback" not in said
+    assert "out of memory on cpu with a batch of 32 × " in said
+    assert "lower --batch-tokens (now 1000000)" in said
+    assert not (tmp_path / "stores" / "source").exists()
+    code, said = programs.run(tmp_path, *arguments, 1000, more_memory=600 << 20)
+    assert code == 0, said
