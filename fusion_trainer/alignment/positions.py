@@ -110,7 +110,8 @@ def _warp(costs_NM: NDArray[np.uint16]) -> list[NDArray[np.int32]]:
     padded[: short * long] = costs_NM.ravel()
     costs = np.empty((AT_ONCE, short), np.int32)
     table: list[NDArray[np.int32]] = []
-    firsts: list[int] = []
+    last = before = np.empty(0, np.int32)  # the two antidiagonals before, and the first row of each
+    first_of_last = first_of_before = 0
     for start in range(0, short + long - 1, AT_ONCE):
         end = min(start + AT_ONCE, short + long - 1)
         low, high = max(0, start - long + 1), min(end, short)
@@ -123,24 +124,17 @@ def _warp(costs_NM: NDArray[np.uint16]) -> list[NDArray[np.int32]]:
             here = np.empty(stop - first + 2, np.int32)  # an array of its own: numpy need not look for overlaps
             here[0] = here[-1] = FAR
             cells = here[1:-1]
-            _reach(cells, table, firsts, first)
+            if diagonal == 0:
+                cells[0] = 0
+            else:
+                skip = first - first_of_last
+                np.minimum(last[skip : stop - first_of_last], last[skip + 1 : stop - first_of_last + 1], out=cells)
+                if diagonal > 1:
+                    np.minimum(cells, before[first - first_of_before : stop - first_of_before], out=cells)
             np.add(cells, costs[diagonal - start, first:stop], out=cells)
             table.append(here)
-            firsts.append(first)
+            before, first_of_before, last, first_of_last = last, first_of_last, here, first
     return table
-
-
-def _reach(cells: NDArray[np.int32], table: list[NDArray[np.int32]], firsts: list[int], first: int) -> None:
-    """The least cost of what comes before each cell of the next antidiagonal, whose first row is ``first``."""
-    if not table:
-        cells[0] = 0
-        return
-    number, last = len(cells), table[-1]
-    skip = first - firsts[-1]
-    np.minimum(last[skip : skip + number], last[skip + 1 : skip + 1 + number], out=cells)
-    if len(table) > 1:
-        skip = first - firsts[-2]
-        np.minimum(cells, table[-2][skip : skip + number], out=cells)
 
 
 def _walk_back(table: list[NDArray[np.int32]], short: int, long: int, pivot_is_short: bool) -> Pairs:
