@@ -180,7 +180,10 @@ def verify(folder: Path) -> None:
 @click.option("--positions", default=20, show_default=True, help="Most positions printed of it.")
 @click.option("--dialogues", type=click.Path(path_type=Path), help="The folder it was made from, for the text.")
 @click.option("--tokenizer", help="Folder or Hub id, if the model has moved since.")
-def show(folder: Path, row: int, positions: int, dialogues: Path | None, tokenizer: str | None) -> None:
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the model's repository brings along.")
+def show(
+    folder: Path, row: int, positions: int, dialogues: Path | None, tokenizer: str | None, trust_remote_code: bool
+) -> None:
     """Print the manifest of the store FOLDER, and one row, decoded."""
     from fusion_trainer.representations.show import show_manifest, show_row
     from fusion_trainer.representations.store import RepresentationStore
@@ -189,7 +192,7 @@ def show(folder: Path, row: int, positions: int, dialogues: Path | None, tokeniz
     if not 0 <= row < len(opened):
         raise FusionError(f"the store has the rows 0 to {len(opened) - 1}, not {row}")
     click.echo(show_manifest(opened))
-    click.echo(show_row(opened, row, positions, dialogues, tokenizer))
+    click.echo(show_row(opened, row, positions, dialogues, tokenizer, trust_remote_code))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ __all__ = ["BAD_ROW", "FORMATS", "Conversation", "Message", "Source", "conversat
 FORMATS = ("conversations", "messages", "prompt/completion", "text")
 """The columns that tell a format: ShareGPT, OpenAI, prompt and completion, plain text."""
 
+COLUMNS = ("conversations", "messages", "prompt", "completion", "text")
+CALLS = ("tool_calls", "function_call")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 ROLES |= {"system": "system", "tool": "tool"}
 SHAREGPT_KEYS, OPENAI_KEYS = ("from", "value"), ("role", "content")
@@ -84,9 +86,10 @@ def open_source(data: str, *, name: str | None = None, split: str = "train") -> 
         _demand_file(path)
         return Source(path.name, sha256_of(path), lambda: _json_rows(path))
     dataset = _load(path, name, split)
-    if "timestamp" in str(dataset.features):
+    used = {name: kind for name, kind in (dataset.features or {}).items() if name in COLUMNS}
+    if "timestamp" in str(list(used.values())):
         raise FusionError(
-            f"{data}: `datasets` has read strings as timestamps ({dataset.features}); give the dataset's JSON "
+            f"{data}: `datasets` has read strings as timestamps ({used}); give the dataset's JSON "
             "files by their paths, or a Parquet file whose columns are strings"
         )
     own = sha256_of(path) if path.is_file() else str(dataset._fingerprint)
@@ -221,6 +224,9 @@ def _message(turn: Any, which: str, keys: tuple[str, str]) -> Message:
     for key in keys:
         if turn.get(key) is None:
             raise RowError(f"{which} has no `{key}`")
+    for call in CALLS:
+        if turn.get(call):
+            raise RowError(f"{which} has `{call}`, which is not rendered: write the call into `{content_key}`")
     role = turn[role_key]
     if not isinstance(role, str) or role not in ROLES:
         raise RowError(f"{which} has the unknown role {role!r}; known are {', '.join(ROLES)}")

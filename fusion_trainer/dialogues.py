@@ -13,7 +13,6 @@ turn at its head, and holds as many exchanges as fit. Only an exchange that is t
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,13 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from fusion_trainer.conversations import BAD_ROW, Conversation, Message
 from fusion_trainer.errors import FusionError, listed
-from fusion_trainer.files import TEMPORARY, read_json, sync_folder, whole_file, write_json, written_to
+from fusion_trainer.files import (
+    read_json,
+    remove_abandoned,
+    sync_folder,
+    temporary_name,
+    whole_file,
+    write_json,
+    written_to,
+)
 from fusion_trainer.templates import Template, TemplateError, find_template
 from fusion_trainer.tokens import Span, TextTokenizer, Tokens, supervised_positions
 
@@ -265,7 +271,7 @@ class Preparation:
         length = self.max_length
         while len(tokens) > self.max_length and length:
             stop = int(tokens.ends[length - 1])
-            shorter = _head(text, stop)
+            shorter = _head(text.encode()[:stop])
             again = self.tokenizer.encode([shorter])[0]
             if len(again) <= self.max_length:
                 text, tokens = shorter, again
@@ -323,19 +329,22 @@ class Preparation:
             yield made
 
     def _pieces(self, document: Conversation, text: str, tokens: Tokens) -> Iterator[Block]:
-        number, length = 0, self.max_length
-        while text:
-            head = text if len(tokens) <= length else _head(text, int(tokens.ends[length - 1])) or text[0]
+        raw, start, number = text.encode(), 0, 0
+        most = room = max(1, self.max_length - len(self.tokenizer.prefix))
+        while start < len(raw):
+            last = int(np.searchsorted(tokens.ends, start, "right")) + room - 1
+            stop = len(raw) if last >= len(tokens) else int(tokens.ends[last])
+            head = _head(raw[start:stop]) or _head(raw[start : start + 4])[:1]
             piece = self.tokenizer.encode([head])[0]
-            if len(piece) > self.max_length and length > len(self.tokenizer.prefix) + 1:
-                length -= len(piece) - self.max_length
+            if len(piece) > self.max_length and room > 1:
+                room = max(1, room - (len(piece) - self.max_length))
                 continue
-            made = self._block(document, number, head, [(0, len(head.encode()))], piece)
+            size = len(head.encode())
+            made = self._block(document, number, head, [(0, size)], piece)
             if made:
                 yield made
                 number += 1
-            text, length = text[len(head) :], self.max_length
-            tokens = self.tokenizer.encode([text])[0]
+            start, room = start + size, most
 
 
 def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
@@ -351,9 +360,9 @@ def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Me
     return list(messages[:head]), pieces
 
 
-def _head(text: str, size: int) -> str:
-    """The characters that lie whole within the first ``size`` bytes."""
-    return text.encode()[:size].decode(errors="ignore")
+def _head(raw: bytes) -> str:
+    """The characters that lie whole within UTF-8 that may be cut."""
+    return raw.decode(errors="ignore")
 
 
 def write_dialogues(
@@ -367,7 +376,7 @@ def write_dialogues(
         preparation: Its report goes into the manifest.
         request: What the blocks were asked to be made of, by fingerprints.
     """
-    making = folder.with_name(f"{folder.name}.{os.getpid()}{TEMPORARY}")
+    making = temporary_name(folder)
     with written_to(folder):
         _write(making, folder, blocks, preparation, request)
 
@@ -375,7 +384,7 @@ def write_dialogues(
 def _write(
     making: Path, folder: Path, blocks: Iterable[Block], preparation: Preparation, request: dict[str, Any]
 ) -> None:
-    _remove_abandoned(folder)
+    remove_abandoned(folder.parent, folder.name)
     made_parents = [parent for parent in folder.parents if not parent.exists()]
     making.mkdir(parents=True)
     try:
@@ -411,14 +420,6 @@ def _give_name(making: Path, folder: Path) -> None:
         shutil.rmtree(making)
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """What killed processes have left of this folder."""
-    for path in folder.parent.glob(f"{folder.name}.*{TEMPORARY}"):
-        process = path.name.removesuffix(TEMPORARY).rpartition(".")[2]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 class Dialogues:
     """A prepared folder, memory-mapped."""
 
@@ -427,12 +428,18 @@ class Dialogues:
         if not manifest.is_file():
             raise FusionError(f"`{folder}` holds no dialogues: no manifest.json in it")
         self.folder = folder
-        self.manifest: dict[str, Any] = read_json(manifest)
-        if (self.manifest.get("format"), self.manifest.get("version")) != (FORMAT, VERSION):
-            raise FusionError(f"`{folder}` is not a folder of {FORMAT}, version {VERSION}")
-        with pa.memory_map(str(folder / "blocks.arrow")) as source:
-            reader = pa.ipc.open_file(source)
-            self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        try:
+            self.manifest: dict[str, Any] = dict(read_json(manifest))
+            described = self.manifest.get("format"), self.manifest.get("version")
+            if described != (FORMAT, VERSION):
+                raise FusionError(f"`{folder}` is not a folder of {FORMAT}, version {VERSION}")
+            with pa.memory_map(str(folder / "blocks.arrow")) as source:
+                reader = pa.ipc.open_file(source)
+                self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        except FusionError:
+            raise
+        except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+            raise FusionError(f"the dialogues in `{folder}` are damaged: {error}; remove that folder") from error
 
     @classmethod
     def beside(cls, store: Path, data: str) -> "Dialogues | None":

@@ -4,10 +4,14 @@ import errno
 import hashlib
 import json
 import os
+import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import psutil
 
 from fusion_trainer.errors import FusionError
 
@@ -33,7 +37,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: The disk is full, or the folder cannot be written; nothing is left behind.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             yield file
@@ -46,6 +50,22 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+def temporary_name(path: Path) -> Path:
+    """A name beside ``path`` that tells which process of which machine is writing."""
+    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}{TEMPORARY}")
+
+
+def remove_abandoned(folder: Path, name: str = "") -> None:
+    """Remove what dead processes of this machine were writing in ``folder``, by names that begin with ``name``."""
+    for path in folder.glob(f"{name}*.{platform.node()}.*{TEMPORARY}"):
+        process = path.name.removesuffix(TEMPORARY).rpartition(".")[2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
 @contextmanager
 def written_to(folder: Path) -> Iterator[None]:
     """What the disk refuses inside the block becomes a sentence for the user.
@@ -56,8 +76,10 @@ def written_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # not the disk's
+            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full" if full else error.strerror or str(error)
+        what = "the disk is full" if full else error.strerror
         raise FusionError(
             f"`{folder}` cannot be written: {what}. Once that is mended run the same command again: it goes on "
             "where it stopped"

@@ -6,12 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from fusion_trainer.errors import FusionError
-from fusion_trainer.files import fingerprint, sha256_of
+from fusion_trainer.files import fingerprint, read_json, sha256_of
 
-__all__ = ["TOKENIZER_FILES", "load_causal_lm", "local_folder", "resolved_dtype", "weights_fingerprint"]
+__all__ = [
+    "TOKENIZER_FILES",
+    "config_fingerprint",
+    "load_causal_lm",
+    "local_folder",
+    "resolved_dtype",
+    "weights_fingerprint",
+]
 
 TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 WEIGHT_FILES = ("*.safetensors",)
+NOT_NEEDED = ("consolidated*", "*/*")
+"""The same weights once more, as some repositories of the Hub have them."""
+NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
+"""Keys of a config that do not change what the model computes."""
 SHA256_LENGTH = 64
 
 
@@ -25,6 +36,8 @@ def local_folder(
     """
     path = Path(model)
     if path.is_dir():
+        if revision:
+            raise FusionError(f"`{model}` is a folder, which has no revision `{revision}`")
         return path, None
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise FusionError(f"no model folder `{model}`")
@@ -33,7 +46,9 @@ def local_folder(
 
     patterns = [*TOKENIZER_FILES, *(WEIGHT_FILES if weights else ()), *(("*.py",) if code else ())]
     try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        folder = Path(
+            snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=list(NOT_NEEDED))
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         at = f" at revision {revision}" if revision else ""
         raise FusionError(
@@ -42,15 +57,40 @@ def local_folder(
     return folder, folder.name
 
 
-def weights_fingerprint(folder: Path) -> str:
-    """SHA-256 over the names and contents of the weight files (a Hub download's names tell their content)."""
-    files = sorted(path for path in folder.glob("*.safetensors"))
+def weights_fingerprint(folder: Path, name: str) -> str:
+    """SHA-256 over the names and contents of the weight files (a Hub download's names tell their content).
+
+    Raises:
+        FusionError: There are none; pickled ones are not loaded.
+    """
+    files = weight_files(folder)
     if not files:
         pickled = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")])
-        instead = f" but {pickled[0]}; pickled weights are not loaded, convert them first" if pickled else ""
-        raise FusionError(f"`{folder}` has no .safetensors weights{instead}")
+        raise FusionError(
+            f"{name} has no .safetensors weights in `{folder}`{f' but {pickled[0]}' if pickled else ''}; pickled "
+            "weights are not loaded: convert them, or name a --revision that has .safetensors"
+        )
     with ThreadPoolExecutor(4) as threads:
         return fingerprint(list(zip((f.name for f in files), threads.map(_content, files), strict=True)))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint that transformers reads."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        return sorted({folder / file for file in read_json(index)["weight_map"].values()})
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
+
+
+def config_fingerprint(folder: Path, code: bool) -> str:
+    """SHA-256 of what a model computes beside its weights: its config, and its own code if that is run."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    config = {key: value for key, value in config.items() if key not in NOT_OF_THE_MODEL}
+    sources = {path.name: sha256_of(path) for path in sorted(folder.glob("*.py"))} if code else {}
+    return fingerprint([config, sources])
 
 
 def _content(path: Path) -> str:
@@ -83,8 +123,8 @@ def load_causal_lm(
     if attention:
         options["attn_implementation"] = attention
     if load_in:
-        options["quantization_config"] = _quantisation(load_in)
-    if device_map or load_in:
+        options["quantization_config"] = _quantisation(load_in, options["dtype"])
+    if device_map or load_in or device.type == "cuda":  # so that weights go straight to the device
         options["device_map"] = device_map or {"": device}
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -106,7 +146,7 @@ def load_causal_lm(
         if bars:
             logging.enable_progress_bar()
     _demand_head(model, name, sorted(info["missing_keys"]), info.get("mismatched_keys") or ())
-    if not (device_map or load_in):
+    if "device_map" not in options:
         model.to(device)
     return model.eval()
 
@@ -137,11 +177,16 @@ def _demand_head(model: Any, name: str, missing: Sequence[str], mismatched: Sequ
         raise FusionError(f"{name} ({type(model).__name__}) has no lm head; give a causal language model")
 
 
-def _quantisation(load_in: str) -> Any:
+def _quantisation(load_in: str, dtype: Any) -> Any:
     import importlib.util
 
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise FusionError("--load-in needs bitsandbytes: pip install 'varm-merge[quant]'")
-    return BitsAndBytesConfig(load_in_8bit=load_in == "8bit", load_in_4bit=load_in == "4bit")
+    if load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    import torch
+
+    compute = torch.bfloat16 if dtype == "auto" else dtype
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)

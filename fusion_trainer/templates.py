@@ -12,6 +12,7 @@ stop.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ __all__ = ["BUILT_IN", "Rendered", "Template", "TemplateError", "find_template"]
 FOLDER = Path(__file__).parent / "templates"
 BUILT_IN = ("openchat", "chatml", "vicuna", "mistral", "llama-3", "zephyr")
 
+TODAY = datetime(2024, 7, 26)
+"""What templates are told that ask for the date (Llama 3.1's own default): one text, whenever it is rendered."""
+DIRECTIVES = "aAbBdefHIjmMpSyYZ"
 MOST_PLACES = 32
 """How many characters of an answer may be taken for markup by the template, at either end."""
 
@@ -76,7 +80,7 @@ class Template:
     def _apply(self, messages: Sequence[Message]) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            return str(self.tokenizer.apply_chat_template(turns, chat_template=self.jinja, tokenize=False))
+            return str(self.tokenizer.apply_chat_template(turns, chat_template=_dated(self.jinja), tokenize=False))
         except Exception as error:
             raise TemplateError(f"the template {self.name} refuses it: {error}") from error
 
@@ -207,6 +211,14 @@ def find_template(choice: str | None, tokenizer: Any, model: str) -> Template:
     if not path.is_file():
         raise FusionError(f"no template `{choice}`: neither a Jinja file nor one of {known}")
     return Template(path.name, path.read_text(encoding="utf-8"), tokenizer)
+
+
+def _dated(jinja: str) -> str:
+    """A template to which it is always ``TODAY``: transformers would tell it the day it is rendered."""
+    if "strftime_now" not in jinja:
+        return jinja
+    known = "".join(f" | replace('%{letter}', '{TODAY.strftime('%' + letter)}')" for letter in DIRECTIVES)
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{known} }}}}{{%- endmacro -%}}{jinja}"
 
 
 def _marked(messages: Sequence[Message], which: Sequence[int]) -> tuple[list[Message], list[str]]:

@@ -84,6 +84,8 @@ class TextTokenizer:
         starts = [i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain]
         self.prefix: list[int] = full[: starts[0]] if starts else []
         """The ids this tokenizer puts before every text: BOS, or nothing."""
+        if not self.prefix and _template_begins_with_bos(tokenizer):
+            self.prefix = [tokenizer.bos_token_id]
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokenise texts that bear no BOS yet."""
@@ -186,6 +188,17 @@ class TextTokenizer:
         if padding:
             backend.enable_padding(**padding)
         return hashlib.sha256(f"{state}{self.prefix}".encode()).hexdigest()
+
+
+def _template_begins_with_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer that adds no BOS leaves that to its chat template."""
+    if not tokenizer.bos_token or not tokenizer.chat_template:
+        return False
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except Exception:  # a template may demand other turns
+        return False
+    return bool(str(text).startswith(tokenizer.bos_token))
 
 
 def _in_bytes(text: str, offsets_T2: NDArray[np.int32]) -> NDArray[np.int32]:

@@ -10,7 +10,7 @@ import pytest
 import tiny_sources
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
 from fusion_trainer.representations.asking import AskedModel
 
@@ -185,3 +185,13 @@ def test_logits_exist_for_a_chunk_of_supervised_positions_only() -> None:
     asked.distributions(ids_BL, mask_BL, torch.arange(20), torch.zeros(20).long(), 10)
     hook.remove()
     assert seen == [(1, 8, ROWS), (1, 8, ROWS), (1, 4, ROWS)]
+
+
+def test_a_model_whose_head_asks_for_more_than_hidden_states_is_asked_whole() -> None:
+    config = MambaConfig(vocab_size=ROWS, hidden_size=16, state_size=4, num_hidden_layers=2, expand=2)
+    torch.manual_seed(0)
+    model = MambaForCausalLM(config).eval()
+    with pytest.warns(UserWarning, match="every position"):
+        asked = AskedModel(model, KNOWN)
+    assert "forward" not in vars(asked.layers)
+    assert_answers_as_the_plain_model(asked, LENGTHS)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import pytest
 
 from fusion_trainer.conversations import BAD_ROW, Conversation, Message, conversations, open_source
@@ -172,6 +173,14 @@ def test_several_files_are_read_in_the_order_given(tmp_path: Path) -> None:
     assert [conversation.text for conversation in read(first, second)] == ["One.", "Two."]
 
 
+def test_a_column_of_timestamps_beside_the_conversation_does_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "chats.parquet"
+    when = pd.to_datetime(["2024-03-05"])
+    pd.DataFrame({"prompt": ["When?"], "completion": ["2024-03-05"], "timestamp": when}).to_parquet(path)
+    (conversation,) = read(path)
+    assert conversation.messages[1] == Message("assistant", "2024-03-05")
+
+
 def test_a_tool_turn_may_stand_between_answers(tmp_path: Path) -> None:
     roles = ["system", "human", "gpt", "tool", "gpt", "human", "gpt"]
     path = as_jsonl(tmp_path / "c", [{"conversations": [{"from": role, "value": "x"} for role in roles]}])
@@ -221,6 +230,10 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     ),
     "text that is a list": ({"text": ["a"]}, "`text` is a list, not a string"),
     "empty text": ({"text": ""}, "`text` is empty"),
+    "a call of a tool": (
+        {"messages": [{"role": "assistant", "content": "Wait.", "tool_calls": [{"id": "1"}]}]},
+        "turn 1 has `tool_calls`, which is not rendered",
+    ),
     "half a surrogate pair": ({"prompt": "Hi.", "completion": "\ud83d"}, "`completion` is no Unicode text"),
 }
 

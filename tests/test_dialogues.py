@@ -1,6 +1,7 @@
 """Blocks of dialogues: never too long, split between turns, nothing lost uncounted, the same every time."""
 
 import os
+import platform
 import random
 import subprocess
 from collections import Counter
@@ -18,7 +19,7 @@ from fusion_trainer.conversations import BAD_ROW, Conversation, Message
 from fusion_trainer.dialogues import Block, Dialogues, Preparation, Report, write_dialogues
 from fusion_trainer.errors import FusionError
 from fusion_trainer.templates import Template, find_template
-from fusion_trainer.tokens import TextTokenizer
+from fusion_trainer.tokens import TextTokenizer, Tokens
 
 property_test = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 CHATML = ("<|im_start|>", "<|im_end|>")
@@ -335,6 +336,22 @@ def test_packed_documents_never_exceed_a_block_and_none_is_lost(kind: str, texts
     assert all(block.tokens == pivot_tokens(kind, block.text) <= 64 for block in blocks)
 
 
+def test_a_long_document_is_read_whole_once_not_once_for_each_of_its_pieces() -> None:
+    class Counting(TextTokenizer):
+        read = 0
+
+        def encode(self, texts: Sequence[str]) -> list[Tokens]:
+            self.read += sum(map(len, texts))
+            return super().encode(texts)
+
+    tokenizer = Counting(shared("byte_level_bpe", CHATML), "pivot")
+    text = " ".join(TEXT) * 60
+    blocks = list(Preparation(tokenizer, None, 64).blocks([document(1, text)]))
+    assert len(blocks) > 100
+    assert "".join(block.text for block in blocks) == text
+    assert tokenizer.read < 3 * len(text)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_short_documents_are_packed_into_blocks_with_a_blank_line_between(kind: str) -> None:
     texts = [f"Document {n}. {words(random.Random(n), 6)}" for n in range(40)]
@@ -418,10 +435,13 @@ def test_what_a_killed_run_has_left_is_not_in_the_way_and_what_another_makes_is_
     killed = subprocess.Popen(["true"])
     killed.wait()
     for process in (killed.pid, os.getppid()):
-        (tmp_path / f"dialogues.{process}.tmp").mkdir()
-        (tmp_path / f"dialogues.{process}.tmp" / "blocks.arrow").write_bytes(b"half")
+        (tmp_path / f"dialogues.{platform.node()}.{process}.tmp").mkdir()
+        (tmp_path / f"dialogues.{platform.node()}.{process}.tmp" / "blocks.arrow").write_bytes(b"half")
     blocks = write(tmp_path / "dialogues", some_dialogues())
-    assert {path.name for path in tmp_path.iterdir()} == {"dialogues", f"dialogues.{os.getppid()}.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "dialogues",
+        f"dialogues.{platform.node()}.{os.getppid()}.tmp",
+    }
     assert list(Dialogues(tmp_path / "dialogues")) == blocks
 
 

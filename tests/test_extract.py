@@ -197,8 +197,11 @@ def test_the_manifest_names_all_that_the_store_is_of(world: Path, stores: dict[s
     identity = manifest["identity"]
     assert identity["model"] == str(world / "qwen2")
     assert identity["top_k"] == 10
-    assert identity["torch"] == torch.__version__
-    assert {"revision", "weights", "tokenizer", "template", "data", "dtype", "transformers"} <= identity.keys()
+    assert {"revision", "weights", "config", "tokenizer", "template", "data", "dtype"} <= identity.keys()
+    (made_with,) = manifest["made_with"]
+    assert made_with["torch"] == torch.__version__
+    assert made_with["transformers"] == transformers.__version__
+    assert {shard["batch_tokens"] for shard in manifest["shards"]} == {700}
     assert identity["vocabulary"] == len(AutoTokenizer.from_pretrained(world / "qwen2"))
     expected = [dense(world / "qwen2", chat) for chat in CHATS]
     assert manifest["rows"] == len(CHATS)
@@ -348,7 +351,7 @@ def test_a_second_run_does_nothing(world: Path, stores: dict[str, Path], monkeyp
 
 @pytest.mark.parametrize(
     ("setting", "value", "was"),
-    [("top_k", 5, 10), ("dtype", "float16", "float32"), ("batch_tokens", 500, 700), ("model", "mixtral", None)],
+    [("top_k", 5, 10), ("dtype", "float16", "float32"), ("shard_tokens", 500, 900), ("model", "mixtral", None)],
 )
 def test_other_settings_into_the_same_folder_are_refused_with_both_values(
     setting: str, value: Any, was: Any, world: Path, stores: dict[str, Path]
@@ -366,6 +369,58 @@ def test_other_settings_into_the_same_folder_are_refused_with_both_values(
         assert lines["weights"] == [identity["weights"] for identity in identities]
         assert lines["tokenizer"] == [identity["tokenizer"] for identity in identities]
     assert content(stores["llama"]) == before
+
+
+def test_another_config_over_the_same_weights_is_another_model(
+    world: Path, stores: dict[str, Path], tmp_path: Path
+) -> None:
+    copied = shutil.copytree(world / "llama", tmp_path / "llama")
+    assert run(settings_of(world, str(copied), stores["llama"])).exit_code == 0
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    result = run(settings_of(world, str(copied), stores["llama"]))
+    assert result.exit_code == 1
+    assert "is a store of something else" in result.output
+
+
+def test_a_run_that_was_stopped_goes_on_with_smaller_batches(world: Path, tmp_path: Path) -> None:
+    """So that running out of memory late costs nothing that was done."""
+    store = tmp_path / "store"
+    assert run(settings_of(world, "gemma", store)).exit_code == 0
+    shards = sorted(store.glob("shard-*.arrow"))
+    first = shards[0].read_bytes()
+    for path in [*shards[1:], store / "manifest.json"]:
+        path.unlink()
+    write_plan(store, world, "gemma")
+    assert run(settings_of(world, "gemma", store, batch_tokens=300)).exit_code == 0
+    opened = RepresentationStore(store)
+    assert [shard["batch_tokens"] for shard in opened.manifest["shards"]] == [700, *[300] * (len(shards) - 1)]
+    assert shards[0].read_bytes() == first
+    assert list(opened.problems()) == []
+
+
+def test_a_run_may_end_with_other_versions_than_it_began_with_and_the_manifest_names_both(
+    world: Path, stores: dict[str, Path], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    assert run(settings_of(world, "gemma", store)).exit_code == 0
+    sorted(store.glob("shard-*.arrow"))[-1].unlink()
+    (store / "manifest.json").unlink()
+    older = {"device": "cpu", "torch": "2.6.0"}
+    write_plan(store, world, "gemma", [older])
+    assert run(settings_of(world, "gemma", store)).exit_code == 0
+    made_with = RepresentationStore(store).manifest["made_with"]
+    assert [one["torch"] for one in made_with] == ["2.6.0", torch.__version__]
+
+
+def write_plan(store: Path, world: Path, source: str, made_with: list[dict[str, str]] | None = None) -> None:
+    """What an unfinished run leaves; taken from a finished one of the same settings."""
+    other = store.with_name("finished")
+    assert run(settings_of(world, source, other)).exit_code == 0
+    manifest = RepresentationStore(other).manifest
+    plan = {"identity": manifest["identity"], "made_with": made_with or manifest["made_with"]}
+    (store / "extraction.json").write_text(json.dumps(plan))
+    shutil.rmtree(other)
 
 
 def test_other_data_into_the_same_folder_is_refused(world: Path, stores: dict[str, Path], tmp_path: Path) -> None:

@@ -407,3 +407,12 @@ def test_a_fingerprint_tells_templates_apart_by_what_they_write() -> None:
     jinja = turns("A: {{ m.content }}{{ eos_token }}")
     assert Template("a", jinja, shared("unigram")).sha256 == Template("b", jinja, shared("unigram")).sha256
     assert Template("a", jinja, shared("unigram")).sha256 != Template("a", jinja, shared("byte_level_bpe")).sha256
+
+
+def test_a_template_that_asks_for_the_date_gives_one_text_whenever_it_is_rendered() -> None:
+    tokenizer = shared("byte_level_bpe", ())
+    dated = "{{ strftime_now('%d %b %Y %H:%M:%S.%f') }} {% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    template = Template("dated", dated, tokenizer)
+    first, second = template.render(TWO_TURNS), template.render(TWO_TURNS)
+    assert first == second
+    assert first.text.startswith("26 Jul 2024 00:00:00")

@@ -331,3 +331,15 @@ def test_spans_of_characters_become_the_same_spans_of_bytes(pieces: list[str]) -
     spans = list(zip([0, *ends], ends, strict=False))
     cut = [text.encode()[start:stop].decode() for start, stop in byte_spans(text, spans)]
     assert cut == pieces
+
+
+def test_a_bos_that_only_the_chat_template_writes_is_put_before_every_text() -> None:
+    tokenizer = copy.deepcopy(shared("byte_level_bpe", ()))
+    assert TextTokenizer(tokenizer, "plain").prefix == []
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    reader = TextTokenizer(tokenizer, "templated")
+    assert reader.prefix == [tokenizer.bos_token_id]
+    (tokens,) = reader.encode(["ab"])
+    assert tokens.ids[0] == tokenizer.bos_token_id
+    assert tokens.ends[0] == 0

@@ -54,9 +54,13 @@ class AskedModel:
 
     def _is_separable(self, trial_BL: Tensor, logits_LV: Tensor) -> bool:
         if self.layers is not self.model:
-            ours_LV = self._head(self._hidden(trial_BL, None).flatten(0, 1))
-            tolerance = TOLERANCE.get(logits_LV.dtype, 1e-1)
-            if ours_LV.shape == logits_LV.shape and _agree(ours_LV, logits_LV, tolerance):
+            try:
+                ours_LV = self._head(self._hidden(trial_BL, None).flatten(0, 1))
+            except torch.OutOfMemoryError:
+                raise
+            except (AttributeError, TypeError, KeyError, IndexError, RuntimeError):
+                ours_LV = None  # its head asks for more than the layers' output
+            if ours_LV is not None and _agree(ours_LV, logits_LV, TOLERANCE.get(logits_LV.dtype, 1e-1)):
                 return True
         warnings.warn(
             f"{type(self.model).__name__} does not give its logits from its layers' output alone: they are "
@@ -129,5 +133,7 @@ def _input_device(model: Any) -> torch.device:
 
 def _agree(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
     """Equal to rounding, on the scale of the logits; NaN agrees with NaN (it is reported where it is met)."""
+    if ours.shape != theirs.shape:
+        return False
     scale = float(theirs.float().abs().nan_to_num(0.0, 0.0, 0.0).max().clamp(min=1.0))
     return torch.allclose(ours.float(), theirs.float(), rtol=0.0, atol=tolerance * scale, equal_nan=True)

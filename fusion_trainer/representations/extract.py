@@ -6,7 +6,6 @@ where an earlier run was stopped, and neither do the bytes of the store. The nex
 one written, while a shard is computed.
 """
 
-import platform
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,10 +23,22 @@ from tqdm import tqdm
 from fusion_trainer.config import ExtractConfig
 from fusion_trainer.dialogues import Dialogues
 from fusion_trainer.errors import FusionError
-from fusion_trainer.models import load_causal_lm, local_folder, resolved_dtype, weights_fingerprint
+from fusion_trainer.models import (
+    config_fingerprint,
+    load_causal_lm,
+    local_folder,
+    resolved_dtype,
+    weights_fingerprint,
+)
 from fusion_trainer.prepare import prepare
 from fusion_trainer.representations.asking import AskedModel
-from fusion_trainer.representations.store import RepresentationStore, StoreWriter, Supervised, id_dtype
+from fusion_trainer.representations.store import (
+    RepresentationStore,
+    StoreWriter,
+    Supervised,
+    demand_free,
+    id_dtype,
+)
 from fusion_trainer.representations.topk import TopK
 from fusion_trainer.tokens import TextTokenizer, load_tokenizer, supervised_positions
 
@@ -36,7 +47,8 @@ __all__ = ["batches", "extract", "shard_starts"]
 CONTEXT_SETTINGS = ("max_position_embeddings", "max_seq_len", "n_positions")
 PATIENCE = timedelta(days=1)
 """How long processes wait for each other; the launcher ends them if one fails."""
-CPU_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+LEAST = torch.finfo(torch.float16).min
 
 
 @dataclass(frozen=True)
@@ -105,14 +117,18 @@ def extract(config: ExtractConfig) -> RepresentationStore:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     if config.device_map and state.num_processes > 1:
         raise FusionError("--device-map spreads one model over all GPUs: run it as one process, not with several")
-    with state.main_process_first():
-        dialogues = prepare(config, config.output.parent, quiet=not state.is_main_process)
     folder, commit = local_folder(config.model, config.revision, code=config.trust_remote_code)
     tokenizer = load_tokenizer(folder, config.model, config.trust_remote_code)
+    if config.top_k > len(tokenizer.vocabulary):
+        raise FusionError(f"--top-k {config.top_k} is more than the {len(tokenizer.vocabulary)} tokens there are")
+    demand_free(config.output)
+    with state.main_process_first():
+        dialogues = prepare(config, config.output.parent, quiet=not state.is_main_process)
     identity = None
     if state.is_main_process:
-        identity = _identity(config, dialogues, tokenizer, folder, commit, state.device)
-    writer = StoreWriter(config.output, identity, shard_starts(dialogues.lengths, config.shard_tokens))
+        identity = _identity(config, dialogues, tokenizer, folder, commit)
+    starts = shard_starts(dialogues.lengths, config.shard_tokens)
+    writer = StoreWriter(config.output, identity, starts, _environment(state.device))
     if state.is_main_process:
         writer.begin()
     state.wait_for_everyone()
@@ -140,16 +156,14 @@ def _identity(
     tokenizer: TextTokenizer,
     folder: Path,
     commit: str | None,
-    device: torch.device,
 ) -> dict[str, Any]:
-    """All that the store's bytes depend on."""
+    """What the store is of."""
     vocabulary = max(tokenizer.vocabulary) + 1
-    if config.top_k > len(tokenizer.vocabulary):
-        raise FusionError(f"--top-k {config.top_k} is more than the {len(tokenizer.vocabulary)} tokens there are")
     return {
         "model": config.model,
         "revision": commit,
-        "weights": weights_fingerprint(folder),
+        "weights": weights_fingerprint(folder, config.model),
+        "config": config_fingerprint(folder, config.trust_remote_code),
         "tokenizer": tokenizer.sha256,
         "template": dialogues.manifest["request"]["template"],
         "data": dialogues.fingerprint,
@@ -158,12 +172,15 @@ def _identity(
         "dtype": resolved_dtype(folder, config.dtype, config.trust_remote_code),
         "attention": config.attention,
         "load_in": config.load_in,
-        "batch_tokens": config.batch_tokens,
         "shard_tokens": config.shard_tokens,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}",
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "transformers", "tokenizers", "varm-merge")},
     }
+
+
+def _environment(device: torch.device) -> dict[str, str]:
+    """What the store is made with: it decides rounding, not what the store is of."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    packages = ("torch", "transformers", "tokenizers", "varm-merge")
+    return {"device": name, **{package: version(package) for package in packages}}
 
 
 class _Extraction:
@@ -195,7 +212,12 @@ class _Extraction:
         settings = model.config.get_text_config()
         limits = [getattr(settings, name, None) for name in CONTEXT_SETTINGS]
         self.context: int | None = next((limit for limit in limits if limit), None)
-        self.model = AskedModel(model, tokenizer.vocabulary)
+        try:
+            self.model = AskedModel(model, tokenizer.vocabulary)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise FusionError(f"{config.model} leaves no memory to run in; try --device-map auto") from error
         self.id_dtype = id_dtype(writer.identity["vocabulary"])
 
     def run(self, shards: Sequence[int], silent: bool) -> None:
@@ -210,7 +232,8 @@ class _Extraction:
                 if following is not None:
                     reading = ahead.submit(self._read, following)
                 found = self._ask(rows, bar)
-                facts = {
+                facts: dict[str, Any] = {
+                    "batch_tokens": self.config.batch_tokens,
                     "positions": sum(len(one) for one in found),
                     "tokens": sum(len(row.ids) for row in rows),
                     "cut_tokens": sum(row.cut_tokens for row in rows),
@@ -269,6 +292,7 @@ class _Extraction:
                 self._on_device(gold_S),
                 self.config.top_k,
             )
+            return _to_host(numbers, found)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -278,10 +302,12 @@ class _Extraction:
                 + ("" if len(batch) > 1 else ", and as it is one block alone, --max-length")
                 + ", and run the same command again"
             ) from error
-        return _to_host(numbers, found)
 
     def _on_device(self, array: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(array).to(self.model.device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        if self.model.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.model.device, non_blocking=True)
 
     def _keep(self, answer: Answer, rows: Sequence[Row], found: list[Supervised | None]) -> None:
         """Hand a batch's distributions to their rows."""
@@ -312,6 +338,8 @@ class _Extraction:
             f"conversation {row.conversation!r}, block {row.block} ({row.source})"
         )
         for name, weight in self.model.model.named_parameters():
+            if weight.is_meta:
+                continue
             wrong = ~torch.isfinite(weight.detach().flatten())
             if wrong.any():
                 place = np.unravel_index(int(wrong.to(torch.uint8).argmax()), weight.shape)
@@ -328,7 +356,7 @@ def _finite(
 
 def _is_out_of_memory(error: BaseException) -> bool:
     named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return named or any(words in str(error) for words in CPU_OUT_OF_MEMORY)
+    return named or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _to_host(numbers: list[int], found: TopK) -> Answer:
@@ -336,13 +364,13 @@ def _to_host(numbers: list[int], found: TopK) -> Answer:
     half = torch.float16
     parts = (
         found.ids_CK.to(torch.int32),
-        found.logprobs_CK.to(half),
+        found.logprobs_CK.clamp(min=LEAST).to(half),
         found.tail_C.to(half),
-        found.gold_logprob_C.to(half),
+        found.gold_logprob_C.clamp(min=LEAST).to(half),
     )
     if found.tail_C.device.type != "cuda":
         return Answer(numbers, TopK(*(part.cpu() for part in parts)), None)
     copies = TopK(*(part.to("cpu", non_blocking=True) for part in parts))
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
+    event.record(torch.cuda.current_stream(found.tail_C.device))
     return Answer(numbers, copies, event)

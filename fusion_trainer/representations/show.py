@@ -18,12 +18,18 @@ def show_manifest(store: RepresentationStore) -> str:
     sizes = {key: value for key, value in store.manifest.items() if isinstance(value, int)}
     sizes |= {"shards": len(store.manifest["shards"]), "bytes": store.bytes}
     facts: dict[str, Any] = {**store.identity, **sizes}
+    facts["made with"] = " and then ".join(str(one) for one in store.manifest["made_with"])
     width = max(map(len, facts))
     return "\n".join(f"{key:{width}}  {value}" for key, value in facts.items())
 
 
 def show_row(
-    store: RepresentationStore, row: int, positions: int, dialogues: Path | None, tokenizer: str | None
+    store: RepresentationStore,
+    row: int,
+    positions: int,
+    dialogues: Path | None,
+    tokenizer: str | None,
+    code: bool = False,
 ) -> str:
     """The row's top-k, a line per position: what followed, how likely it was, and the k best with their shares.
 
@@ -34,11 +40,12 @@ def show_row(
         dialogues: The folder the store was made from; without it the tokens that followed are not known. By
             default one beside the store with the same fingerprint.
         tokenizer: Where the model's tokenizer is, if not where the manifest says.
+        code: Run code that the model's repository brings along.
 
     Raises:
         FusionError: The tokenizer or the dialogues are not those the store was made with.
     """
-    reader = _tokenizer(store, tokenizer)
+    reader = _tokenizer(store, tokenizer, code)
     found = store[row]
     prepared = _dialogues(store, dialogues)
     golds: list[str] = ["?"] * len(found)
@@ -66,10 +73,10 @@ def _shown(reader: TextTokenizer, token: int) -> str:
     return repr(reader.tokenizer.decode([token])) if token in reader.vocabulary else f"<{token}>"
 
 
-def _tokenizer(store: RepresentationStore, place: str | None) -> TextTokenizer:
+def _tokenizer(store: RepresentationStore, place: str | None, code: bool) -> TextTokenizer:
     name = place or store.identity["model"]
     revision = None if place else store.identity["revision"]
-    reader = load_tokenizer(local_folder(name, revision, weights=False)[0], name)
+    reader = load_tokenizer(local_folder(name, revision, weights=False, code=code)[0], name, code)
     store.demand(tokenizer=reader.sha256)
     return reader
 

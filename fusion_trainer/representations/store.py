@@ -30,9 +30,26 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from fusion_trainer.errors import FusionError, unlike
-from fusion_trainer.files import TEMPORARY, read_json, sha256_of, whole_file, write_json, written_to
+from fusion_trainer.files import (
+    TEMPORARY,
+    read_json,
+    remove_abandoned,
+    sha256_of,
+    whole_file,
+    write_json,
+    written_to,
+)
 
-__all__ = ["ALIGNED", "Aligned", "Representation", "RepresentationStore", "StoreWriter", "Supervised", "id_dtype"]
+__all__ = [
+    "ALIGNED",
+    "Aligned",
+    "Representation",
+    "RepresentationStore",
+    "StoreWriter",
+    "Supervised",
+    "demand_free",
+    "id_dtype",
+]
 
 FORMAT = "fusion-trainer representations"
 VERSION = 1
@@ -41,6 +58,8 @@ ALIGNED = "aligned"
 """What the identity of an aligned store says under ``kind``."""
 FACTS = b"fusion_trainer"
 """Key of a shard's own facts in its schema's metadata."""
+OWN_FACTS = ("positions", "batch_tokens")
+"""Facts of a shard that the manifest names for each."""
 CROSS_ENTROPIES = ("ce_per_token", "ce_per_byte")
 LEAST = float(np.finfo(np.float16).min)
 SLACK = 2e-3
@@ -132,12 +151,21 @@ class StoreWriter:
     Args:
         folder: The store; created if it is not there.
         identity: What the store is of; None in a process that joins one that has begun it.
+        made_with: Device and versions. A store may be finished with others than it was begun with; the manifest
+            names all.
         first_rows: The first block of every shard, and the number of blocks.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any] | None, first_rows: Sequence[int]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict[str, Any] | None,
+        first_rows: Sequence[int],
+        made_with: dict[str, str] | None = None,
+    ) -> None:
         self.folder = folder
         self.identity = identity or {}
+        self.made_with = [made_with] if made_with else []
         self.first_rows = list(first_rows)
         self._thread = ThreadPoolExecutor(1, "store-writer")
         self._last: Any = None
@@ -152,28 +180,25 @@ class StoreWriter:
         Raises:
             FusionError: The folder holds something else, or a store of another identity.
         """
-        content = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        if self.folder.exists() and not self.folder.is_dir():
-            raise FusionError(f"`{self.folder}` is a file; --output names the store's folder")
-        known = {MANIFEST, PLAN} & content
-        if content and not known and not all(name.endswith(TEMPORARY) for name in content):
-            raise FusionError(
-                f"`{self.folder}` holds something else ({', '.join(sorted(content)[:3])}); give a new folder"
-            )
-        for name in known:
-            found = _identity_in(self.folder / name)
+        for name in demand_free(self.folder):
+            plan = _plan_in(self.folder / name)
+            found = plan["identity"]
             renamed = {**self.identity, "model": found.get("model")}  # a folder that moved is the same by its hash
             if difference := unlike(f"`{self.folder}` is a store of something else:", renamed, found):
                 raise FusionError(f"{difference}\nGive another --output, or remove that folder.")
             self.identity = found
+            new = [one for one in self.made_with if one not in plan["made_with"]]
+            if name == PLAN:
+                self.made_with = [*plan["made_with"], *new]
+            else:
+                self.made_with = plan["made_with"]
         with written_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for path in self.folder.glob(f"*{TEMPORARY}"):
-                path.unlink()
+            remove_abandoned(self.folder)
             if self.finished and not self._reopened():
                 (self.folder / PLAN).unlink(missing_ok=True)
-            elif not (self.folder / PLAN).is_file():
-                write_json(self.folder / PLAN, self.identity)
+            else:
+                write_json(self.folder / PLAN, {"identity": self.identity, "made_with": self.made_with})
 
     def _reopened(self) -> bool:
         """Whether a finished store had to be begun again because shards of it are missing or damaged."""
@@ -181,7 +206,7 @@ class StoreWriter:
         damaged = [self.folder / shard["file"] for shard in shards if list(_wrong_size(self.folder, shard))]
         if not damaged:
             return False
-        write_json(self.folder / PLAN, self.identity)
+        write_json(self.folder / PLAN, {"identity": self.identity, "made_with": self.made_with})
         (self.folder / MANIFEST).unlink()
         for path in damaged:
             path.unlink(missing_ok=True)
@@ -189,9 +214,8 @@ class StoreWriter:
 
     def join(self) -> None:
         """Take over what the process that has begun the store says it is of."""
-        name = MANIFEST if self.finished else PLAN
-        found = read_json(self.folder / name)
-        self.identity = found["identity"] if self.finished else found
+        plan = _plan_in(self.folder / (MANIFEST if self.finished else PLAN))
+        self.identity, self.made_with = plan["identity"], plan["made_with"]
 
     def missing(self) -> list[int]:
         """The shards that are not written yet."""
@@ -271,30 +295,50 @@ class StoreWriter:
             facts = _facts(path)
             first, last = self.first_rows[shard : shard + 2]
             described = {"file": path.name, "first_row": first, "rows": last - first, "bytes": path.stat().st_size}
-            shards.append({**described, "positions": facts["positions"], "sha256": sha256_of(path)})
-            for key in facts.keys() - {"shard", "first_row"}:
+            own = {key: facts[key] for key in OWN_FACTS if key in facts}
+            shards.append({**described, **own, "sha256": sha256_of(path)})
+            for key in facts.keys() - {"shard", "first_row", "batch_tokens"}:
                 sums[key] = sums.get(key, 0) + facts[key]
         totals = {"rows": self.first_rows[-1], **dict(sorted(sums.items()))}
-        manifest = {"format": FORMAT, "version": VERSION, "identity": self.identity, **totals, "shards": shards}
+        about = {"format": FORMAT, "version": VERSION, "identity": self.identity, "made_with": self.made_with}
+        manifest = {**about, **totals, "shards": shards}
         with written_to(self.folder):
+            for path in self.folder.glob(f"*{TEMPORARY}"):
+                path.unlink(missing_ok=True)
             write_json(self.folder / MANIFEST, manifest)
             (self.folder / PLAN).unlink(missing_ok=True)
 
 
-def _identity_in(path: Path) -> dict[str, Any]:
-    """What a manifest or plan says the store is of.
+def demand_free(folder: Path) -> list[str]:
+    """Check that a store may be written to a folder; which of manifest and plan are there already.
+
+    Raises:
+        FusionError: It holds something else.
+    """
+    with written_to(folder):
+        if folder.exists() and not folder.is_dir():
+            raise FusionError(f"`{folder}` is a file; --output names the store's folder")
+        content = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    known = [name for name in (MANIFEST, PLAN) if name in content]
+    if content and not known and not all(name.endswith(TEMPORARY) for name in content):
+        some = ", ".join(sorted(content)[:3])
+        raise FusionError(f"`{folder}` holds something else ({some}); give a new folder")
+    return known
+
+
+def _plan_in(path: Path) -> dict[str, Any]:
+    """What a manifest or plan says the store is of, and made with.
 
     Raises:
         FusionError: It is none.
     """
     try:
         found = read_json(path)
-        found = found["identity"] if path.name == MANIFEST else found
+        return {"identity": dict(found["identity"]), "made_with": list(found["made_with"])}
     except (ValueError, KeyError, TypeError) as error:
         raise FusionError(
             f"`{path.parent}` holds something else: its {path.name} is no store's; give a new folder"
         ) from error
-    return found if isinstance(found, dict) else {}
 
 
 def _wrong_size(folder: Path, shard: dict[str, Any]) -> Iterator[str]:
@@ -427,7 +471,7 @@ class RepresentationStore:
         for number, described in enumerate(self.manifest["shards"]):
             name = described["file"]
             if sha256_of(self.folder / name) != described["sha256"]:
-                yield f"{name}: its SHA-256 is not the manifest's"
+                yield f"{name}: its SHA-256 is not the manifest's; remove it and run the extraction again"
             try:
                 shard = self._open.get(number) or self._map(number)
             except (pa.ArrowException, OSError, KeyError, ValueError) as error:
