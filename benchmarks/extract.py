@@ -165,7 +165,7 @@ def loaded(work: Path, layout: str, tokens: int, batch_tokens: int) -> _Extracti
     dialogues = prepare(config, work, quiet=True)
     tokenizer = load_tokenizer(folder, layout)
     assert len(tokenizer.vocabulary) == LAYOUTS[layout][1]
-    identity = _identity(config, dialogues, tokenizer, folder, None, device)
+    identity = _identity(config, dialogues, tokenizer, folder, None)
     writer = StoreWriter(config.output, identity, shard_starts(dialogues.lengths, config.shard_tokens))
     return _Extraction(config, dialogues, tokenizer, folder, device, writer)
 
