@@ -423,7 +423,7 @@ def measurements(
     read, supervised = store.manifest["tokens"], store.manifest["positions"]
     parameters = sum(weight.numel() for weight in extraction.model.model.parameters())
     setting = (
-        f"{layout}: {parameters:,} parameters in {extraction.model.model.dtype}, on {store.identity['device']}; "
+        f"{layout}: {parameters:,} parameters in {extraction.model.model.dtype}, on {extraction.model.device}; "
         f"{len(store):,} blocks of {read:,} tokens ({supervised / read:.0%} supervised) in {len(batches)} batches "
         f"of at most {batch_tokens:,} ({1 - read / padded:.1%} padding); rounds after one warm-up: {rounds}. "
         "Cells: median [min – max]; budgets are judged by the median."
