@@ -1,9 +1,8 @@
 """One text through any tokenizer: ids, and the byte of the text at which each token ends.
 
-A tokenizer's own offsets are in characters, and where a character is split over several tokens (byte-level BPE,
-byte fallback) or a run of unknown characters falls back to bytes together, each piece claims the whole. Some
-leave out white space. So the ends follow from the bytes that the tokens stand for, wherever those make up the
-text; where a tokenizer has changed the text, from its offsets, and where these overlap again from the bytes.
+The ends follow from the bytes that the tokens stand for (``byte_ends``). Only where those do not make up the
+text (a tokenizer that lowers case, an unknown token) they are the tokenizer's own offsets, and among tokens
+whose offsets overlap again follow from bytes as far as possible.
 
 A token is supervised when it ends inside a supervised span. That holds for any tokenizer: a leading space that a
 token shares with the template before the span does not exclude it, and a token that reaches beyond the span is
@@ -21,10 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fusion_trainer.byte_ends import Rewriting, lay_along
 from fusion_trainer.errors import FusionError
 
 __all__ = ["Span", "TextTokenizer", "Tokens", "byte_spans", "load_tokenizer", "supervised_positions"]
 
+ONLY_SPACES = {"Prepend", "Replace"}
+"""Normalisers of SentencePiece-style tokenizers that write spaces as ``▁``."""
 Span = tuple[int, int]
 """First byte and the one after the last, in a text's UTF-8."""
 
@@ -105,15 +107,14 @@ class TextTokenizer:
 
     def _tokens(self, before: int, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
         ends = np.zeros(before + len(ids), np.int32)
-        raw = text.encode()
         surfaces = [self.surfaces[token] for token in ids]
-        joined = b"".join(surfaces)
-        if joined == raw or joined == b" " + raw:  # SentencePiece puts a space before a text
-            sizes = np.array([len(surface) for surface in surfaces], np.int32)
-            ends[before:] = np.cumsum(sizes) - (len(joined) - len(raw))
+        literal = [token in self._literal for token in ids]
+        laid = lay_along(text, surfaces, literal, self._rewriting)
+        if laid is not None:
+            ends[before:] = laid
         elif ids:
             spans_T2 = _in_bytes(text, np.array(offsets, np.int32))
-            self._separate(raw, ids, spans_T2)
+            self._separate(text.encode(), ids, spans_T2)
             ends[before:] = spans_T2[:, 1]
         return Tokens(np.array([*self.prefix, *ids], np.int32), ends)
 
@@ -142,8 +143,18 @@ class TextTokenizer:
         """The bytes of text that each id stands for."""
         surface = _byte_level_surface if "ByteLevel" in self._decoder else _sentencepiece_surface
         vocabulary = self.tokenizer.get_vocab().items()
-        literal = self.added - self.byte_fallback
-        return {token: name.encode() if token in literal else surface(name) for name, token in vocabulary}
+        return {token: name.encode() if token in self._literal else surface(name) for name, token in vocabulary}
+
+    @cached_property
+    def _literal(self) -> frozenset[int]:
+        return self.added - self.byte_fallback
+
+    @cached_property
+    def _rewriting(self) -> Rewriting:
+        state = json.loads(self.tokenizer.backend_tokenizer.to_str())["normalizer"] or {}
+        kinds = {one["type"] for one in state.get("normalizers", [state] if state else [])}
+        normaliser = self.tokenizer.backend_tokenizer.normalizer
+        return Rewriting("ByteLevel" in self._decoder, None if kinds <= ONLY_SPACES else normaliser.normalize_str)
 
     @cached_property
     def _decoder(self) -> str:

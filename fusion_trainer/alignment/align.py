@@ -115,6 +115,8 @@ def align(config: AlignConfig) -> tuple[RepresentationStore, str]:
     writer.begin()
     missing = [] if writer.finished else writer.missing()
     if missing:
+        if sides.contained is not None:
+            sides.corpus = sides.corpus or _count(sides)  # weighs mixtures
         positions = {shard: sides.pivot_store.manifest["shards"][shard]["positions"] for shard in missing}
         with tqdm(total=sum(positions.values()), unit="pos", unit_scale=True, desc="align") as bar:
             for shard in _in_processes(config.workers, sides, _align_shard, missing):
@@ -144,7 +146,7 @@ def _identity(sides: Sides, made: VocabularyMap) -> dict[str, Any]:
 
 
 def _map(sides: Sides) -> VocabularyMap:
-    """The vocabulary map, and for warping the corpus that weighs mixtures."""
+    """The vocabulary map."""
     config = sides.config
     identity = {
         "source": sides.source.sha256,
@@ -162,8 +164,6 @@ def _map(sides: Sides) -> VocabularyMap:
     sides.made = saved_map(
         folder, identity, lambda: build_map(config.map, sides.source, sides.pivot, corpus, config.most)
     )
-    if sides.contained is not None:
-        corpus()
     return sides.made
 
 
@@ -286,7 +286,8 @@ def _align_row(
     masses |= {"beyond_ppm": mapped.beyond.sum(), "source_tail_ppm": source_tail.sum()}
     counts.update({"paired": int(paired.sum()), **{name: round(1e6 * float(m)) for name, m in masses.items()}})
     golds = source.gold_logprob.astype(np.float64)
-    size = sum(stop - start for start, stop in block.spans)
+    reach = int(of_source.ends[max(stored, default=-1) + 1])  # where the source's context cut the text
+    size = sum(max(0, min(stop, reach) - start) for start, stop in block.spans)
     per_token, per_byte = (-golds.sum() / max(1, number) for number in (len(golds), size))
     arrays = row.ids, row.logprobs, row.tail, row.gold_logprob
     return Aligned(*arrays, paired.astype(np.uint8), per_token, per_byte), counts

@@ -139,7 +139,9 @@ def prefix(source: TextTokenizer, pivot: TextTokenizer) -> VocabularyMap:
         for token, tokens in zip(list(open_texts), read, strict=True):
             cut = np.flatnonzero(tokens.ends == len(context.encode()))
             if len(cut) and cut[-1] + 1 < len(tokens) and tokens.ends[cut[-1] + 1] > tokens.ends[cut[-1]]:
-                images[token] = int(tokens.ids[cut[-1] + 1])
+                first = int(tokens.ids[cut[-1] + 1])
+                if first != pivot.tokenizer.unk_token_id:
+                    images[token] = first
                 del open_texts[token]
     for token in rest:
         if token not in images and (found := longest.of(source.surfaces[token])) is not None:

@@ -1,0 +1,461 @@
+"""Which ids of the pivot an id of the source stands for: small vocabularies by hand, others by brute force."""
+
+import random
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_tokenizers
+import tokenizer_zoo
+from scipy.sparse import csr_array
+from test_positions import edits
+from tokenizer_zoo import MAKERS, Kind, byte_level, kind, sentencepiece
+
+from fusion_trainer.alignment import vocabulary
+from fusion_trainer.alignment.corpus import count
+from fusion_trainer.alignment.maps import build_map, coverage, load_map, saved_map
+from fusion_trainer.alignment.positions import CONTAINED
+from fusion_trainer.alignment.vocabulary import METHODS, VocabularyMap
+from fusion_trainer.errors import FusionError
+from fusion_trainer.tokens import TextTokenizer
+
+Images = dict[int, dict[int, float]]
+TWO_OF_A_KIND = [
+    ("gpt2", "llama"),
+    ("llama", "gpt2"),
+    ("unigram", "qwen2"),
+    ("gpt2", "unigram"),
+    ("gemma", "roberta"),
+]
+
+
+def images(made: VocabularyMap | csr_array) -> Images:
+    """Id → {image: weight}, of the ids that have any."""
+    matrix = csr_array(made.matrix if isinstance(made, VocabularyMap) else made)
+    rows = {}
+    for token in range(matrix.shape[0]):
+        here = slice(matrix.indptr[token], matrix.indptr[token + 1])
+        rows[token] = dict(zip(matrix.indices[here].tolist(), matrix.data[here].tolist(), strict=True))
+    return {token: row for token, row in rows.items() if row}
+
+
+def ids(tokenizer: TextTokenizer) -> dict[str, int]:
+    """Written with spaces as spaces → id."""
+    return {surface.decode(errors="surrogateescape"): token for token, surface in tokenizer.surfaces.items()}
+
+
+def by_words(made: VocabularyMap, source: TextTokenizer, pivot: TextTokenizer) -> dict[str, str]:
+    """A one-to-one map in words."""
+    assert all(list(row.values()) == [1.0] for row in images(made).values())
+    ours, theirs = source.surfaces, pivot.surfaces
+    return {ours[token].decode(): theirs[next(iter(row))].decode() for token, row in images(made).items()}
+
+
+LETTERS = [" ", "a", "d", "e", "h", "n", "o", "r", "t"]
+SOURCE_WORDS = [*LETTERS, "\n", "th", "the", " the", "an", "and", " and", "or", "then", "en", "hen"]
+PIVOT_WORDS = [*LETTERS, "<0x0A>", " the", " an", "the", "her", "on"]
+IN_BOTH = [*LETTERS, "\n", "the", " the"]
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[TextTokenizer, TextTokenizer]:
+    """A byte-level source, and a pivot of SentencePiece's kind with other words."""
+    return byte_level(SOURCE_WORDS), sentencepiece(PIVOT_WORDS, fallback=True)
+
+
+# By hand
+
+
+def test_exact_maps_the_same_bytes_however_spaces_are_written(small: tuple[TextTokenizer, TextTokenizer]) -> None:
+    """ "Ġthe" and "▁the" are one, as are a line break and the byte 0A."""
+    source, pivot = small
+    assert {"Ġthe", "Ċ"} < source.tokenizer.get_vocab().keys()
+    assert {"▁the", "<0x0A>"} < pivot.tokenizer.get_vocab().keys()
+    there = by_words(vocabulary.exact(source, pivot), source, pivot)
+    back = by_words(vocabulary.exact(pivot, source), pivot, source)
+    assert there == back == {word: word for word in IN_BOTH}
+
+
+def test_a_byte_to_fall_back_to_is_no_image_where_a_token_of_the_same_byte_is() -> None:
+    source = byte_level(["a", "b"])
+    pivot = sentencepiece(["<0x61>", "<0x62>", "a", "x"], fallback=True)
+    made = images(vocabulary.exact(source, pivot))
+    named = pivot.tokenizer.get_vocab()
+    assert made == {ids(source)["a"]: {named["a"]: 1.0}, ids(source)["b"]: {named["<0x62>"]: 1.0}}
+    back = images(vocabulary.exact(pivot, source))  # both of the pivot's "a" stand for the source's
+    assert back[named["a"]] == back[named["<0x61>"]] == {ids(source)["a"]: 1.0}
+
+
+def test_minimum_edit_distance_worked_by_hand(small: tuple[TextTokenizer, TextTokenizer]) -> None:
+    source, pivot = small
+    theirs = ids(pivot)
+    exact = {word: word for word in IN_BOTH}
+    assert by_words(vocabulary.min_edit_distance(source, pivot), source, pivot) == exact | {
+        "then": " the",  # "the" is as near, and has the higher id
+        "an": " an",  # without its space the same word
+        "and": " an",
+        " and": " an",
+        "th": "h",  # as "t", "the" and " the"
+        "or": "o",
+        "en": "e",
+        "hen": "her",
+    }
+    frequency = {theirs[word]: number for word, number in {"the": 7, " the": 6, "n": 3, "on": 9, "e": 9}.items()}
+    assert by_words(vocabulary.min_edit_distance(source, pivot, frequency), source, pivot) == exact | {
+        "then": "the",
+        "an": " an",
+        "and": " an",
+        " and": " an",
+        "th": "the",
+        "or": "on",
+        "en": "e",  # as frequent as "on", and of lower id
+        "hen": "her",
+    }
+
+
+def test_of_equally_near_tokens_the_more_frequent_wins_and_then_the_lower_id() -> None:
+    source = byte_level(["a", "b", "c", "ab"])
+    pivot = sentencepiece(["ax", "ay", "az"])
+    token, theirs = ids(source)["ab"], ids(pivot)
+    nearest = {
+        None: "ax",
+        (("ay", 1),): "ay",
+        (("ay", 2), ("az", 2)): "ay",
+        (("ay", 2), ("az", 3)): "az",
+        (("ax", 1), ("ay", 1), ("az", 1)): "ax",
+    }
+    for counts, word in nearest.items():
+        frequency = {theirs[name]: number for name, number in counts or ()}
+        assert images(vocabulary.min_edit_distance(source, pivot, frequency))[token] == {theirs[word]: 1.0}
+
+
+def test_prefix_worked_by_hand(small: tuple[TextTokenizer, TextTokenizer]) -> None:
+    """What the pivot has to predict first: of "then" its "the", of " and" its " an"."""
+    source, pivot = small
+    exact = {word: word for word in IN_BOTH}
+    there = {"th": "t", "an": "a", "and": "a", " and": " an", "or": "o", "then": "the", "en": "e", "hen": "h"}
+    assert by_words(vocabulary.prefix(source, pivot), source, pivot) == exact | there
+    back = by_words(vocabulary.prefix(pivot, source), pivot, source)
+    assert {word: back[word] for word in (" an", "her", "on", *IN_BOTH)} == exact | {
+        " an": " ",
+        "her": "h",
+        "on": "o",
+    }
+
+
+def test_prefix_is_read_within_a_text_and_not_at_its_beginning() -> None:
+    """At a text's beginning Llama's tokenizer puts a space before "the"; within a text it reads no space there."""
+    source, pivot = kind("gpt2"), kind("llama")
+    made = images(vocabulary.prefix(source.reader, pivot.reader))
+    for token, surface in source.surfaces.items():
+        (image,) = made[token]
+        assert pivot.surfaces[image][:1] == surface[:1]
+
+
+def test_a_token_of_part_of_a_character_goes_to_the_longest_token_it_begins_with() -> None:
+    """ "\\xf0\\x9f" is no text; the pivot would predict its first byte."""
+    smile = "🙂".encode()
+    source = tokenizer_zoo.kind("gpt2").reader
+    pivot = kind("llama").reader
+    parts = [token for token, surface in source.surfaces.items() if surface == smile[:2]]
+    made = images(vocabulary.prefix(source, pivot))
+    named = pivot.tokenizer.get_vocab()
+    assert len(parts) == 1
+    assert made[parts[0]] == {named["<0xF0>"]: 1.0}
+
+
+def test_statistics_worked_by_hand(small: tuple[TextTokenizer, TextTokenizer]) -> None:
+    """One image is the pair of least distance over count; several are weighed by their counts."""
+    source, pivot = small
+    s, p = ids(source), ids(pivot)
+    counts = np.zeros((max(s.values()) + 1, max(p.values()) + 1), np.int64)
+    counts[s["then"], p["the"]], counts[s["then"], p["on"]], counts[s["then"], p["n"]] = 2, 9, 1
+    counts[s["an"], p["on"]], counts[s["an"], p["n"]] = 4, 4  # distances 1 and 1: the lower id
+    counts[s["a"], p["a"]], counts[s["a"], p["on"]] = 1, 50  # distance 0 is the least at any count
+    counts[s["hen"], p["her"]], counts[s["hen"], p["h"]] = 1, 2  # 1/1 and 2/2: the more frequent
+    one = images(vocabulary.statistics(csr_array(counts), source, pivot))
+    assert one[s["then"]] == {p["on"]: 1.0}  # 3/9 < 1/2 < 3/1
+    assert one[s["an"]] == {p["n"]: 1.0}
+    assert one[s["a"]] == {p["a"]: 1.0}
+    assert one[s["hen"]] == {p["h"]: 1.0}
+    assert set(one) == {s["then"], s["an"], s["a"], s["hen"]}
+    two = images(vocabulary.statistics(csr_array(counts), source, pivot, most=2))
+    assert two[s["then"]] == pytest.approx({p["on"]: 9 / 11, p["the"]: 2 / 11})
+    assert two[s["an"]] == {p["n"]: 0.5, p["on"]: 0.5}
+    all_of_them = images(vocabulary.statistics(csr_array(counts), source, pivot, most=9))
+    assert all_of_them[s["then"]] == pytest.approx({p["on"]: 9 / 12, p["the"]: 2 / 12, p["n"]: 1 / 12})
+
+
+# By brute force, over every pair of tokens
+
+
+def word_of(one: Kind, token: int) -> str:
+    return one.surfaces[token].decode(errors="surrogateescape").replace(" ", "")
+
+
+def is_fallback(one: Kind, token: int) -> bool:
+    name = one.tokenizer.convert_ids_to_tokens(token)
+    return len(name) == 6 and name.startswith("<0x") and one.surfaces[token] != name.encode()
+
+
+@cache
+def exact_by_brute_force(source: str, pivot: str) -> dict[int, int]:
+    ours, theirs = kind(source), kind(pivot)
+    found = {}
+    for token, surface in ours.surfaces.items():
+        same = [other for other, its in theirs.surfaces.items() if its == surface]
+        if same:
+            found[token] = min(same, key=lambda other: (is_fallback(theirs, other), other))
+    return found
+
+
+@pytest.mark.parametrize(("source", "pivot"), TWO_OF_A_KIND)
+def test_exact_is_what_comparing_every_pair_gives(source: str, pivot: str) -> None:
+    made = vocabulary.exact(kind(source).reader, kind(pivot).reader)
+    expected = exact_by_brute_force(source, pivot)
+    assert images(made) == {token: {image: 1.0} for token, image in expected.items()}
+    assert len(expected) > 100
+
+
+@pytest.mark.parametrize("counted", [False, True], ids=["ids", "frequencies"])
+@pytest.mark.parametrize(("source", "pivot"), [("gpt2", "llama"), ("gpt2", "unigram")])
+def test_minimum_edit_distance_is_what_comparing_every_pair_gives(source: str, pivot: str, counted: bool) -> None:
+    ours, theirs = kind(source), kind(pivot)
+    rng = random.Random(3)
+    frequency = {token: rng.randint(0, 2) for token in theirs.surfaces} if counted else {}
+    made = images(vocabulary.min_edit_distance(ours.reader, theirs.reader, frequency))
+    exact = exact_by_brute_force(source, pivot)
+    assert made.keys() == ours.surfaces.keys()
+    words = {token: word_of(theirs, token) for token in theirs.surfaces}
+    rest = [token for token in ours.surfaces if token not in exact]
+    for token in [*exact, *rng.sample(rest, min(len(rest), 120))]:
+        best = exact.get(token)
+        if best is None:
+            word = word_of(ours, token)
+            best = min(words, key=lambda t: (edits(word, words[t]), -frequency.get(t, 0), t))
+        assert made[token] == {best: 1.0}, (ours.surfaces[token], theirs.surfaces[best])
+    assert len(rest) > 10
+
+
+@pytest.mark.parametrize(("source", "pivot"), TWO_OF_A_KIND)
+def test_prefix_goes_to_a_token_the_text_begins_with_and_the_pivot_reads_it_so(source: str, pivot: str) -> None:
+    """In some text the pivot's tokens, laid along it, break before the token's text and go on with its image."""
+    ours, theirs = kind(source), kind(pivot)
+    made = images(vocabulary.prefix(ours.reader, theirs.reader))
+    exact = exact_by_brute_force(source, pivot)
+    heads = ["\n", "a", " ", ".", "0", "("]
+    checked = 0
+    for token, surface in ours.surfaces.items():
+        if token in exact:
+            assert made[token] == {exact[token]: 1.0}
+            continue
+        (image,) = made[token]
+        assert surface.startswith(theirs.surfaces[image])
+        assert theirs.surfaces[image]
+        try:
+            text = surface.decode()
+        except UnicodeDecodeError:
+            continue
+        firsts = [first_token_after(theirs, head, text) for head in heads]
+        assert image in firsts or not any(first is not None for first in firsts)
+        checked += 1
+    assert checked >= 10
+
+
+def first_token_after(one: Kind, head: str, text: str) -> int | None:
+    (tokens,) = one.reader.encode([head + text])
+    ends = one.truth(tokens, head + text) if one.normalize is None else tokens.ends.tolist()
+    last = {end: position for position, end in enumerate(ends)}
+    position = last.get(len(head.encode()))
+    return None if position is None else int(tokens.ids[position + 1])
+
+
+@pytest.mark.parametrize("most", [0, 1, 3])
+@pytest.mark.parametrize(("source", "pivot"), TWO_OF_A_KIND)
+def test_statistics_are_what_a_table_of_counts_gives(source: str, pivot: str, most: int) -> None:
+    """Counted pair by pair in a dictionary, from the truth of where tokens end."""
+    ours, theirs = kind(source), kind(pivot)
+    some = [text for text in tokenizer_zoo_texts() if "▁" not in text]
+    counts, frequency = counted(source, pivot, some)
+    corpus = count(some, ours.reader, theirs.reader, None)
+    assert {(s, p): n for s, row in images(corpus.pairs).items() for p, n in row.items()} == counts
+    assert {token: n for token, n in enumerate(corpus.frequency.tolist()) if n} == dict(frequency)
+    made = images(vocabulary.statistics(corpus.pairs, ours.reader, theirs.reader, most))
+    expected: Images = {}
+    for token in {s for s, _ in counts}:
+        row = {p: n for (s, p), n in counts.items() if s == token}
+        if most:
+            kept = sorted(row, key=lambda p: (-row[p], p))[:most]
+            expected[token] = {p: row[p] / sum(row[q] for q in kept) for p in kept}
+        else:
+            far = {p: edits(word_of(ours, token), word_of(theirs, p)) for p in row}
+            expected[token] = {min(row, key=lambda p: (far[p] / row[p], -row[p], p)): 1.0}
+    assert made == {token: pytest.approx(row, rel=1e-6) for token, row in expected.items()}
+
+
+@cache
+def tokenizer_zoo_texts() -> list[str]:
+    return [*tiny_tokenizers.TEXT, *(" ".join(random.Random(n).sample(tiny_tokenizers.TEXT, 2)) for n in range(9))]
+
+
+def counted(source: str, pivot: str, some: list[str]) -> tuple[Mapping[tuple[int, int], int], Counter[int]]:
+    ours, theirs = kind(source), kind(pivot)
+    counts: Counter[tuple[int, int]] = Counter()
+    frequency: Counter[int] = Counter()
+    for text, of_source, of_pivot in zip(some, ours.reader.encode(some), theirs.reader.encode(some), strict=True):
+        last_s, last_p = ours.last_read(of_source, text), theirs.last_read(of_pivot, text)
+        for end in last_s.keys() & last_p.keys():
+            if (j := last_s[end]) is not None and (i := last_p[end]) is not None:
+                counts[int(of_source.ids[j]), int(of_pivot.ids[i])] += 1
+        frequency.update(of_pivot.ids.tolist())
+    return counts, frequency
+
+
+def test_counts_of_parts_of_a_corpus_add_up() -> None:
+    ours, theirs, some = kind("gpt2").reader, kind("llama").reader, tokenizer_zoo_texts()
+    for contained in (None, *CONTAINED.values()):
+        whole = count(some, ours, theirs, contained)
+        parts = count(some[:4], ours, theirs, contained) + count(some[4:], ours, theirs, contained)
+        assert images(parts.pairs) == images(whole.pairs)
+        assert parts.frequency.tolist() == whole.frequency.tolist()
+    assert count([], ours, theirs, None).pairs.nnz == 0
+
+
+# Of every method
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("source", "pivot"), TWO_OF_A_KIND)
+def test_rows_sum_to_one_or_are_empty(method: vocabulary.Method, source: str, pivot: str) -> None:
+    ours, theirs = kind(source).reader, kind(pivot).reader
+    for most in (0, 4):
+        made = build_map(method, ours, theirs, lambda: count(tokenizer_zoo_texts(), ours, theirs, None), most)
+        assert made.method == method
+        assert made.matrix.shape == (max(ours.surfaces) + 1, max(theirs.surfaces) + 1)
+        assert made.matrix.dtype == np.float32
+        sums = np.asarray(made.matrix.sum(1))
+        assert np.all((sums == 0) | (abs(sums - 1) < 1e-6))
+        assert made.mapped.tolist() == (sums > 0).tolist()
+        assert (made.matrix.data > 0).all()
+        assert made.mapped.sum() > 50
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", MAKERS)
+def test_identical_tokenizers_are_recognised_and_ask_no_corpus(method: vocabulary.Method, name: str) -> None:
+    one = kind(name).reader
+    again = TextTokenizer(tokenizer_zoo.MAKERS[name]().tokenizer, "again")
+    made = build_map(method, one, again, lambda: pytest.fail("the corpus was counted"))
+    assert made.method == "identical"
+    assert images(made) == {token: {token: 1.0} for token in one.surfaces}
+
+
+def test_tokens_added_to_one_of_two_identical_tokenizers_do_not_matter() -> None:
+    plain, more = (TextTokenizer(tiny_tokenizers.train("unigram", special=added), "") for added in ((), ("<x>",)))
+    longer = TextTokenizer(tiny_tokenizers.train("unigram", special=("<x>", "<y>", "<z>")), "")
+    shared = {token: {token: 1.0} for token in plain.surfaces}
+    for source, pivot in ((plain, more), (more, plain), (plain, longer), (longer, plain)):
+        made = vocabulary.identical(source, pivot)
+        assert made is not None
+        assert images(made) == shared
+    made = vocabulary.identical(more, longer)
+    assert made is not None
+    assert images(made) == {token: {token: 1.0} for token in more.surfaces}
+
+
+def test_tokenizers_that_differ_in_a_token_or_disagree_on_an_added_id_are_not_identical() -> None:
+    words = ["a", "b", "c", "ab"]
+    one = byte_level(words, added=["<x>"])
+    assert vocabulary.identical(one, byte_level([*words, "bc"])) is None
+    assert vocabulary.identical(one, byte_level(["a", "b", "c", "bc"], added=["<x>"])) is None
+    assert vocabulary.identical(one, byte_level(["b", "a", "c", "ab"], added=["<x>"])) is None
+    assert vocabulary.identical(one, byte_level(words, added=["<y>"])) is None
+    assert vocabulary.identical(byte_level(words), byte_level([*words, "bc"])) is None
+    same = vocabulary.identical(one, byte_level(words, added=["<x>", "<y>"]))
+    assert same is not None
+    assert images(same) == {token: {token: 1.0} for token in range(5)}
+
+
+def test_tokenizers_without_a_common_token_end_in_a_message() -> None:
+    with pytest.raises(
+        FusionError, match=r"no token of byte-level has an image .* by `exact`.*tokenizers the stores"
+    ):
+        build_map("exact", byte_level(["a", "b"]), sentencepiece(["x", "y"]), lambda: pytest.fail("not asked"))
+
+
+# On the disk
+
+
+def test_a_map_is_built_once_and_found_again_by_what_it_is_of(tmp_path: Path) -> None:
+    ours, theirs = kind("gpt2").reader, kind("unigram").reader
+    built = []
+
+    def build() -> VocabularyMap:
+        built.append(1)
+        return vocabulary.prefix(ours, theirs)
+
+    made = saved_map(tmp_path / "maps", {"source": "s", "pivot": "p", "method": "prefix"}, build)
+    (path,) = (tmp_path / "maps").iterdir()
+    before = path.read_bytes()
+    again = saved_map(tmp_path / "maps", {"method": "prefix", "source": "s", "pivot": "p"}, build)
+    assert len(built) == 1
+    assert images(again) == images(made)
+    assert again.matrix.shape == made.matrix.shape
+    saved_map(tmp_path / "maps", {"source": "s", "pivot": "q", "method": "prefix"}, build)
+    assert len(built) == len(list((tmp_path / "maps").iterdir())) == 2
+    assert path.read_bytes() == before
+    loaded, identity = load_map(path)
+    assert identity == {"source": "s", "pivot": "p", "method": "prefix"}
+    assert (loaded.method, images(loaded)) == ("prefix", images(made))
+
+
+def test_a_file_under_the_name_of_a_map_of_something_else_is_refused(tmp_path: Path) -> None:
+    made = vocabulary.prefix(byte_level(["a", "b", "ab"]), sentencepiece(["a", "b"]))
+    saved_map(tmp_path, {"source": "one"}, lambda: made)
+    (path,) = tmp_path.iterdir()
+    saved_map(tmp_path, {"source": "other"}, lambda: made)
+    (other,) = set(tmp_path.iterdir()) - {path}
+    other.write_bytes(path.read_bytes())
+    with pytest.raises(FusionError, match=r"(?s)map of something else.*source +other +one.*Remove that file"):
+        saved_map(tmp_path, {"source": "other"}, lambda: made)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a map", b"{}" * 100])
+def test_what_is_no_map_is_told(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "map.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(FusionError, match="is not a fusion-trainer vocabulary map"):
+        load_map(path)
+
+
+def test_coverage_tells_what_share_is_mapped_and_what_is_not() -> None:
+    source = byte_level(["a", "b", "c", "x", "ab"], added=["<|end|>"])
+    pivot = sentencepiece(["a", "b", "ab", "z"])
+    made = vocabulary.exact(source, pivot)
+    mass = np.zeros(6)
+    for word, share in {"a": 5.0, "ab": 1.0, "x": 3.0, "c": 0.5, "<|end|>": 0.5}.items():
+        mass[ids(source)[word]] = share
+    shown = coverage(made, source, pivot, mass)
+    assert "3 of 6 ids (50.0%)" in shown
+    assert "60.00%" in shown
+    worst = [line.split()[1] for line in shown.split("image:\n")[1].split("some rows:")[0].splitlines()]
+    assert worst == ["b'x'", "b'c'", "b'<|end|>'"]
+    assert "b'ab' → b'ab' 1.00" in shown
+    plain = coverage(made, source, pivot, None)
+    assert "3 of 6 ids (50.0%)" in plain
+    assert "probability" not in plain
+
+
+def test_coverage_names_the_twenty_worst_and_ten_rows() -> None:
+    source, pivot = kind("gpt2").reader, kind("llama").reader
+    mass = np.random.default_rng(0).random(max(source.surfaces) + 1)
+    made = vocabulary.exact(source, pivot)
+    lines = coverage(made, source, pivot, mass).splitlines()
+    worst = [int(line.split()[0]) for line in lines if line.startswith("  ") and "→" not in line]
+    unmapped = [token for token in source.surfaces if not made.mapped[token]]
+    assert worst == sorted(unmapped, key=lambda token: -mass[token])[:20]
+    assert sum("→" in line for line in lines) == 10
