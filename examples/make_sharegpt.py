@@ -1,8 +1,8 @@
-"""Write a multi-turn ShareGPT file of made-up conversations, and two small models to ask about them.
+"""Write a multi-turn ShareGPT file of made-up conversations, and four small models to ask about them.
 
 \b
   python examples/make_sharegpt.py                            2,000 conversations, demo_out/sharegpt/chats.jsonl
-  python examples/make_sharegpt.py --models demo_out/sharegpt      and two models; it prints how to go on
+  python examples/make_sharegpt.py --models demo_out/sharegpt      and four models; it prints how to go on
   python examples/make_sharegpt.py --conversations 50 --out few.jsonl
 
 All text is made by code from a seed: arithmetic, lists, dates and units, Python, the facts and the history of an
@@ -10,8 +10,9 @@ invented world, plans and tables, writing systems. Answers have from one word to
 third of the conversations a system turn, and a few end with a question that nobody answered.
 
 The models differ as real ones do: the pivot has Mistral's layout, a SentencePiece-like tokenizer with byte
-fallback and OpenChat's template; the source has Qwen2's layout, byte-level BPE and more rows than tokens. Both
-tokenizers are trained on the file. Nothing is downloaded.
+fallback and OpenChat's template; `source` has Qwen2's layout, byte-level BPE and more rows than tokens; `unigram`
+Llama's layout and a Unigram tokenizer; `small` GPT-NeoX's and a small vocabulary. All tokenizers are trained on
+the file. Nothing is downloaded.
 """
 
 import calendar
@@ -26,6 +27,7 @@ from typing import Any
 import click
 
 ROOT = Path(__file__).resolve().parent.parent
+MODELS = ("pivot", "source", "unigram", "small")
 CHATS = Path("demo_out", "sharegpt", "chats.jsonl")
 OPENCHAT = ROOT / "fusion_trainer" / "templates" / "openchat.jinja"
 
@@ -319,11 +321,49 @@ def sentencepiece_bpe(lines: Iterable[str], size: int) -> Any:
     return fast
 
 
+def unigram(lines: Iterable[str], size: int) -> Any:
+    """A tokenizer of the Unigram kind, with byte fallback and BOS."""
+    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+    from tokenizers.models import Unigram
+    from tokenizers.trainers import UnigramTrainer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    special = ["<unk>", "<s>", "</s>"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = UnigramTrainer(
+        vocab_size=size - len(bytes_), special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator((line.replace("\n", " ") for line in lines), trainer)
+    state = json.loads(tokenizer.to_str())
+    pieces = state["model"]["vocab"]
+    state["model"] |= {"vocab": [*pieces[:3], *([b, -20.0] for b in bytes_), *pieces[3:]], "byte_fallback": True}
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
 def write_models(folder: Path, lines: list[str], seed: int) -> None:
-    """The folders ``pivot`` and ``source``: untrained models of 1.5 million parameters, with tokenizers."""
+    """Folders named as ``MODELS``: untrained models of some 1.5 million parameters, with tokenizers."""
     import torch
     import transformers
-    from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import (
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
 
     torch.manual_seed(seed)
     transformers.utils.logging.disable_progress_bar()
@@ -340,13 +380,22 @@ def write_models(folder: Path, lines: list[str], seed: int) -> None:
     )
     Qwen2ForCausalLM(source).save_pretrained(folder / "source")
     reader.save_pretrained(folder / "source")
+    reader = unigram(lines, 3000)
+    llama = LlamaConfig(vocab_size=len(reader), hidden_size=128, intermediate_size=384, **shape)
+    LlamaForCausalLM(llama).save_pretrained(folder / "unigram")
+    reader.save_pretrained(folder / "unigram")
+    reader = sentencepiece_bpe(lines, 1500)
+    shape.pop("num_key_value_heads")
+    neox = GPTNeoXConfig(vocab_size=len(reader), hidden_size=128, intermediate_size=384, **shape)
+    GPTNeoXForCausalLM(neox).save_pretrained(folder / "small")
+    reader.save_pretrained(folder / "small")
 
 
 @click.command(help=__doc__)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=CHATS, show_default=True)
 @click.option("--conversations", "number", type=click.IntRange(min=1), default=2000, show_default=True)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--models", type=click.Path(path_type=Path), help="Write pivot/ and source/ into this folder.")
+@click.option("--models", type=click.Path(path_type=Path), help="Write four models into this folder.")
 def main(out: Path, number: int, seed: int, models: Path | None) -> None:
     rows = list(islice(conversations(seed), number))
     write_jsonl(out, rows)
@@ -354,7 +403,7 @@ def main(out: Path, number: int, seed: int, models: Path | None) -> None:
     if models is None:
         return
     write_models(models, list(texts(rows)), seed)
-    for model in ("pivot", "source"):
+    for model in MODELS:
         click.echo(
             f"\nfusion-trainer extract --data {out} --pivot {models / 'pivot'} \\\n"
             f"  --model {models / model} --output {models / 'stores' / model}"
