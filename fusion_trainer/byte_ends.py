@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Rewriting", "lay_along"]
+__all__ = ["Mark", "Rewriting", "lay_along"]
 
 HANGUL_TAILS = range(0x1160, 0x1200)
 """Vowels and finals, which composition joins to the syllable before them."""
@@ -49,15 +49,35 @@ class Rewriting:
                 yield cluster[start:stop].encode(), self.read(cluster[start:stop])
 
 
+@dataclass(frozen=True)
+class Mark:
+    """An added token: whether it takes the white space before it and after it."""
+
+    lstrip: bool
+    rstrip: bool
+
+    def find(self, text: str, at: int, name: str) -> tuple[int, int]:
+        """Where in ``text``, from ``at`` on, it begins and ends, white space included; −1 where it is not."""
+        begin = text.find(name, at)
+        end = begin + len(name)
+        if begin < 0:
+            return begin, end
+        if self.lstrip:
+            begin = at + len(text[at:begin].rstrip())
+        if self.rstrip:
+            end = len(text) - len(text[end:].lstrip())
+        return begin, end
+
+
 def lay_along(
-    text: str, surfaces: Sequence[bytes], literal: Sequence[bool], rewriting: Rewriting
+    text: str, surfaces: Sequence[bytes], literal: Sequence[Mark | None], rewriting: Rewriting
 ) -> NDArray[np.int32] | None:
     """The ends of the tokens of a text.
 
     Args:
         text: The text.
         surfaces: For each token the bytes it stands for.
-        literal: Whether it is an added token, which stands in the text as it is.
+        literal: For an added token, which stands in the text as it is, what it takes with it; None for others.
         rewriting: What the tokenizer does to what lies between those.
 
     Returns:
@@ -65,21 +85,20 @@ def lay_along(
     """
     ends = np.zeros(len(surfaces), np.int32)
     at = first = base = 0  # in characters, in tokens, in bytes
-    for stop in [*np.flatnonzero(literal).tolist(), len(surfaces)]:
-        mark = surfaces[stop].decode() if stop < len(surfaces) else None
-        after = len(text) if mark is None else text.find(mark, at)
-        if after < 0:
+    for stop in [*(n for n, mark in enumerate(literal) if mark), len(surfaces)]:
+        mark = literal[stop] if stop < len(surfaces) else None
+        begin, after = mark.find(text, at, surfaces[stop].decode()) if mark else (len(text), len(text))
+        if begin < 0:
             return None
-        piece = text[at:after]
+        piece = text[at:begin]
         found = _lay_along_piece(piece, surfaces[first:stop], rewriting)
         if found is None:
             return None
         ends[first:stop] = base + found
-        base += len(piece.encode())
+        base += len(text[at:after].encode())
         if mark is not None:
-            base += len(surfaces[stop])
             ends[stop] = base
-            at, first = after + len(mark), stop + 1
+            at, first = after, stop + 1
     return ends
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusion_trainer.byte_ends import Rewriting, lay_along
+from fusion_trainer.byte_ends import Mark, Rewriting, lay_along
 from fusion_trainer.errors import FusionError
 
 __all__ = ["Span", "TextTokenizer", "Tokens", "byte_spans", "load_tokenizer", "supervised_positions"]
@@ -108,7 +108,7 @@ class TextTokenizer:
     def _tokens(self, before: int, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
         ends = np.zeros(before + len(ids), np.int32)
         surfaces = [self.surfaces[token] for token in ids]
-        literal = [token in self._literal for token in ids]
+        literal = [self._marks.get(token) for token in ids]
         laid = lay_along(text, surfaces, literal, self._rewriting)
         if laid is not None:
             ends[before:] = laid
@@ -148,6 +148,11 @@ class TextTokenizer:
     @cached_property
     def _literal(self) -> frozenset[int]:
         return self.added - self.byte_fallback
+
+    @cached_property
+    def _marks(self) -> dict[int, Mark]:
+        known = self.tokenizer.added_tokens_decoder
+        return {token: Mark(known[token].lstrip, known[token].rstrip) for token in self._literal if token in known}
 
     @cached_property
     def _rewriting(self) -> Rewriting:

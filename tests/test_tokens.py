@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import KINDS, shared, train
-from tokenizers import decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -343,3 +343,23 @@ def test_a_bos_that_only_the_chat_template_writes_is_put_before_every_text() -> 
     (tokens,) = reader.encode(["ab"])
     assert tokens.ids[0] == tokenizer.bos_token_id
     assert tokens.ends[0] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_added_token_that_takes_white_space_with_it_has_read_that_too(kind: str) -> None:
+    tokenizer = copy.deepcopy(shared(kind, ()))
+    tokenizer.add_tokens(
+        [
+            AddedToken("<|left|>", lstrip=True, normalized=False),
+            AddedToken("<|right|>", rstrip=True, normalized=False),
+        ]
+    )
+    left, right = tokenizer.convert_tokens_to_ids(["<|left|>", "<|right|>"])
+    text = "e\u0301 日 \n<|left|> x 🙂<|right|>\n  日本 e\u0301"
+    (tokens,) = TextTokenizer(tokenizer, kind).encode([text])
+    ends = dict(zip(tokens.ids.tolist(), tokens.ends.tolist(), strict=True))
+    assert ends[left] == len("e\u0301 日 \n<|left|>".encode())
+    assert ends[right] == len("e\u0301 日 \n<|left|> x 🙂<|right|>\n  ".encode())
+    assert tokens.ends[-1] == len(text.encode())
+    before = int(tokens.ends[tokens.ids.tolist().index(left) - 1])
+    assert before == len("e\u0301 日".encode())

@@ -308,8 +308,12 @@ def counted(source: str, pivot: str, some: list[str]) -> tuple[Mapping[tuple[int
     for text, of_source, of_pivot in zip(some, ours.reader.encode(some), theirs.reader.encode(some), strict=True):
         last_s, last_p = ours.last_read(of_source, text), theirs.last_read(of_pivot, text)
         for end in last_s.keys() & last_p.keys():
-            if (j := last_s[end]) is not None and (i := last_p[end]) is not None:
-                counts[int(of_source.ids[j]), int(of_pivot.ids[i])] += 1
+            j, i = last_s[end], last_p[end]
+            if j is None or i is None or j + 1 == len(of_source) or i + 1 == len(of_pivot):
+                continue
+            counts[int(of_source.ids[j + 1]), int(of_pivot.ids[i + 1])] += (
+                1  # what begins where both have read the same
+            )
         frequency.update(of_pivot.ids.tolist())
     return counts, frequency
 
@@ -340,7 +344,7 @@ def test_rows_sum_to_one_or_are_empty(method: vocabulary.Method, source: str, pi
         assert np.all((sums == 0) | (abs(sums - 1) < 1e-6))
         assert made.mapped.tolist() == (sums > 0).tolist()
         assert (made.matrix.data > 0).all()
-        assert made.mapped.sum() > 50
+        assert made.mapped.sum() > 30
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -366,17 +370,19 @@ def test_tokens_added_to_one_of_two_identical_tokenizers_do_not_matter() -> None
     assert images(made) == {token: {token: 1.0} for token in more.surfaces}
 
 
-def test_tokenizers_that_differ_in_a_token_or_disagree_on_an_added_id_are_not_identical() -> None:
+def test_tokenizers_that_differ_in_a_token_are_not_identical() -> None:
     words = ["a", "b", "c", "ab"]
     one = byte_level(words, added=["<x>"])
     assert vocabulary.identical(one, byte_level([*words, "bc"])) is None
     assert vocabulary.identical(one, byte_level(["a", "b", "c", "bc"], added=["<x>"])) is None
     assert vocabulary.identical(one, byte_level(["b", "a", "c", "ab"], added=["<x>"])) is None
-    assert vocabulary.identical(one, byte_level(words, added=["<y>"])) is None
     assert vocabulary.identical(byte_level(words), byte_level([*words, "bc"])) is None
     same = vocabulary.identical(one, byte_level(words, added=["<x>", "<y>"]))
     assert same is not None
     assert images(same) == {token: {token: 1.0} for token in range(5)}
+    other = vocabulary.identical(one, byte_level(words, added=["<y>", "<x>"]))
+    assert other is not None
+    assert images(other) == {**{token: {token: 1.0} for token in range(4)}, 4: {5: 1.0}}
 
 
 def test_tokenizers_without_a_common_token_end_in_a_message() -> None:

@@ -18,8 +18,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,20 @@ from fusion_trainer.alignment.corpus import Corpus, count, pair_tokens
 from fusion_trainer.alignment.maps import build_map, coverage, mass_by_id, saved_map
 from fusion_trainer.alignment.positions import CONTAINED
 from fusion_trainer.alignment.transfer import Mixture, transfer
-from fusion_trainer.alignment.vocabulary import VocabularyMap
+from fusion_trainer.alignment.vocabulary import RULES, VocabularyMap
 from fusion_trainer.config import AlignConfig
 from fusion_trainer.dialogues import Block, Dialogues
 from fusion_trainer.errors import FusionError
 from fusion_trainer.files import fingerprint, sha256_of
 from fusion_trainer.models import local_folder
-from fusion_trainer.representations.store import ALIGNED, Aligned, RepresentationStore, StoreWriter, Supervised
+from fusion_trainer.representations.store import (
+    ALIGNED,
+    Aligned,
+    RepresentationStore,
+    StoreWriter,
+    Supervised,
+    demand_free,
+)
 from fusion_trainer.tokens import TextTokenizer, Tokens, load_tokenizer, supervised_positions
 
 __all__ = ["align", "open_sides"]
@@ -107,6 +115,7 @@ def align(config: AlignConfig) -> tuple[RepresentationStore, str]:
     Raises:
         FusionError: The stores or tokenizers do not belong together, or something lies in the way.
     """
+    demand_free(config.output)
     sides = open_sides(config)
     made = _map(sides)
     identity = _identity(sides, made)
@@ -149,6 +158,7 @@ def _map(sides: Sides) -> VocabularyMap:
     """The vocabulary map."""
     config = sides.config
     identity = {
+        "version": RULES,
         "source": sides.source.sha256,
         "pivot": sides.pivot.sha256,
         "method": config.map,
@@ -169,14 +179,12 @@ def _map(sides: Sides) -> VocabularyMap:
 
 def _count(sides: Sides) -> Corpus:
     starts = range(0, len(sides.dialogues), BLOCKS_AT_ONCE)
-    found: dict[int, Corpus] = {}
+    total: Corpus | None = None
     with tqdm(total=len(sides.dialogues), unit="block", desc="corpus") as bar:
         for start, corpus in _in_processes(sides.config.workers, sides, _count_blocks, starts):
-            found[start] = corpus
+            total = corpus if total is None else total + corpus
             bar.update(min(BLOCKS_AT_ONCE, len(sides.dialogues) - start))
-    total = found[0]
-    for start in starts[1:]:
-        total += found[start]
+    assert total is not None
     return total
 
 
@@ -189,7 +197,7 @@ _here: Sides | None = None
 def _in_processes(
     workers: int | None, sides: Sides, work: Callable[[Sides, int], Any], tasks: Iterable[int]
 ) -> Iterator[Any]:
-    """Results of ``work`` for every task, as they come."""
+    """Results of ``work`` for every task, in order."""
     tasks = list(tasks)
     number = min(workers or os.cpu_count() or 1, len(tasks))
     if number <= 1:
@@ -198,10 +206,8 @@ def _in_processes(
         return
     handed = (sides.config, sides.made, sides.corpus, os.getpid())
     with ProcessPoolExecutor(number, get_context("spawn"), _begin_process, handed) as pool:
-        futures: list[Future[Any]] = [pool.submit(_in_process, work, task) for task in tasks]
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            yield from pool.map(partial(_in_process, work), tasks)  # drops each result once it is taken
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -288,7 +294,7 @@ def _align_row(
     golds = source.gold_logprob.astype(np.float64)
     reach = int(of_source.ends[max(stored, default=-1) + 1])  # where the source's context cut the text
     size = sum(max(0, min(stop, reach) - start) for start, stop in block.spans)
-    per_token, per_byte = (-golds.sum() / max(1, number) for number in (len(golds), size))
+    per_token, per_byte = (-golds.sum() / count if len(golds) else np.nan for count in (len(golds), size))
     arrays = row.ids, row.logprobs, row.tail, row.gold_logprob
     return Aligned(*arrays, paired.astype(np.uint8), per_token, per_byte), counts
 

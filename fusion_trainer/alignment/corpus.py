@@ -1,6 +1,6 @@
 """What the training data says of two vocabularies: how often each pair of tokens was aligned.
 
-Counted once per (source tokenizer, pivot tokenizer, dialogues, way of pairing), several processes at a time.
+Counted per (source tokenizer, pivot tokenizer, dialogues, way of pairing), several processes at a time.
 """
 
 from collections.abc import Sequence
@@ -39,14 +39,19 @@ def count(texts: Sequence[str], source: TextTokenizer, pivot: TextTokenizer, con
         texts: Blocks of the dialogues.
         source: The source's tokenizer.
         pivot: The pivot's.
-        contained: None pairs by boundary; otherwise by warping with this cost (``positions.CONTAINED``).
+        contained: None pairs tokens that begin at the same byte: what one model predicts with what the other has
+            to; otherwise those that warping with this cost (``positions.CONTAINED``) brings together.
     """
     shape = max(source.surfaces) + 1, max(pivot.surfaces) + 1
     rows, columns, frequency = [np.empty(0, np.int32)], [np.empty(0, np.int32)], np.zeros(shape[1], np.int64)
     for of_source, of_pivot in zip(source.encode(texts), pivot.encode(texts), strict=True):
         pairs = pair_tokens(of_pivot, of_source, pivot, source, contained)
-        rows.append(of_source.ids[pairs.source])
-        columns.append(of_pivot.ids[pairs.pivot])
+        source_at, pivot_at = pairs.source, pairs.pivot
+        if contained is None:  # where both have read the same, the tokens that follow begin together
+            both = (source_at + 1 < len(of_source)) & (pivot_at + 1 < len(of_pivot))
+            source_at, pivot_at = source_at[both] + 1, pivot_at[both] + 1
+        rows.append(of_source.ids[source_at])
+        columns.append(of_pivot.ids[pivot_at])
         frequency += np.bincount(of_pivot.ids, minlength=shape[1])
     row, column = np.concatenate(rows), np.concatenate(columns)
     return Corpus(csr_array(coo_array((np.ones(len(row), np.int64), (row, column)), shape=shape)), frequency)

@@ -28,6 +28,8 @@ __all__ = ["METHODS", "Method", "VocabularyMap", "exact", "identical", "min_edit
 Method = Literal["exact", "min_edit_distance", "statistics", "prefix"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
+RULES = 1
+"""Raised with every change of what a method maps, so that no older map is taken for a new one."""
 CONTEXTS = ("\n", "a", " ", ".", "0", "(")
 """Texts before which a token's text is read, until one is found that it does not join."""
 CELLS_AT_ONCE = 1 << 24
@@ -56,14 +58,15 @@ class VocabularyMap:
 def identical(source: TextTokenizer, pivot: TextTokenizer) -> VocabularyMap | None:
     """The map of two tokenizers that agree in every id both have; None if they do not.
 
-    Tokens added to one of them alone do not matter.
+    Added tokens do not matter: those that both have are mapped by name, the others have no image.
     """
     ours, theirs = source.surfaces, pivot.surfaces
-    shared = ours.keys() & theirs.keys()
-    alone = (set(ours) ^ set(theirs)) - set(source.added) - set(pivot.added)
-    if not shared or alone or any(ours[token] != theirs[token] for token in shared):
+    base = {token: surface for token, surface in ours.items() if token not in source.added}
+    if not base or base != {token: surface for token, surface in theirs.items() if token not in pivot.added}:
         return None
-    return _one_to_one({token: token for token in shared}, source, pivot, "identical")
+    named = {theirs[token]: token for token in pivot.added}
+    images = {token: named[ours[token]] for token in source.added if ours[token] in named}
+    return _one_to_one({**{token: token for token in base}, **images}, source, pivot, "identical")
 
 
 def exact(source: TextTokenizer, pivot: TextTokenizer) -> VocabularyMap:

@@ -92,7 +92,8 @@ class Aligned(Supervised):
 
     Attributes:
         paired: uint8 [positions], 1 where the distribution is the source's and 0 where it is the pivot's own.
-        ce_per_token: The source's mean cross-entropy on its own gold tokens, nats (the papers' unit).
+        ce_per_token: The source's mean cross-entropy on its own gold tokens, nats (the papers' unit); NaN where
+            its store has no position of the conversation.
         ce_per_byte: The same in nats per supervised byte, comparable between tokenizers.
     """
 
