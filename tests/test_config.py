@@ -388,3 +388,11 @@ def test_the_installed_program_ends_with_code_1_and_no_traceback(tmp_path: Path,
     assert "chats.jsonl, line 24: a int, not an object" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["chats.jsonl"]
+
+
+def test_a_setting_that_is_one_of_some_words_or_nothing_offers_the_words() -> None:
+    help_text = CliRunner().invoke(main, ["extract", "--help"]).output
+    assert "--load-in [8bit|4bit]" in help_text
+    result = CliRunner().invoke(main, ["extract", "--load-in", "3bit"])
+    assert result.exit_code == 2
+    assert "'3bit' is not one of '8bit', '4bit'" in result.output
