@@ -31,7 +31,7 @@ CHATS = tiny_sources.made_up_chats(250, words=10, turns=1)
 SETTINGS = ["--template", "openchat", "--batch-tokens", "250", "--shard-tokens", "220"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 FORKING = """
-import json, os, resource, sys
+import json, os, resource, signal, sys
 import pyarrow, torch, accelerate, pandas
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM, Qwen2ForCausalLM, Qwen2Tokenizer
 import fusion_trainer.representations.extract
@@ -42,6 +42,7 @@ for line in iter(sys.stdin.readline, ""):
     job = json.loads(line)
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background shell
         os.chdir(job["folder"])
         said = os.open(job["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 1)
