@@ -1,5 +1,6 @@
 """``fusion-trainer align`` from stores of tiny models to aligned ones, against text, models and maps."""
 
+import json
 import os
 import re
 import shutil
@@ -177,6 +178,22 @@ def partners_by_the_papers(
     return found
 
 
+def sizes_that_follow(told: Read) -> list[int]:
+    """Of every supervised position the bytes of its next token."""
+    return [told.ends[position + 1] - told.ends[position] for position in told.positions]
+
+
+def assert_gold_bytes(row: Any, partners: Partners, pivot: Read, source: Read) -> None:
+    """The source's next token where there is a partner, of several their mean; else the pivot's; never none."""
+    own, theirs = sizes_that_follow(pivot), sizes_that_follow(source)
+    means = [
+        size if mixture is None else sum(weight * theirs[place] for place, weight in mixture)
+        for size, mixture in zip(own, partners, strict=True)
+    ]
+    assert row.gold_bytes.dtype == np.uint16
+    assert row.gold_bytes.tolist() == [max(1, round(mean)) for mean in means]
+
+
 def assert_row(row: Any, own: Any, source: Any, partners: Partners, dense_SP: np.ndarray) -> None:
     """Where there is a partner, its distribution in float64 through the whole map; else the pivot's own bits."""
     assert row.paired.tolist() == [int(mixture is not None) for mixture in partners]
@@ -232,8 +249,10 @@ def test_aligned_by_bytes_every_position_is_what_text_and_map_say(
     dense_SP = the_map(world / "maps", store, source)
     paired = 0
     for number, chat in enumerate(CHATS):
-        partners = partners_by_bytes(read(PIVOT, chat), read(SOURCES[source], chat))
+        pivot, other = read(PIVOT, chat), read(SOURCES[source], chat)
+        partners = partners_by_bytes(pivot, other)
         assert_row(store[number], own[number], theirs[number], partners, dense_SP)
+        assert_gold_bytes(store[number], partners, pivot, other)
         assert (store[number].conversation, store[number].block) == (f"chat-{number}", 0)
         paired += sum(mixture is not None for mixture in partners)
     assert 0.2 < paired / store.manifest["positions"] < 1
@@ -254,6 +273,7 @@ def test_aligned_by_warping_every_position_is_what_the_papers_rules_say(
             pivot, other, (PIVOT, SOURCES[source]), lambda s, p: counts.get((s, p), 0)
         )
         assert_row(store[number], own[number], theirs[number], partners, dense_SP)
+        assert_gold_bytes(store[number], partners, pivot, other)
 
 
 @cache
@@ -450,8 +470,19 @@ def test_on_request_a_position_without_partner_is_all_on_the_token_that_follows(
         assert np.isneginf(other.logprobs[~paired, 1:]).all()
         assert not other.tail[~paired].any()
         assert not other.gold_logprob[~paired].any()
+        assert one.gold_bytes is not None
+        assert other.gold_bytes is not None
+        assert one.gold_bytes.tobytes() == other.gold_bytes.tobytes()
         checked += int((~paired).sum())
     assert checked > 10
+
+
+def test_a_token_that_reads_nothing_counts_as_a_byte_and_no_count_overflows() -> None:
+    """A normaliser's second token of one character; a hundred thousand spaces read as one."""
+    own, theirs = np.array([0, 3, 100_000, 5], np.int32), np.array([2, 0, 9], np.int32)
+    partners: Partners = [None, None, None, [(1, 1.0)]]
+    assert alignment._gold_bytes(own, theirs, partners).tolist() == [1, 3, 65535, 1]
+    assert alignment._gold_bytes(own[:1], theirs, [[(0, 0.25), (2, 0.75)]]).tolist() == [7]  # 7.25
 
 
 # Running it again, elsewhere, and after a kill
@@ -636,6 +667,23 @@ def test_an_unfinished_store_is_refused(world: Path, tmp_path: Path) -> None:
     message = refused("align", settings_of(world, "bytes", tmp_path / "out", source_store=tmp_path / "no such"))
     assert "no store" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_an_aligned_store_of_an_older_version_is_refused_finished_and_unfinished(
+    world: Path, tmp_path: Path
+) -> None:
+    """One made before it had the bytes of the gold tokens."""
+    store, _ = aligned(world, "unigram", tmp_path / "aligned")
+    manifest = json.loads((store.folder / "manifest.json").read_text())
+    del manifest["identity"]["version"]
+    (store.folder / "manifest.json").write_text(json.dumps(manifest))
+    message = refused(f"store show {store.folder}", {})
+    assert f"`{store.folder}` is of version 1, not 2" in message
+    assert "align its source again" in message
+    assert "version" in refused("align", settings_of(world, "unigram", store.folder))
+    (store.folder / "manifest.json").rename(store.folder / "extraction.json")
+    (store.folder / "shard-00001.arrow").unlink()
+    assert "is a store of something else" in refused("align", settings_of(world, "unigram", store.folder))
 
 
 @pytest.mark.parametrize("side", ["source_store", "pivot_store"])

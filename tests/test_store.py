@@ -24,6 +24,9 @@ from transformers import AutoTokenizer
 from fusion_trainer.cli import main
 from fusion_trainer.errors import FusionError
 from fusion_trainer.representations.store import (
+    ALIGNED,
+    ALIGNED_VERSION,
+    Aligned,
     Representation,
     RepresentationStore,
     StoreWriter,
@@ -458,6 +461,43 @@ def test_verify_finds_wrong_numbers_and_says_where(
         r"position 17\b",
         result.output,
     ), result.output
+
+
+def as_aligned(row: Supervised) -> Aligned:
+    """Of a source that reads every second position and two bytes at a time."""
+    paired = np.arange(len(row), dtype=np.uint8) % 2
+    return Aligned(
+        row.ids, row.logprobs, row.tail, row.gold_logprob, paired, np.full(len(row), 2, np.uint16), 1.5, np.nan
+    )
+
+
+ALIGNED_IDENTITY = {"kind": ALIGNED, "version": ALIGNED_VERSION}
+
+
+def test_the_columns_of_an_aligned_store_come_back(tmp_path: Path) -> None:
+    rows = [as_aligned(row) for row in rows_of(0, 32002)]
+    store = RepresentationStore(write_store(tmp_path / "store", rows, identity_of(32002, **ALIGNED_IDENTITY)))
+    assert list(store.problems()) == []
+    for found, row in zip(store, rows, strict=True):
+        for name in ("paired", "gold_bytes"):
+            column = getattr(found, name)
+            assert (column.dtype, column.tobytes()) == (getattr(row, name).dtype, getattr(row, name).tobytes())
+        assert (found.ce_per_token, found.ce_per_byte) == pytest.approx((1.5, math.nan), nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [("paired", 2, "`paired` neither 0 nor 1"), ("gold_bytes", 0, "a token of no bytes")],
+)
+def test_verify_finds_wrong_numbers_of_an_aligned_store(
+    column: str, value: int, said: str, tmp_path: Path
+) -> None:
+    rows = [as_aligned(row) for row in rows_of(0, 32002)]
+    getattr(rows[3], column)[17] = value
+    folder = write_store(tmp_path / "store", rows, identity_of(32002, **ALIGNED_IDENTITY))
+    (problem,) = RepresentationStore(folder).problems()
+    assert problem.startswith(f"shard-00002.arrow: {said} at 1 positions")
+    assert problem.endswith("position 17")
 
 
 def test_verify_finds_any_flipped_bit(copied: Path) -> None:

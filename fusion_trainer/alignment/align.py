@@ -41,6 +41,7 @@ from fusion_trainer.files import fingerprint, sha256_of
 from fusion_trainer.models import local_folder
 from fusion_trainer.representations.store import (
     ALIGNED,
+    ALIGNED_VERSION,
     Aligned,
     RepresentationStore,
     StoreWriter,
@@ -143,6 +144,7 @@ def _identity(sides: Sides, made: VocabularyMap) -> dict[str, Any]:
     matrix = made.matrix
     return {
         "kind": ALIGNED,
+        "version": ALIGNED_VERSION,
         "model": source["model"],
         **{name: sha256_of(store.folder / "manifest.json") for name, store in stores.items()},
         **{name: pivot[name] for name in ("tokenizer", "template", "data", "top_k", "vocabulary")},
@@ -295,8 +297,26 @@ def _align_row(
     reach = int(of_source.ends[max(stored, default=-1) + 1])  # where the source's context cut the text
     size = sum(max(0, min(stop, reach) - start) for start, stop in block.spans)
     per_token, per_byte = (-golds.sum() / count if len(golds) else np.nan for count in (len(golds), size))
-    arrays = row.ids, row.logprobs, row.tail, row.gold_logprob
-    return Aligned(*arrays, paired.astype(np.uint8), per_token, per_byte), counts
+    theirs = np.array(list(stored), np.intp)
+    gold_bytes = _gold_bytes(_sizes(of_pivot)[positions + 1], _sizes(of_source)[theirs + 1], found)
+    arrays = row.ids, row.logprobs, row.tail, row.gold_logprob, paired.astype(np.uint8), gold_bytes
+    return Aligned(*arrays, per_token, per_byte), counts
+
+
+def _sizes(tokens: Tokens) -> NDArray[np.int32]:
+    """int32 [tokens]: bytes of the text between a token's end and the end before it."""
+    return np.diff(tokens.ends, prepend=np.int32(0))
+
+
+def _gold_bytes(
+    own: NDArray[np.int32], source: NDArray[np.int32], partners: Sequence[Mixture | None]
+) -> NDArray[np.uint16]:
+    """The sizes of the tokens that follow: the pivot's, and where there is a partner the source's mean."""
+    means = [
+        size if mixture is None else sum(weight * float(source[row]) for row, weight in mixture)
+        for size, mixture in zip(own.tolist(), partners, strict=True)
+    ]
+    return np.clip(np.rint(means), 1, np.iinfo(np.uint16).max).astype(np.uint16)
 
 
 def _gold_where(row: Supervised, where: NDArray[np.bool_], gold: NDArray[np.int32]) -> Supervised:

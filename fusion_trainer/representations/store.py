@@ -9,8 +9,9 @@ text: position p of the tokenised block is there when the token after p is the a
 (``tokens.supervised_positions``), and its distribution predicts that token. At k = 10 a position takes 44 bytes
 (64 where ids need 32 bits), a row some 40 more.
 
-An aligned store has the same format, in the pivot's ids and positions, and three columns more: which positions are
-the source's (``paired``), and the source's cross-entropy in the conversation per token and per byte.
+An aligned store has the same format, in the pivot's ids and positions, and four columns more: which positions are
+the source's (``paired``), how many bytes the token of ``gold_logprob`` covers (``gold_bytes``: the two tokenizers'
+tokens differ in length), and the source's cross-entropy in the conversation per token and per byte.
 
 Each shard appears whole or not at all and depends only on its blocks, so an interrupted extraction goes on
 where it was, and the finished store has the same bytes as one that was never interrupted.
@@ -42,6 +43,7 @@ from fusion_trainer.files import (
 
 __all__ = [
     "ALIGNED",
+    "ALIGNED_VERSION",
     "Aligned",
     "Representation",
     "RepresentationStore",
@@ -56,10 +58,13 @@ VERSION = 1
 MANIFEST, PLAN = "manifest.json", "extraction.json"
 ALIGNED = "aligned"
 """What the identity of an aligned store says under ``kind``."""
+ALIGNED_VERSION = 2
+"""And under ``version``: raised with its columns, and with what they mean."""
 FACTS = b"fusion_trainer"
 """Key of a shard's own facts in its schema's metadata."""
 OWN_FACTS = ("positions", "batch_tokens")
 """Facts of a shard that the manifest names for each."""
+ALIGNED_COLUMNS = (("paired", pa.uint8()), ("gold_bytes", pa.uint16()))
 CROSS_ENTROPIES = ("ce_per_token", "ce_per_byte")
 LEAST = float(np.finfo(np.float16).min)
 SLACK = 2e-3
@@ -92,12 +97,16 @@ class Aligned(Supervised):
 
     Attributes:
         paired: uint8 [positions], 1 where the distribution is the source's and 0 where it is the pivot's own.
+        gold_bytes: uint16 [positions], at least 1: how many bytes of text the token of ``gold_logprob`` covers.
+            That is the source's next token where paired (of several the mean by their weights, rounded), the
+            pivot's elsewhere.
         ce_per_token: The source's mean cross-entropy on its own gold tokens, nats (the papers' unit); NaN where
             its store has no position of the conversation.
         ce_per_byte: The same in nats per supervised byte, comparable between tokenizers.
     """
 
     paired: NDArray[np.uint8]
+    gold_bytes: NDArray[np.uint16]
     ce_per_token: float
     ce_per_byte: float
 
@@ -109,7 +118,8 @@ class Representation(Supervised):
     Attributes:
         conversation: The conversation's id.
         block: Which of its blocks.
-        paired: As in ``Aligned``; None in a store that is not aligned, as are the next two.
+        paired: As in ``Aligned``; None in a store that is not aligned, as are the next three.
+        gold_bytes: As in ``Aligned``.
         ce_per_token: As in ``Aligned``.
         ce_per_byte: As in ``Aligned``.
     """
@@ -117,6 +127,7 @@ class Representation(Supervised):
     conversation: str
     block: int
     paired: NDArray[np.uint8] | None = None
+    gold_bytes: NDArray[np.uint16] | None = None
     ce_per_token: float | None = None
     ce_per_byte: float | None = None
 
@@ -134,7 +145,7 @@ def schema(k: int, vocabulary: int, aligned: bool = False) -> pa.Schema:
         pa.field("logprobs", pa.list_(pa.field("item", pa.float16(), nullable=False), k), nullable=False),
         pa.field("tail", pa.float16(), nullable=False),
         pa.field("gold_logprob", pa.float16(), nullable=False),
-        *([pa.field("paired", pa.uint8(), nullable=False)] if aligned else []),
+        *(pa.field(name, kind, nullable=False) for name, kind in (ALIGNED_COLUMNS if aligned else ())),
     ]
     return pa.schema(
         [
@@ -372,11 +383,12 @@ class _Shard:
         self.gold_logprob = struct.field("gold_logprob").to_numpy()
         self.aligned = "ce_per_token" in self.batch.schema.names
         if self.aligned:
-            self.paired = struct.field("paired").to_numpy()
+            self.of_positions = [struct.field(name).to_numpy() for name, _ in ALIGNED_COLUMNS]
             self.cross_entropies = [self.batch.column(name).to_numpy() for name in CROSS_ENTROPIES]
 
     def __getitem__(self, row: int) -> Representation:
         start, stop = self.offsets[row : row + 2].tolist()
+        more = self._more(row, slice(start, stop)) if self.aligned else ()
         return Representation(
             self.ids[start:stop],
             self.logprobs[start:stop],
@@ -384,8 +396,11 @@ class _Shard:
             self.gold_logprob[start:stop],
             self.conversations[row].as_py(),
             int(self.blocks[row]),
-            *((self.paired[start:stop], *(float(ce[row]) for ce in self.cross_entropies)) if self.aligned else ()),
+            *more,
         )
+
+    def _more(self, row: int, here: slice) -> tuple[Any, ...]:
+        return *(column[here] for column in self.of_positions), *(float(ce[row]) for ce in self.cross_entropies)
 
 
 class RepresentationStore:
@@ -459,6 +474,12 @@ class RepresentationStore:
         described = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
         if described != (FORMAT, VERSION):
             raise FusionError(f"`{self.folder}` is not a store of {FORMAT}, version {VERSION}: found {described}")
+        identity = manifest["identity"]
+        if identity.get("kind") == ALIGNED and identity.get("version") != ALIGNED_VERSION:
+            raise FusionError(
+                f"the aligned store `{self.folder}` is of version {identity.get('version', 1)}, not "
+                f"{ALIGNED_VERSION}, and lacks what is needed now; align its source again, into a new folder"
+            )
         return dict(manifest)
 
     @cached_property
@@ -502,6 +523,9 @@ class RepresentationStore:
             "a tail outside [0, 1]": (tail < 0) | (tail > 1),
             "a total mass that is not 1": np.abs(total - 1) > SLACK * (1 + self.k / 10),
         }
+        if shard.aligned:
+            paired, gold_bytes = shard.of_positions
+            checks |= {"`paired` neither 0 nor 1": paired > 1, "a token of no bytes": gold_bytes == 0}
         for what, wrong in checks.items():
             if wrong.any():
                 position = int(np.argmax(wrong))
