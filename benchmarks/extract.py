@@ -204,9 +204,13 @@ def bare_forward(model: AskedModel, batches: list[Batch]) -> None:
 @torch.inference_mode()
 def layers_and_head(model: AskedModel, batches: list[Batch]) -> None:
     for batch in batches:
-        hidden_SH = model._hidden(batch.ids_BL, batch.mask_BL).flatten(0, 1).index_select(0, batch.positions_S)
+        hidden_SH = (
+            model.split.hidden(input_ids=batch.ids_BL, attention_mask=batch.mask_BL)
+            .flatten(0, 1)
+            .index_select(0, batch.positions_S)
+        )
         for hidden_CH in torch.split(hidden_SH, model.chunk):
-            model._head(hidden_CH)
+            model.split.head(hidden_CH)
 
 
 def synchronise() -> None:
@@ -261,8 +265,8 @@ def profile(extraction: _Extraction, output: Path) -> tuple[float, dict[str, flo
 
     model, writer = extraction.model, extraction.writer
     parts = [
-        ("layers", model, "_hidden", True),
-        ("head", model, "_head", True),
+        ("layers", model.split, "hidden", True),
+        ("head", model.split, "head", True),
         ("top-k", asking, "top_k", True),
         ("to the host, by row", extraction, "_keep", False),
         ("manifest, checksums", writer, "finish", False),

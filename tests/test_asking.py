@@ -93,7 +93,7 @@ def test_the_model_is_as_it_was_after_it_was_asked(asked: AskedModel) -> None:
     before = asked.model(input_ids=ids_BL, attention_mask=mask_BL).logits
     assert torch.equal(asked.bare_forward(ids_BL, mask_BL), before)
     asked.distributions(ids_BL, mask_BL, torch.tensor([0, 1]), torch.tensor([1, 2]), 5)
-    assert "forward" not in vars(asked.layers)
+    assert "forward" not in vars(asked.split.layers)
     assert torch.equal(asked.model(input_ids=ids_BL, attention_mask=mask_BL).logits, before)
     greedy = asked.model.generate(
         ids_BL[:1, :5], attention_mask=torch.ones(1, 5).long(), max_new_tokens=4, do_sample=False
@@ -193,5 +193,5 @@ def test_a_model_whose_head_asks_for_more_than_hidden_states_is_asked_whole() ->
     model = MambaForCausalLM(config).eval()
     with pytest.warns(UserWarning, match="every position"):
         asked = AskedModel(model, KNOWN)
-    assert "forward" not in vars(asked.layers)
+    assert "forward" not in vars(asked.split.layers)
     assert_answers_as_the_plain_model(asked, LENGTHS)

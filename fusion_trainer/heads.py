@@ -1,0 +1,94 @@
+"""A causal language model taken apart: its layers, and what it makes of their output.
+
+The hidden states of chosen positions alone can so go through the head, a chunk at a time, and no logits of shape
+[batch, length, vocabulary] exist. Whatever an architecture does after its head (soft-capping, scaling) is its own
+code still: for a chunk the model's forward runs with the layers' output already in place.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["CHUNK_BYTES", "SplitModel"]
+
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+"""Of one chunk's logits in float32."""
+TRIAL_TOKENS = 8
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class SplitModel:
+    """The two parts of a causal language model of transformers; both run its own code.
+
+    Args:
+        model: The model; its ``forward`` of now is the one whose head is used, whatever replaces it later.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.forward = model.forward
+        self.device = input_device(model)
+        self._one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+
+    @property
+    def layers(self) -> Any:
+        return self.model.base_model
+
+    def layers_output(self, **inputs: Any) -> Any:
+        """What the layers give for token ids [B, L]; the first of it is hidden states [B, L, H]."""
+        return self.layers(**inputs, use_cache=False)
+
+    def hidden(self, **inputs: Any) -> Tensor:
+        """Hidden states [B, L, H] of token ids [B, L]."""
+        output: Tensor = self.layers_output(**inputs)[0]
+        return output
+
+    def head(self, hidden_CH: Tensor) -> Tensor:
+        """Logits [C, V] of hidden states [C, H]."""
+        from transformers.modeling_outputs import MoeModelOutputWithPast
+
+        logits_CV: Tensor = self.given(MoeModelOutputWithPast(last_hidden_state=hidden_CH[None])).logits[0]
+        return logits_CV
+
+    def given(self, output: Any, **inputs: Any) -> Any:
+        """What the model makes of its layers' output."""
+        layers = self.layers
+        own = layers.__dict__.get("forward")
+        layers.forward = lambda *_, **__: output
+        try:
+            return self.forward(input_ids=self._one, use_cache=False, **inputs)
+        finally:
+            del layers.forward
+            if own is not None:
+                layers.forward = own
+
+    @torch.no_grad()
+    def trial(self) -> tuple[Tensor, bool]:
+        """The logits [8, V] of some tokens, and whether the two parts give the same."""
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        trial_BL = torch.arange(TRIAL_TOKENS, device=self.device)[None] % rows
+        logits_LV: Tensor = self.forward(input_ids=trial_BL, use_cache=False).logits[0]
+        if self.layers is self.model:
+            return logits_LV, False
+        try:
+            ours_LV = self.head(self.hidden(input_ids=trial_BL).flatten(0, 1))
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, TypeError, KeyError, IndexError, RuntimeError):
+            return logits_LV, False  # its head asks for more than the layers' output
+        return logits_LV, _agree(ours_LV, logits_LV, TOLERANCE.get(logits_LV.dtype, 1e-1))
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids go: to the embedding, or, if that is offloaded, to the first weights that are not."""
+    weights = [model.get_input_embeddings().weight, *model.parameters()]
+    return next((weight.device for weight in weights if weight.device.type != "meta"), torch.device("cpu"))
+
+
+def _agree(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    """Equal to rounding, on the scale of the logits; NaN agrees with NaN (it is reported where it is met)."""
+    if ours.shape != theirs.shape:
+        return False
+    scale = float(theirs.float().abs().nan_to_num(0.0, 0.0, 0.0).max().clamp(min=1.0))
+    return torch.allclose(ours.float(), theirs.float(), rtol=0.0, atol=tolerance * scale, equal_nan=True)
