@@ -236,9 +236,8 @@ class Collator:
                 golds.append(gold)
                 start = stop
             places[number, start:] = np.arange(width - start)
-        batch = {"input_ids": ids, "labels": labels, "position_ids" if self.packed else "attention_mask": mask}
-        if self.packed:
-            batch["position_ids"] = places
+        batch: dict[str, NDArray[Any]] = {"input_ids": ids, "labels": labels}
+        batch["position_ids" if self.packed else "attention_mask"] = places if self.packed else mask
         examples = [example for item in items for example in item]
         of_item = np.repeat(np.arange(len(items)), [sum(len(e.tokens.positions) for e in item) for item in items])
         batch |= {"positions": np.concatenate(positions).astype(np.int64), "of_item": of_item}
