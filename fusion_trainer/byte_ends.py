@@ -10,12 +10,15 @@ be rewritten alone.
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["Mark", "Rewriting", "lay_along"]
 
+NEAR = 64
+"""Characters on either side of a place that decide whether a cluster (a long run of blanks) is cut there."""
 HANGUL_TAILS = range(0x1160, 0x1200)
 """Vowels and finals, which composition joins to the syllable before them."""
 
@@ -42,11 +45,15 @@ class Rewriting:
 
     def parts(self, text: str) -> Iterator[tuple[bytes, bytes]]:
         """The smallest parts that are rewritten alone, as they are and as they are read."""
+        apart = cache(self._apart)
         for cluster in _clusters(text) if self.normalise else text:
-            whole = self.read(cluster)
-            cuts = [c for c in range(1, len(cluster)) if self.read(cluster[:c]) + self.read(cluster[c:]) == whole]
+            places = range(1, len(cluster))
+            cuts = [c for c in places if apart(cluster[max(0, c - NEAR) : c], cluster[c : c + NEAR])]
             for start, stop in zip([0, *cuts], [*cuts, len(cluster)], strict=True):
                 yield cluster[start:stop].encode(), self.read(cluster[start:stop])
+
+    def _apart(self, before: str, after: str) -> bool:
+        return self.read(before) + self.read(after) == self.read(before + after)
 
 
 @dataclass(frozen=True)
@@ -111,12 +118,13 @@ def _lay_along_piece(piece: str, surfaces: Sequence[bytes], rewriting: Rewriting
         bounds = np.arange(len(plain) + 1, dtype=np.int32) if len(plain) == len(piece.encode()) else None
         if bounds is not None:
             return bounds[np.maximum(np.cumsum(sizes, dtype=np.int32) - extra, 0)]
-    bounds_of_read, read, done = [0], b"", 0
+    bounds_of_read, parts, done = [0], list[bytes](), 0
     for old, new in rewriting.parts(piece):
         same = len(new) == len(old) and new == old
         bounds_of_read += [done + (place if same else len(old)) for place in range(1, len(new) + 1)]
         done += len(old)
-        read += new
+        parts.append(new)
+    read = b"".join(parts)
     extra = len(joined) - len(read)
     if joined not in (read, b" " + read):
         return None

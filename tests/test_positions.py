@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import time
 from collections.abc import Sequence
 from functools import cache
 
@@ -74,6 +75,29 @@ def test_a_token_ends_where_the_bytes_it_stands_for_end(name: str) -> None:
             wrong.append((text, ends, errors))
     wrong.sort(key=lambda case: len(case[0]))
     assert not wrong, f"{len(wrong)} texts, the shortest {wrong[:3]}"
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_long_runs_of_blanks_and_marks_end_where_they_should(name: str) -> None:
+    """Each of more characters than decide whether a cluster can be cut, beside one that is rewritten."""
+    one = kind(name)
+    runs = [" " * 300, "\n \t" * 90, "\u3000 " * 150, "e" + "\u0301\u0323" * 90, "한" + "\u11a8" * 150]
+    for run in runs:
+        text = f"e\u0301 x{run}y e\u0301{run}"
+        (tokens,) = one.reader.encode([text])
+        if name in EXACT:
+            assert tokens.ends.tolist() == one.truth(tokens, text)
+        elif name in NORMALIZING:
+            assert not ends_wrong(one, tokens, text)
+
+
+@pytest.mark.parametrize("name", NORMALIZING)
+def test_a_long_run_of_blanks_is_read_in_a_time_that_grows_with_its_length(name: str) -> None:
+    """By trying every cut of the whole run this would take minutes."""
+    start = time.perf_counter()
+    (tokens,) = kind(name).reader.encode(["e\u0301" + " " * 60_000])
+    assert time.perf_counter() - start < 10
+    assert tokens.ends[-1] == 60_003
 
 
 @pytest.mark.parametrize(("pivot", "source"), COUPLES)
