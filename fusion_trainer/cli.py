@@ -8,9 +8,10 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
+import yaml
 from pydantic import BaseModel
 
-from fusion_trainer.config import AlignConfig, ExtractConfig, PrepareConfig, read_config
+from fusion_trainer.config import AlignConfig, ExtractConfig, PrepareConfig, TrainConfig, read_config
 from fusion_trainer.errors import FusionError, listed
 
 __all__ = ["main"]
@@ -37,6 +38,8 @@ def _settings_as_flags(kind: type[BaseModel]) -> Callable[[Command], Command]:
             of = [part for part in _members(field.annotation) if part is not type(None)]
             if of == [bool]:
                 flag += f"/--no-{name.replace('_', '-')}"
+            elif get_origin(of[0]) is dict:
+                options |= {"multiple": True, "type": str, "metavar": "NAME=VALUE", "callback": _mapping}
             elif get_origin(field.annotation) is list:
                 options |= {"multiple": True, "type": str}
             else:
@@ -52,6 +55,16 @@ def _settings_as_flags(kind: type[BaseModel]) -> Callable[[Command], Command]:
 
 def _members(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _mapping(
+    _context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """``NAME=VALUE``, the value as YAML reads it."""
+    wrong = [one for one in given if "=" not in one]
+    if wrong:
+        raise click.BadParameter(f"{wrong[0]!r} is not NAME=VALUE")
+    return {name: yaml.safe_load(value) for name, _, value in (one.partition("=") for one in given)} or None
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
@@ -124,6 +137,25 @@ def align(config: Path | None, **flags: Any) -> None:
     aligned, report = run(read_config(AlignConfig, config, _given(flags)))
     click.echo(report)
     click.echo(f"{aligned.folder}: {len(aligned):,} rows")
+
+
+@main.command()
+@_settings_as_flags(TrainConfig)
+def train(config: Path | None, **flags: Any) -> None:
+    """Fine-tune the pivot on the fused distributions: a target.
+
+    Settings come from the YAML file CONFIG, from flags, or both; a flag wins. Stopped at any point, the same
+    command goes on from the last whole checkpoint. With several GPUs: `accelerate launch --config_file … -m
+    fusion_trainer train …`.
+
+    \b
+    Example:
+      fusion-trainer train target.yaml --training learning_rate=1e-5
+    """
+    from fusion_trainer.train import train as run
+
+    target = run(read_config(TrainConfig, config, _given(flags)))
+    click.echo(f"the target is in {target}")
 
 
 @main.group("vocab-map")

@@ -3,19 +3,53 @@
 A YAML file is checked whole before anything runs; every problem is told with its line.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from fusion_trainer.errors import FusionError, listed
 
-__all__ = ["AlignConfig", "ExtractConfig", "PrepareConfig", "read_config"]
+__all__ = ["AlignConfig", "ExtractConfig", "PrepareConfig", "TrainConfig", "read_config"]
 
 Config = TypeVar("Config", bound=BaseModel)
+
+
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, (str, Path)) else value
+
+
+def _training_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    return _arguments_of(TrainingArguments, given)
+
+
+def _lora_arguments(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    from peft import LoraConfig
+
+    return None if given is None else _arguments_of(LoraConfig, given)
+
+
+def _arguments_of(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a dataclass; YAML reads ``5e-6`` as a text, here it is a number where one is wanted."""
+    known = {field.name: str(field.type) for field in fields(kind) if field.init}
+    if unknown := [name for name in given if name not in known]:
+        near = [(name, *get_close_matches(name, known, 1)) for name in unknown]
+        raise PydanticCustomError("unknown_keys", "unknown arguments", {"of": kind.__name__, "unknown": near})
+    return {name: _number(value) if "float" in known[name] else value for name, value in given.items()}
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 class PrepareConfig(BaseModel):
@@ -23,7 +57,7 @@ class PrepareConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    data: Annotated[list[str], BeforeValidator(lambda data: [data] if isinstance(data, str) else data)] = Field(
+    data: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(
         min_length=1, description="JSON, JSONL or Parquet files, dataset folders or Hub ids."
     )
     data_name: str | None = Field(None, description="Configuration of a Hub dataset that has several.")
@@ -91,6 +125,56 @@ class AlignConfig(BaseModel):
     trust_remote_code: bool = Field(False, description="Run code that the model repositories bring along.")
 
 
+class TrainConfig(BaseModel):
+    """The pivot, fine-tuned on the fused distributions: a target."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    pivot: str = Field(description="Folder or Hub id of the model to fine-tune.")
+    pivot_revision: str | None = Field(None, description="Branch, tag or commit of the pivot.")
+    aligned_stores: Annotated[list[Path], BeforeValidator(_one_or_more)] = Field(
+        [], description="The sources' aligned stores: one for a pairwise target, several for Multi."
+    )
+    pivot_store: Path | None = Field(
+        None, description="The pivot's own store; its distributions take part in the fusion."
+    )
+    dialogues: Path | None = Field(None, description="Prepared dialogues; default those beside the stores.")
+    fusion: Literal["min_ce", "avg_ce"] = Field(
+        "min_ce", description="The distribution with the least cross-entropy, or their weighted mean."
+    )
+    compare: Literal["conversation", "token"] = Field(
+        "conversation", description="Cross-entropies are compared by conversation or at each token."
+    )
+    unit: Literal["token", "byte"] = Field("token", description="They are per token or per byte.")
+    temperature: float = Field(1.0, gt=0, description="Of the fused models' distributions.")
+    tail: Literal["renormalise", "bucket"] = Field(
+        "renormalise", description="Probability outside the top k is dropped, or kept as one outcome."
+    )
+    clm_weight: float = Field(0.9, ge=0, le=1, description="λ in λ·CLM + (1−λ)·fusion; 1 is CLM alone.")
+    clm_weight_schedule: Literal["constant", "hard_and_decay", "soft"] = Field(
+        "constant", description="λ stays; grows to 1 with the steps; or is 1 − exp(−CE) of what is fused."
+    )
+    held_out: float = Field(0.0, ge=0, lt=1, description="Share of the conversations kept for evaluation.")
+    packing: bool = Field(False, description="Several blocks in one row, with attention kept inside each.")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "float32", description="Of the weights while they are trained; mixed precision is bf16 in `training`."
+    )
+    output_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of the target's weights; auto is the pivot's."
+    )
+    attention: str | None = Field(None, description="transformers' attn_implementation, for instance sdpa.")
+    load_in: Literal["8bit", "4bit"] | None = Field(
+        None, description="QLoRA: the pivot quantised by bitsandbytes (extra `quant`); needs `lora`."
+    )
+    lora: Annotated[dict[str, Any] | None, AfterValidator(_lora_arguments)] = Field(
+        None, description="Arguments of peft's LoraConfig; full fine-tuning if not set."
+    )
+    training: Annotated[dict[str, Any], AfterValidator(_training_arguments)] = Field(
+        description="TrainingArguments of transformers; output_dir is the target's folder."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that the model repositories bring along.")
+
+
 def read_config(kind: type[Config], path: Path | None, flags: Mapping[str, Any]) -> Config:
     """The settings of ``path``, with ``flags`` in place of what the file says.
 
@@ -99,11 +183,14 @@ def read_config(kind: type[Config], path: Path | None, flags: Mapping[str, Any])
             told, with their lines.
     """
     settings, lines = _read(path) if path else ({}, {})
+    both = {
+        name for name, value in flags.items() if isinstance(value, dict) and isinstance(settings.get(name), dict)
+    }
     try:
-        return kind.model_validate({**settings, **flags})
+        return kind.model_validate({**settings, **flags, **{name: settings[name] | flags[name] for name in both}})
     except ValidationError as error:
-        from_file = {name: line for name, line in lines.items() if name not in flags}
-        problems = [_explained(kind, problem, from_file) for problem in error.errors()]
+        from_file = {name: line for name, line in lines.items() if name.split(".")[0] not in flags.keys() - both}
+        problems = [line for problem in error.errors() for line in _explained(kind, problem, from_file)]
         where = f"{path} cannot be used" if path else "the settings cannot be used"
         raise FusionError(f"{where}:{listed(problems)}") from error
 
@@ -121,20 +208,35 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     if not isinstance(settings, dict):
         raise FusionError(f"{path} is not a mapping of settings but a {type(settings).__name__}")
     lines: dict[str, int] = {}
-    for key, _ in root.value if root else []:
-        if key.value in lines:
-            raise FusionError(f"{path}, line {key.start_mark.line + 1}: `{key.value}` was already set")
-        lines[key.value] = key.start_mark.line + 1
+    for name, line in _keys(root) if root else ():
+        if name in lines:
+            raise FusionError(f"{path}, line {line}: `{name}` was already set")
+        lines[name] = line
     return settings, lines
 
 
-def _explained(kind: type[BaseModel], problem: Any, lines: Mapping[str, int]) -> str:
+def _keys(mapping: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Every key of a mapping and of the mappings in it, with its line: ``training.learning_rate``."""
+    for key, value in mapping.value:
+        yield f"{prefix}{key.value}", key.start_mark.line + 1
+        if isinstance(value, yaml.MappingNode):
+            yield from _keys(value, f"{prefix}{key.value}.")
+
+
+def _explained(kind: type[BaseModel], problem: Any, lines: Mapping[str, int]) -> Iterator[str]:
     name = str(problem["loc"][0]) if problem["loc"] else ""
+    if problem["type"] == "unknown_keys":
+        for key, *near in problem["ctx"]["unknown"]:
+            where = f"line {lines[f'{name}.{key}']}: " if f"{name}.{key}" in lines else ""
+            meant = f"; did you mean `{near[0]}`?" if near else ""
+            yield f"{where}`{name}`: {problem['ctx']['of']} has no `{key}`{meant}"
+        return
     where = f"line {lines[name]}: " if name in lines else ""
     if problem["type"] == "extra_forbidden":
         near = get_close_matches(name, kind.model_fields, 1)
         known = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(kind.model_fields)}"
-        return f"{where}unknown setting `{name}`; {known}"
-    if problem["type"] == "missing":
-        return f"`{name}` is not set (--{name.replace('_', '-')}): {kind.model_fields[name].description}"
-    return f"{where}`{name}` cannot be {problem['input']!r}: {problem['msg']}"
+        yield f"{where}unknown setting `{name}`; {known}"
+    elif problem["type"] == "missing":
+        yield f"`{name}` is not set (--{name.replace('_', '-')}): {kind.model_fields[name].description}"
+    else:
+        yield f"{where}`{name}` cannot be {problem['input']!r}: {problem['msg']}"

@@ -29,7 +29,6 @@ class SplitModel:
         self.model = model
         self.forward = model.forward
         self.device = input_device(model)
-        self._one = torch.zeros(1, 1, dtype=torch.long, device=self.device)
 
     @property
     def layers(self) -> Any:
@@ -54,10 +53,11 @@ class SplitModel:
     def given(self, output: Any, **inputs: Any) -> Any:
         """What the model makes of its layers' output."""
         layers = self.layers
+        one = torch.zeros(1, 1, dtype=torch.long, device=output[0].device)
         own = layers.__dict__.get("forward")
         layers.forward = lambda *_, **__: output
         try:
-            return self.forward(input_ids=self._one, use_cache=False, **inputs)
+            return self.forward(input_ids=one, use_cache=False, **inputs)
         finally:
             del layers.forward
             if own is not None:

@@ -146,7 +146,7 @@ def load_causal_lm(
         if bars:
             logging.enable_progress_bar()
     _demand_head(model, name, sorted(info["missing_keys"]), info.get("mismatched_keys") or ())
-    if "device_map" not in options:
+    if "device_map" not in options and device.type != "cpu":  # FSDP leaves weights of most processes unmade
         model.to(device)
     return model.eval()
 

@@ -1,0 +1,388 @@
+"""A target: the pivot fine-tuned on distributions fused of its own and its sources'.
+
+What a training is of (pivot, stores, settings) is written first, so that it only ever goes on as what it was; then
+come checkpoints, and last the target with ``fusion.json``, which tells a merge what pivot it was trained from.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from fusion_trainer.batches import Collator, FusionData, TokenFile, pack, write_tokens
+from fusion_trainer.config import TrainConfig
+from fusion_trainer.dialogues import Dialogues
+from fusion_trainer.errors import FusionError, unlike
+from fusion_trainer.files import (
+    TEMPORARY,
+    read_json,
+    sha256_of,
+    sync_folder,
+    write_json,
+    written_to,
+)
+from fusion_trainer.fusion import Rule
+from fusion_trainer.models import (
+    config_fingerprint,
+    load_causal_lm,
+    local_folder,
+    resolved_dtype,
+    weights_fingerprint,
+)
+from fusion_trainer.representations.store import ALIGNED, RepresentationStore
+from fusion_trainer.tokens import TextTokenizer, load_tokenizer
+from fusion_trainer.trainer import WRITING, FusionTrainer, last_checkpoint
+
+__all__ = ["FUSION", "PLAN", "train"]
+
+FUSION, PLAN = "fusion.json", "training.json"
+FORMAT, VERSION = "fusion-trainer target", 1
+RESULT = "target" + TEMPORARY
+"""The folder in which the target is written before its files take their names."""
+NOT_OF_THE_RESULT = frozenset(
+    name
+    for line in (
+        "output_dir overwrite_output_dir disable_tqdm do_eval resume_from_checkpoint ddp_timeout",
+        "logging_dir logging_strategy logging_first_step logging_steps log_level log_level_replica",
+        "log_on_each_node report_to run_name project trackio_space_id",
+        "save_strategy save_steps save_total_limit save_on_each_node",
+        "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size eval_accumulation_steps",
+        "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers",
+        "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push hub_revision",
+    )
+    for name in line.split()
+)
+"""Arguments of transformers that may change between the parts of one training."""
+
+
+@dataclass
+class Inputs:
+    """What a training is made of."""
+
+    config: TrainConfig
+    arguments: TrainingArguments
+    folder: Path
+    revision: str | None
+    tokenizer: TextTokenizer
+    dialogues: Dialogues
+    stores: list[RepresentationStore]
+
+    @property
+    def output(self) -> Path:
+        return Path(self.arguments.output_dir)
+
+
+def train(config: TrainConfig) -> Path:
+    """Train the target that ``config`` asks for, or what of it is still missing.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        FusionError: The stores do not fit the pivot or each other, an argument cannot be used, the loss is not
+            finite, or the disk is full.
+    """
+    inputs = _open(config)
+    identity = _identity(inputs)
+    with inputs.arguments.main_process_first(desc="claim the output folder"):
+        if inputs.arguments.should_save:
+            _claim(inputs.output, identity)
+        tokens = write_tokens(inputs.dialogues, inputs.tokenizer)
+    if (inputs.output / FUSION).is_file():
+        return inputs.output
+    trainer = _trainer(inputs, tokens)
+    last = inputs.arguments.resume_from_checkpoint or last_checkpoint(inputs.output)
+    try:
+        result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    except torch.OutOfMemoryError as error:
+        raise FusionError(
+            f"out of memory: {error}\nTry gradient_checkpointing, a smaller per_device_train_batch_size with more "
+            "gradient_accumulation_steps, lora, or FSDP on several GPUs"
+        ) from error
+    measured = trainer.evaluate() if trainer.eval_dataset is not None else {}
+    _finish(inputs, trainer, {**identity, "results": {**result.metrics, **measured}})
+    trainer.end()
+    return inputs.output
+
+
+def _open(config: TrainConfig) -> Inputs:
+    try:
+        arguments = TrainingArguments(
+            **{**_defaults(), **config.training, "remove_unused_columns": False, "label_names": ["labels"]}
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        raise FusionError(f"the training arguments cannot be used: {error}") from error
+    if config.training.get("output_dir") is None:
+        raise FusionError("`training` names no output_dir, the folder of the target")
+    if config.load_in and config.lora is None:
+        raise FusionError(
+            f"`load_in: {config.load_in}` needs `lora`: quantised weights themselves cannot be trained"
+        )
+    if arguments.eval_strategy != "no" and not config.held_out:
+        raise FusionError("`eval_strategy` needs rows to evaluate on; set `held_out`, for instance to 0.02")
+    folder, revision = local_folder(config.pivot, config.pivot_revision, code=config.trust_remote_code)
+    tokenizer = load_tokenizer(folder, config.pivot, config.trust_remote_code)
+    stores = _stores(config, tokenizer)
+    return Inputs(config, arguments, folder, revision, tokenizer, _dialogues(config, stores), stores)
+
+
+def _defaults() -> dict[str, Any]:
+    return {"report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
+
+
+def _stores(config: TrainConfig, tokenizer: TextTokenizer) -> list[RepresentationStore]:
+    """The pivot's own store, if it takes part, and the aligned ones."""
+    if config.clm_weight == 1 and config.clm_weight_schedule != "soft":
+        return []
+    aligned = [RepresentationStore(folder) for folder in config.aligned_stores]
+    if not aligned:
+        raise FusionError("`aligned_stores` names no store to fuse; for CLM alone set `clm_weight: 1`")
+    for store in aligned:
+        if store.identity.get("kind") != ALIGNED:
+            raise FusionError(
+                f"the store `{store.folder}` is not aligned to the pivot; run `fusion-trainer align` and give "
+                "what it makes"
+            )
+    own = [RepresentationStore(config.pivot_store)] if config.pivot_store else []
+    common = {name: aligned[0].identity[name] for name in ("data", "top_k")}
+    for store in [*own, *aligned]:
+        store.demand(tokenizer=tokenizer.sha256, **common)
+    for store in own:
+        manifest = sha256_of(store.folder / "manifest.json")
+        for other in aligned:
+            other.demand(pivot_store=manifest)
+    return [*own, *aligned]
+
+
+def _dialogues(config: TrainConfig, stores: Sequence[RepresentationStore]) -> Dialogues:
+    if config.dialogues is not None:
+        found = Dialogues(config.dialogues)
+        for store in stores:
+            store.demand(data=found.fingerprint)
+        return found
+    beside = (Dialogues.beside(store.folder, store.identity["data"]) for store in stores)
+    found_beside = next((one for one in beside if one is not None), None)
+    if found_beside is None:
+        raise FusionError("no dialogues lie beside the stores; name them with `dialogues`")
+    return found_beside
+
+
+def _identity(inputs: Inputs) -> dict[str, Any]:
+    """What the target is of; the same for every part of one training."""
+    config, own = inputs.config, [s for s in inputs.stores if s.identity.get("kind") != ALIGNED]
+    weights = weights_fingerprint(inputs.folder, config.pivot)
+    computed = config_fingerprint(inputs.folder, config.trust_remote_code)
+    for store in own:
+        store.demand(weights=weights, config=computed)
+    settings = config.model_dump(mode="json", exclude={"training", "pivot", "pivot_revision", "dialogues"})
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "pivot": {
+            "model": config.pivot,
+            "revision": inputs.revision,
+            "weights": weights,
+            "config": computed,
+            "tokenizer": inputs.tokenizer.sha256,
+        },
+        "dialogues": inputs.dialogues.fingerprint,
+        "stores": [_described(store) for store in inputs.stores],
+        "config": {key: value for key, value in settings.items() if not key.endswith(("store", "stores"))},
+        "training": inputs.config.training,
+        "processes": inputs.arguments.world_size,
+        "versions": {
+            name: version(name) for name in ("varm-merge", "transformers", "accelerate", "torch", "peft")
+        },
+    }
+
+
+def _described(store: RepresentationStore) -> dict[str, Any]:
+    names = ("kind", "model", "revision", "positions", "map", "top_k")
+    of_store = {name: store.identity[name] for name in names if store.identity.get(name) is not None}
+    return {**of_store, "folder": str(store.folder), "sha256": sha256_of(store.folder / "manifest.json")}
+
+
+def _fixed(identity: dict[str, Any]) -> dict[str, Any]:
+    """What must not change between the parts of a training, flat."""
+    training = {k: v for k, v in identity["training"].items() if k not in NOT_OF_THE_RESULT}
+    pivot = {f"pivot's {key}": identity["pivot"][key] for key in ("weights", "config", "tokenizer")}
+    stores = {f"store {number}": store["sha256"] for number, store in enumerate(identity["stores"])}
+    both = {**identity["config"], **training}
+    return {"dialogues": identity["dialogues"], **pivot, **stores, **both}
+
+
+def _claim(output: Path, identity: dict[str, Any]) -> None:
+    """Take the output folder, if what is in it is a part of this training.
+
+    Raises:
+        FusionError: It holds something else.
+    """
+    with written_to(output):
+        if output.exists() and not output.is_dir():
+            raise FusionError(f"`{output}` is a file; output_dir names the target's folder")
+        output.mkdir(parents=True, exist_ok=True)
+        for name in (WRITING, RESULT):
+            shutil.rmtree(output / name, ignore_errors=True)
+        known = next((output / name for name in (FUSION, PLAN) if (output / name).is_file()), None)
+        content = sorted(path.name for path in output.iterdir() if path.suffix != TEMPORARY)
+        if known is None and content:
+            raise FusionError(f"`{output}` holds something else ({', '.join(content[:3])}); give a new output_dir")
+        if known is not None:
+            _demand_same(output, identity, read_json(known))
+        else:
+            write_json(output / PLAN, identity)
+
+
+def _demand_same(output: Path, identity: dict[str, Any], found: Any) -> None:
+    if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (FORMAT, VERSION):
+        raise FusionError(f"`{output}` holds something else; give a new output_dir")
+    if difference := unlike(f"`{output}` is another training:", _fixed(identity), _fixed(found)):
+        raise FusionError(f"{difference}\nGive another output_dir, or remove that folder.")
+
+
+def _trainer(inputs: Inputs, tokens: Path) -> FusionTrainer:
+    config, arguments = inputs.config, inputs.arguments
+    lengths = TokenFile(tokens).lengths
+    learned, held_out = _split(inputs.dialogues, config.held_out)
+    rule = Rule(config.fusion, config.compare, config.unit, config.temperature, config.tail)
+
+    def data(blocks: Sequence[int]) -> FusionData:
+        if not config.packing:
+            return FusionData(tokens, inputs.stores, rule, [[block] for block in blocks])
+        rows = pack([int(lengths[block]) for block in blocks], int(lengths.max()))
+        return FusionData(tokens, inputs.stores, rule, [[blocks[item] for item in row] for row in rows])
+
+    model = _loaded(inputs, config.dtype, config.load_in)
+    if config.lora is not None:
+        model = _with_adapters(model, config)
+    kernels = str(getattr(model.config, "_attn_implementation", ""))
+    reader = inputs.tokenizer.tokenizer
+    padding = next((i for i in (reader.pad_token_id, reader.eos_token_id) if i is not None), 0)
+    dialogues = inputs.dialogues
+    return FusionTrainer(
+        model,
+        arguments,
+        data(learned),
+        data(held_out) if held_out else None,
+        Collator(padding, config.packing, config.packing and "flash" in kernels, config.tail == "bucket"),
+        clm_weight=config.clm_weight,
+        schedule=config.clm_weight_schedule,
+        models=_names(inputs.stores),
+        name_block=lambda block: f"block {block}: {dialogues[block].conversation} ({dialogues[block].source})",
+        tokenizer=reader,
+    )
+
+
+def _loaded(inputs: Inputs, dtype: str, load_in: str | None) -> Any:
+    return load_causal_lm(
+        inputs.folder,
+        inputs.config.pivot,
+        dtype=dtype,
+        attention=inputs.config.attention,
+        device=inputs.arguments.device if load_in else torch.device("cpu"),  # else the Trainer places it
+        device_map=None,
+        load_in=load_in,
+        trust_remote_code=inputs.config.trust_remote_code,
+    )
+
+
+def _names(stores: Sequence[RepresentationStore]) -> list[str]:
+    """Short names of the models fused, each once."""
+    names: list[str] = []
+    for store in stores:
+        name = "pivot" if store.identity.get("kind") != ALIGNED else Path(store.identity["model"]).name
+        names.append(name if name not in names else f"{name}-{len(names)}")
+    return names
+
+
+def _split(dialogues: Dialogues, share: float) -> tuple[list[int], list[int]]:
+    """Blocks to learn from and blocks held out, by their conversations' names: the same for every target.
+
+    Raises:
+        FusionError: One of the two would be empty.
+    """
+    if not share:
+        return list(range(len(dialogues))), []
+    parts: tuple[list[int], list[int]] = [], []
+    for block in range(len(dialogues)):
+        digest = hashlib.sha256(dialogues[block].conversation.encode()).digest()
+        parts[int.from_bytes(digest[:8], "big") < share * 2**64].append(block)
+    if not all(parts):
+        raise FusionError(f"held_out: {share} leaves no rows to {'evaluate on' if parts[0] else 'learn from'}")
+    return parts
+
+
+def _with_adapters(model: Any, config: TrainConfig) -> Any:
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if config.load_in:
+        model = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
+            model, use_gradient_checkpointing=bool(config.training.get("gradient_checkpointing"))
+        )
+    try:
+        return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **(config.lora or {})}))
+    except (TypeError, ValueError) as error:
+        raise FusionError(f"`lora` cannot be used: {error}") from error
+
+
+# The target
+
+
+def _finish(inputs: Inputs, trainer: FusionTrainer, about: dict[str, Any]) -> None:
+    """Write the target: its files take their names once all are on the disk, ``fusion.json`` last."""
+    weights = _trained_weights(trainer)
+    if inputs.arguments.should_save:
+        making = inputs.output / RESULT
+        with written_to(inputs.output):
+            _write_target(inputs, trainer, weights, making)
+            for path in sorted(making.iterdir()):
+                path.replace(inputs.output / path.name)
+            making.rmdir()
+            sync_folder(inputs.output)
+            write_json(inputs.output / FUSION, about)
+            (inputs.output / PLAN).unlink(missing_ok=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _trained_weights(trainer: FusionTrainer) -> dict[str, torch.Tensor]:
+    """The trained weights, gathered from all processes; with adapters only theirs."""
+    accelerator = trainer.accelerator
+    if trainer.is_fsdp_enabled:
+        accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    gathered: dict[str, torch.Tensor] = accelerator.get_state_dict(trainer.model_wrapped)
+    return gathered
+
+
+def _write_target(inputs: Inputs, trainer: FusionTrainer, weights: dict[str, torch.Tensor], making: Path) -> None:
+    config = inputs.config
+    name = config.output_dtype if config.output_dtype != "auto" else resolved_dtype(inputs.folder, "auto")
+    dtype = getattr(torch, name, torch.float32)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if config.lora is not None:
+        model.save_pretrained(making / "adapter", state_dict=weights)
+        model = _merged(inputs, making / "adapter")
+        weights = model.state_dict()
+        shutil.move(making / "adapter", inputs.output / "adapter")
+    weights = {key: w.to(dtype) if w.is_floating_point() else w for key, w in weights.items()}
+    model.config.dtype = dtype
+    model.config.use_cache = True
+    model.save_pretrained(making, state_dict=weights)
+    inputs.tokenizer.tokenizer.save_pretrained(making)
+    for path in making.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _merged(inputs: Inputs, adapter: Path) -> Any:
+    """The pivot in float32 with the adapters added to its weights."""
+    from peft import PeftModel
+
+    model = _loaded(inputs, "float32", None)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()

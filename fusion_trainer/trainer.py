@@ -1,0 +1,335 @@
+"""``transformers.Trainer`` with the fusion loss: everything its users know works as they know it.
+
+Ours are the loss (``loss``), its normalisation over all supervised tokens of an accumulated batch on all
+processes, the logs of both terms, the evaluation per token and per byte, and checkpoints that appear whole or not
+at all.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+
+from fusion_trainer.batches import Collator, FusionData
+from fusion_trainer.errors import FusionError, listed
+from fusion_trainer.files import TEMPORARY, sync_folder
+from fusion_trainer.heads import SplitModel
+from fusion_trainer.loss import Targets, give_fusion_loss
+
+__all__ = ["FusionTrainer", "Schedule", "last_checkpoint"]
+
+Schedule = Literal["constant", "hard_and_decay", "soft"]
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
+WRITING = f"checkpoint{TEMPORARY}"
+"""The folder in which a checkpoint is written before it takes its name."""
+SUMS = ("positions", "clm", "fusion", "clm_weight", "measured", "clm_square", "fusion_square")
+"""What is summed over the supervised positions between two logs; the models' shares follow."""
+
+
+class FusionTrainer(Trainer):  # type: ignore[misc]
+    """Trains a causal language model on λ·CLM + (1 − λ)·fusion.
+
+    Args:
+        model: Of transformers, with or without peft adapters; its forward is taught to return the loss.
+        args: Of transformers.
+        train_dataset: A ``FusionData``.
+        eval_dataset: Held-out rows, likewise.
+        collator: Makes the batches.
+        clm_weight: λ.
+        schedule: ``constant``; ``hard_and_decay``: from λ linearly to 1 (FuseLLM's published options, which weaken
+            the fusion term as training goes on); ``soft``: 1 − exp(−CE) of what is fused, position by position.
+        models: Names of the models fused, for the logs.
+        name_block: What a block is called in a message.
+        tokenizer: Saved with each checkpoint.
+
+    Raises:
+        FusionError: An argument of transformers would change what is trained, or the model's logits cannot be
+            taken apart.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        train_dataset: FusionData,
+        eval_dataset: FusionData | None,
+        collator: Collator,
+        *,
+        clm_weight: float = 0.9,
+        schedule: Schedule = "constant",
+        models: Sequence[str] = (),
+        name_block: Callable[[int], str] = str,
+        tokenizer: Any = None,
+        **others: Any,
+    ) -> None:
+        _demand_arguments(args)
+        _teach(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=collator,
+            processing_class=tokenizer,
+            compute_metrics=self._metrics,
+            **others,
+        )
+        self.model_accepts_loss_kwargs = True  # so that tokens are counted over the whole accumulated batch
+        self.loss_is_scaled_for_ga = True
+        self.clm_weight, self.schedule = clm_weight, schedule
+        self.fused_models, self.name_block = list(models), name_block
+        self._sums: Tensor | None = None
+
+    # The loss
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a batch, over the number of supervised tokens that take part in this update everywhere.
+
+        Raises:
+            FusionError: It is NaN or infinite.
+        """
+        norms = bool(model.training) and (self.state.global_step + 1) % max(1, self.state.logging_steps) == 0
+        targets = self._targets(inputs, norms)
+        outputs = model(**{name: inputs[name] for name in MODEL_INPUTS if name in inputs}, targets=targets)
+        count = len(targets.gold) if num_items_in_batch is None else num_items_in_batch
+        loss = outputs["loss"] / max(1, count) if isinstance(count, int) else outputs["loss"] / count.clamp(min=1)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # whose mean of gradients is taken
+        if model.training:
+            if not torch.isfinite(loss):
+                raise FusionError(self._not_finite(inputs, outputs))
+            self._add(inputs, targets, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _targets(self, inputs: Mapping[str, Tensor], norms: bool) -> Targets:
+        return Targets(
+            inputs["positions"],
+            inputs["gold"],
+            inputs["fused_ids"],
+            inputs["fused_probabilities"],
+            inputs.get("fused_tail"),
+            self._clm_weights(inputs),
+            norms,
+        )
+
+    def _clm_weights(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """λ at each position; 1 where nothing is fused."""
+        if self.schedule == "soft":
+            weights = 1 - inputs["confidence"]
+        else:
+            done = self.state.global_step / max(1, self.state.max_steps) if self.schedule != "constant" else 0.0
+            weights = torch.full_like(inputs["confidence"], self.clm_weight + (1 - self.clm_weight) * done)
+        said = (
+            inputs["fused_probabilities"].any(1) if inputs["fused_ids"].shape[1] else torch.zeros_like(weights) > 0
+        )
+        return torch.where(said, weights, 1.0)
+
+    def _not_finite(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> str:
+        wrong = ~torch.isfinite(outputs["clm"] + outputs["fusion"])
+        items = set(inputs["of_item"][wrong].tolist()) or set(range(len(inputs["bytes"])))
+        per_item = len(inputs["blocks"]) == len(inputs["bytes"])
+        blocks = [b for n, b in enumerate(inputs["blocks"].tolist()) if n in items or not per_item]
+        what = "weights are not finite" if self._weights_are_broken() else "weights are finite: look at these rows"
+        return (
+            f"the loss is NaN or infinite in step {self.state.global_step + 1} (the model's {what}; a smaller "
+            f"learning_rate or max_grad_norm may help). Nothing of this step was kept. The batch's rows:"
+            f"{listed([self.name_block(block) for block in blocks])}"
+        )
+
+    def _weights_are_broken(self) -> bool:
+        return any(not bool(torch.isfinite(weight).all()) for weight in self.model.parameters())
+
+    # Logs
+
+    def _add(self, inputs: Mapping[str, Tensor], targets: Targets, outputs: Mapping[str, Tensor]) -> None:
+        positions = len(targets.gold)
+        measured = torch.full((), float(targets.norms), device=targets.gold.device)
+        found = [
+            torch.full_like(measured, float(positions)),
+            outputs["clm"].sum(),
+            outputs["fusion"].sum(),
+            targets.clm_weight.sum(),
+            measured,
+            *outputs["squares"].sum(0),
+            *inputs["shares"].sum(0),
+        ]
+        sums = torch.stack([number.double() for number in found])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with both terms and what was fused since the last log."""
+        if "loss" in logs and self._sums is not None:
+            sums, self._sums = self.accelerator.reduce(self._sums, "sum"), None
+            logs |= self._averages(sums.tolist())
+        super().log(logs, start_time)
+
+    def _averages(self, sums: Sequence[float]) -> dict[str, float]:
+        of = dict(zip(SUMS, sums, strict=False))
+        positions = max(1.0, of["positions"])
+        found = {name: of[name] / positions for name in ("clm", "fusion", "clm_weight")}
+        found["supervised_tokens"] = of["positions"]
+        if of["measured"] and of["clm_square"]:
+            found["gradient_norm_ratio"] = (of["fusion_square"] / of["clm_square"]) ** 0.5
+        shares = zip(self.fused_models, sums[len(SUMS) :], strict=False)
+        return {**found, **{f"share/{name}": share / positions for name, share in shares}}
+
+    # Evaluation
+
+    def prediction_step(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, Tensor, Tensor]:
+        """Sums over each item of a batch, so that those that fill up the last batch can be left out."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            targets = self._targets(inputs, norms=False)
+            outputs = model(**{name: inputs[name] for name in MODEL_INPUTS if name in inputs}, targets=targets)
+        loss = targets.clm_weight * outputs["clm"] + (1 - targets.clm_weight) * outputs["fusion"]
+        columns = torch.stack([loss, outputs["clm"], outputs["fusion"], torch.ones_like(loss)], 1).double()
+        sums = columns.new_zeros(len(inputs["bytes"]), 4).index_add_(0, inputs["of_item"], columns)
+        return None, sums, inputs["bytes"]
+
+    @staticmethod
+    def _metrics(found: EvalPrediction) -> dict[str, float]:
+        """Mean losses per supervised token; the perplexity per byte is that of CLM."""
+        loss, clm, fusion, tokens = torch.as_tensor(found.predictions).sum(0).tolist()
+        size = float(torch.as_tensor(found.label_ids).sum())
+        means = {"loss": loss / tokens, "clm": clm / tokens, "fusion": fusion / tokens}
+        return {**means, "perplexity_per_byte": float(torch.exp(torch.tensor(clm / size)))}
+
+    # Order of the data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        data = train_dataset if train_dataset is not None else self.train_dataset
+        if self.args.train_sampling_strategy == "group_by_length":
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            grouped: Sampler[int] = LengthGroupedSampler(size, lengths=data.lengths)
+            return grouped
+        found: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+        return found
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
+        return SequentialSampler(eval_dataset)
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints are; while one is written, where it is written."""
+        folder = str(super()._get_output_dir(trial))
+        return os.path.join(folder, WRITING) if self._writing else folder  # noqa: PTH118
+
+    _writing = False
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint under another name, which it changes once all of it is on the disk.
+
+        Raises:
+            FusionError: It could not be written; the checkpoints before it are as they were.
+        """
+        folder = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        best = self.state.best_model_checkpoint
+        try:
+            self._writing = True
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if self.args.should_save:
+                shutil.rmtree(folder / WRITING, ignore_errors=True)
+            raise FusionError(self._not_written(folder, name, error)) from error
+        finally:
+            self._writing = False
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(folder / name)
+        else:
+            self.state.best_model_checkpoint = best
+        if self.args.should_save:
+            self.state.save_to_json(str(folder / WRITING / name / "trainer_state.json"))
+            _sync(folder / WRITING / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / WRITING / name).rename(folder / name)
+            (folder / WRITING).rmdir()
+            sync_folder(folder)
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _not_written(self, folder: Path, name: str, error: Exception) -> str:
+        last = last_checkpoint(folder)
+        kept = f"`{last}` is whole" if last else "there is none"
+        return (
+            f"the checkpoint `{folder / name}` cannot be written: {error}.\nOf those before it {kept}; once this "
+            "is mended run the same command again: it goes on from there"
+        )
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last whole checkpoint in a training's folder."""
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return Path(found) if found else None
+
+
+def _teach(model: Any) -> None:
+    split = SplitModel(model)
+    here = not is_deepspeed_zero3_enabled() and split.device.type != "meta"  # weights that can be tried
+    training = model.training
+    model.eval()
+    if here and not split.trial()[1]:
+        raise FusionError(
+            f"{type(model).__name__} does not give its logits from its layers' output alone; models like it "
+            "cannot be trained here yet"
+        )
+    model.train(training)
+    give_fusion_loss(model)
+
+
+def _demand_arguments(args: TrainingArguments) -> None:
+    problems = []
+    if args.n_gpu > 1:
+        problems.append("one process sees several GPUs: start with `accelerate launch -m fusion_trainer train …`")
+    if args.label_smoothing_factor:
+        problems.append("label_smoothing_factor is not part of the fusion loss; leave it at 0")
+    if not args.average_tokens_across_devices:
+        problems.append("average_tokens_across_devices: false would weigh tokens by process; leave it true")
+    if args.train_sampling_strategy == "batch_rebalance":
+        problems.append("train_sampling_strategy: batch_rebalance is not supported; use group_by_length")
+    if args.prediction_loss_only:
+        problems.append("prediction_loss_only would leave out the metrics; leave it false")
+    if args.push_to_hub and "checkpoint" in args.hub_strategy.value:
+        problems.append("hub_strategy: checkpoints are not pushed; use end or every_save")
+    if problems:
+        raise FusionError(f"these training arguments cannot be used:{listed(problems)}")
+
+
+def _sync(folder: Path) -> None:
+    """Bring all files of a folder to the disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
