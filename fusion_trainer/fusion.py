@@ -56,7 +56,7 @@ class Fused:
         tail: float32 [P], the probability of all other ids together; 0 where it is dropped. Sums to 1 with the
             entries, or all are 0 where no model says anything.
         shares: float32 [P, models], how much of it is each model's.
-        confidence: float32 [P], exp(−CE) of the model taken, the mean of all for AvgCE.
+        confidence: float32 [P], exp(−CE) of the model taken, for AvgCE the mean of all that are heard.
     """
 
     ids: NDArray[np.int64]
@@ -110,7 +110,7 @@ def fuse(rows: Sequence[Representation], entropies_MP: Floats, rule: Rule) -> Fu
     if rule.function == "min_ce":
         confidence = likelihoods_MP.max(0)
     else:
-        confidence = likelihoods_MP.sum(0) / np.maximum(1, (~silent_MP).sum(0))
+        confidence = likelihoods_MP.sum(0) / np.maximum(1, np.isfinite(entropies_MP).sum(0))
     columns = [model for model, weights in enumerate(weights_MP) if weights.any()] or [0]
     ids, probabilities, tail = _mixed(
         [rows[model].ids.astype(np.int64) for model in columns],
