@@ -158,6 +158,39 @@ def train(config: Path | None, **flags: Any) -> None:
     click.echo(f"the target is in {target}")
 
 
+@main.command("recipe")
+@click.argument("targets", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="File to write; default the terminal.")
+@click.option("--pivot", help="Folder or Hub id of the pivot, if it has moved since.")
+@click.option(
+    "--granularity",
+    type=click.Choice(["model", "layer", "module", "matrix", "parameter"]),
+    default="matrix",
+    show_default=True,
+    help="Which tensors share one weight per target.",
+)
+@click.option("--dtype", help="Of the merged model; default the targets'.")
+def write_recipe(
+    targets: tuple[Path, ...], out: Path | None, pivot: str | None, granularity: str, dtype: str | None
+) -> None:
+    """Write the recipe by which stock mergekit-yaml merges TARGETS by VaRM.
+
+    \b
+    Example:
+      fusion-trainer recipe targets/mixtral targets/solar --out recipe.yaml && mergekit-yaml recipe.yaml out/
+    """
+    from fusion_trainer.files import whole_file, written_to
+    from fusion_trainer.recipe import recipe
+
+    text = recipe(targets, pivot=pivot, granularity=granularity, dtype=dtype)
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    with written_to(out.parent), whole_file(out) as file:
+        file.write(text.encode())
+    click.echo(f"{out}: {len(targets)} targets; merge them with `mergekit-yaml {out} OUTPUT/`")
+
+
 @main.group("vocab-map")
 def vocab_map() -> None:
     """Look at vocabulary maps."""

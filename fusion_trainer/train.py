@@ -195,7 +195,7 @@ def _identity(inputs: Inputs) -> dict[str, Any]:
         "dialogues": inputs.dialogues.fingerprint,
         "stores": [_described(store) for store in inputs.stores],
         "config": {key: value for key, value in settings.items() if not key.endswith(("store", "stores"))},
-        "training": inputs.config.training,
+        "training": {name: value for name, value in config.training.items() if not name.endswith("_token")},
         "processes": inputs.arguments.world_size,
         "versions": {
             name: version(name) for name in ("varm-merge", "transformers", "accelerate", "torch", "peft")

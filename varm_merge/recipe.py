@@ -33,6 +33,7 @@ from mergekit.config import (
 from mergekit.tokenizer.config import TokenizerConfig
 
 from varm_merge.errors import VarmError
+from varm_merge.lineage import FUSION, Place, foreign_targets
 from varm_merge.method import METHOD_NAME, SPEC
 
 __all__ = ["KINDS", "Problem", "check", "refuse", "uses_varm"]
@@ -104,6 +105,8 @@ class _Checker:
     kind: str
     names: set[str]
     problems: list[Problem] = field(default_factory=list)
+    families: list[tuple[_Path, ModelReference, list[ModelReference]]] = field(default_factory=list)
+    """For each list of models its path, its pivot and all of it."""
 
     def run(self, models: bool, cache_dir: str | None) -> None:
         for path in self.lines:
@@ -120,6 +123,8 @@ class _Checker:
                     self._inputs((*path, key), node[key], node.get("base_model") if key == "sources" else None)
         if models:
             self._models(cache_dir)
+            if not self.problems and self.kind != "raw":
+                self._pivots(cache_dir)
 
     def add(self, path: _Path, message: str) -> None:
         while path and path not in self.lines:
@@ -215,8 +220,9 @@ class _Checker:
                 "no base_model: varm needs the pivot that the targets were fine-tuned from",
             )
             return
-        pivot = str(self._reference(base))
-        references = [str(self._reference(entry["model"])) for entry in entries]
+        models = [self._reference(entry["model"]) for entry in entries]
+        self.families.append((path, self._reference(base), models))
+        pivot, references = str(self._reference(base)), [str(model) for model in models]
         if not [reference for reference in references if reference != pivot]:
             self.add(path, f"no target: list at least one model beside the base_model {pivot}")
         for index, reference in enumerate(references):
@@ -227,6 +233,27 @@ class _Checker:
                 self.add(path, f"the base_model {pivot} is not among the sources, so it has no layer_range")
             if len({entry["layer_range"][1] - entry["layer_range"][0] for entry in entries}) > 1:
                 self.add(path, "the layer_ranges of the sources have different lengths")
+
+    def _pivots(self, cache_dir: str | None) -> None:
+        """Targets that tell their pivot must tell this one."""
+        for path, pivot, models in self.families:
+            known = [i for i, m in enumerate(models) if m.model.path not in self.names and m != pivot]
+            if pivot.model.path in self.names:
+                continue
+            base, *targets = (
+                Place(model.model.path, model.model.revision, cache_dir)
+                for model in (pivot, *(models[index] for index in known))
+            )
+            try:
+                for number, told in foreign_targets(base, targets):
+                    self.add(
+                        (*path, known[number]),
+                        f"`{targets[number].path}` was fine-tuned from `{told}` (its {FUSION}), whose weights are "
+                        f"not those of the base_model `{base.path}`; make that pivot the base_model, or remove "
+                        f"{FUSION} from the target if you know they fit",
+                    )
+            except (ValueError, OSError) as error:
+                self.add(path, f"whether the targets come from `{base.path}` cannot be told: {error}")
 
     def _models(self, cache_dir: str | None) -> None:
         seen: set[str] = set()

@@ -1,0 +1,120 @@
+"""Whether the targets of a recipe were fine-tuned from its base model, as far as they tell.
+
+A target made by ``fusion-trainer train`` carries a ``fusion.json`` with the fingerprint of its pivot's weights:
+the SHA-256 of the JSON list of [file name, SHA-256 of its content] of the safetensors files, ascending by name.
+The files of a Hub model are known by hash without being read.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+__all__ = ["Place", "foreign_targets", "weights_fingerprint"]
+
+FUSION, INDEX, WHOLE = "fusion.json", "model.safetensors.index.json", "model.safetensors"
+SHA256_LENGTH = 64
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Place:
+    """A model folder, or a Hub id with its revision."""
+
+    path: str
+    revision: str | None = None
+    cache_dir: str | None = None
+
+    def file(self, name: str) -> Path | None:
+        """One of its files, from the Hub if need be; None if it has none of this name."""
+        if Path(self.path).is_dir():
+            local = Path(self.path) / name
+            return local if local.is_file() else None
+        try:
+            return Path(
+                huggingface_hub.hf_hub_download(self.path, name, revision=self.revision, cache_dir=self.cache_dir)
+            )
+        except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError):
+            return None
+
+
+def foreign_targets(pivot: Place, targets: Sequence[Place]) -> Iterator[tuple[int, str]]:
+    """Targets that say they come from another pivot: their number, and what they say.
+
+    Raises:
+        ValueError: A ``fusion.json`` is none.
+    """
+    found: str | None = None
+    for number, target in enumerate(targets):
+        told = target.file(FUSION)
+        if told is None:
+            continue
+        pivot_of_target = _pivot_told(told)
+        found = found or weights_fingerprint(pivot)
+        if found != pivot_of_target["weights"]:
+            yield number, str(pivot_of_target["model"])
+
+
+def _pivot_told(path: Path) -> dict[str, Any]:
+    try:
+        pivot = json.loads(path.read_text(encoding="utf-8"))["pivot"]
+        return {"model": str(pivot["model"]), "weights": str(pivot["weights"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"`{path}` does not tell a pivot: {error}") from error
+
+
+def weights_fingerprint(place: Place) -> str:
+    """The fingerprint of a model's weight files; empty if it has none in safetensors."""
+    folder = Path(place.path)
+    sums = _sums_in(folder) if folder.is_dir() else _sums_on_the_hub(place)
+    text = json.dumps([list(one) for one in sums], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest() if sums else ""
+
+
+def _sums_in(folder: Path) -> list[tuple[str, str]]:
+    names = _weight_files({path.name for path in folder.glob("*.safetensors*")}, folder / INDEX)
+    with ThreadPoolExecutor(4) as threads:
+        return list(zip(names, threads.map(_sum, [folder / name for name in names]), strict=True))
+
+
+def _sums_on_the_hub(place: Place) -> list[tuple[str, str]]:
+    try:
+        folder = huggingface_hub.snapshot_download(
+            place.path, revision=place.revision, cache_dir=place.cache_dir, local_files_only=True
+        )
+        if found := _sums_in(Path(folder)):
+            return found
+    except (LocalEntryNotFoundError, OSError):
+        pass
+    info = huggingface_hub.HfApi().model_info(place.path, revision=place.revision, files_metadata=True)
+    known = {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}
+    names = {file.rfilename for file in info.siblings or [] if "/" not in file.rfilename}
+    index = place.file(INDEX) if INDEX in names else None
+    return [(name, known[name]) for name in _weight_files(names, index or Path(INDEX)) if name in known]
+
+
+def _weight_files(names: set[str], index: Path) -> list[str]:
+    """The safetensors files transformers reads."""
+    if WHOLE in names:
+        return [WHOLE]
+    if INDEX in names and index.is_file():
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    return sorted(name for name in names if name.endswith(".safetensors") and not name.startswith("consolidated"))
+
+
+def _sum(path: Path) -> str:
+    blob = path.resolve().name
+    if path.is_symlink() and len(blob) == SHA256_LENGTH:  # the Hub's cache names blobs by their hash
+        return blob
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()
