@@ -4,8 +4,9 @@
 next-token distributions speak of the same thing. ``warping_path`` is the papers' way, dynamic time warping over
 the tokens' strings, kept as the reference.
 
-Warping runs along the antidiagonals of the table, whose cells do not depend on each other: numpy computes each in
-three operations. Costs are whole tenths of an edit, so sums are exact and ties are ties.
+Warping takes a row of the table at a time. Along a row the path runs on from the cell where it came down, so with
+the row's running sums S of costs, D[i, j] = S[j] + min over k ≤ j of (the cheaper of D[i−1, k−1] and D[i−1, k]) −
+S[k−1]: a running minimum. Costs are whole tenths of an edit, so sums are exact and ties are ties.
 """
 
 from collections.abc import Sequence
@@ -22,9 +23,7 @@ __all__ = ["CONTAINED", "Pairs", "boundary_pairs", "warping_costs", "warping_pat
 
 CONTAINED = {"fusechat": 1, "fusellm": 10}
 """Tenths that an edit costs when one token contains the other; otherwise it costs 10."""
-FAR = 1 << 29
-AT_ONCE = 64
-"""Antidiagonals whose costs are laid out together."""
+FAR = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True)
@@ -71,15 +70,23 @@ def warping_path(pivot: Sequence[str], source: Sequence[str], contained: int = C
     """
     if not pivot or not source:
         return Pairs(np.empty(0, np.int32), np.empty(0, np.int32))
-    if len(pivot) > len(source):  # the shorter sequence lies along the antidiagonals
-        distances = _warp(warping_costs(source, pivot, contained))
-        return _walk_back(distances, len(source), len(pivot), pivot_is_short=False)
-    distances = _warp(warping_costs(pivot, source, contained))
-    return _walk_back(distances, len(pivot), len(source), pivot_is_short=True)
+    if len(pivot) > len(source):  # fewer rows take less time
+        i, j = _walk_back(_warp(*_kind_costs(source, pivot, contained)), along_row_first=False)
+        return Pairs(j, i)
+    return Pairs(*_walk_back(_warp(*_kind_costs(pivot, source, contained)), along_row_first=True))
 
 
 def warping_costs(rows: Sequence[str], columns: Sequence[str], contained: int) -> NDArray[np.uint16]:
     """Edit distances in tenths, uint16 [rows, columns]; each pair of different tokens is measured once."""
+    costs, row_kind, column_kind = _kind_costs(rows, columns, contained)
+    table: NDArray[np.uint16] = costs.take(column_kind, axis=1).take(row_kind, axis=0)
+    return table
+
+
+def _kind_costs(
+    rows: Sequence[str], columns: Sequence[str], contained: int
+) -> tuple[NDArray[np.uint16], NDArray[np.intp], NDArray[np.intp]]:
+    """Costs between different words, and for each row and column which of these it is."""
     kinds_of_rows, row_kind = _kinds(rows)
     kinds_of_columns, column_kind = _kinds(columns)
     distances = cdist(kinds_of_rows, kinds_of_columns, scorer=Levenshtein.distance, dtype=np.uint16)
@@ -92,8 +99,7 @@ def warping_costs(rows: Sequence[str], columns: Sequence[str], contained: int) -
             one, other = kinds_of_rows[row], kinds_of_columns[column]
             if one in other or other in one:
                 costs[row, column] = distances[row, column] * contained
-    table: NDArray[np.uint16] = costs.take(column_kind, axis=1).take(row_kind, axis=0)
-    return table
+    return costs, row_kind, column_kind
 
 
 def _kinds(words: Sequence[str]) -> tuple[list[str], NDArray[np.intp]]:
@@ -103,58 +109,40 @@ def _kinds(words: Sequence[str]) -> tuple[list[str], NDArray[np.intp]]:
     return list(numbers), which
 
 
-def _warp(costs_NM: NDArray[np.uint16]) -> list[NDArray[np.int32]]:
-    """The table D by antidiagonals: cell (i, j) in array i + j at i − first + 1; both ends of it are far."""
-    short, long = costs_NM.shape
-    padded = np.zeros(short * long + AT_ONCE, np.uint16)
-    padded[: short * long] = costs_NM.ravel()
-    costs = np.empty((AT_ONCE, short), np.int32)
-    table: list[NDArray[np.int32]] = []
-    last = before = np.empty(0, np.int32)  # the two antidiagonals before, and the first row of each
-    first_of_last = first_of_before = 0
-    for start in range(0, short + long - 1, AT_ONCE):
-        end = min(start + AT_ONCE, short + long - 1)
-        low, high = max(0, start - long + 1), min(end, short)
-        # row i from column start − i on: a step down and to the left is long − 1 further in memory
-        rows = padded[start + low * (long - 1) :]
-        view = np.lib.stride_tricks.as_strided(rows, (high - low, AT_ONCE), (2 * (long - 1), 2))
-        costs[:, low:high] = view.T
-        for diagonal in range(start, end):
-            first, stop = max(0, diagonal - long + 1), min(diagonal + 1, short)
-            here = np.empty(stop - first + 2, np.int32)  # an array of its own: numpy need not look for overlaps
-            here[0] = here[-1] = FAR
-            cells = here[1:-1]
-            if diagonal == 0:
-                cells[0] = 0
-            else:
-                skip = first - first_of_last
-                np.minimum(last[skip : stop - first_of_last], last[skip + 1 : stop - first_of_last + 1], out=cells)
-                if diagonal > 1:
-                    np.minimum(cells, before[first - first_of_before : stop - first_of_before], out=cells)
-            np.add(cells, costs[diagonal - start, first:stop], out=cells)
-            table.append(here)
-            before, first_of_before, last, first_of_last = last, first_of_last, here, first
+def _warp(
+    costs: NDArray[np.uint16], row_kind: NDArray[np.intp], column_kind: NDArray[np.intp]
+) -> NDArray[np.int32]:
+    """The table D, int32 [N, M + 1], behind a column that no path comes from."""
+    long = len(column_kind)
+    sums = np.zeros((len(costs), long + 1), np.int32)
+    np.cumsum(costs.take(column_kind, axis=1), axis=1, dtype=np.int32, out=sums[:, 1:])
+    table = np.empty((len(row_kind), long + 1), np.int32)
+    table[:, 0] = FAR
+    table[0, 1:] = sums[row_kind[0], 1:]
+    least = np.empty(long, np.int32)
+    for row in range(1, len(row_kind)):
+        above, along = table[row - 1], sums[row_kind[row]]
+        np.minimum(above[1:], above[:-1], out=least)
+        np.subtract(least, along[:-1], out=least)
+        np.minimum.accumulate(least, out=least)
+        np.add(least, along[1:], out=table[row, 1:])
     return table
 
 
-def _walk_back(table: list[NDArray[np.int32]], short: int, long: int, pivot_is_short: bool) -> Pairs:
-    i, j = short - 1, long - 1
+def _walk_back(table: NDArray[np.int32], along_row_first: bool) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Rows and columns of the path; of equal predecessors the diagonal, then the step in the row or across rows."""
+    i, j = len(table) - 1, table.shape[1] - 2
     path = [(i, j)]
     while i or j:
-        diagonal = i + j
-        before = table[diagonal - 1]
-        place = i - max(0, diagonal - long) + 1  # of row i in the antidiagonal before
-        in_long = before[place] if j else FAR
-        in_short = before[place - 1] if i else FAR
-        both = table[diagonal - 2][i - max(0, diagonal - 1 - long)] if i and j else FAR
-        least = min(in_long, in_short)
-        if both <= least:
+        in_row, across = int(table[i, j]), int(table[i - 1, j + 1]) if i else FAR
+        both = int(table[i - 1, j]) if i and j else FAR
+        least = min(in_row, across)
+        if both <= least and i and j:
             i, j = i - 1, j - 1
-        elif ((in_long if pivot_is_short else in_short) == least) == pivot_is_short:
-            j -= 1
+        elif (in_row if along_row_first else across) == least:
+            i, j = (i, j - 1) if along_row_first else (i - 1, j)
         else:
-            i -= 1
+            i, j = (i - 1, j) if along_row_first else (i, j - 1)
         path.append((i, j))
     steps = np.array(path[::-1], np.int32)
-    pivot, source = steps.T if pivot_is_short else steps.T[::-1]
-    return Pairs(pivot, source)
+    return steps[:, 0], steps[:, 1]
