@@ -13,6 +13,7 @@ The student's logits exist for supervised positions only, a chunk at a time, and
 pass. Sums are float32, whatever the model's dtype.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -211,6 +212,7 @@ def give_fusion_loss(model: Any, chunk_bytes: int | None = None) -> None:
             "squares": found.squares,
         }
 
+    forward.__signature__ = inspect.signature(split.forward)  # type: ignore[attr-defined]  # generate looks at it
     model.forward = forward
 
 
