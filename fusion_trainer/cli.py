@@ -152,10 +152,13 @@ def train(config: Path | None, **flags: Any) -> None:
     Example:
       fusion-trainer train target.yaml --training learning_rate=1e-5
     """
+    from accelerate import PartialState
+
     from fusion_trainer.train import train as run
 
     target = run(read_config(TrainConfig, config, _given(flags)))
-    click.echo(f"the target is in {target}")
+    if PartialState().is_main_process:
+        click.echo(f"the target is in {target}")
 
 
 @main.command("recipe")
@@ -198,27 +201,30 @@ def vocab_map() -> None:
 
 @vocab_map.command("show")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--source", required=True, help="Folder or Hub id of the source, for its tokenizer.")
-@click.option("--pivot", required=True, help="Folder or Hub id of the pivot.")
+@click.option("--source", help="Folder or Hub id of the source, for its tokenizer, if it has moved since.")
+@click.option("--source-revision", help="Branch, tag or commit of --source.")
+@click.option("--pivot", help="Folder or Hub id of the pivot, if it has moved since.")
+@click.option("--pivot-revision", help="Branch, tag or commit of --pivot.")
 @click.option("--store", "weighed", type=click.Path(path_type=Path), help="The source's store, to weigh ids by.")
-def show_map(file: Path, source: str, pivot: str, weighed: Path | None) -> None:
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the models' repositories bring along.")
+def show_map(file: Path, weighed: Path | None, trust_remote_code: bool, **moved_to: str | None) -> None:
     """Print how much of a vocabulary, and of a store's probability, the map FILE covers, and what it does not."""
     from fusion_trainer.alignment.maps import coverage, load_map, mass_by_id
     from fusion_trainer.errors import unlike
-    from fusion_trainer.models import local_folder
+    from fusion_trainer.representations.reader import tokenizer_at
     from fusion_trainer.representations.store import RepresentationStore
-    from fusion_trainer.tokens import load_tokenizer
 
-    made, identity = load_map(file)
-    readers = {
-        side: load_tokenizer(local_folder(name, weights=False)[0], name)
-        for side, name in (("source", source), ("pivot", pivot))
-    }
+    saved = load_map(file)
+    readers = {}
+    for side, (name, revision) in saved.places.items():
+        other = moved_to[f"{side}_revision"] or (None if moved_to[side] else revision)
+        readers[side] = tokenizer_at(moved_to[side] or name, other, trust_remote_code)
     wanted = {side: reader.sha256 for side, reader in readers.items()}
-    if difference := unlike(f"`{file}` is a map of other tokenizers:", wanted, {k: identity[k] for k in wanted}):
+    found = {side: saved.identity[side] for side in wanted}
+    if difference := unlike(f"`{file}` is a map of other tokenizers:", wanted, found):
         raise FusionError(difference)
-    mass = mass_by_id(RepresentationStore(weighed).demand(tokenizer=identity["source"])) if weighed else None
-    click.echo(coverage(made, readers["source"], readers["pivot"], mass))
+    mass = mass_by_id(RepresentationStore(weighed).demand(tokenizer=found["source"])) if weighed else None
+    click.echo(coverage(saved.map, readers["source"], readers["pivot"], mass))
 
 
 @main.group()

@@ -38,7 +38,10 @@ class Targets:
         probabilities: float32 [S, M].
         tail: float32 [S], the probability of all other ids together; None where it is dropped.
         clm_weight: float32 [S], λ.
+        scale: Of the loss: the inverse of the number of tokens it is the mean over.
         norms: Whether to measure the gradients of both terms.
+        terms: Both terms once the model has run, detached.
+        loss: The loss, detached; float32 where mixed precision rounds what a model returns.
     """
 
     def __init__(
@@ -49,10 +52,13 @@ class Targets:
         probabilities: Tensor,
         tail: Tensor | None,
         clm_weight: Tensor,
+        scale: Tensor | float = 1.0,
         norms: bool = False,
     ) -> None:
         self.positions, self.gold, self.ids, self.probabilities = positions, gold, ids, probabilities
-        self.tail, self.clm_weight, self.norms = tail, clm_weight, norms
+        self.tail, self.clm_weight, self.scale, self.norms = tail, clm_weight, scale, norms
+        self.terms: Terms | None = None
+        self.loss: Tensor | None = None
 
 
 class Terms:
@@ -178,9 +184,9 @@ def give_fusion_loss(model: Any, chunk_bytes: int | None = None) -> None:
     """Teach a causal language model's ``forward`` to take ``targets`` and return the loss of their positions.
 
     The loss is computed inside the model's own forward, where DDP, FSDP, DeepSpeed and autocast expect it. Called
-    without ``targets`` the model does what it did. With them it returns a dict: ``loss``, the sum of
+    without ``targets`` the model does what it did. With them it returns a dict with ``loss``, the scaled sum of
     λ·CLM + (1 − λ)·fusion over the positions (and the load-balancing loss of a mixture of experts whose config
-    asks for it, times the number of positions), and ``clm``, ``fusion``, ``squares`` as in ``Terms``, detached.
+    asks for it, times the number of positions), and leaves that and both terms in the ``Targets``.
 
     Args:
         model: Of transformers; a bare one, not one wrapped for distribution or by adapters.
@@ -205,14 +211,12 @@ def give_fusion_loss(model: Any, chunk_bytes: int | None = None) -> None:
             loss = 0.0 * split.head(output[0][0, :1]).float().sum()
         if router:
             loss = loss + len(hidden_SH) * _balance(split, output, inputs.get("attention_mask"))
-        return {
-            "loss": loss,
-            "clm": found.clm.detach(),
-            "fusion": found.fusion.detach(),
-            "squares": found.squares,
-        }
+        loss = loss * targets.scale
+        targets.terms = Terms(found.clm.detach(), found.fusion.detach(), found.squares)
+        targets.loss = loss.detach()
+        return {"loss": loss}
 
-    forward.__signature__ = inspect.signature(split.forward)  # type: ignore[attr-defined]  # generate looks at it
+    forward.__signature__ = inspect.signature(split.forward)  # type: ignore[attr-defined]  # generate() looks
     model.forward = forward
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from fusion_trainer.batches import Collator, FusionData, TokenFile, pack, write_tokens
@@ -96,6 +98,7 @@ def train(config: TrainConfig) -> Path:
             _claim(inputs.output, identity)
         tokens = write_tokens(inputs.dialogues, inputs.tokenizer)
     if (inputs.output / FUSION).is_file():
+        PartialState().destroy_process_group()
         return inputs.output
     trainer = _trainer(inputs, tokens)
     last = inputs.arguments.resume_from_checkpoint or last_checkpoint(inputs.output)
@@ -119,6 +122,7 @@ def _open(config: TrainConfig) -> Inputs:
         )
     except (TypeError, ValueError, ImportError) as error:
         raise FusionError(f"the training arguments cannot be used: {error}") from error
+    _demand_processes(arguments)
     if config.training.get("output_dir") is None:
         raise FusionError("`training` names no output_dir, the folder of the target")
     if config.load_in and config.lora is None:
@@ -134,7 +138,21 @@ def _open(config: TrainConfig) -> Inputs:
 
 
 def _defaults() -> dict[str, Any]:
-    return {"report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
+    fast = torch.accelerator.is_available()
+    return {"report_to": "none", "dataloader_pin_memory": fast, "use_cpu": not fast}
+
+
+def _demand_processes(arguments: TrainingArguments) -> None:
+    """See that as many processes work together as were started, and that FSDP is used where it was asked for."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > 1 and arguments.world_size == 1:
+        raise FusionError(
+            f"{started} processes were started, but each trains alone; on CPU set `use_cpu: true` in `training`"
+        )
+    state = arguments.distributed_state
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" or bool(arguments.fsdp)
+    if wanted and state is not None and state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU  # accelerate passes FSDP over on CPU, without a word
 
 
 def _stores(config: TrainConfig, tokenizer: TextTokenizer) -> list[RepresentationStore]:
@@ -369,7 +387,8 @@ def _write_target(inputs: Inputs, trainer: FusionTrainer, weights: dict[str, tor
         model.save_pretrained(making / "adapter", state_dict=weights)
         model = _merged(inputs, making / "adapter")
         weights = model.state_dict()
-        shutil.move(making / "adapter", inputs.output / "adapter")
+        shutil.rmtree(inputs.output / "adapter", ignore_errors=True)
+        (making / "adapter").replace(inputs.output / "adapter")
     weights = {key: w.to(dtype) if w.is_floating_point() else w for key, w in weights.items()}
     model.config.dtype = dtype
     model.config.use_cache = True

@@ -7,7 +7,7 @@ at all.
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from fusion_trainer.batches import Collator, FusionData
@@ -32,6 +32,7 @@ Schedule = Literal["constant", "hard_and_decay", "soft"]
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 WRITING = f"checkpoint{TEMPORARY}"
 """The folder in which a checkpoint is written before it takes its name."""
+PROBE_TOKENS = 8
 SUMS = ("positions", "clm", "fusion", "clm_weight", "measured", "clm_square", "fusion_square")
 """What is summed over the supervised positions between two logs; the models' shares follow."""
 
@@ -73,7 +74,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         **others: Any,
     ) -> None:
         _demand_arguments(args)
-        _teach(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        _teach(model.get_base_model() if hasattr(model, "get_base_model") else model, collator.packed)
         super().__init__(
             model=model,
             args=args,
@@ -105,19 +106,20 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
             FusionError: It is NaN or infinite.
         """
         norms = bool(model.training) and (self.state.global_step + 1) % max(1, self.state.logging_steps) == 0
-        targets = self._targets(inputs, norms)
+        count = torch.as_tensor(len(inputs["gold"]) if num_items_in_batch is None else num_items_in_batch)
+        processes = 1 if num_items_in_batch is None else self.accelerator.num_processes  # gradients are averaged
+        targets = self._targets(inputs, processes / count.clamp(min=1), norms)
         outputs = model(**{name: inputs[name] for name in MODEL_INPUTS if name in inputs}, targets=targets)
-        count = len(targets.gold) if num_items_in_batch is None else num_items_in_batch
-        loss = outputs["loss"] / max(1, count) if isinstance(count, int) else outputs["loss"] / count.clamp(min=1)
-        if num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # whose mean of gradients is taken
+        loss = outputs["loss"].float()
+        assert targets.loss is not None
+        loss = loss + (targets.loss - loss.detach())  # mixed precision may have rounded what the model returns
         if model.training:
             if not torch.isfinite(loss):
-                raise FusionError(self._not_finite(inputs, outputs))
-            self._add(inputs, targets, outputs)
+                raise FusionError(self._not_finite(inputs, targets))
+            self._add(inputs, targets)
         return (loss, outputs) if return_outputs else loss
 
-    def _targets(self, inputs: Mapping[str, Tensor], norms: bool) -> Targets:
+    def _targets(self, inputs: Mapping[str, Tensor], scale: Tensor | float, norms: bool = False) -> Targets:
         return Targets(
             inputs["positions"],
             inputs["gold"],
@@ -125,6 +127,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
             inputs["fused_probabilities"],
             inputs.get("fused_tail"),
             self._clm_weights(inputs),
+            scale,
             norms,
         )
 
@@ -140,8 +143,9 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         )
         return torch.where(said, weights, 1.0)
 
-    def _not_finite(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> str:
-        wrong = ~torch.isfinite(outputs["clm"] + outputs["fusion"])
+    def _not_finite(self, inputs: Mapping[str, Tensor], targets: Targets) -> str:
+        assert targets.terms is not None
+        wrong = ~torch.isfinite(targets.terms.clm + targets.terms.fusion)
         items = set(inputs["of_item"][wrong].tolist()) or set(range(len(inputs["bytes"])))
         per_item = len(inputs["blocks"]) == len(inputs["bytes"])
         blocks = [b for n, b in enumerate(inputs["blocks"].tolist()) if n in items or not per_item]
@@ -157,16 +161,17 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
 
     # Logs
 
-    def _add(self, inputs: Mapping[str, Tensor], targets: Targets, outputs: Mapping[str, Tensor]) -> None:
-        positions = len(targets.gold)
+    def _add(self, inputs: Mapping[str, Tensor], targets: Targets) -> None:
+        positions, terms = len(targets.gold), targets.terms
+        assert terms is not None
         measured = torch.full((), float(targets.norms), device=targets.gold.device)
         found = [
             torch.full_like(measured, float(positions)),
-            outputs["clm"].sum(),
-            outputs["fusion"].sum(),
+            terms.clm.sum(),
+            terms.fusion.sum(),
             targets.clm_weight.sum(),
             measured,
-            *outputs["squares"].sum(0),
+            *terms.squares.sum(0),
             *inputs["shares"].sum(0),
         ]
         sums = torch.stack([number.double() for number in found])
@@ -201,10 +206,12 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         """Sums over each item of a batch, so that those that fill up the last batch can be left out."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            targets = self._targets(inputs, norms=False)
-            outputs = model(**{name: inputs[name] for name in MODEL_INPUTS if name in inputs}, targets=targets)
-        loss = targets.clm_weight * outputs["clm"] + (1 - targets.clm_weight) * outputs["fusion"]
-        columns = torch.stack([loss, outputs["clm"], outputs["fusion"], torch.ones_like(loss)], 1).double()
+            targets = self._targets(inputs, 1.0)
+            model(**{name: inputs[name] for name in MODEL_INPUTS if name in inputs}, targets=targets)
+        terms = targets.terms
+        assert terms is not None
+        loss = targets.clm_weight * terms.clm + (1 - targets.clm_weight) * terms.fusion
+        columns = torch.stack([loss, terms.clm, terms.fusion, torch.ones_like(loss)], 1).double()
         sums = columns.new_zeros(len(inputs["bytes"]), 4).index_add_(0, inputs["of_item"], columns)
         return None, sums, inputs["bytes"]
 
@@ -221,9 +228,8 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         data = train_dataset if train_dataset is not None else self.train_dataset
         if self.args.train_sampling_strategy == "group_by_length":
-            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            grouped: Sampler[int] = LengthGroupedSampler(size, lengths=data.lengths)
-            return grouped
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            return _ByLength(data.lengths, size, self.args.data_seed or self.args.seed)
         found: Sampler[int] | None = super()._get_train_sampler(train_dataset)
         return found
 
@@ -248,6 +254,9 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         folder = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         best = self.state.best_model_checkpoint
+        if self.args.should_save:
+            shutil.rmtree(folder / WRITING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
         try:
             self._writing = True
             super()._save_checkpoint(model, trial)
@@ -286,24 +295,58 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         )
 
 
+class _ByLength(Sampler[int]):
+    """Blocks of like lengths together, in an order that seed and epoch alone decide: the same in all processes."""
+
+    def __init__(self, lengths: Sequence[int], size: int, seed: int) -> None:
+        self.lengths, self.size, self.seed, self.epoch = list(lengths), size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.size, generator=generator))
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The last whole checkpoint in a training's folder."""
     found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     return Path(found) if found else None
 
 
-def _teach(model: Any) -> None:
+def _teach(model: Any, packed: bool) -> None:
     split = SplitModel(model)
-    here = not is_deepspeed_zero3_enabled() and split.device.type != "meta"  # weights that can be tried
     training = model.training
     model.eval()
-    if here and not split.trial()[1]:
-        raise FusionError(
-            f"{type(model).__name__} does not give its logits from its layers' output alone; models like it "
-            "cannot be trained here yet"
-        )
+    if not is_deepspeed_zero3_enabled() and split.device.type != "meta":  # weights that can be tried
+        if not split.trial()[1]:
+            raise FusionError(
+                f"{type(model).__name__} does not give its logits from its layers' output alone; models like it "
+                "cannot be trained here yet"
+            )
+        if packed and not _keeps_apart(split):
+            raise FusionError(
+                f"{type(model).__name__} does not keep packed conversations apart (its attention does not look at "
+                "position_ids); leave `packing` off, or try another `attention`"
+            )
     model.train(training)
     give_fusion_loss(model)
+
+
+@torch.no_grad()
+def _keeps_apart(split: SplitModel) -> bool:
+    """Whether the second of two packed texts is read as if it stood alone."""
+    rows = split.model.get_input_embeddings().weight.shape[0]
+    ids_BL = torch.arange(2 * PROBE_TOKENS, device=split.device)[None] % rows
+    places_BL = torch.arange(PROBE_TOKENS, device=split.device).repeat(2)[None]
+    together = split.hidden(input_ids=ids_BL, position_ids=places_BL)[0, PROBE_TOKENS:]
+    alone = split.hidden(input_ids=ids_BL[:, PROBE_TOKENS:], position_ids=places_BL[:, :PROBE_TOKENS])[0]
+    scale = float(alone.float().abs().max().clamp(min=1e-6))
+    return torch.allclose(together.float(), alone.float(), rtol=0.0, atol=1e-2 * scale)
 
 
 def _demand_arguments(args: TrainingArguments) -> None:
