@@ -1,6 +1,7 @@
 """``fusion-trainer align`` from stores of tiny models to aligned ones, against text, models and maps."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -29,14 +30,17 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import fusion_trainer.alignment.align as alignment
+import fusion_trainer.alignment.corpus as corpus
 from fusion_trainer.alignment.align import align
 from fusion_trainer.alignment.maps import load_map
 from fusion_trainer.alignment.positions import CONTAINED
 from fusion_trainer.alignment.vocabulary import METHODS
 from fusion_trainer.cli import main
 from fusion_trainer.config import AlignConfig, ExtractConfig
+from fusion_trainer.errors import FusionError
 from fusion_trainer.representations.extract import extract
 from fusion_trainer.representations.store import RepresentationStore
+from fusion_trainer.tokens import Tokens, supervised_positions
 
 CHATS = tiny_sources.made_up_chats(20, words=12, turns=2)
 PIVOT = Kind("pivot", tiny_tokenizers.shared("sentencepiece_bpe"), before="pieces")
@@ -51,6 +55,8 @@ LAYOUTS = {
     "gemma": "mistral",
 }  # Qwen2 and Gemma bring their own tokenizers
 K = {"unigram": 6}
+CONTEXTS = {"short": 70, "shorter": 35}
+"""Of sources that do not read to the end; the second not even to every first answer."""
 COLUMNS = ("ids", "logprobs", "tail", "gold_logprob")
 
 
@@ -71,8 +77,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(folder / "twin", "mixtral", PIVOT.tokenizer, seed=3)
     more = tiny_tokenizers.train("sentencepiece_bpe", special=("<|more|>", "<|and more|>"))
     save(folder / "more", "llama", more)
-    save(folder / "short", "mistral", SOURCES["bytes"].tokenizer, max_position_embeddings=70)
-    for name in ("pivot", *SOURCES, "twin", "more", "short"):
+    for name, context in CONTEXTS.items():
+        save(folder / name, "mistral", SOURCES["bytes"].tokenizer, max_position_embeddings=context)
+    for name in ("pivot", *SOURCES, "twin", "more", *CONTEXTS):
         extract_store(folder, name, top_k=K.get(name, 10))
     return folder
 
@@ -225,10 +232,10 @@ def the_map(folder: Path, store: RepresentationStore, source: str) -> np.ndarray
     }
     if wanted["method"] == "statistics":
         wanted["contained"] = None if store.identity["positions"] == "boundary" else CONTAINED["fusechat"]
-    for path in folder.glob("*.safetensors"):
-        made, identity = load_map(path)
-        if all(identity[name] == value for name, value in wanted.items()):
-            return made.matrix.toarray().astype(np.float64)
+    for path in folder.glob("vocab-map-*.safetensors"):
+        saved = load_map(path)
+        if all(saved.identity[name] == value for name, value in wanted.items()):
+            return saved.map.matrix.toarray().astype(np.float64)
     raise AssertionError("no such map")
 
 
@@ -292,8 +299,8 @@ def warped_counts(source: str) -> dict[tuple[int, int], int]:
 def test_several_images_of_statistics_are_weighed(world: Path, tmp_path: Path) -> None:
     store, report = aligned(world, "bytes", tmp_path / "aligned", map="statistics", most=3, maps=tmp_path / "maps")
     assert_verified(store)
-    (path,) = (tmp_path / "maps").iterdir()
-    made, _ = load_map(path)
+    (path,) = (tmp_path / "maps").glob("vocab-map-*.safetensors")
+    made = load_map(path).map
     assert np.diff(made.matrix.indptr).max() > 1
     dense_SP = made.matrix.toarray().astype(np.float64)
     own, theirs = (RepresentationStore(world / "stores" / name) for name in ("pivot", "bytes"))
@@ -377,20 +384,24 @@ def test_cross_entropies_are_the_models_own_per_token_and_per_byte(
         assert size == sum(len(f"{answer}{END_OF_TURN}".encode()) for _, answer in CHATS[number])
 
 
+@pytest.mark.parametrize(("source", "context"), CONTEXTS.items())
 def test_of_a_source_that_reads_only_the_head_both_cross_entropies_are_of_the_head(
-    world: Path, tmp_path: Path
+    source: str, context: int, world: Path, tmp_path: Path
 ) -> None:
     """Positions beyond its context have no distribution, and their bytes are not counted either."""
-    store, report = aligned(world, "short", tmp_path / "aligned")
+    store, report = aligned(world, source, tmp_path / "aligned")
     assert_verified(store)
     own = RepresentationStore(world / "stores" / "pivot")
-    cut = 0
+    cut = unread = 0
     for number, chat in enumerate(CHATS):
         told = read(SOURCES["bytes"], chat)
-        if not [position for position in told.positions if position < 69]:
+        if not [position for position in told.positions if position < context - 1]:
             assert not store[number].paired.any()
+            assert math.isnan(store[number].ce_per_token)
+            assert math.isnan(store[number].ce_per_byte)
+            unread += 1
             continue
-        total, tokens, size = nats(world / "short", SOURCES["bytes"], chat, context=70)
+        total, tokens, size = nats(world / source, SOURCES["bytes"], chat, context=context)
         reached = partners_by_bytes(
             read(PIVOT, chat), Read(told.ids, told.ends, told.last, told.positions[:tokens])
         )
@@ -401,8 +412,22 @@ def test_of_a_source_that_reads_only_the_head_both_cross_entropies_are_of_the_he
         assert store[number].ce_per_byte == pytest.approx(total / size, rel=1e-3)
         cut += tokens < len(told.positions)
     assert cut > 3
-    assert store.manifest["not_stored"] > 0
-    assert f"{store.manifest['not_stored']:,}" in report
+    assert (unread > 0) == (source == "shorter")
+    assert store.manifest["not_read"] > 0
+    assert store.manifest["not_supervised"] == 0
+    assert f"beyond the context    {store.manifest['not_read']:>12,}" in report
+
+
+def test_the_bytes_of_a_cross_entropy_are_those_of_the_tokens_it_is_of() -> None:
+    """Not those of a token that reaches beyond the span, nor what stands before it."""
+    tokens = Tokens(np.arange(7, dtype=np.int32), np.array([0, 4, 9, 12, 15, 18, 25], np.int32))
+    spans = [(6, 13), (14, 20)]
+    positions = supervised_positions(tokens, spans)
+    assert positions.tolist() == [1, 2, 3, 4]
+    assert alignment._supervised_bytes(tokens, positions, spans) == (9 - 6) + (12 - 9) + (13 - 12) + (18 - 14)
+    assert alignment._supervised_bytes(tokens, positions[:2], spans) == 6
+    assert alignment._supervised_bytes(tokens, positions[:0], spans) == 0
+    assert alignment._supervised_bytes(tokens, positions[:0], []) == 0
 
 
 # What is told
@@ -418,9 +443,13 @@ def test_the_report_adds_up(source: str, positions: str, world: Path, tmp_path: 
         manifest["positions"] == sum(map(len, store)) == sum(map(len, RepresentationStore(world / "stores/pivot")))
     )
     assert manifest["paired"] == paired
-    assert manifest["paired"] + manifest["no_boundary"] + manifest["not_stored"] == manifest["positions"]
+    causes = {name: manifest[name] for name in ("no_partner", "not_supervised", "not_read")}
+    assert paired + sum(causes.values()) == manifest["positions"]
+    alone = "no common boundary" if positions == "boundary" else "no token fits by rule"
     lines = {line.split("  ")[0].strip() or line.strip().split("  ")[0]: line for line in report.splitlines()}
-    for name, number in (("positions", manifest["positions"]), ("paired", paired)):
+    told = {alone: "no_partner", "partner not supervised": "not_supervised", "beyond the context": "not_read"}
+    shown = {"positions": manifest["positions"], "paired": paired, **{c: causes[name] for c, name in told.items()}}
+    for name, number in shown.items():
         assert f"{number:,}" in lines[name]
     assert f"{paired / manifest['positions']:.2%}" in lines["paired"]
     shares = re.findall(r"mapped ([\d.]+)%, .* image ([\d.]+)%, .* kept ([\d.]+)%, .* tail ([\d.]+)%", report)[0]
@@ -446,6 +475,38 @@ def test_the_manifest_names_both_parents_by_hash_and_how_it_was_made(world: Path
         assert identity[name] == own[name]
     chosen = {"positions": "dtw", "dtw_cost": "fusellm", "unpaired": "gold", "map": "prefix"}
     assert {name: identity[name] for name in chosen} == chosen
+
+
+def test_show_reads_an_aligned_store_with_the_pivots_tokenizer(world: Path, tmp_path: Path) -> None:
+    store, _ = aligned(world, "bytes", tmp_path / "stores" / "aligned")
+    shown = run(f"store show {store.folder}", {"row": 3, "positions": 4, "dialogues": dialogues(world)})
+    assert shown.exit_code == 0
+    told = read(PIVOT, CHATS[3])
+    for position in told.positions[:4]:
+        assert f"{PIVOT.tokenizer.decode([told.ids[position + 1]])!r}" in shown.output
+    assert str(world / "bytes") in shown.output
+    assert str(world / "pivot") in shown.output
+
+
+@pytest.mark.parametrize("positions", ["boundary", "dtw"])
+def test_causes_are_told_apart_where_the_source_reads_only_the_head(
+    positions: str, world: Path, tmp_path: Path
+) -> None:
+    """The same tokenizer with a longer context pairs what is beyond the shorter one, and nothing else."""
+    settings = {"positions": positions, "map": "exact"}
+    short, whole = (aligned(world, name, tmp_path / name, **settings)[0].manifest for name in ("short", "bytes"))
+    assert short["not_read"] > 30
+    assert short["paired"] + short["not_read"] == whole["paired"]
+    assert whole["not_read"] == 0
+    for cause in ("no_partner", "not_supervised"):
+        assert short[cause] == whole[cause]
+    if positions == "boundary":
+        read_by_both = [(read(PIVOT, chat), read(SOURCES["bytes"], chat)) for chat in CHATS]
+        assert whole["no_partner"] == sum(
+            not (pivot.last[pivot.ends[position]] == position and source.last[pivot.ends[position]] is not None)
+            for pivot, source in read_by_both
+            for position in pivot.positions
+        )
 
 
 @pytest.mark.parametrize("source", ["bytes", "unigram"])
@@ -511,11 +572,11 @@ def test_a_map_is_made_once_and_used_for_every_run_that_asks_for_it(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     aligned(world, "bytes", tmp_path / "one", map="statistics", maps=None)
-    (path,) = tmp_path.glob("*.safetensors")
+    (path,) = tmp_path.glob("vocab-map-*.safetensors")
     before, made = path.read_bytes(), path.stat().st_mtime_ns
     monkeypatch.setattr(alignment, "build_map", lambda *_: pytest.fail("built again"))
     aligned(world, "bytes", tmp_path / "two", map="statistics", maps=None)
-    assert [path] == list(tmp_path.glob("*.safetensors"))
+    assert [path] == list(tmp_path.glob("vocab-map-*.safetensors"))
     assert (path.read_bytes(), path.stat().st_mtime_ns) == (before, made)
     shards = {name: data for name, data in content(tmp_path / "one").items() if name != "manifest.json"}
     assert {name: data for name, data in content(tmp_path / "two").items() if name != "manifest.json"} == shards
@@ -540,9 +601,78 @@ def test_killed_and_gone_on_with_by_two_processes_the_bytes_are_the_same(world: 
     assert not (folder / "manifest.json").exists()
     assert all((folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in there)
     unfinished = refused("align", settings_of(world, "unigram", tmp_path / "out", source_store=folder))
-    assert f"`{folder}` is not finished" in unfinished
+    assert f"`{folder}` is not finished; run its alignment again" in unfinished
     aligned(world, "bytes", folder, **{**settings, "workers": 2})
     assert content(folder) == content(tmp_path / "whole")
+
+
+def test_a_finished_store_asked_for_again_is_not_read_and_nothing_is_counted(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"positions": "dtw", "map": "statistics", "maps": tmp_path / "maps"}
+    _, first = aligned(world, "unigram", tmp_path / "aligned", **settings)
+    for name in ("distributions", "__getitem__"):
+        monkeypatch.setattr(RepresentationStore, name, lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(alignment, "_count_blocks", lambda *_: pytest.fail("counted again"))
+    _, second = aligned(world, "unigram", tmp_path / "aligned", **settings)
+    assert second == first
+
+
+def test_the_corpus_is_counted_once_for_all_that_ask_it(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A map, a second map over the same data, and a run that has to go on."""
+    settings: dict[str, Any] = {"positions": "dtw", "maps": tmp_path / "maps"}
+    aligned(world, "bytes", tmp_path / "one", map="statistics", **settings)
+    monkeypatch.setattr(alignment, "_count_blocks", lambda *_: pytest.fail("counted again"))
+    aligned(world, "bytes", tmp_path / "two", map="min_edit_distance", **settings)
+    aligned(world, "bytes", tmp_path / "three", map="statistics", most=2, **settings)
+    (tmp_path / "one" / "shard-00001.arrow").unlink()
+    aligned(world, "bytes", tmp_path / "one", map="statistics", **settings)
+    for other in ({"positions": "boundary"}, {"dtw_cost": "fusellm"}):  # pairs other tokens
+        with pytest.raises(pytest.fail.Exception, match="counted again"):
+            aligned(world, "bytes", tmp_path / "four", map="statistics", **{**settings, **other})
+    with pytest.raises(pytest.fail.Exception, match="counted again"):
+        aligned(world, "unigram", tmp_path / "five", map="statistics", **settings)
+
+
+def test_a_count_that_was_stopped_goes_on_where_it_was(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alignment, "BLOCKS_AT_ONCE", 2)
+    monkeypatch.setattr(corpus, "KEPT_EVERY", 6)
+    counted: list[int] = []
+    whole = alignment._count_blocks
+
+    def count_blocks(sides: Any, start: int) -> Any:
+        if len(counted) == 5:
+            raise KeyboardInterrupt
+        counted.append(start)
+        return whole(sides, start)
+
+    settings = {"map": "statistics", "maps": tmp_path / "maps"}
+    monkeypatch.setattr(alignment, "_count_blocks", count_blocks)
+    with pytest.raises(KeyboardInterrupt):
+        aligned(world, "unigram", tmp_path / "aligned", **settings)
+    assert counted == [0, 2, 4, 6, 8]
+    assert len(list((tmp_path / "maps").iterdir())) == 1
+    counted[:] = [-1] * 9
+    aligned(world, "unigram", tmp_path / "aligned", **settings)
+    assert counted[9:] == list(range(6, len(CHATS), 2))  # what was counted after the last writing is counted anew
+    aligned(world, "unigram", tmp_path / "anew", **{**settings, "maps": tmp_path / "other maps"})
+    (one,), (other,) = ((tmp_path / name).glob("corpus-*") for name in ("maps", "other maps"))
+    assert one.read_bytes() == other.read_bytes()
+    assert content(tmp_path / "aligned") == content(tmp_path / "anew")
+
+
+def killed_for_memory(sides: Any, task: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_told_in_a_sentence(world: Path, tmp_path: Path) -> None:
+    sides = alignment.open_sides(AlignConfig(**settings_of(world, "bytes", tmp_path / "aligned")))
+    with pytest.raises(FusionError, match=r"memory ran out.* fewer --workers than 2: it goes on where it stopped"):
+        list(alignment._in_processes(2, sides, killed_for_memory, [1, 2, 3]))
 
 
 def test_the_corpus_may_be_counted_in_any_pieces(
@@ -571,20 +701,45 @@ def test_a_half_written_shard_is_written_anew_and_a_missing_one_made(
     assert content(partial) == content(tmp_path / "whole")
 
 
+def test_with_the_same_tokenizer_warping_asks_no_corpus(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alignment, "_count_blocks", lambda *_: pytest.fail("counted"))
+    store, _ = aligned(world, "twin", tmp_path / "aligned", positions="dtw", maps=tmp_path / "maps")
+    assert store.manifest["paired"] == store.manifest["positions"]
+
+
+def test_vocab_map_show_knows_its_tokenizers_and_takes_those_that_have_moved(world: Path, tmp_path: Path) -> None:
+    moved = {name: shutil.copytree(world / name, tmp_path / name) for name in ("bytes", "pivot")}
+    elsewhere = {f"{side}_tokenizer": str(moved[name]) for side, name in (("source", "bytes"), ("pivot", "pivot"))}
+    _, report = aligned(world, "bytes", tmp_path / "aligned", maps=None, **elsewhere)
+    (path,) = tmp_path.glob("vocab-map-*.safetensors")
+    assert str(path) in report
+    shown = run(f"vocab-map show {path}", {})
+    assert shown.exit_code == 0
+    assert "vocabulary mapped" in shown.output
+    moved["bytes"].rename(tmp_path / "moved")
+    assert f"no model folder `{moved['bytes']}`" in refused(f"vocab-map show {path}", {})
+    assert run(f"vocab-map show {path}", {"source": tmp_path / "moved"}).output == shown.output
+    message = refused(f"vocab-map show {path}", {"source": tmp_path / "moved", "source_revision": "v2"})
+    assert "is a folder, which has no revision `v2`" in message
+    changed = {"source": tmp_path / "moved", "pivot_revision": "v3"}
+    assert "no revision `v3`" in refused(f"vocab-map show {path}", changed)
+
+
 def test_vocab_map_show_prints_the_coverage(world: Path, tmp_path: Path) -> None:
     _, report = aligned(world, "bytes", tmp_path / "aligned", map="exact", maps=None)
-    (path,) = tmp_path.glob("*.safetensors")
-    sides = {"source": world / "bytes", "pivot": world / "pivot"}
-    shown = run(f"vocab-map show {path}", {**sides, "store": world / "stores" / "bytes"})
+    (path,) = tmp_path.glob("vocab-map-*.safetensors")
+    shown = run(f"vocab-map show {path}", {"store": world / "stores" / "bytes"})
     assert shown.exit_code == 0
     assert shown.output.strip() == report[report.index("method") :].strip()
-    mapped = load_map(path)[0].mapped
+    mapped = load_map(path).map.mapped
     assert f"{mapped.sum():,} of {len(SOURCES['bytes'].surfaces):,} ids" in shown.output
     mass = np.zeros(len(mapped))
     for row in RepresentationStore(world / "stores" / "bytes"):
         np.add.at(mass, row.ids, np.exp(row.logprobs.astype(np.float64)))
     assert f"{mass[mapped].sum() / mass.sum():.2%}" in shown.output
-    without = run(f"vocab-map show {path}", sides)
+    without = run(f"vocab-map show {path}", {})
     assert without.exit_code == 0
     assert "probability" not in without.output
 
@@ -623,16 +778,16 @@ def test_a_tokenizer_without_offsets_is_refused(world: Path, tmp_path: Path) -> 
 
 def test_a_map_of_other_tokenizers_is_refused(world: Path, tmp_path: Path) -> None:
     aligned(world, "bytes", tmp_path / "aligned", maps=None)
-    (path,) = tmp_path.glob("*.safetensors")
+    (path,) = tmp_path.glob("vocab-map-*.safetensors")
     message = refused(f"vocab-map show {path}", {"source": world / "unigram", "pivot": world / "pivot"})
     assert "map of other tokenizers" in message
     assert SOURCES["unigram"].reader.sha256 in message
     assert SOURCES["bytes"].reader.sha256 in message
     aligned(world, "unigram", tmp_path / "second", maps=None)
-    (other,) = set(tmp_path.glob("*.safetensors")) - {path}
+    (other,) = set(tmp_path.glob("vocab-map-*.safetensors")) - {path}
     shutil.copy(path, other)
     message = refused("align", settings_of(world, "unigram", tmp_path / "third", maps=tmp_path))
-    assert "map of something else" in message
+    assert "is a fusion-trainer vocabulary map, version 2 of something else" in message
     assert str(other) in message
     store = {"source": world / "bytes", "pivot": world / "pivot", "store": world / "stores" / "unigram"}
     assert "does not fit" in refused(f"vocab-map show {path}", store)
@@ -663,7 +818,7 @@ def test_an_unfinished_store_is_refused(world: Path, tmp_path: Path) -> None:
         unfinished = shutil.copytree(world / "stores" / "unigram", tmp_path / side)
         (unfinished / "manifest.json").rename(unfinished / "extraction.json")
         message = refused("align", settings_of(world, "bytes", tmp_path / "out", **{f"{side}_store": unfinished}))
-        assert f"`{unfinished}` is not finished" in message
+        assert f"`{unfinished}` is not finished; run its extraction again" in message
     message = refused("align", settings_of(world, "bytes", tmp_path / "out", source_store=tmp_path / "no such"))
     assert "no store" in message
     assert not (tmp_path / "out").exists()

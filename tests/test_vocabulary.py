@@ -1,5 +1,6 @@
 """Which ids of the pivot an id of the source stands for: small vocabularies by hand, others by brute force."""
 
+import pickle
 import random
 from collections import Counter
 from collections.abc import Mapping
@@ -16,13 +17,14 @@ from tokenizer_zoo import MAKERS, Kind, byte_level, kind, sentencepiece
 
 from fusion_trainer.alignment import vocabulary
 from fusion_trainer.alignment.corpus import count
-from fusion_trainer.alignment.maps import build_map, coverage, load_map, saved_map
+from fusion_trainer.alignment.maps import Places, build_map, coverage, load_map, saved_map
 from fusion_trainer.alignment.positions import CONTAINED
 from fusion_trainer.alignment.vocabulary import METHODS, VocabularyMap
 from fusion_trainer.errors import FusionError
 from fusion_trainer.tokens import TextTokenizer
 
 Images = dict[int, dict[int, float]]
+PLACES: Places = {"source": ("org/source", "abc"), "pivot": ("org/pivot", None)}
 TWO_OF_A_KIND = [
     ("gpt2", "llama"),
     ("llama", "gpt2"),
@@ -328,6 +330,19 @@ def test_counts_of_parts_of_a_corpus_add_up() -> None:
     assert count([], ours, theirs, None).pairs.nnz == 0
 
 
+def test_counts_go_to_another_process_without_their_zeros() -> None:
+    ours, theirs, some = kind("gpt2").reader, kind("llama").reader, tokenizer_zoo_texts()
+    counts = count(some[:2], ours, theirs, None)
+    again = pickle.loads(pickle.dumps(counts))
+    assert (images(again.pairs), again.pairs.shape) == (images(counts.pairs), counts.pairs.shape)
+    assert again.pairs.dtype == counts.pairs.dtype == np.int64
+    assert (again.frequency.tolist(), again.frequency.dtype) == (counts.frequency.tolist(), counts.frequency.dtype)
+    sparse = counts.sparse()
+    assert len(sparse["source"]) == len(sparse["pivot"]) == counts.pairs.nnz
+    assert len(sparse["ids"]) == np.count_nonzero(counts.frequency)
+    assert all(len(array) < 150 for array in sparse.values())
+
+
 # Of every method
 
 
@@ -398,35 +413,41 @@ def test_tokenizers_without_a_common_token_end_in_a_message() -> None:
 def test_a_map_is_built_once_and_found_again_by_what_it_is_of(tmp_path: Path) -> None:
     ours, theirs = kind("gpt2").reader, kind("unigram").reader
     built = []
+    moved: Places = {"source": ("elsewhere", None), "pivot": PLACES["pivot"]}
 
     def build() -> VocabularyMap:
         built.append(1)
         return vocabulary.prefix(ours, theirs)
 
-    made = saved_map(tmp_path / "maps", {"source": "s", "pivot": "p", "method": "prefix"}, build)
+    made = saved_map(tmp_path / "maps", {"source": "s", "pivot": "p", "method": "prefix"}, PLACES, build)
     (path,) = (tmp_path / "maps").iterdir()
     before = path.read_bytes()
-    again = saved_map(tmp_path / "maps", {"method": "prefix", "source": "s", "pivot": "p"}, build)
+    again = saved_map(tmp_path / "maps", {"method": "prefix", "source": "s", "pivot": "p"}, moved, build)
     assert len(built) == 1
-    assert images(again) == images(made)
-    assert again.matrix.shape == made.matrix.shape
-    saved_map(tmp_path / "maps", {"source": "s", "pivot": "q", "method": "prefix"}, build)
+    assert images(again.map) == images(made.map)
+    assert again.map.matrix.shape == made.map.matrix.shape
+    assert again.places == made.places == PLACES  # where the tokenizers are does not make another map
+    saved_map(tmp_path / "maps", {"source": "s", "pivot": "q", "method": "prefix"}, PLACES, build)
     assert len(built) == len(list((tmp_path / "maps").iterdir())) == 2
     assert path.read_bytes() == before
-    loaded, identity = load_map(path)
-    assert identity == {"source": "s", "pivot": "p", "method": "prefix"}
-    assert (loaded.method, images(loaded)) == ("prefix", images(made))
+    loaded = load_map(path)
+    assert loaded.path == made.path == path
+    assert loaded.identity == {"source": "s", "pivot": "p", "method": "prefix"}
+    assert (loaded.map.method, images(loaded.map), loaded.places) == ("prefix", images(made.map), PLACES)
 
 
 def test_a_file_under_the_name_of_a_map_of_something_else_is_refused(tmp_path: Path) -> None:
     made = vocabulary.prefix(byte_level(["a", "b", "ab"]), sentencepiece(["a", "b"]))
-    saved_map(tmp_path, {"source": "one"}, lambda: made)
+    saved_map(tmp_path, {"source": "one"}, PLACES, lambda: made)
     (path,) = tmp_path.iterdir()
-    saved_map(tmp_path, {"source": "other"}, lambda: made)
+    saved_map(tmp_path, {"source": "other"}, PLACES, lambda: made)
     (other,) = set(tmp_path.iterdir()) - {path}
     other.write_bytes(path.read_bytes())
-    with pytest.raises(FusionError, match=r"(?s)map of something else.*source +other +one.*Remove that file"):
-        saved_map(tmp_path, {"source": "other"}, lambda: made)
+    with pytest.raises(
+        FusionError,
+        match=r"(?s)is a fusion-trainer vocabulary map.* of something else.*source +other +one.*Remove that file",
+    ):
+        saved_map(tmp_path, {"source": "other"}, PLACES, lambda: made)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a map", b"{}" * 100])

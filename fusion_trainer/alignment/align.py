@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -29,8 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from fusion_trainer.alignment.corpus import Corpus, count, pair_tokens
-from fusion_trainer.alignment.maps import build_map, coverage, mass_by_id, saved_map
+from fusion_trainer.alignment import corpus as corpora
+from fusion_trainer.alignment.corpus import Corpus, count, pair_tokens, saved_counts
+from fusion_trainer.alignment.maps import Places, SavedMap, build_map, coverage, mass_by_id, saved_map
 from fusion_trainer.alignment.positions import CONTAINED
 from fusion_trainer.alignment.transfer import Mixture, transfer
 from fusion_trainer.alignment.vocabulary import RULES, VocabularyMap
@@ -38,7 +40,7 @@ from fusion_trainer.config import AlignConfig
 from fusion_trainer.dialogues import Block, Dialogues
 from fusion_trainer.errors import FusionError
 from fusion_trainer.files import fingerprint, sha256_of
-from fusion_trainer.models import local_folder
+from fusion_trainer.representations.reader import place_of, tokenizer_of
 from fusion_trainer.representations.store import (
     ALIGNED,
     ALIGNED_VERSION,
@@ -48,7 +50,7 @@ from fusion_trainer.representations.store import (
     Supervised,
     demand_free,
 )
-from fusion_trainer.tokens import TextTokenizer, Tokens, load_tokenizer, supervised_positions
+from fusion_trainer.tokens import Span, TextTokenizer, Tokens, supervised_positions
 
 __all__ = ["align", "open_sides"]
 
@@ -73,6 +75,16 @@ class Sides:
     def __post_init__(self) -> None:
         self.contained = None if self.config.positions == "boundary" else CONTAINED[self.config.dtw_cost]
 
+    @property
+    def maps(self) -> Path:
+        """The folder of what is built once: maps, counts, masses."""
+        return self.config.maps or self.config.output.parent
+
+    @property
+    def places(self) -> Places:
+        source, pivot = self.config.source_tokenizer, self.config.pivot_tokenizer
+        return {"source": place_of(self.source_store, source), "pivot": place_of(self.pivot_store, pivot)}
+
 
 def open_sides(config: AlignConfig) -> Sides:
     """Open all that an alignment needs.
@@ -87,8 +99,8 @@ def open_sides(config: AlignConfig) -> Sides:
     for store in (pivot_store, source_store):
         if store.identity.get("kind") == ALIGNED:
             raise FusionError(f"the store `{store.folder}` is already aligned; give the source's own")
-    pivot = _tokenizer(pivot_store, config.pivot_tokenizer, config.trust_remote_code)
-    source = _tokenizer(source_store, config.source_tokenizer, config.trust_remote_code)
+    pivot = tokenizer_of(pivot_store, config.pivot_tokenizer, config.trust_remote_code)
+    source = tokenizer_of(source_store, config.source_tokenizer, config.trust_remote_code)
     return Sides(config, pivot_store, source_store, dialogues, pivot, source)
 
 
@@ -97,14 +109,6 @@ def _beside(store: RepresentationStore) -> Path:
     if found is None:
         raise FusionError(f"no dialogues of the store `{store.folder}` lie beside it; name them with --dialogues")
     return found.folder
-
-
-def _tokenizer(store: RepresentationStore, place: str | None, code: bool) -> TextTokenizer:
-    name = place or store.identity["model"]
-    revision = None if place else store.identity["revision"]
-    reader = load_tokenizer(local_folder(name, revision, weights=False, code=code)[0], name, code)
-    store.demand(tokenizer=reader.sha256)
-    return reader
 
 
 def align(config: AlignConfig) -> tuple[RepresentationStore, str]:
@@ -118,14 +122,14 @@ def align(config: AlignConfig) -> tuple[RepresentationStore, str]:
     """
     demand_free(config.output)
     sides = open_sides(config)
-    made = _map(sides)
-    identity = _identity(sides, made)
+    saved = _map(sides)
+    identity = _identity(sides, saved.map)
     starts = [shard["first_row"] for shard in sides.pivot_store.manifest["shards"]]
     writer = StoreWriter(config.output, identity, [*starts, len(sides.pivot_store)])
     writer.begin()
     missing = [] if writer.finished else writer.missing()
     if missing:
-        if sides.contained is not None:
+        if sides.contained is not None and sides.source.sha256 != sides.pivot.sha256:
             sides.corpus = sides.corpus or _count(sides)  # weighs mixtures
         positions = {shard: sides.pivot_store.manifest["shards"][shard]["positions"] for shard in missing}
         with tqdm(total=sum(positions.values()), unit="pos", unit_scale=True, desc="align") as bar:
@@ -134,18 +138,22 @@ def align(config: AlignConfig) -> tuple[RepresentationStore, str]:
     if not writer.finished:
         writer.finish()
     store = RepresentationStore(config.output)
-    mass = mass_by_id(sides.source_store)
-    return store, f"{_report(store.manifest)}\n\n{coverage(made, sides.source, sides.pivot, mass)}"
+    mass = mass_by_id(sides.source_store, sides.maps)
+    of_map = coverage(saved.map, sides.source, sides.pivot, mass)
+    return store, f"{_report(store.manifest)}\n\nvocabulary map      {saved.path}\n{of_map}"
 
 
 def _identity(sides: Sides, made: VocabularyMap) -> dict[str, Any]:
     stores = {"pivot_store": sides.pivot_store, "source_store": sides.source_store}
     source, pivot = sides.source_store.identity, sides.pivot_store.identity
+    name, revision = sides.places["pivot"]
     matrix = made.matrix
     return {
         "kind": ALIGNED,
         "version": ALIGNED_VERSION,
         "model": source["model"],
+        "pivot": name,
+        "pivot_revision": revision,
         **{name: sha256_of(store.folder / "manifest.json") for name, store in stores.items()},
         **{name: pivot[name] for name in ("tokenizer", "template", "data", "top_k", "vocabulary")},
         "positions": sides.config.positions,
@@ -156,7 +164,7 @@ def _identity(sides: Sides, made: VocabularyMap) -> dict[str, Any]:
     }
 
 
-def _map(sides: Sides) -> VocabularyMap:
+def _map(sides: Sides) -> SavedMap:
     """The vocabulary map."""
     config = sides.config
     identity = {
@@ -172,22 +180,32 @@ def _map(sides: Sides) -> VocabularyMap:
         sides.corpus = sides.corpus or _count(sides)
         return sides.corpus
 
-    folder = config.maps or config.output.parent
-    sides.made = saved_map(
-        folder, identity, lambda: build_map(config.map, sides.source, sides.pivot, corpus, config.most)
-    )
-    return sides.made
+    def build() -> VocabularyMap:
+        return build_map(config.map, sides.source, sides.pivot, corpus, config.most)
+
+    saved = saved_map(sides.maps, identity, sides.places, build)
+    sides.made = saved.map
+    return saved
 
 
 def _count(sides: Sides) -> Corpus:
-    starts = range(0, len(sides.dialogues), BLOCKS_AT_ONCE)
-    total: Corpus | None = None
-    with tqdm(total=len(sides.dialogues), unit="block", desc="corpus") as bar:
-        for start, corpus in _in_processes(sides.config.workers, sides, _count_blocks, starts):
-            total = corpus if total is None else total + corpus
-            bar.update(min(BLOCKS_AT_ONCE, len(sides.dialogues) - start))
-    assert total is not None
-    return total
+    identity = {
+        "version": corpora.RULES,
+        "source": sides.source.sha256,
+        "pivot": sides.pivot.sha256,
+        "data": sides.dialogues.fingerprint,
+        "contained": sides.contained,
+    }
+    blocks = len(sides.dialogues)
+
+    def count_from(first: int) -> Iterator[tuple[int, Corpus]]:
+        starts = range(first, blocks, BLOCKS_AT_ONCE)
+        with tqdm(total=blocks, initial=first, unit="block", desc="corpus") as bar:
+            for stop, part in _in_processes(sides.config.workers, sides, _count_blocks, starts):
+                bar.update(stop - bar.n)
+                yield stop, part
+
+    return saved_counts(sides.maps, identity, blocks, count_from)
 
 
 # In the processes
@@ -210,6 +228,11 @@ def _in_processes(
     with ProcessPoolExecutor(number, get_context("spawn"), _begin_process, handed) as pool:
         try:
             yield from pool.map(partial(_in_process, work), tasks)  # drops each result once it is taken
+        except BrokenProcessPool as error:
+            raise FusionError(
+                "a worker process was ended from outside, most likely because memory ran out; run the same "
+                f"command again with fewer --workers than {number}: it goes on where it stopped"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -237,7 +260,7 @@ def _in_process(work: Callable[[Sides, int], Any], task: int) -> Any:
 def _count_blocks(sides: Sides, start: int) -> tuple[int, Corpus]:
     stop = min(start + BLOCKS_AT_ONCE, len(sides.dialogues))
     texts = [sides.dialogues[number].text for number in range(start, stop)]
-    return start, count(texts, sides.source, sides.pivot, sides.contained)
+    return stop, count(texts, sides.source, sides.pivot, sides.contained)
 
 
 def _align_shard(sides: Sides, shard: int) -> int:
@@ -260,47 +283,83 @@ def _align_shard(sides: Sides, shard: int) -> int:
     return shard
 
 
-CAUSES = ("paired", "no_boundary", "not_stored", "mass_ppm", "unmapped_ppm", "beyond_ppm", "source_tail_ppm")
+CAUSES = (
+    "paired",
+    "no_partner",
+    "not_supervised",
+    "not_read",
+    "mass_ppm",
+    "unmapped_ppm",
+    "beyond_ppm",
+    "source_tail_ppm",
+)
 """What a shard counts: positions, and probability mass in millionths of a position."""
+
+NOT_STORED = (("partner not supervised", "not_supervised"), ("beyond the context", "not_read"))
+"""Why a partner is not in the source's store: its next token is not the assistant's, or was not read."""
 
 
 def _align_row(
     sides: Sides, number: int, block: Block, of_pivot: Tokens, of_source: Tokens
 ) -> tuple[Aligned, Counter[str]]:
+    assert sides.made is not None
     own, source = sides.pivot_store[number], sides.source_store[number]
     positions = supervised_positions(of_pivot, block.spans)[: len(own)]
-    stored = {int(p): row for row, p in enumerate(supervised_positions(of_source, block.spans)[: len(source)])}
-    candidates = _partners(sides, of_pivot, of_source)
-    found: list[Mixture | None] = []
-    counts: Counter[str] = Counter()
-    for position in positions.tolist():
-        mixture = candidates.get(position)
-        if mixture is None:
-            counts["no_boundary"] += 1
-            found.append(None)
-            continue
-        kept = [(stored[place], weight) for place, weight in mixture if place in stored]
-        if len(kept) < len(mixture):
-            counts["not_stored"] += 1
-            found.append(None)
-        else:
-            found.append(kept)
-    assert sides.made is not None
-    row, paired, mapped = transfer(own, source, found, sides.made.matrix)
+    theirs = supervised_positions(of_source, block.spans)
+    partners, counts = _stored(_partners(sides, of_pivot, of_source), positions, theirs, len(source))
+    theirs = theirs[: len(source)]
+    row, paired, mapped = transfer(own, source, partners, sides.made.matrix)
     if sides.config.unpaired == "gold":
         row = _gold_where(row, ~paired, of_pivot.ids[positions + 1])
     source_tail = mapped.tail - mapped.unmapped - mapped.beyond
     masses = {"mass_ppm": mapped.probabilities.sum(), "unmapped_ppm": mapped.unmapped.sum()}
     masses |= {"beyond_ppm": mapped.beyond.sum(), "source_tail_ppm": source_tail.sum()}
     counts.update({"paired": int(paired.sum()), **{name: round(1e6 * float(m)) for name, m in masses.items()}})
-    golds = source.gold_logprob.astype(np.float64)
-    reach = int(of_source.ends[max(stored, default=-1) + 1])  # where the source's context cut the text
-    size = sum(max(0, min(stop, reach) - start) for start, stop in block.spans)
-    per_token, per_byte = (-golds.sum() / count if len(golds) else np.nan for count in (len(golds), size))
-    theirs = np.array(list(stored), np.intp)
-    gold_bytes = _gold_bytes(_sizes(of_pivot)[positions + 1], _sizes(of_source)[theirs + 1], found)
+    gold_bytes = _gold_bytes(_sizes(of_pivot)[positions + 1], _sizes(of_source)[theirs + 1], partners)
+    nats = -float(source.gold_logprob.astype(np.float64).sum())
+    units = len(source), _supervised_bytes(of_source, theirs, block.spans)
+    entropies = (nats / unit if unit else float("nan") for unit in units)
     arrays = row.ids, row.logprobs, row.tail, row.gold_logprob, paired.astype(np.uint8), gold_bytes
-    return Aligned(*arrays, per_token, per_byte), counts
+    return Aligned(*arrays, *entropies), counts
+
+
+def _stored(
+    candidates: dict[int, Mixture], positions: NDArray[np.int32], theirs: NDArray[np.int32], read: int
+) -> tuple[list[Mixture | None], Counter[str]]:
+    """For each of the pivot's supervised positions the rows of the source's store that stand for it, or None.
+
+    Args:
+        candidates: The source's positions for some of the pivot's, with weights.
+        positions: The pivot's supervised positions.
+        theirs: The source's.
+        read: How many of these are in its store; its context cut off the others.
+
+    Returns:
+        The rows, and how many positions have none, by cause.
+    """
+    row_of = {place: row for row, place in enumerate(theirs.tolist())}
+    found: list[Mixture | None] = []
+    counts: Counter[str] = Counter()
+    for position in positions.tolist():
+        mixture = candidates.get(position)
+        rows = [(row_of.get(place), weight) for place, weight in mixture or ()]
+        kept = [(row, weight) for row, weight in rows if row is not None and row < read]
+        if mixture is not None and len(kept) == len(mixture):
+            found.append(kept)
+            continue
+        found.append(None)
+        if mixture is None:
+            counts["no_partner"] += 1
+        else:
+            counts["not_supervised" if any(row is None for row, _ in rows) else "not_read"] += 1
+    return found, counts
+
+
+def _supervised_bytes(tokens: Tokens, positions: NDArray[np.int32], spans: Sequence[Span]) -> int:
+    """How many bytes of the spans are in the tokens after these positions."""
+    starts, stops = np.array(spans, np.int32).reshape(-1, 2).T
+    before = np.clip(tokens.ends[:, None] - starts, 0, stops - starts).sum(1)
+    return int((before[positions + 1] - before[positions]).sum())
 
 
 def _sizes(tokens: Tokens) -> NDArray[np.int32]:
@@ -366,12 +425,15 @@ def _report(manifest: dict[str, Any]) -> str:
         for name in ("mass", "unmapped", "beyond", "source_tail")
     }
     share = 1 / max(1, positions)
+    alone = "no common boundary" if manifest["identity"]["positions"] == "boundary" else "no token fits by rule"
     return "\n".join(
         [
             f"positions               {positions:>12,}",
             f"paired                  {paired:>12,}  {paired * share:.2%}",
-            f"  no common boundary    {manifest['no_boundary']:>12,}  {manifest['no_boundary'] * share:.2%}",
-            f"  not in source store   {manifest['not_stored']:>12,}  {manifest['not_stored'] * share:.2%}",
+            *(
+                f"  {cause:21} {manifest[name]:>12,}  {manifest[name] * share:.2%}"
+                for cause, name in ((alone, "no_partner"), *NOT_STORED)
+            ),
             f"of a paired position's mass mapped {mass['mass']:.2%}, ids without image {mass['unmapped']:.2%}, "
             f"beyond the k kept {mass['beyond']:.2%}, the source's tail {mass['source_tail']:.2%}",
         ]

@@ -1,29 +1,31 @@
 """Vocabulary maps on the disk: built once, found again by what they were built from, and shown."""
 
-import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from rapidfuzz.distance import Levenshtein
 from scipy.sparse import csr_array
 
 from fusion_trainer.alignment import vocabulary
 from fusion_trainer.alignment.corpus import Corpus
+from fusion_trainer.alignment.keeping import keep, kept, kept_of, place
 from fusion_trainer.alignment.vocabulary import Method, VocabularyMap
-from fusion_trainer.errors import FusionError, unlike
-from fusion_trainer.files import fingerprint, whole_file
+from fusion_trainer.errors import FusionError
+from fusion_trainer.files import sha256_of
 from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.tokens import TextTokenizer
 
-__all__ = ["build_map", "coverage", "load_map", "mass_by_id", "saved_map"]
+__all__ = ["SavedMap", "build_map", "coverage", "load_map", "mass_by_id", "saved_map"]
 
-FORMAT = "fusion-trainer vocabulary map"
-KEY = "fusion_trainer"
+FORMAT = "fusion-trainer vocabulary map, version 2"
+MASS_FORMAT = "fusion-trainer probability by id"
 WORST, EXAMPLES = 20, 10
+Places = dict[str, tuple[str, str | None]]
+"""``source`` and ``pivot``: name and revision."""
 
 
 def build_map(
@@ -60,73 +62,143 @@ def build_map(
     return made
 
 
-def saved_map(folder: Path, identity: Mapping[str, Any], build: Callable[[], VocabularyMap]) -> VocabularyMap:
-    """The map of this identity in ``folder``; built and kept there if it is not."""
-    path = folder / f"vocab-map-{fingerprint(dict(identity))[:12]}.safetensors"
+@dataclass(frozen=True)
+class SavedMap:
+    """A map on the disk.
+
+    Attributes:
+        path: Its file.
+        map: The map.
+        identity: What it is of, by hash.
+        places: Where the two tokenizers were when it was made.
+    """
+
+    path: Path
+    map: VocabularyMap
+    identity: dict[str, Any]
+    places: Places
+
+
+def saved_map(
+    folder: Path, identity: Mapping[str, Any], places: Places, build: Callable[[], VocabularyMap]
+) -> SavedMap:
+    """The map of this identity in ``folder``; built and kept there if it is not.
+
+    Raises:
+        FusionError: A file in the way, or a disk that is full.
+    """
+    path = place(folder, "vocab-map", identity)
     if path.is_file():
-        made, found = load_map(path)
-        if difference := unlike(f"`{path}` is a map of something else:", dict(identity), found):
-            raise FusionError(f"{difference}\nRemove that file.")
-        return made
+        return _saved(path, *kept_of(path, FORMAT, identity))
     made = build()
     matrix = made.matrix
+    described = {"identity": dict(identity), "places": places, "method": made.method, "shape": list(matrix.shape)}
     arrays = {"indptr": matrix.indptr.astype(np.int64), "indices": matrix.indices.astype(np.int64)}
-    described = {"format": FORMAT, "method": made.method, "shape": list(matrix.shape), "identity": dict(identity)}
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        file.write(save({**arrays, "weights": matrix.data}, {KEY: json.dumps(described)}))
-    return made
+    keep(path, FORMAT, described, {**arrays, "weights": matrix.data})
+    return SavedMap(path, made, dict(identity), places)
 
 
-def load_map(path: Path) -> tuple[VocabularyMap, dict[str, Any]]:
-    """A saved map, and what it is of.
+def load_map(path: Path) -> SavedMap:
+    """A saved map.
 
     Raises:
         FusionError: It is no vocabulary map.
     """
-    try:
-        with safe_open(path, "numpy") as file:
-            described = json.loads((file.metadata() or {})[KEY])
-            arrays = [file.get_tensor(name) for name in ("weights", "indices", "indptr")]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise FusionError(f"`{path}` is not a {FORMAT}: {error or type(error).__name__}") from error
-    matrix = csr_array((arrays[0], arrays[1], arrays[2]), shape=tuple(described["shape"]))
-    return VocabularyMap(matrix, described["method"]), described["identity"]
+    return _saved(path, *kept(path, FORMAT))
 
 
-def mass_by_id(store: RepresentationStore) -> NDArray[np.float64]:
-    """float64 [ids]: the probability each id has in the store, summed over its positions."""
+def _saved(path: Path, described: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> SavedMap:
+    matrix = csr_array((arrays["weights"], arrays["indices"], arrays["indptr"]), shape=tuple(described["shape"]))
+    places: Places = {side: (name, revision) for side, (name, revision) in described["places"].items()}
+    return SavedMap(path, VocabularyMap(matrix, described["method"]), described["identity"], places)
+
+
+def mass_by_id(store: RepresentationStore, folder: Path | None = None) -> NDArray[np.float64]:
+    """float64 [ids]: the probability each id has in the store, summed over its positions; kept in ``folder``."""
+    identity = {"store": sha256_of(store.folder / "manifest.json")}
+    path = folder and place(folder, "mass", identity)
+    if path and path.is_file():
+        return kept_of(path, MASS_FORMAT, identity)[1]["mass"]
     mass = np.zeros(store.identity["vocabulary"])
-    for row in store:
-        shares = np.exp(row.logprobs.astype(np.float64))
-        mass += np.bincount(row.ids.ravel(), shares.ravel(), len(mass))
+    for ids, logprobs in store.distributions():
+        mass += np.bincount(ids.ravel(), np.exp(logprobs.ravel().astype(np.float64)), len(mass))
+    if path:
+        keep(path, MASS_FORMAT, {"identity": identity}, {"mass": mass})
     return mass
 
 
 def coverage(
     made: VocabularyMap, source: TextTokenizer, pivot: TextTokenizer, mass: NDArray[np.float64] | None
 ) -> str:
-    """How much of the vocabulary, and of the store's probability, is mapped; what is not; and some rows."""
-    known = np.array(sorted(source.surfaces))
-    mapped = np.zeros(max(known) + 1, bool)
-    mapped[: len(made.mapped)] = made.mapped[: len(mapped)]
+    """How much of the vocabulary, and of the store's probability, is mapped; the worst ids; and some rows.
+
+    Args:
+        made: The map.
+        source: The source's tokenizer.
+        pivot: The pivot's.
+        mass: float64 [ids], the probability each id of the source has in its store; None weighs all alike.
+    """
+    size = max(max(source.surfaces) + 1, len(made.mapped), 0 if mass is None else len(mass))
+    far = _distances(made, source, pivot, size)
+    mapped, exact = ~np.isnan(far), far == 0
+    known = np.zeros(size, bool)
+    known[list(source.surfaces)] = True
+    weight = known.astype(np.float64) if mass is None else np.pad(mass, (0, size - len(mass)))
+
+    number, of_these = int((mapped & known).sum()), f"{(exact & known).sum() / max(1, (mapped & known).sum()):.1%}"
     lines = [
         f"method              {made.method}",
-        f"vocabulary mapped   {mapped[known].sum():,} of {len(known):,} ids ({mapped[known].mean():.1%})",
+        f"vocabulary mapped   {number:,} of {known.sum():,} ids ({number / known.sum():.1%}), of which exact "
+        f"{of_these}",
     ]
-    weight = np.zeros(len(mapped)) if mass is None else np.pad(mass, (0, max(0, len(mapped) - len(mass))))
     if mass is not None:
-        share = weight[: len(mapped)][mapped].sum() / max(weight.sum(), 1e-300)
-        lines.append(f"probability mapped  {share:.2%} of what the store's top k hold")
-    worst = sorted((int(token) for token in known if not mapped[token]), key=lambda t: (-weight[t], t))[:WORST]
-    if worst:
+        share, exactly = weight[mapped].sum() / max(weight.sum(), 1e-300), weight[exact].sum()
+        lines.append(
+            f"probability mapped  {share:.2%} of what the store's top k hold, of which exact "
+            f"{exactly / max(weight[mapped].sum(), 1e-300):.2%}"
+        )
+    if worst := _largest(np.where(known & ~mapped, weight, -1), WORST, least=0):
         lines.append("most probable ids without an image:")
         lines += [f"  {token:>7}  {source.surfaces[token]!r}  {weight[token]:.3g}" for token in worst]
+    loss = weight * np.nan_to_num(far)
+    if worst := _largest(loss, WORST, least=1e-300):
+        lines.append(
+            "mapped ids that lose most, probability × edit distance to the image as a share of its length:"
+        )
+        lines += [f"{_row(made, token, source, pivot)}  {loss[token]:.3g}" for token in worst]
     lines.append("some rows:")
-    likely = sorted((int(token) for token in known if mapped[token]), key=lambda t: (-weight[t], t))
-    for token in likely[:: max(1, len(likely) // EXAMPLES)][:EXAMPLES]:
-        here = slice(made.matrix.indptr[token], made.matrix.indptr[token + 1])
-        images = zip(made.matrix.indices[here].tolist(), made.matrix.data[here].tolist(), strict=True)
-        shown = ", ".join(f"{pivot.surfaces[image]!r} {share:.2f}" for image, share in images)
-        lines.append(f"  {token:>7}  {source.surfaces[token]!r} → {shown}")
+    likely = _largest(np.where(known & mapped, weight, -1), size, least=0)
+    lines += [_row(made, token, source, pivot) for token in likely[:: max(1, len(likely) // EXAMPLES)][:EXAMPLES]]
     return "\n".join(lines)
+
+
+def _largest(values: NDArray[np.float64], number: int, least: float) -> list[int]:
+    """The ids of the largest values from ``least`` on; of equal ones the lower first."""
+    order = np.argsort(-values, kind="stable")[:number]
+    return [int(token) for token in order if values[token] >= least]
+
+
+def _images(made: VocabularyMap, token: int) -> list[tuple[int, float]]:
+    here = slice(made.matrix.indptr[token], made.matrix.indptr[token + 1])
+    return list(zip(made.matrix.indices[here].tolist(), made.matrix.data[here].tolist(), strict=True))
+
+
+def _distances(made: VocabularyMap, source: TextTokenizer, pivot: TextTokenizer, size: int) -> NDArray[np.float64]:
+    """For each id the edit distance to its images, 0 to 1, weighted; NaN where it has none."""
+    far = np.full(size, np.nan)
+    for token in np.flatnonzero(made.mapped).tolist():
+        text = _text(source, token)
+        far[token] = sum(
+            share * Levenshtein.normalized_distance(text, _text(pivot, image))
+            for image, share in _images(made, token)
+        )
+    return far
+
+
+def _text(tokenizer: TextTokenizer, token: int) -> str:
+    return tokenizer.surfaces.get(token, b"").decode(errors="surrogateescape")
+
+
+def _row(made: VocabularyMap, token: int, source: TextTokenizer, pivot: TextTokenizer) -> str:
+    shown = ", ".join(f"{pivot.surfaces[image]!r} {share:.2f}" for image, share in _images(made, token))
+    return f"  {token:>7}  {source.surfaces[token]!r} → {shown}"

@@ -130,7 +130,7 @@ def _warp(
 
 
 def _walk_back(table: NDArray[np.int32], along_row_first: bool) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Rows and columns of the path; of equal predecessors the diagonal, then the step in the row or across rows."""
+    """Rows and columns of the path; of equal predecessors the diagonal, then the step that is named."""
     i, j = len(table) - 1, table.shape[1] - 2
     path = [(i, j)]
     while i or j:

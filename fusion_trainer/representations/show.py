@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from fusion_trainer.dialogues import Dialogues
-from fusion_trainer.models import local_folder
+from fusion_trainer.representations.reader import tokenizer_of
 from fusion_trainer.representations.store import RepresentationStore
-from fusion_trainer.tokens import TextTokenizer, load_tokenizer, supervised_positions
+from fusion_trainer.tokens import TextTokenizer, supervised_positions
 
 __all__ = ["show_manifest", "show_row"]
 
@@ -45,7 +45,7 @@ def show_row(
     Raises:
         FusionError: The tokenizer or the dialogues are not those the store was made with.
     """
-    reader = _tokenizer(store, tokenizer, code)
+    reader = tokenizer_of(store, tokenizer, code)
     found = store[row]
     prepared = _dialogues(store, dialogues)
     golds: list[str] = ["?"] * len(found)
@@ -71,14 +71,6 @@ def show_row(
 
 def _shown(reader: TextTokenizer, token: int) -> str:
     return repr(reader.tokenizer.decode([token])) if token in reader.vocabulary else f"<{token}>"
-
-
-def _tokenizer(store: RepresentationStore, place: str | None, code: bool) -> TextTokenizer:
-    name = place or store.identity["model"]
-    revision = None if place else store.identity["revision"]
-    reader = load_tokenizer(local_folder(name, revision, weights=False, code=code)[0], name, code)
-    store.demand(tokenizer=reader.sha256)
-    return reader
 
 
 def _dialogues(store: RepresentationStore, folder: Path | None) -> Dialogues | None:

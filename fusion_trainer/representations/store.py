@@ -66,6 +66,8 @@ OWN_FACTS = ("positions", "batch_tokens")
 """Facts of a shard that the manifest names for each."""
 ALIGNED_COLUMNS = (("paired", pa.uint8()), ("gold_bytes", pa.uint16()))
 CROSS_ENTROPIES = ("ce_per_token", "ce_per_byte")
+NAMES = ("model", "pivot", "pivot_revision")
+"""Of an identity: a folder that has moved is the same by its hashes."""
 LEAST = float(np.finfo(np.float16).min)
 SLACK = 2e-3
 """How far Σ exp(logprobs) + tail may lie from 1: float16 keeps 11 bits of a logarithm."""
@@ -195,7 +197,7 @@ class StoreWriter:
         for name in demand_free(self.folder):
             plan = _plan_in(self.folder / name)
             found = plan["identity"]
-            renamed = {**self.identity, "model": found.get("model")}  # a folder that moved is the same by its hash
+            renamed = {**self.identity, **{name: found.get(name) for name in NAMES if name in self.identity}}
             if difference := unlike(f"`{self.folder}` is a store of something else:", renamed, found):
                 raise FusionError(f"{difference}\nGive another --output, or remove that folder.")
             self.identity = found
@@ -452,6 +454,12 @@ class RepresentationStore:
         shard = self._open.get(number) or self._map(number)
         return shard[row - int(self._first_rows[number])]
 
+    def distributions(self) -> Iterator[tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.float16]]]:
+        """Shard by shard the ids and log-probabilities of all positions, [positions, k] each."""
+        for number in range(len(self.manifest["shards"])):
+            shard = self._open.get(number) or self._map(number)
+            yield shard.ids, shard.logprobs
+
     def __iter__(self) -> Iterator[Representation]:
         return (self[row] for row in range(len(self)))
 
@@ -461,11 +469,12 @@ class RepresentationStore:
 
     def _manifest(self) -> dict[str, Any]:
         if not (self.folder / MANIFEST).is_file():
-            begun = (self.folder / PLAN).is_file()
+            if not (self.folder / PLAN).is_file():
+                raise FusionError(f"no store `{self.folder}`: there is no {MANIFEST} in it")
+            aligned = _plan_in(self.folder / PLAN)["identity"].get("kind") == ALIGNED
+            work = "alignment" if aligned else "extraction"
             raise FusionError(
-                f"the store `{self.folder}` is not finished; run its extraction again: it goes on where it stopped"
-                if begun
-                else f"no store `{self.folder}`: there is no {MANIFEST} in it"
+                f"the store `{self.folder}` is not finished; run its {work} again: it goes on where it stopped"
             )
         try:
             manifest = read_json(self.folder / MANIFEST)
@@ -493,7 +502,7 @@ class RepresentationStore:
         for number, described in enumerate(self.manifest["shards"]):
             name = described["file"]
             if sha256_of(self.folder / name) != described["sha256"]:
-                yield f"{name}: its SHA-256 is not the manifest's; remove it and run the extraction again"
+                yield f"{name}: its SHA-256 is not the manifest's; remove it and run its command again"
             try:
                 shard = self._open.get(number) or self._map(number)
             except (pa.ArrowException, OSError, KeyError, ValueError) as error:

@@ -1,0 +1,67 @@
+"""Arrays on the disk with a description of what they are of: safetensors, whole or not at all, nothing pickled."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from fusion_trainer.errors import FusionError, unlike
+from fusion_trainer.files import fingerprint, remove_abandoned, whole_file, written_to
+
+__all__ = ["keep", "kept", "kept_of", "place"]
+
+KEY = "fusion_trainer"
+Arrays = dict[str, NDArray[Any]]
+
+
+def place(folder: Path, name: str, identity: Mapping[str, Any]) -> Path:
+    """Where in ``folder`` the arrays of this identity are kept."""
+    return folder / f"{name}-{fingerprint(dict(identity))[:12]}.safetensors"
+
+
+def keep(path: Path, what: str, described: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write ``arrays``; ``what`` names their format, ``described`` holds what they are of under ``identity``.
+
+    Raises:
+        FusionError: The disk is full, or the folder cannot be written.
+    """
+    head = {KEY: json.dumps({"format": what, **described})}
+    with written_to(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(path.parent, path.name)
+        with whole_file(path) as file:
+            file.write(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, head))
+
+
+def kept(path: Path, what: str) -> tuple[dict[str, Any], Arrays]:
+    """What ``keep`` has written there: the description and the arrays.
+
+    Raises:
+        FusionError: It is nothing of this format.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            described = json.loads((file.metadata() or {})[KEY])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise FusionError(f"`{path}` is not a {what}: {error or type(error).__name__}") from error
+    if described["format"] != what:
+        raise FusionError(f"`{path}` is not a {what} but a {described['format']}")
+    return described, arrays
+
+
+def kept_of(path: Path, what: str, identity: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:
+    """The same, of this identity.
+
+    Raises:
+        FusionError: It is nothing of this format, or of another identity.
+    """
+    described, arrays = kept(path, what)
+    if difference := unlike(f"`{path}` is a {what} of something else:", dict(identity), described["identity"]):
+        raise FusionError(f"{difference}\nRemove that file.")
+    return described, arrays
