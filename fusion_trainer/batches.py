@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from fusion_trainer.dialogues import Dialogues
 from fusion_trainer.errors import FusionError
-from fusion_trainer.files import whole_file, written_to
+from fusion_trainer.files import remove_abandoned, whole_file, written_to
 from fusion_trainer.fusion import Fused, Rule, cross_entropies, fuse
 from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.tokens import TextTokenizer, supervised_positions
@@ -64,6 +64,8 @@ def write_tokens(dialogues: Dialogues, tokenizer: TextTokenizer) -> Path:
     if path.is_file():
         return path
     starts = range(0, len(dialogues), BLOCKS_AT_ONCE)
+    with written_to(dialogues.folder):
+        remove_abandoned(dialogues.folder, path.name)
     with written_to(dialogues.folder), whole_file(path) as file, pa.ipc.new_file(file, TOKENS) as writer:
         for start in tqdm(starts, desc="tokenise", unit="batch", disable=len(starts) < 2):
             blocks = [dialogues[n] for n in range(start, min(start + BLOCKS_AT_ONCE, len(dialogues)))]
