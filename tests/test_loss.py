@@ -102,7 +102,7 @@ def random_targets(
         torch.from_numpy(probabilities).float(),
         torch.from_numpy(tail).float() if bucket else None,
         torch.from_numpy(weight).float(),
-        norms,
+        norms=norms,
     )
 
 
@@ -284,11 +284,35 @@ def taught(model: Any, chunk_bytes: int | None = CHUNK_OF_5) -> Any:
     return learner
 
 
-def learned(learner: Any, targets: Targets, **inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What the model returns, and the gradients of its loss."""
+@dataclass
+class Learned:
+    """What a model says about its targets."""
+
+    loss: Tensor
+    clm: Tensor
+    fusion: Tensor
+    squares: Tensor
+
+
+def run(learner: Any, targets: Targets, **inputs: Tensor) -> Learned:
+    """The loss, to be differentiated, and the terms."""
     outputs = learner(**inputs, targets=targets)
-    outputs["loss"].backward()
-    return outputs, gradients_of(learner)
+    assert list(outputs) == ["loss"]
+    assert targets.terms is not None
+    assert targets.loss is not None
+    found = Learned(outputs["loss"], targets.terms.clm, targets.terms.fusion, targets.terms.squares)
+    for tensor in (targets.loss, found.clm, found.fusion, found.squares):
+        assert not tensor.requires_grad
+        assert tensor.dtype == torch.float32
+    assert torch.equal(targets.loss, found.loss.detach())
+    return found
+
+
+def learned(learner: Any, targets: Targets, **inputs: Tensor) -> tuple[Learned, dict[str, Tensor]]:
+    """What the model says, and the gradients of its loss."""
+    found = run(learner, targets, **inputs)
+    found.loss.backward()
+    return found, gradients_of(learner)
 
 
 def dense_loss(model: Any, targets: Targets, **inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,10 +339,7 @@ def test_a_models_loss_and_all_its_gradients_are_those_of_its_own_logits(layout:
     loss.backward()
     precision = precision_of(layout)
     for name, expected in (("loss", loss), ("clm", clm_S), ("fusion", fusion_S)):
-        assert_near(outputs[name], expected, precision, name)
-        assert outputs[name].dtype == torch.float32
-    assert not outputs["clm"].requires_grad
-    assert not outputs["fusion"].requires_grad
+        assert_near(getattr(outputs, name), expected, precision, name)
     assert_same_gradients(gradients, gradients_of(model), precision)
 
 
@@ -331,7 +352,7 @@ def test_with_a_clm_weight_of_one_loss_and_gradients_are_those_of_transformers(l
     outputs, gradients = learned(taught(model), targets, **inputs)
     plain = model(**inputs, labels=labels.reshape(len(LENGTHS), WIDTH), use_cache=False).loss * len(targets.gold)
     plain.backward()
-    assert_near(outputs["loss"], plain, precision_of(layout))
+    assert_near(outputs.loss, plain, precision_of(layout))
     assert_same_gradients(gradients, gradients_of(model), precision_of(layout))
 
 
@@ -357,7 +378,7 @@ def test_gradient_checkpointing_of_the_layers_changes_no_bit(layout: str, reentr
     with no_warning():
         again, others = learned(learner, targets, **batch())
     assert calls == ["forward", "forward"]  # once more in the backward pass
-    assert torch.equal(outputs["loss"], again["loss"])
+    assert torch.equal(outputs.loss, again.loss)
     assert all(torch.equal(gradients[name], others[name]) for name in gradients)
 
 
@@ -367,12 +388,12 @@ def test_under_bf16_autocast_the_loss_is_that_of_float64_to_bf16(layout: str) ->
     targets = random_targets(rng, some_positions(rng), ROWS, bucket=True)
     learner = taught(new_model(layout, torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = learner(**batch(), targets=targets)
-    outputs["loss"].backward()
+        outputs = run(learner, targets, **batch())
+    outputs.loss.backward()
     loss, *_ = dense_loss(model, targets, **batch())
     loss.backward()
-    assert outputs["loss"].dtype == torch.float32
-    assert outputs["loss"].item() == pytest.approx(loss.item(), rel=2e-2)
+    assert outputs.loss.dtype == torch.float32
+    assert outputs.loss.item() == pytest.approx(loss.item(), rel=2e-2)
     found, expected = gradients_of(learner), gradients_of(model)
     for name, gradient in expected.items():
         assert found[name].dtype == torch.float32
@@ -386,8 +407,8 @@ def test_where_nothing_is_supervised_the_loss_is_zero_and_so_are_the_gradients(l
     for entries in (0, 4):
         targets = random_targets(np.random.default_rng(0), [], ROWS, entries, bucket=True)
         outputs, gradients = learned(taught(model), targets, **batch())
-        assert float(outputs["loss"]) == 0.0
-        assert (outputs["clm"].shape, outputs["fusion"].shape, outputs["squares"].shape) == ((0,), (0,), (0, 2))
+        assert outputs.loss.item() == 0.0
+        assert (outputs.clm.shape, outputs.fusion.shape, outputs.squares.shape) == ((0,), (0,), (0, 2))
         assert not any(gradient.any() for gradient in gradients.values())
 
 
@@ -395,7 +416,7 @@ def test_where_nothing_is_fused_the_fusion_term_is_zero() -> None:
     model, rng = new_model("llama"), np.random.default_rng(6)
     targets = random_targets(rng, some_positions(rng), ROWS, 0)
     outputs, gradients = learned(taught(model), targets, **batch())
-    assert not outputs["fusion"].any()
+    assert not outputs.fusion.any()
     dense_loss(model, targets, **batch())[0].backward()
     assert_same_gradients(gradients, gradients_of(model), 2e-6)
 
@@ -406,7 +427,7 @@ def test_frozen_weights_get_no_gradient_and_the_others_theirs(frozen: str) -> No
     getattr(model, frozen).requires_grad_(False)
     targets = random_targets(rng, some_positions(rng), ROWS)
     learner = taught(model)
-    learner(**batch(), targets=targets)["loss"].backward()
+    run(learner, targets, **batch()).loss.backward()
     dense_loss(model, targets, **batch())[0].backward()
     for (name, found), expected in zip(learner.named_parameters(), model.parameters(), strict=True):
         assert (found.grad is None) == (expected.grad is None) == name.startswith(frozen), name
@@ -418,11 +439,24 @@ def test_frozen_weights_get_no_gradient_and_the_others_theirs(frozen: str) -> No
 def test_norms_are_measured_when_asked_for() -> None:
     model, rng = new_model("gemma2"), np.random.default_rng(8)
     targets = random_targets(rng, some_positions(rng), ROWS, norms=True)
-    outputs = taught(model)(**batch(), targets=targets)
+    outputs = run(taught(model), targets, **batch())
     logits_SV = model(**batch()).logits.flatten(0, 1)[targets.positions].detach().requires_grad_()
     for column, term_S in enumerate(dense_terms(logits_SV, targets)):
         (gradient_SV,) = torch.autograd.grad(term_S.sum(), logits_SV, retain_graph=True)
-        assert_near(outputs["squares"][:, column], gradient_SV.square().sum(1), 2e-6)
+        assert_near(outputs.squares[:, column], gradient_SV.square().sum(1), 2e-6)
+
+
+@pytest.mark.parametrize("scale", [0.25, torch.tensor(0.25)], ids=["number", "tensor"])
+def test_the_loss_and_its_gradients_are_scaled_and_the_terms_are_not(scale: Tensor | float) -> None:
+    model = new_model("mixtral", torch.float32, output_router_logits=True)
+    targets, scaled = (random_targets(np.random.default_rng(9), list(range(20)), ROWS) for _ in range(2))
+    scaled.scale = scale
+    whole, gradients = learned(taught(model), targets, **batch())
+    quarter, others = learned(taught(model), scaled, **batch())
+    assert_near(4 * quarter.loss, whole.loss, 1e-6)
+    assert torch.equal(quarter.clm, whole.clm)
+    assert torch.equal(quarter.fusion, whole.fusion)
+    assert_same_gradients({name: 4 * gradient for name, gradient in others.items()}, gradients, 1e-6)
 
 
 # A mixture of experts
@@ -439,19 +473,19 @@ def test_the_load_balancing_loss_is_the_one_the_model_adds_itself(mask: str) -> 
     labels[targets.positions + 1] = targets.gold = inputs["input_ids"].flatten()[targets.positions + 1]
     outputs, gradients = learned(taught(model), targets, **inputs)
     plain = model(**inputs, labels=labels.reshape(len(LENGTHS), WIDTH), use_cache=False)
-    added = float(outputs["loss"].detach() - outputs["clm"].sum())
-    assert added == pytest.approx(5.0 * float(plain.aux_loss) * len(targets.gold), rel=1e-4)
-    assert added > 0.1 * float(outputs["loss"])
+    added = (outputs.loss - outputs.clm.sum()).item()
+    assert added == pytest.approx(5.0 * plain.aux_loss.item() * len(targets.gold), rel=1e-4)
+    assert added > 0.1 * outputs.loss.item()
     (plain.loss * len(targets.gold)).backward()
-    assert_near(outputs["loss"], plain.loss * len(targets.gold), 2e-5)
+    assert_near(outputs.loss, plain.loss * len(targets.gold), 2e-5)
     assert_same_gradients(gradients, gradients_of(model), 2e-5)
 
 
 def test_without_being_asked_for_there_is_no_load_balancing_loss() -> None:
     rng = np.random.default_rng(9)
     targets = random_targets(rng, some_positions(rng), ROWS)
-    outputs = taught(new_model("mixtral"))(**batch(), targets=targets)
-    assert_near(outputs["loss"], weighted(outputs["clm"], outputs["fusion"], targets), 1e-6)
+    outputs = run(taught(new_model("mixtral")), targets, **batch())
+    assert_near(outputs.loss, weighted(outputs.clm, outputs.fusion, targets), 1e-6)
 
 
 # Without targets
