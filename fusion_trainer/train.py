@@ -109,6 +109,12 @@ def train(config: TrainConfig) -> Path:
             f"out of memory: {error}\nTry gradient_checkpointing, a smaller per_device_train_batch_size with more "
             "gradient_accumulation_steps, lora, or FSDP on several GPUs"
         ) from error
+    except FusionError:
+        raise
+    except (ValueError, OSError) as error:
+        if last is None:
+            raise
+        raise FusionError(f"the training cannot go on from `{last}`: {error}") from error
     measured = trainer.evaluate() if trainer.eval_dataset is not None else {}
     _finish(inputs, trainer, {**identity, "results": {**result.metrics, **measured}})
     trainer.end()
