@@ -11,7 +11,14 @@ import click
 import yaml
 from pydantic import BaseModel
 
-from fusion_trainer.config import AlignConfig, ExtractConfig, PrepareConfig, TrainConfig, read_config
+from fusion_trainer.config import (
+    AlignConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    PrepareConfig,
+    TrainConfig,
+    read_config,
+)
 from fusion_trainer.errors import FusionError, listed
 
 __all__ = ["main"]
@@ -159,6 +166,24 @@ def train(config: Path | None, **flags: Any) -> None:
     target = run(read_config(TrainConfig, config, _given(flags)))
     if PartialState().is_main_process:
         click.echo(f"the target is in {target}")
+
+
+@main.command()
+@_settings_as_flags(EvaluateConfig)
+def evaluate(config: Path | None, **flags: Any) -> None:
+    """Score a model on held-out dialogues: nats per byte and exact matches, by group of conversations.
+
+    \b
+    Example:
+      fusion-trainer prepare --data held_out.jsonl --pivot openchat/openchat_3.5 --dialogues held_out/
+      fusion-trainer evaluate --model targets/solar --dialogues held_out/ --output scores/solar.json
+    """
+    from fusion_trainer.evaluate import evaluate as run
+
+    result = run(read_config(EvaluateConfig, config, _given(flags)))
+    for name, of in result["groups"].items():
+        scores = f"{of['nats_per_byte']:.4f} nats/byte  {of['exact_match']:.1%} matched"
+        click.echo(f"{name:24} {of['rows']:>7,} rows  {scores}")
 
 
 @main.command("recipe")

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from fusion_trainer.errors import FusionError, listed
 
-__all__ = ["AlignConfig", "ExtractConfig", "PrepareConfig", "TrainConfig", "read_config"]
+__all__ = ["AlignConfig", "EvaluateConfig", "ExtractConfig", "PrepareConfig", "TrainConfig", "read_config"]
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -172,6 +172,23 @@ class TrainConfig(BaseModel):
     training: Annotated[dict[str, Any], AfterValidator(_training_arguments)] = Field(
         description="TrainingArguments of transformers; output_dir is the target's folder."
     )
+    trust_remote_code: bool = Field(False, description="Run code that the model repositories bring along.")
+
+
+class EvaluateConfig(BaseModel):
+    """A model on held-out dialogues."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(description="Folder or Hub id of the model to score.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the model.")
+    dialogues: Path = Field(description="Prepared dialogues, held out: the same for all models compared.")
+    output: Path = Field(description="JSON file of the scores.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Of the weights; auto is the checkpoint's."
+    )
+    attention: str | None = Field(None, description="transformers' attn_implementation, for instance sdpa.")
+    batch_tokens: int = Field(16384, ge=1, description="Most tokens in a batch, padding included.")
     trust_remote_code: bool = Field(False, description="Run code that the model repositories bring along.")
 
 
