@@ -14,6 +14,9 @@ import tokenizer_zoo
 from scipy.sparse import csr_array
 from test_positions import edits
 from tokenizer_zoo import MAKERS, Kind, byte_level, kind, sentencepiece
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from fusion_trainer.alignment import vocabulary
 from fusion_trainer.alignment.corpus import count
@@ -153,8 +156,34 @@ def test_prefix_is_read_within_a_text_and_not_at_its_beginning() -> None:
     source, pivot = kind("gpt2"), kind("llama")
     made = images(vocabulary.prefix(source.reader, pivot.reader))
     for token, surface in source.surfaces.items():
+        if token not in made:
+            assert token in source.added
+            continue
         (image,) = made[token]
         assert pivot.surfaces[image][:1] == surface[:1]
+
+
+def test_where_readings_differ_the_pivots_own_token_wins_and_else_the_first() -> None:
+    """A pivot that takes a digit at a line's head by itself and elsewhere two, though it knows three."""
+    source = byte_level(["\n", "1", "2", "3", "12", "123"])
+    pivot = byte_level(["\n", "a", "1", "2", "3", "12", "123"])
+    backend = pivot.tokenizer.backend_tokenizer
+    at_the_head = pre_tokenizers.Split(Regex(r"(?<=\n)\d|\d{1,2}"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([at_the_head, backend.pre_tokenizer])
+    heads = TextTokenizer(pivot.tokenizer, "heads of lines")
+    words = ids(pivot)
+    for text, spelt in (("\n12", ["\n", "1", "2"]), ("a123", ["a", "12", "3"])):
+        assert heads.encode([text])[0].ids.tolist() == [words[word] for word in spelt]
+    made = by_words(vocabulary.prefix(source, heads), source, heads)
+    assert (made["12"], made["123"]) == ("12", "1")
+
+
+def test_what_the_pivot_reads_as_unknown_has_no_image() -> None:
+    pivot = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, "<unk>"))
+    pivot.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    reader = TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=pivot, unk_token="<unk>"), "letters")
+    source = byte_level(["a", "b"])
+    assert images(vocabulary.prefix(source, reader)) == {ids(source)["a"]: {1: 1.0}}
 
 
 def test_a_token_of_part_of_a_character_goes_to_the_longest_token_it_begins_with() -> None:
@@ -244,15 +273,19 @@ def test_minimum_edit_distance_is_what_comparing_every_pair_gives(source: str, p
 
 @pytest.mark.parametrize(("source", "pivot"), TWO_OF_A_KIND)
 def test_prefix_goes_to_a_token_the_text_begins_with_and_the_pivot_reads_it_so(source: str, pivot: str) -> None:
-    """In some text the pivot's tokens, laid along it, break before the token's text and go on with its image."""
+    """In some text the pivot's tokens, laid along it, break before the token's text and go on with its image.
+
+    The pivot's token of the same bytes is the image where any text reads so, or none breaks there.
+    """
     ours, theirs = kind(source), kind(pivot)
     made = images(vocabulary.prefix(ours.reader, theirs.reader))
     exact = exact_by_brute_force(source, pivot)
     heads = ["\n", "a", " ", ".", "0", "("]
-    checked = 0
+    checked = never_read = 0
     for token, surface in ours.surfaces.items():
-        if token in exact:
-            assert made[token] == {exact[token]: 1.0}
+        same = exact.get(token)
+        if token in ours.added:
+            assert made.get(token) == (None if same is None else {same: 1.0})
             continue
         (image,) = made[token]
         assert surface.startswith(theirs.surfaces[image])
@@ -260,11 +293,40 @@ def test_prefix_goes_to_a_token_the_text_begins_with_and_the_pivot_reads_it_so(s
         try:
             text = surface.decode()
         except UnicodeDecodeError:
+            assert same in (None, image)
             continue
-        firsts = [first_token_after(theirs, head, text) for head in heads]
-        assert image in firsts or not any(first is not None for first in firsts)
+        firsts = [first for head in heads if (first := first_token_after(theirs, head, text)) is not None]
+        if same is None:
+            assert image in firsts or not firsts
+        else:
+            assert image == (same if same in firsts or not firsts else firsts[0])
+            never_read += image != same
         checked += 1
     assert checked >= 10
+    assert (never_read > 0) == ((source, pivot) in {("unigram", "qwen2"), ("gpt2", "unigram")})
+
+
+def test_a_token_the_pivot_knows_but_never_reads_is_no_image() -> None:
+    """A pivot that takes digits one by one predicts "1" for "12". Special tokens go by name."""
+    source = byte_level(["\n", "1", "2", "12", "a"], added=["<|end|>", "<|turn|>", "a12"])
+    source.tokenizer.add_tokens(["21"])  # an added token that is text like any other
+    digits = byte_level(["\n", "1", "2", "12", "a"], added=["<|turn|>", "<|end|>"])
+    assert by_words(vocabulary.prefix(source, digits), source, digits)["12"] == "12"
+    backend = digits.tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), backend.pre_tokenizer])
+    one_by_one = TextTokenizer(digits.tokenizer, "one by one")
+    assert ids(one_by_one)["12"] == ids(digits)["12"]
+    assert by_words(vocabulary.prefix(source, one_by_one), source, one_by_one) == {
+        "\n": "\n",
+        "1": "1",
+        "2": "2",
+        "12": "1",
+        "21": "2",
+        "a": "a",
+        "<|end|>": "<|end|>",
+        "<|turn|>": "<|turn|>",
+    }
+    assert by_words(vocabulary.exact(source, one_by_one), source, one_by_one)["12"] == "12"
 
 
 def first_token_after(one: Kind, head: str, text: str) -> int | None:
@@ -467,8 +529,9 @@ def test_coverage_tells_what_share_is_mapped_and_what_is_not() -> None:
     for word, share in {"a": 5.0, "ab": 1.0, "x": 3.0, "c": 0.5, "<|end|>": 0.5}.items():
         mass[ids(source)[word]] = share
     shown = coverage(made, source, pivot, mass)
-    assert "3 of 6 ids (50.0%)" in shown
-    assert "60.00%" in shown
+    assert "3 of 6 ids (50.0%), of which exact 100.0%" in shown
+    assert "60.00% of what the store's top k hold, of which exact 100.00%" in shown
+    assert "lose most" not in shown
     worst = [line.split()[1] for line in shown.split("image:\n")[1].split("some rows:")[0].splitlines()]
     assert worst == ["b'x'", "b'c'", "b'<|end|>'"]
     assert "b'ab' → b'ab' 1.00" in shown
@@ -486,3 +549,47 @@ def test_coverage_names_the_twenty_worst_and_ten_rows() -> None:
     unmapped = [token for token in source.surfaces if not made.mapped[token]]
     assert worst == sorted(unmapped, key=lambda token: -mass[token])[:20]
     assert sum("→" in line for line in lines) == 10
+
+
+def test_coverage_names_the_mapped_ids_that_lose_most() -> None:
+    """By probability × edit distance over the longer text; several images by their weights."""
+    source = byte_level(["a", "b", "c", "d", "ab", "cd", "abcd", "x", "y", "xy", "z"])
+    pivot = byte_level(["a", "b", "ab", "x", "q"])
+    named, theirs = ids(source), ids(pivot)
+    table = np.zeros((11, 5), np.float32)
+    images_of = {
+        "a": {"a": 1.0},
+        "abcd": {"ab": 1.0},
+        "xy": {"x": 0.75, "q": 0.25},
+        "x": {"x": 1.0},
+        "z": {"q": 1.0},
+    }
+    for word, row in images_of.items():
+        for image, share in row.items():
+            table[named[word], theirs[image]] = share
+    made = VocabularyMap(csr_array(table), "statistics")
+    mass = np.zeros(13)  # two rows more than the tokenizer has ids
+    for word, share in {"a": 6.0, "b": 1.0, "abcd": 2.0, "xy": 0.8, "x": 0.5, "z": 0.1}.items():
+        mass[named[word]] = share
+    mass[12] = 0.6
+    shown = coverage(made, source, pivot, mass)
+    assert "5 of 11 ids (45.5%), of which exact 40.0%" in shown
+    assert f"{9.4 / 11:.2%} of what the store's top k hold, of which exact {6.5 / 9.4:.2%}" in shown
+    worst = shown.split("share of its length:\n")[1].split("some rows:")[0].splitlines()
+    losses = {"abcd": 2 * 2 / 4, "xy": 0.8 * (0.75 / 2 + 0.25), "z": 0.1}
+    assert [line.split()[0] for line in worst] == [str(named[word]) for word in losses]
+    assert [float(line.split()[-1]) for line in worst] == pytest.approx(list(losses.values()), rel=1e-2)
+    assert "b'xy' → b'x' 0.75, b'q' 0.25" in worst[1]
+    plain = coverage(made, source, pivot, None).split("share of its length:\n")[1].splitlines()
+    assert [line.split()[0] for line in plain[:3]] == [str(named[word]) for word in ("z", "xy", "abcd")]
+
+
+def test_coverage_names_twenty_of_the_mapped_ids() -> None:
+    source, pivot = kind("gpt2").reader, kind("llama").reader
+    made = vocabulary.prefix(source, pivot)
+    shown = coverage(made, source, pivot, np.random.default_rng(0).random(max(source.surfaces) + 1))
+    worst = shown.split("share of its length:\n")[1].split("some rows:")[0].splitlines()
+    losses = [float(line.split()[-1]) for line in worst]
+    assert len(losses) == 20
+    assert losses == sorted(losses, reverse=True)
+    assert all(source.surfaces[int(line.split()[0])] not in pivot.surfaces.values() for line in worst)

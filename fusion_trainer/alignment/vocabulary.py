@@ -21,17 +21,17 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 from scipy.sparse import csr_array
 
-from fusion_trainer.tokens import TextTokenizer
+from fusion_trainer.tokens import TextTokenizer, Tokens
 
 __all__ = ["METHODS", "Method", "VocabularyMap", "exact", "identical", "min_edit_distance", "prefix", "statistics"]
 
 Method = Literal["exact", "min_edit_distance", "statistics", "prefix"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
-RULES = 1
+RULES = 2
 """Raised with every change of what a method maps, so that no older map is taken for a new one."""
 CONTEXTS = ("\n", "a", " ", ".", "0", "(")
-"""Texts before which a token's text is read, until one is found that it does not join."""
+"""Texts after which a token's text is read, until one is found that it does not join."""
 CELLS_AT_ONCE = 1 << 24
 """Of edit distances, 2 bytes each."""
 
@@ -97,7 +97,7 @@ def min_edit_distance(
 def statistics(
     counts: csr_array, source: TextTokenizer, pivot: TextTokenizer, most: int = 0, name: str = "statistics"
 ) -> VocabularyMap:
-    """MS: what an id was paired with over the corpus (FuseChat).
+    """MS: what an id was paired with over the corpus (FuseChat, arXiv 2408.07990, token alignment by statistics).
 
     Args:
         counts: int64 [source ids, pivot ids], how often the alignment paired them.
@@ -128,28 +128,47 @@ def statistics(
 def prefix(source: TextTokenizer, pivot: TextTokenizer) -> VocabularyMap:
     """The first token that the pivot reads an id's text as, within a text.
 
-    A text that the pivot always joins to what precedes it, or that is no whole characters, goes to the pivot's
-    longest token that it begins with.
+    The pivot's token of the same bytes is the image only if the pivot does read it so in one of ``CONTEXTS``: a
+    tokenizer that takes digits one by one never predicts "12", though it may know it. Added tokens are mapped by
+    name; a special one without its like has no image, for no text of the pivot begins as its name does. A text that
+    the pivot always joins to what precedes it, or that is no whole characters, goes to the pivot's longest token
+    that it begins with.
     """
-    images = _exact(source, pivot)
+    same = _exact(source, pivot)
+    named = {token: image for token, image in same.items() if token in source.added}
+    special = {token for token, mark in source.tokenizer.added_tokens_decoder.items() if mark.special}
+    rest = [token for token in source.surfaces if token not in named and token not in special]
+    read = _firsts({token: _text(source.surfaces[token]) for token in rest}, pivot, same)
     longest = _Prefixes(pivot)
-    rest = [token for token in source.surfaces if token not in images]
-    open_texts = {token: text for token in rest if (text := _text(source.surfaces[token]))}
+    found = {token: longest.of(source.surfaces[token]) for token in rest if token not in read}
+    images = {**named, **read, **{token: image for token, image in found.items() if image is not None}}
+    return _one_to_one(images, source, pivot, "prefix")
+
+
+def _firsts(texts: Mapping[int, str], pivot: TextTokenizer, same: Mapping[int, int]) -> dict[int, int]:
+    """The first token the pivot reads each text as: its own token (``same``) in any context, else in the first."""
+    found: dict[int, int] = {}
+    open_texts = {token: text for token, text in texts.items() if text}
     for context in CONTEXTS:
-        if not open_texts:
-            break
         read = pivot.encode([context + text for text in open_texts.values()])
         for token, tokens in zip(list(open_texts), read, strict=True):
-            cut = np.flatnonzero(tokens.ends == len(context.encode()))
-            if len(cut) and cut[-1] + 1 < len(tokens) and tokens.ends[cut[-1] + 1] > tokens.ends[cut[-1]]:
-                first = int(tokens.ids[cut[-1] + 1])
-                if first != pivot.tokenizer.unk_token_id:
-                    images[token] = first
+            first = _after(tokens, len(context.encode()))
+            if first is None:
+                continue
+            if first == same.get(token, first):
+                found[token] = first
                 del open_texts[token]
-    for token in rest:
-        if token not in images and (found := longest.of(source.surfaces[token])) is not None:
-            images[token] = found
-    return _one_to_one(images, source, pivot, "prefix")
+            else:
+                found.setdefault(token, first)
+    return {token: first for token, first in found.items() if first != pivot.tokenizer.unk_token_id}
+
+
+def _after(tokens: Tokens, end: int) -> int | None:
+    """The token of some bytes that begins at a byte; None where one goes across it."""
+    cut = np.flatnonzero(tokens.ends == end)
+    if len(cut) and cut[-1] + 1 < len(tokens) and tokens.ends[cut[-1] + 1] > end:
+        return int(tokens.ids[cut[-1] + 1])
+    return None
 
 
 class _Prefixes:
