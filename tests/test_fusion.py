@@ -159,13 +159,15 @@ def test_a_source_that_has_read_nothing_never_wins() -> None:
         entropies_MP = cross_entropies([PIVOT, unread], Rule(unit=unit), 7, PIVOT_BYTES)
         assert np.isinf(entropies_MP[1]).all()
         assert fuse([PIVOT, unread], entropies_MP, Rule(unit=unit)).shares[:, 0].all()
-    alone = fuse([unread, unread], np.full((2, 3), np.inf), Rule())
-    assert as_dicts(alone) == [
-        {10: 1.0},
-        {11: 1.0},
-        {12: 1.0},
-    ]  # nobody has: what an aligned row keeps is the pivot's
-    assert not alone.confidence.any()
+
+
+@pytest.mark.parametrize("function", ["min_ce", "avg_ce"])
+def test_where_nobody_has_read_anything_the_first_is_heard(function: Any) -> None:
+    """What an aligned row keeps there is the pivot's."""
+    fused = fuse([SOURCE, PIVOT, PIVOT], np.full((3, 3), np.inf), Rule(function))
+    assert as_dicts(fused) == [{10: 1.0}, {11: 1.0}, {12: 1.0}]
+    assert fused.shares.tolist() == [[1.0, 0.0, 0.0]] * 3
+    assert not fused.confidence.any()
 
 
 @pytest.mark.parametrize("function", ["min_ce", "avg_ce"])

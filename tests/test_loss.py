@@ -564,6 +564,23 @@ def test_no_tensor_is_as_large_as_the_logits_of_all_positions(layout: str) -> No
     assert head < logits_SV
 
 
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_no_logits_are_kept_for_the_backward_pass(chunk: int) -> None:
+    """All that is kept together is smaller than the logits of one position."""
+    rng, kept = np.random.default_rng(0), list[int]()
+    targets = random_targets(rng, list(range(40)), VOCABULARY, norms=True)
+    hidden_SH = torch.randn(40, 16, requires_grad=True)
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        found = sparse_terms(nn.Linear(16, VOCABULARY), hidden_SH, targets, chunk)
+    assert sum(kept) < VOCABULARY
+    weighted(found.clm, found.fusion, targets).backward()
+
+
 def test_under_autocast_neither() -> None:
     found, head, logits_SV = largest("llama", 4 * AT_ONCE * VOCABULARY, autocast=True)
     assert found == head < logits_SV
