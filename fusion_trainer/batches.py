@@ -209,7 +209,7 @@ class Collator:
     A batch holds ``input_ids`` and ``labels`` [B, L], ``attention_mask`` or ``position_ids`` [B, L]; for S
     supervised positions ``positions`` (indices into [B · L]), ``of_item`` (the item they are of), ``gold``,
     ``fused_ids`` and ``fused_probabilities`` [S, M], ``fused_tail`` (with ``tail``), ``confidence`` and ``shares``
-    [S, models]; ``blocks`` of all items, and ``bytes`` of each.
+    [S, models]; ``blocks`` of all items and ``item_of_block``, and ``bytes`` of each item.
     """
 
     padding: int
@@ -245,6 +245,7 @@ class Collator:
         batch |= {"positions": np.concatenate(positions).astype(np.int64), "of_item": of_item}
         batch |= {"gold": np.concatenate(golds).astype(np.int64), **self._fused(examples)}
         batch["blocks"] = np.array([example.block for example in examples])
+        batch["item_of_block"] = np.repeat(np.arange(len(items)), [len(item) for item in items])
         batch["bytes"] = np.array([sum(example.tokens.bytes for example in item) for item in items])
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 

@@ -146,9 +146,8 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
     def _not_finite(self, inputs: Mapping[str, Tensor], targets: Targets) -> str:
         assert targets.terms is not None
         wrong = ~torch.isfinite(targets.terms.clm + targets.terms.fusion)
-        items = set(inputs["of_item"][wrong].tolist()) or set(range(len(inputs["bytes"])))
-        per_item = len(inputs["blocks"]) == len(inputs["bytes"])
-        blocks = [b for n, b in enumerate(inputs["blocks"].tolist()) if n in items or not per_item]
+        items = inputs["of_item"][wrong] if wrong.any() else inputs["item_of_block"]
+        blocks = inputs["blocks"][torch.isin(inputs["item_of_block"], items)].tolist()
         what = "weights are not finite" if self._weights_are_broken() else "weights are finite: look at these rows"
         return (
             f"the loss is NaN or infinite in step {self.state.global_step + 1} (the model's {what}; a smaller "

@@ -272,7 +272,8 @@ def test_labels_positions_and_golds_tell_the_same(mode: str, items: list[list[Ex
     assert sorted((positions + 1).tolist()) == torch.nonzero(labels != IGNORED).flatten().tolist()
     assert all(tensor.dtype == torch.int64 for tensor in (ids, labels, positions, gold, batch["of_item"]))
     names = {"input_ids", "labels", "positions", "of_item", "gold", "fused_ids", "fused_probabilities"}
-    names |= {"shares", "confidence", "blocks", "bytes", "attention_mask" if mode == "padded" else "position_ids"}
+    names |= {"shares", "confidence", "blocks", "item_of_block", "bytes"}
+    names |= {"attention_mask" if mode == "padded" else "position_ids"}
     assert set(batch) == names | ({"fused_tail"} if tail else set())
 
 
@@ -335,6 +336,7 @@ def test_each_position_learns_what_was_fused_for_it(mode: str, items: list[list[
                 place += 1
     assert place == len(batch["gold"])
     assert batch["blocks"].tolist() == [one.block for item in items for one in item]
+    assert batch["item_of_block"].tolist() == [number for number, item in enumerate(items) for _ in item]
     assert batch["bytes"].tolist() == [sum(one.tokens.bytes for one in item) for item in items]
 
 
