@@ -1,5 +1,6 @@
 """Fixtures of the suite: tiny checkpoints, made once per session. Nothing here reaches the network."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
@@ -7,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 from collections.abc import Callable
 
 import pytest
+import tiny_fusion
 import tiny_models
 import torch
 
@@ -31,3 +33,12 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tiny_model
 def mistral(family: Callable[..., tiny_models.Family]) -> tiny_models.Family:
     """A pivot and two targets, for tests that are not about the architecture."""
     return family("mistral")
+
+
+@pytest.fixture(scope="session")
+def fusion(tmp_path_factory: pytest.TempPathFactory) -> tiny_fusion.World:
+    """A pivot, two sources, their stores and the aligned ones; for reading only."""
+    made = tiny_fusion.make(tmp_path_factory.mktemp("fusion"))
+    gc.collect()
+    gc.freeze()  # a Trainer collects garbage each time it begins; among all that was imported that takes long
+    return made
