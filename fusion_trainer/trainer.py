@@ -5,6 +5,7 @@ processes, the logs of both terms, the evaluation per token and per byte, and ch
 at all.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,6 +91,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         self.clm_weight, self.schedule = clm_weight, schedule
         self.fused_models, self.name_block = list(models), name_block
         self._sums: Tensor | None = None
+        self._blocks_of_update: list[int] = []
 
     # The loss
 
@@ -116,6 +118,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         if model.training:
             if not torch.isfinite(loss):
                 raise FusionError(self._not_finite(inputs, targets))
+            self._blocks_of_update += inputs["blocks"].tolist()
             self._add(inputs, targets)
         return (loss, outputs) if return_outputs else loss
 
@@ -148,15 +151,32 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         wrong = ~torch.isfinite(targets.terms.clm + targets.terms.fusion)
         items = inputs["of_item"][wrong] if wrong.any() else inputs["item_of_block"]
         blocks = inputs["blocks"][torch.isin(inputs["item_of_block"], items)].tolist()
-        what = "weights are not finite" if self._weights_are_broken() else "weights are finite: look at these rows"
+        return self._stopped("loss", blocks)
+
+    def _stopped(self, what: str, blocks: Sequence[int]) -> str:
+        """Why the training stops."""
+        broken = self._weights_are_broken()
+        state = "weights are not finite" if broken else "weights are finite: look at these rows"
         return (
-            f"the loss is NaN or infinite in step {self.state.global_step + 1} (the model's {what}; a smaller "
+            f"the {what} is NaN or infinite in step {self.state.global_step + 1} (the model's {state}; a smaller "
             f"learning_rate or max_grad_norm may help). Nothing of this step was kept. The batch's rows:"
             f"{listed([self.name_block(block) for block in blocks])}"
         )
 
     def _weights_are_broken(self) -> bool:
         return any(not bool(torch.isfinite(weight).all()) for weight in self.model.parameters())
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm of an update's gradients, before the update.
+
+        Raises:
+            FusionError: It is NaN or infinite, and no loss scaler is there to leave such an update out.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        blocks, self._blocks_of_update = self._blocks_of_update, []
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(float(norm)):
+            raise FusionError(self._stopped("gradients' norm", blocks))
+        return norm
 
     # Logs
 

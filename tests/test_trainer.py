@@ -494,6 +494,27 @@ def test_a_nan_of_the_weights_stops_and_the_checkpoint_before_is_as_it_was(fusio
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "checkpoint-1").values())
 
 
+@pytest.mark.parametrize("clipped", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(
+    clipped: float, fusion: World, tmp_path: Path
+) -> None:
+    """In the last step, after which no loss would tell; the loss itself is finite."""
+    trainer = fusion.trainer(
+        tmp_path, **IN_ORDER, max_grad_norm=clipped, max_steps=2, gradient_accumulation_steps=2
+    )
+
+    def overflow(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient if trainer.state.global_step == 0 else gradient * torch.inf
+
+    trainer.model.lm_head.weight.register_hook(overflow)
+    said = stopped(trainer)
+    assert "the gradients' norm is NaN or infinite in step 2" in said
+    assert [line.strip() for line in said.splitlines() if line.startswith("  block")] == [
+        f"block {block}: chat-{block}" for block in range(8, 16)
+    ]
+    assert all(torch.isfinite(weight).all() for weight in trainer.model.parameters())
+
+
 # Checkpoints
 
 OFTEN = {"save_strategy": "steps", "save_steps": 1}
