@@ -89,6 +89,7 @@ class TokenFile:
             reader = pa.ipc.open_file(source)
             batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         self._columns = [[batch.column(name) for name in TOKENS.names] for batch in batches]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
 
     def __reduce__(self) -> tuple[type["TokenFile"], tuple[Path]]:
         return type(self), (self.path,)
@@ -100,7 +101,8 @@ class TokenFile:
         return np.concatenate(offsets).astype(np.int64)
 
     def __getitem__(self, block: int) -> TokenRow:
-        columns, row = self._columns[block // BLOCKS_AT_ONCE], block % BLOCKS_AT_ONCE
+        part = int(self._starts.searchsorted(block, "right")) - 1
+        columns, row = self._columns[part], block - int(self._starts[part])
         ids, positions, gold_bytes = (_list(column, row) for column in columns[:3])
         return TokenRow(ids, positions, gold_bytes, columns[3][row].as_py())
 

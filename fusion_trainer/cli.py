@@ -1,6 +1,8 @@
 """The ``fusion-trainer`` program."""
 
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +10,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
+import psutil
 import yaml
 from pydantic import BaseModel
 
@@ -20,6 +23,7 @@ from fusion_trainer.config import (
     read_config,
 )
 from fusion_trainer.errors import FusionError, listed
+from fusion_trainer.stages import ENDS_WITH, KINDS
 
 __all__ = ["main"]
 
@@ -30,6 +34,15 @@ Command = Callable[..., None]
 @click.version_option(package_name="varm-merge", prog_name="fusion-trainer")
 def main() -> None:
     """Fuse chat LLMs pairwise: from source models and chat data to the target checkpoints that VaRM merges."""
+    if process := os.environ.get(ENDS_WITH):
+        threading.Thread(target=_end_with, args=(int(process),), daemon=True).start()
+
+
+def _end_with(process: int) -> None:
+    """Do not outlive the run this is a stage of."""
+    while psutil.pid_exists(process):
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _settings_as_flags(kind: type[BaseModel]) -> Callable[[Command], Command]:
@@ -80,6 +93,38 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
         for name, value in flags.items()
         if value not in (None, ())
     }
+
+
+@main.command()
+@click.argument("pipeline", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Print the stages, how each stands, and estimates.")
+@click.option("--until", type=click.Choice(KINDS), help="The last kind of stage to run.")
+@click.option("--only", metavar="TARGET", help="This target, and what it needs.")
+def run(pipeline: Path, dry_run: bool, until: str | None, only: str | None) -> None:
+    """Run every stage of the file PIPELINE that is not made yet, from chat data to the merged and scored models.
+
+    Stopped at any point, the same command goes on. A changed setting runs again what depends on it, and says why.
+
+    \b
+    Example:
+      fusion-trainer run pipeline.yaml --dry-run
+    """
+    from fusion_trainer.overview import overview, report
+    from fusion_trainer.pipeline import chosen, read_pipeline
+    from fusion_trainer.stages import Plan
+
+    config, stages = read_pipeline(pipeline)
+    wanted = chosen(stages, until, only)
+    plan = Plan(config.work, stages)
+    if dry_run:
+        click.echo(overview(plan, wanted, config))
+        return
+    made = plan.run(wanted)
+    click.echo(
+        f"{len(made)} of {len(wanted)} stages were run" if made else f"all {len(wanted)} stages are up to date"
+    )
+    if scores := report(config.work):
+        click.echo(scores)
 
 
 @main.command()

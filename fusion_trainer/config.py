@@ -15,12 +15,38 @@ from pydantic_core import PydanticCustomError
 
 from fusion_trainer.errors import FusionError, listed
 
-__all__ = ["AlignConfig", "EvaluateConfig", "ExtractConfig", "PrepareConfig", "TrainConfig", "read_config"]
+__all__ = [
+    "NOT_OF_THE_RESULT",
+    "AlignConfig",
+    "EvaluateConfig",
+    "ExtractConfig",
+    "PrepareConfig",
+    "TrainConfig",
+    "explained",
+    "one_or_more",
+    "read_config",
+    "read_yaml",
+]
 
 Config = TypeVar("Config", bound=BaseModel)
 
+NOT_OF_THE_RESULT = frozenset(
+    name
+    for line in (
+        "output_dir overwrite_output_dir disable_tqdm do_eval resume_from_checkpoint ddp_timeout",
+        "logging_dir logging_strategy logging_first_step logging_steps log_level log_level_replica",
+        "log_on_each_node report_to run_name project trackio_space_id",
+        "save_strategy save_steps save_total_limit save_on_each_node",
+        "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size eval_accumulation_steps",
+        "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers",
+        "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push hub_revision",
+    )
+    for name in line.split()
+)
+"""Arguments of transformers that may change between the parts of one training."""
 
-def _one_or_more(value: Any) -> Any:
+
+def one_or_more(value: Any) -> Any:
     return [value] if isinstance(value, (str, Path)) else value
 
 
@@ -57,7 +83,7 @@ class PrepareConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    data: Annotated[list[str], BeforeValidator(_one_or_more)] = Field(
+    data: Annotated[list[str], BeforeValidator(one_or_more)] = Field(
         min_length=1, description="JSON, JSONL or Parquet files, dataset folders or Hub ids."
     )
     data_name: str | None = Field(None, description="Configuration of a Hub dataset that has several.")
@@ -117,7 +143,7 @@ class AlignConfig(BaseModel):
         "pivot", description="Positions without partner: the pivot's own distribution, or all on the next token."
     )
     maps: Path | None = Field(
-        None, description="Folder where vocabulary maps are kept; default beside the output."
+        None, description="Folder where maps and counts are kept; default beside the output."
     )
     pivot_tokenizer: str | None = Field(None, description="Folder or Hub id, if the pivot has moved since.")
     source_tokenizer: str | None = Field(None, description="Folder or Hub id, if the source has moved since.")
@@ -132,7 +158,7 @@ class TrainConfig(BaseModel):
 
     pivot: str = Field(description="Folder or Hub id of the model to fine-tune.")
     pivot_revision: str | None = Field(None, description="Branch, tag or commit of the pivot.")
-    aligned_stores: Annotated[list[Path], BeforeValidator(_one_or_more)] = Field(
+    aligned_stores: Annotated[list[Path], BeforeValidator(one_or_more)] = Field(
         [], description="The sources' aligned stores: one for a pairwise target, several for Multi."
     )
     pivot_store: Path | None = Field(
@@ -199,7 +225,7 @@ def read_config(kind: type[Config], path: Path | None, flags: Mapping[str, Any])
         FusionError: The file is no YAML, or some settings are unknown, missing or out of range: all of them are
             told, with their lines.
     """
-    settings, lines = _read(path) if path else ({}, {})
+    settings, lines = read_yaml(path) if path else ({}, {})
     both = {
         name for name, value in flags.items() if isinstance(value, dict) and isinstance(settings.get(name), dict)
     }
@@ -207,13 +233,18 @@ def read_config(kind: type[Config], path: Path | None, flags: Mapping[str, Any])
         return kind.model_validate({**settings, **flags, **{name: settings[name] | flags[name] for name in both}})
     except ValidationError as error:
         from_file = {name: line for name, line in lines.items() if name.split(".")[0] not in flags.keys() - both}
-        problems = [line for problem in error.errors() for line in _explained(kind, problem, from_file)]
+        found = [one for problem in error.errors() for one in explained(kind, problem, "")]
+        problems = [f"line {from_file[at]}: {text}" if at in from_file else text for at, text in found]
         where = f"{path} cannot be used" if path else "the settings cannot be used"
         raise FusionError(f"{where}:{listed(problems)}") from error
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The mapping of a YAML file, and the line of each of its keys."""
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The mapping of a YAML file, and the line of each key: ``training.learning_rate``, ``sources[1].model``.
+
+    Raises:
+        FusionError: It is no YAML file, no mapping, or a key is there twice.
+    """
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -233,27 +264,39 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _keys(mapping: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Every key of a mapping and of the mappings in it, with its line: ``training.learning_rate``."""
+    """Every key of a mapping and of what is in it, with its line."""
     for key, value in mapping.value:
-        yield f"{prefix}{key.value}", key.start_mark.line + 1
+        name = f"{prefix}{key.value}"
+        yield name, key.start_mark.line + 1
         if isinstance(value, yaml.MappingNode):
-            yield from _keys(value, f"{prefix}{key.value}.")
+            yield from _keys(value, f"{name}.")
+        elif isinstance(value, yaml.SequenceNode):
+            for number, item in enumerate(value.value):
+                yield f"{name}[{number}]", item.start_mark.line + 1
+                if isinstance(item, yaml.MappingNode):
+                    yield from _keys(item, f"{name}[{number}].")
 
 
-def _explained(kind: type[BaseModel], problem: Any, lines: Mapping[str, int]) -> Iterator[str]:
+def explained(kind: type[BaseModel], problem: Any, where: str) -> Iterator[tuple[str, str]]:
+    """One of pydantic's errors in words, with the place of what is wrong; one for each argument that is unknown.
+
+    Args:
+        kind: The settings' model.
+        problem: The error.
+        where: Where in the file the settings stand; empty for its top.
+    """
+    prefix = f"{where}." if where else ""
     name = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "unknown_keys":
         for key, *near in problem["ctx"]["unknown"]:
-            where = f"line {lines[f'{name}.{key}']}: " if f"{name}.{key}" in lines else ""
             meant = f"; did you mean `{near[0]}`?" if near else ""
-            yield f"{where}`{name}`: {problem['ctx']['of']} has no `{key}`{meant}"
-        return
-    where = f"line {lines[name]}: " if name in lines else ""
-    if problem["type"] == "extra_forbidden":
+            yield f"{prefix}{name}.{key}", f"`{name}`: {problem['ctx']['of']} has no `{key}`{meant}"
+    elif problem["type"] == "extra_forbidden":
         near = get_close_matches(name, kind.model_fields, 1)
         known = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(kind.model_fields)}"
-        yield f"{where}unknown setting `{name}`; {known}"
+        yield f"{prefix}{name}", f"unknown setting `{name}`; {known}"
     elif problem["type"] == "missing":
-        yield f"`{name}` is not set (--{name.replace('_', '-')}): {kind.model_fields[name].description}"
+        what = kind.model_fields[name].description
+        yield where, f"`{name}` is not set (--{name.replace('_', '-')}): {what}"
     else:
-        yield f"{where}`{name}` cannot be {problem['input']!r}: {problem['msg']}"
+        yield f"{prefix}{name}", f"`{name}` cannot be {problem['input']!r}: {problem['msg']}"

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from transformers import TrainingArguments
+from transformers import GenerationConfig, TrainingArguments, set_seed
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from fusion_trainer.batches import Collator, FusionData, TokenFile, pack, write_tokens
-from fusion_trainer.config import TrainConfig
+from fusion_trainer.config import NOT_OF_THE_RESULT, TrainConfig
 from fusion_trainer.dialogues import Dialogues
 from fusion_trainer.errors import FusionError, unlike
 from fusion_trainer.files import (
@@ -48,20 +49,6 @@ FUSION, PLAN = "fusion.json", "training.json"
 FORMAT, VERSION = "fusion-trainer target", 1
 RESULT = "target" + TEMPORARY
 """The folder in which the target is written before its files take their names."""
-NOT_OF_THE_RESULT = frozenset(
-    name
-    for line in (
-        "output_dir overwrite_output_dir disable_tqdm do_eval resume_from_checkpoint ddp_timeout",
-        "logging_dir logging_strategy logging_first_step logging_steps log_level log_level_replica",
-        "log_on_each_node report_to run_name project trackio_space_id",
-        "save_strategy save_steps save_total_limit save_on_each_node",
-        "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size eval_accumulation_steps",
-        "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers",
-        "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push hub_revision",
-    )
-    for name in line.split()
-)
-"""Arguments of transformers that may change between the parts of one training."""
 
 
 @dataclass
@@ -101,7 +88,8 @@ def train(config: TrainConfig) -> Path:
         PartialState().destroy_process_group()
         return inputs.output
     trainer = _trainer(inputs, tokens)
-    last = inputs.arguments.resume_from_checkpoint or last_checkpoint(inputs.output)
+    asked = config.training.get("resume_from_checkpoint")
+    last = asked if isinstance(asked, str) else last_checkpoint(inputs.output)
     try:
         result = trainer.train(resume_from_checkpoint=str(last) if last else None)
     except torch.OutOfMemoryError as error:
@@ -191,7 +179,9 @@ def _dialogues(config: TrainConfig, stores: Sequence[RepresentationStore]) -> Di
         for store in stores:
             store.demand(data=found.fingerprint)
         return found
-    beside = (Dialogues.beside(store.folder, store.identity["data"]) for store in stores)
+    named = [*config.aligned_stores, *([config.pivot_store] if config.pivot_store else [])]
+    known = stores or [RepresentationStore(folder) for folder in named]  # CLM alone still has their dialogues
+    beside = (Dialogues.beside(store.folder, store.identity["data"]) for store in known)
     found_beside = next((one for one in beside if one is not None), None)
     if found_beside is None:
         raise FusionError("no dialogues lie beside the stores; name them with `dialogues`")
@@ -305,7 +295,8 @@ def _trainer(inputs: Inputs, tokens: Path) -> FusionTrainer:
 
 
 def _loaded(inputs: Inputs, dtype: str, load_in: str | None) -> Any:
-    return load_causal_lm(
+    """The pivot, with generation settings that can be saved: transformers reads some that it refuses to write."""
+    model = load_causal_lm(
         inputs.folder,
         inputs.config.pivot,
         dtype=dtype,
@@ -315,6 +306,11 @@ def _loaded(inputs: Inputs, dtype: str, load_in: str | None) -> Any:
         load_in=load_in,
         trust_remote_code=inputs.config.trust_remote_code,
     )
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    return model
 
 
 def _names(stores: Sequence[RepresentationStore]) -> list[str]:
@@ -350,6 +346,7 @@ def _with_adapters(model: Any, config: TrainConfig) -> Any:
         model = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
             model, use_gradient_checkpointing=bool(config.training.get("gradient_checkpointing"))
         )
+    set_seed(config.training.get("seed", TrainingArguments.seed))  # new adapters are random
     try:
         return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **(config.lora or {})}))
     except (TypeError, ValueError) as error:
@@ -396,10 +393,13 @@ def _write_target(inputs: Inputs, trainer: FusionTrainer, weights: dict[str, tor
         shutil.rmtree(inputs.output / "adapter", ignore_errors=True)
         (making / "adapter").replace(inputs.output / "adapter")
     weights = {key: w.to(dtype) if w.is_floating_point() else w for key, w in weights.items()}
-    model.config.dtype = dtype
     model.config.use_cache = True
     model.save_pretrained(making, state_dict=weights)
+    model.config.dtype = dtype  # that of what was written, not of what was trained
+    model.config.save_pretrained(making)
     inputs.tokenizer.tokenizer.save_pretrained(making)
+    if (generation := inputs.folder / GENERATION_CONFIG_NAME).is_file():
+        shutil.copyfile(generation, making / generation.name)
     for path in making.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

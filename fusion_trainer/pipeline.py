@@ -1,0 +1,403 @@
+"""One file → every stage from chat data to the merged model, and the scores of all models on the way.
+
+    prepare → extract (pivot, each source) → align (each source) → train (each target) → merge → evaluate
+
+Every stage is a command of its own with a config of its own (``work/configs``), started by what ``launch`` names
+for it. Here the file is checked as a whole and turned into the list of stages; ``stages`` runs them.
+"""
+
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from fusion_trainer.config import (
+    NOT_OF_THE_RESULT,
+    AlignConfig,
+    EvaluateConfig,
+    ExtractConfig,
+    PrepareConfig,
+    TrainConfig,
+    explained,
+    one_or_more,
+    read_yaml,
+)
+from fusion_trainer.errors import FusionError, listed
+from fusion_trainer.stages import KINDS, OWN, Stage
+
+__all__ = ["PipelineConfig", "chosen", "read_pipeline"]
+
+Settings = dict[str, Any]
+WITHOUT_PIVOT = ("linear",)
+"""Merge methods that take no base model."""
+BETWEEN_TWO = ("slerp",)
+"""Merge methods whose base model is one of the two they merge."""
+HARMLESS = {
+    "workers",
+    "batch_tokens",
+    "output",
+    "dialogues",
+    "maps",
+    "source_store",
+    "pivot_store",
+    "aligned_stores",
+}
+"""Settings that do not change what a stage makes, or are places of what it depends on."""
+
+
+class PipelineConfig(BaseModel):
+    """The whole of a fusion."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    work: Path = Field(description="Folder of everything that is made.")
+    pivot: str = Field(description="Folder or Hub id of the model to fuse into.")
+    pivot_revision: str | None = Field(None, description="Branch, tag or commit of the pivot.")
+    data: Annotated[list[str], BeforeValidator(one_or_more)] = Field(min_length=1, description="Chat data.")
+    sources: list[Settings] = Field(
+        min_length=1, description="Source models: `model`, a `name`, and settings of `extract` for this one."
+    )
+    prepare: Settings = Field({}, description="Settings of `fusion-trainer prepare`.")
+    extract: Settings = Field({}, description="Settings of `fusion-trainer extract`.")
+    align: Settings = Field({}, description="Settings of `fusion-trainer align`.")
+    train: Settings = Field({}, description="Settings of `fusion-trainer train`, for all targets.")
+    targets: dict[str, Settings] | None = Field(
+        None, description="Targets: `sources` by name, and settings of `train`; default one per source."
+    )
+    merges: dict[str, Settings] = Field(
+        {"varm": {"merge_method": "varm"}},
+        description="Merges: `targets` by name (default the pairwise ones), and what else stands in the recipe.",
+    )
+    merge_options: list[str] = Field([], description="Options of mergekit-yaml.")
+    evaluate: Settings | None = Field(
+        None, description="Held-out `data`, and settings of `fusion-trainer evaluate`; left out if not set."
+    )
+    launch: dict[Literal["extract", "align", "train", "evaluate"], str] = Field(
+        {}, description="How a kind of stage is started: an accelerate config, or a command to put before `-m`."
+    )
+    trust_remote_code: bool = Field(False, description="Run code that the model repositories bring along.")
+
+
+class _Builder:
+    """Collects stages, and all that is wrong with the settings they are made of."""
+
+    def __init__(self, config: PipelineConfig) -> None:
+        self.config = config
+        self.stages: list[Stage] = []
+        self.problems: list[tuple[str, str]] = []
+
+    def wrong(self, where: str, what: str) -> None:
+        if (where, what) not in self.problems:
+            self.problems.append((where, what))
+
+    def settings(
+        self,
+        kind: type[BaseModel],
+        own: Settings,
+        *given: tuple[str, Mapping[str, Any]],
+        besides: Iterable[str] = (),
+    ) -> BaseModel | None:
+        """A stage's config of what the pipeline sets and what the file says, the last of it first."""
+        merged: Settings = {}
+        origin: dict[str, str] = {}
+        for where, part in given:
+            for name, value in part.items():
+                if name in besides:
+                    continue
+                if name in own:
+                    self.wrong(f"{where}.{name}", "is set by the pipeline itself")
+                both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+                merged[name] = {**merged[name], **value} if both else value
+                origin[name] = where
+        try:
+            return kind.model_validate({**merged, **own})
+        except ValidationError as error:
+            for problem in error.errors():
+                name = str(problem["loc"][0]) if problem["loc"] else ""
+                for where, text in explained(kind, problem, origin.get(name, given[-1][0] if given else "")):
+                    self.wrong(where, text)
+            return None
+
+    def add(
+        self,
+        kind: str,
+        name: str,
+        output: Path,
+        settings: BaseModel | None,
+        needs: Iterable[str],
+        models: Iterable[tuple[str, str | None]] = (),
+        files: Iterable[str] = (),
+    ) -> None:
+        """A stage that runs a command of this program."""
+        if settings is None:
+            return
+        config = self.config.work / "configs" / f"{kind}-{name}.yaml"
+        content = settings.model_dump(mode="json", exclude_unset=True)
+        launch = self.config.launch.get(kind)  # type: ignore[call-overload]
+        self.stages.append(
+            Stage(
+                kind,
+                name,
+                output,
+                [*_launched(launch), kind, str(config)],
+                {config: yaml.safe_dump(content, sort_keys=False, allow_unicode=True)},
+                _of_the_result(settings.model_dump(mode="json")),
+                list(needs),
+                list(models),
+                list(files),
+            )
+        )
+
+
+def read_pipeline(path: Path) -> tuple[PipelineConfig, list[Stage]]:
+    """A pipeline's file and its stages, in the order they run.
+
+    Raises:
+        FusionError: Something in the file is wrong: all of it is told, with lines and paths in the file.
+    """
+    settings, lines = read_yaml(path)
+    try:
+        config = PipelineConfig.model_validate(settings)
+    except ValidationError as error:
+        found = [one for problem in error.errors() for one in explained(PipelineConfig, problem, "")]
+        raise FusionError(f"{path} cannot be used:{listed(_told(found, lines))}") from error
+    builder = _Builder(config)
+    _plan(builder)
+    if builder.problems:
+        raise FusionError(f"{path} cannot be used:{listed(_told(builder.problems, lines))}")
+    return config, builder.stages
+
+
+def chosen(stages: Sequence[Stage], until: str | None, only: str | None) -> list[Stage]:
+    """The stages to run.
+
+    Args:
+        stages: All.
+        until: The last kind of stage.
+        only: A target; it, and what it needs.
+
+    Raises:
+        FusionError: There is no such target.
+    """
+    if only is not None:
+        targets = [stage.name for stage in stages if stage.kind == "train"]
+        if only not in targets:
+            raise FusionError(f"there is no target `{only}`; there are {', '.join(targets)}")
+        by_title = {stage.title: stage for stage in stages}
+        wanted, found = [f"train {only}"], set[str]()
+        while wanted:
+            found.add(title := wanted.pop())
+            wanted += by_title[title].needs
+        stages = [stage for stage in stages if stage.title in found]
+    last = KINDS.index(until) if until else len(KINDS)
+    return [stage for stage in stages if KINDS.index(stage.kind) <= last]
+
+
+def _told(problems: Iterable[tuple[str, str]], lines: Mapping[str, int]) -> list[str]:
+    told = []
+    for where, what in problems:
+        place = where
+        while place and place not in lines:
+            place = place.rpartition(".")[0]
+        told.append(f"{f'line {lines[place]}: ' if place else ''}{f'{where}: ' if where else ''}{what}")
+    return told
+
+
+def _plan(builder: _Builder) -> None:
+    """Add every stage of the file, and note every problem."""
+    config, work = builder.config, builder.config.work
+    names = _names(builder)
+    for place, value in [("data", one) for one in config.data]:
+        if value.endswith((".json", ".jsonl", ".parquet")) and not Path(value).is_file():
+            builder.wrong(place, f"no file `{value}`")
+    _demand_model(builder, "pivot", config.pivot)
+    common: Settings = {"data": config.data, "pivot": config.pivot, "pivot_revision": config.pivot_revision}
+    common |= {"trust_remote_code": config.trust_remote_code}
+    pivot = (config.pivot, config.pivot_revision)
+    dialogues = work / "dialogues"
+    prepared = builder.settings(PrepareConfig, {**common, "dialogues": dialogues}, ("prepare", config.prepare))
+    builder.add("prepare", "dialogues", dialogues, prepared, (), [pivot], config.data)
+
+    asked: list[tuple[str, Settings, str, str, str | None]] = [
+        ("pivot", {}, "pivot", config.pivot, config.pivot_revision)
+    ]
+    for number, (source, name) in enumerate(zip(config.sources, names, strict=True)):
+        where = f"sources[{number}]"
+        model = source.get("model")
+        if not isinstance(model, str):
+            builder.wrong(where, "names no `model`")
+            continue
+        _demand_model(builder, f"{where}.model", model)
+        asked.append((name, source, where, model, source.get("revision")))
+    for name, source, where, model, revision in asked:
+        stored: Settings = {**common, "dialogues": dialogues, "model": model, "output": work / "stores" / name}
+        if name == "pivot":
+            stored["revision"] = revision
+        given = [("prepare", config.prepare), ("extract", config.extract), (where, source)]
+        extracted = builder.settings(ExtractConfig, stored, *given, besides=("name", "model"))
+        builder.add("extract", name, work / "stores" / name, extracted, ["prepare dialogues"], [(model, revision)])
+    for name in names:
+        own: Settings = {"source_store": work / "stores" / name, "pivot_store": work / "stores" / "pivot"}
+        own |= {"output": work / "aligned" / name, "dialogues": dialogues, "maps": work / "maps"}
+        own |= {"trust_remote_code": config.trust_remote_code}
+        aligned = builder.settings(AlignConfig, own, ("align", config.align))
+        builder.add("align", name, work / "aligned" / name, aligned, ["extract pivot", f"extract {name}"])
+    pairwise = _targets(builder, names, dialogues)
+    _merges(builder, pairwise)
+    if config.evaluate is not None:
+        _evaluations(builder, names, common)
+
+
+def _names(builder: _Builder) -> list[str]:
+    """The sources' names, each once; ``pivot`` is taken."""
+    names: list[str] = []
+    for number, source in enumerate(builder.config.sources):
+        name = str(source.get("name") or Path(str(source.get("model", number))).name)
+        if name in (*names, "pivot") or "/" in name:
+            builder.wrong(f"sources[{number}].name", f"`{name}` cannot be used, or is used twice; give a `name`")
+        names.append(name)
+    return names
+
+
+def _demand_model(builder: _Builder, where: str, model: str) -> None:
+    is_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if is_path and not Path(model).is_dir():
+        builder.wrong(where, f"no model folder `{model}`")
+
+
+def _targets(builder: _Builder, names: list[str], dialogues: Path) -> list[str]:
+    """The stages of the targets; the names of the pairwise ones, which merges take by default."""
+    config, work = builder.config, builder.config.work
+    wanted = config.targets or {name: {"sources": [name]} for name in names}
+    pairwise = []
+    for target, given in wanted.items():
+        where = f"targets.{target}" if config.targets else "train"
+        sources = given.get("sources", [])
+        for unknown in [source for source in sources if source not in names]:
+            builder.wrong(f"{where}.sources", f"no source `{unknown}`; there are {', '.join(names)}")
+        folder = work / "targets" / target
+        own: Settings = {"pivot": config.pivot, "pivot_revision": config.pivot_revision, "dialogues": dialogues}
+        own |= {"trust_remote_code": config.trust_remote_code}
+        needs = ["prepare dialogues"]
+        if sources:
+            own |= {"pivot_store": work / "stores" / "pivot"}
+            own |= {"aligned_stores": [work / "aligned" / source for source in sources]}
+            needs += ["extract pivot", *(f"align {source}" for source in sources)]
+        parts = [("train", config.train), (where, given), ("", {"training": {"output_dir": str(folder)}})]
+        for place, part in parts[:2]:
+            if "output_dir" in (part.get("training") or {}):
+                builder.wrong(f"{place}.training.output_dir", "is set by the pipeline itself")
+        settings = builder.settings(TrainConfig, own, *parts, besides=("sources",))
+        if isinstance(settings, TrainConfig) and not sources and settings.clm_weight < 1:
+            builder.wrong(where, "names no `sources`; for CLM alone set `clm_weight: 1`")
+        builder.add("train", target, folder, settings, needs, [(config.pivot, config.pivot_revision)])
+        if len(sources) == 1:
+            pairwise.append(target)
+    return pairwise
+
+
+def _merges(builder: _Builder, pairwise: list[str]) -> None:
+    config, work = builder.config, builder.config.work
+    trained = [stage.name for stage in builder.stages if stage.kind == "train"]
+    for name, given in config.merges.items():
+        where = f"merges.{name}"
+        targets = given.get("targets", pairwise)
+        for unknown in [target for target in targets if target not in trained]:
+            builder.wrong(f"{where}.targets", f"no target `{unknown}`; there are {', '.join(trained)}")
+        method = given.get("merge_method")
+        if not isinstance(method, str):
+            builder.wrong(where, "names no `merge_method`")
+            continue
+        folders = {target: work / "targets" / target for target in targets}
+        content = {key: value for key, value in given.items() if key not in ("targets", "model_parameters")}
+        if method in BETWEEN_TWO and targets:
+            content.setdefault("base_model", _place(folders[targets[0]]))
+        elif method not in WITHOUT_PIVOT:
+            content.setdefault("base_model", _reference(config))
+        own = given.get("model_parameters") or {}
+        content["models"] = [
+            {"model": _place(folder), **({"parameters": own[target]} if target in own else {})}
+            for target, folder in folders.items()
+        ]
+        content.setdefault("dtype", "bfloat16")
+        recipe = work / "recipes" / f"{name}.yaml"
+        output = work / "merges" / name
+        text = f"# mergekit-yaml {recipe} {output}\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}"
+        program = str(Path(sys.executable).parent / "mergekit-yaml")
+        command = [program, str(recipe), str(output), *config.merge_options]
+        needs = [f"train {target}" for target in targets]
+        settings = {**given, "dtype": content["dtype"], "options": config.merge_options}
+        pivot = [(config.pivot, config.pivot_revision)]
+        builder.stages.append(Stage("merge", name, output, command, {recipe: text}, settings, needs, pivot, []))
+
+
+def _evaluations(builder: _Builder, names: list[str], common: Settings) -> None:
+    """The held-out dialogues, and a score of every model."""
+    config, work = builder.config, builder.config.work
+    given = dict(config.evaluate or {})
+    data = one_or_more(given.pop("data", []))
+    if not data:
+        builder.wrong("evaluate", "names no held-out `data`")
+    for missing in [one for one in data if Path(one).suffix and not Path(one).is_file()]:
+        builder.wrong("evaluate.data", f"no file `{missing}`")
+    folder = work / "held_out"
+    prepared = builder.settings(
+        PrepareConfig, {**common, "data": data, "dialogues": folder}, ("prepare", config.prepare)
+    )
+    builder.add("prepare", "held_out", folder, prepared, (), [(config.pivot, config.pivot_revision)], data)
+    models: list[tuple[str, str, str | None, list[str]]] = [("pivot", config.pivot, config.pivot_revision, [])]
+    for name, source in zip(names, config.sources, strict=True):
+        models.append((f"source {name}", str(source.get("model")), source.get("revision"), []))
+    for stage in [stage for stage in builder.stages if stage.kind in ("train", "merge")]:
+        label = "target" if stage.kind == "train" else "merge"
+        models.append((f"{label} {stage.name}", str(stage.output), None, [f"{stage.kind} {stage.name}"]))
+    for label, model, revision, needs in models:
+        slug = label.replace(" ", "-")
+        output = work / "scores" / slug
+        own: Settings = {
+            "model": model,
+            "revision": revision,
+            "dialogues": folder,
+            "output": output / "scores.json",
+        }
+        own |= {"trust_remote_code": config.trust_remote_code}
+        settings = builder.settings(EvaluateConfig, own, ("evaluate", given))
+        outside = [] if needs else [(model, revision)]
+        builder.add("evaluate", slug, output, settings, ["prepare held_out", *needs], outside)
+
+
+def _launched(launch: str | None) -> list[str]:
+    if launch is None:
+        return OWN
+    if launch.endswith((".yaml", ".yml")):
+        head = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch]
+    else:
+        head = shlex.split(launch)
+    return [*head, "-m", "fusion_trainer"]
+
+
+def _of_the_result(settings: Settings) -> Settings:
+    found = {name: value for name, value in settings.items() if name not in HARMLESS}
+    if "training" in found:
+        training = found["training"]
+        found["training"] = {
+            k: v for k, v in training.items() if k not in NOT_OF_THE_RESULT and k[-6:] != "_token"
+        }
+    for name in ("data", "pivot", "model"):  # they are known by their content
+        found.pop(name, None)
+    return found
+
+
+def _place(folder: Path) -> str:
+    """A folder in a form that mergekit does not take for a Hub id."""
+    return str(folder) if folder.is_absolute() else f"./{folder}"
+
+
+def _reference(config: PipelineConfig) -> str:
+    if Path(config.pivot).is_dir():
+        return _place(Path(config.pivot))
+    return f"{config.pivot}@{config.pivot_revision}" if config.pivot_revision else config.pivot
