@@ -248,7 +248,8 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         data = train_dataset if train_dataset is not None else self.train_dataset
         if self.args.train_sampling_strategy == "group_by_length":
             size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            return _ByLength(data.lengths, size, self.args.data_seed or self.args.seed)
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return _ByLength(data.lengths, size, seed)
         found: Sampler[int] | None = super()._get_train_sampler(train_dataset)
         return found
 
@@ -339,21 +340,31 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def _teach(model: Any, packed: bool) -> None:
     split = SplitModel(model)
-    training = model.training
-    model.eval()
     if not is_deepspeed_zero3_enabled() and split.device.type != "meta":  # weights that can be tried
-        if not split.trial()[1]:
-            raise FusionError(
-                f"{type(model).__name__} does not give its logits from its layers' output alone; models like it "
-                "cannot be trained here yet"
-            )
-        if packed and not _keeps_apart(split):
-            raise FusionError(
-                f"{type(model).__name__} does not keep packed conversations apart (its attention does not look at "
-                "position_ids); leave `packing` off, or try another `attention`"
-            )
-    model.train(training)
+        training, kernels = model.training, str(getattr(model.config, "_attn_implementation", ""))
+        needs_gpu = "flash" in kernels and split.device.type == "cpu"
+        model.eval()
+        if needs_gpu:
+            model.set_attn_implementation("eager")
+        _try(split, packed)
+        if needs_gpu:
+            model.set_attn_implementation(kernels)
+        model.train(training)
     give_fusion_loss(model)
+
+
+def _try(split: SplitModel, packed: bool) -> None:
+    name = type(split.model).__name__
+    if not split.trial()[1]:
+        raise FusionError(
+            f"{name} does not give its logits from its layers' output alone; models like it cannot be trained "
+            "here yet"
+        )
+    if packed and not _keeps_apart(split):
+        raise FusionError(
+            f"{name} does not keep packed conversations apart (its attention does not look at position_ids); "
+            "leave `packing` off, or try another `attention`"
+        )
 
 
 @torch.no_grad()
