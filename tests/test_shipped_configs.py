@@ -4,12 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from fusion_trainer.config import TrainConfig, read_config
+from fusion_trainer.pipeline import read_pipeline
 
 ROOT = Path(__file__).parent.parent
-TRAINING = sorted((ROOT / "examples" / "fusechat_7b").glob("*.yaml"))
+PIPELINES = sorted((ROOT / "examples").glob("*/pipeline.yaml"))
+TRAINING = sorted(set((ROOT / "examples" / "fusechat_7b").glob("*.yaml")) - set(PIPELINES))
 ACCELERATE = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
 
 
@@ -42,8 +45,26 @@ def test_the_papers_settings_are_those_of_the_paper(path: Path) -> None:
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
 def test_accelerate_reads_the_configs(path: Path) -> None:
     config = load_config_from_file(str(path))
-    assert config.num_processes == (8 if path.stem.endswith("8gpu") else 1)
-    assert f"--config_file examples/accelerate/{path.name}" in path.read_text()
+    machines = 2 if "_2x8" in path.stem else 1
+    assert config.num_machines == machines
+    assert config.num_processes == (8 * machines if path.stem.endswith("8gpu") else 1)
+    assert f"examples/accelerate/{path.name} \\\n#     -m fusion_trainer train" in path.read_text()
+
+
+@pytest.mark.parametrize("path", PIPELINES, ids=lambda path: path.parent.name)
+def test_the_pipelines_of_the_real_models_are_whole(path: Path) -> None:
+    config, stages = read_pipeline(path)
+    titles = [stage.title for stage in stages]
+    for source in config.sources:
+        assert {f"extract {source['name']}", f"align {source['name']}"} <= set(titles)
+    for stage in stages:
+        assert set(stage.needs) <= set(titles[: titles.index(stage.title)])
+        if stage.kind == "merge":
+            (recipe,) = stage.inputs.values()
+            assert yaml.safe_load(recipe)["models"]
+    for launch in config.launch.values():
+        assert (ROOT / launch).is_file()
+    assert f"fusion-trainer run examples/{path.parent.name}/pipeline.yaml" in path.read_text()
 
 
 def test_the_readmes_training_config_is_one(tmp_path: Path) -> None:
