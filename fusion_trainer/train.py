@@ -80,14 +80,17 @@ def train(config: TrainConfig) -> Path:
     """
     inputs = _open(config)
     identity = _identity(inputs)
-    with inputs.arguments.main_process_first(desc="claim the output folder"):
+    with inputs.arguments.main_process_first(desc="prepare the output folder"):
         if inputs.arguments.should_save:
-            _claim(inputs.output, identity)
+            _demand_free(inputs.output, identity)
         tokens = write_tokens(inputs.dialogues, inputs.tokenizer)
     if (inputs.output / FUSION).is_file():
         PartialState().destroy_process_group()
         return inputs.output
     trainer = _trainer(inputs, tokens)
+    if inputs.arguments.should_save:  # not before all settings are known to be sound
+        with written_to(inputs.output):
+            write_json(inputs.output / PLAN, identity)
     asked = config.training.get("resume_from_checkpoint")
     last = asked if isinstance(asked, str) else last_checkpoint(inputs.output)
     try:
@@ -110,9 +113,10 @@ def train(config: TrainConfig) -> Path:
 
 
 def _open(config: TrainConfig) -> Inputs:
-    try:
+    public = {name: value for name, value in config.training.items() if not name.endswith("_token")}
+    try:  # transformers pickles its arguments into every checkpoint
         arguments = TrainingArguments(
-            **{**_defaults(), **config.training, "remove_unused_columns": False, "label_names": ["labels"]}
+            **{**_defaults(), **public, "remove_unused_columns": False, "label_names": ["labels"]}
         )
     except (TypeError, ValueError, ImportError) as error:
         raise FusionError(f"the training arguments cannot be used: {error}") from error
@@ -232,8 +236,8 @@ def _fixed(identity: dict[str, Any]) -> dict[str, Any]:
     return {"dialogues": identity["dialogues"], **pivot, **stores, **both}
 
 
-def _claim(output: Path, identity: dict[str, Any]) -> None:
-    """Take the output folder, if what is in it is a part of this training.
+def _demand_free(output: Path, identity: dict[str, Any]) -> None:
+    """See that the output folder holds nothing, or a part of this training; what was half-written is removed.
 
     Raises:
         FusionError: It holds something else.
@@ -250,8 +254,6 @@ def _claim(output: Path, identity: dict[str, Any]) -> None:
             raise FusionError(f"`{output}` holds something else ({', '.join(content[:3])}); give a new output_dir")
         if known is not None:
             _demand_same(output, identity, read_json(known))
-        else:
-            write_json(output / PLAN, identity)
 
 
 def _demand_same(output: Path, identity: dict[str, Any], found: Any) -> None:

@@ -391,8 +391,10 @@ def _demand_arguments(args: TrainingArguments) -> None:
         problems.append("train_sampling_strategy: batch_rebalance is not supported; use group_by_length")
     if args.prediction_loss_only:
         problems.append("prediction_loss_only would leave out the metrics; leave it false")
-    if args.push_to_hub and "checkpoint" in args.hub_strategy.value:
-        problems.append("hub_strategy: checkpoints are not pushed; use end or every_save")
+    if args.push_to_hub:
+        problems.append(
+            "push_to_hub: upload the finished target, `hf upload NAME OUTPUT_DIR --exclude 'checkpoint-*'`"
+        )
     if problems:
         raise FusionError(f"these training arguments cannot be used:{listed(problems)}")
 

@@ -132,8 +132,12 @@ def test_fusion_json_tells_what_the_target_was_made_of(target: Path, fusion: Wor
     assert math.isfinite(told["results"]["eval_perplexity_per_byte"])
 
 
-def test_no_secret_is_written(target: Path) -> None:
-    assert not [name for name, text in content(target).items() if b"SECRET" in text]
+def test_no_secret_is_written(target: Path, fusion: World, tmp_path: Path) -> None:
+    """transformers would keep its arguments in every checkpoint."""
+    again = train(fusion.config(tmp_path / "target", training={**OFTEN, "hub_token": "hf_SECRET"}))
+    assert len(list(again.glob("checkpoint-*"))) == 3
+    for folder in (target, again):
+        assert not [name for name, text in content(folder).items() if b"SECRET" in text]
 
 
 @pytest.mark.parametrize(("asked", "written"), [("auto", "bfloat16"), ("float32", "float32")])
@@ -560,7 +564,9 @@ def test_the_folder_of_the_target_must_be_named(fusion: World, tmp_path: Path) -
 def test_settings_that_do_not_go_together_are_refused(
     changed: dict[str, Any], part: str, fusion: World, tmp_path: Path
 ) -> None:
+    """The folder is not claimed: the settings put right may have it."""
     assert part in refused(fusion.config(tmp_path / "target", **changed))
+    assert not content(tmp_path)
 
 
 def test_clm_alone_finds_the_dialogues_beside_stores_that_it_does_not_read(

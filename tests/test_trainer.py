@@ -583,8 +583,7 @@ def test_only_as_many_checkpoints_are_kept_as_asked_for_and_the_best(fusion: Wor
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices: false"),
         ({"train_sampling_strategy": "batch_rebalance"}, "use group_by_length"),
         ({"prediction_loss_only": True}, "prediction_loss_only would leave out the metrics"),
-        ({"push_to_hub": True, "hub_strategy": "checkpoint"}, "checkpoints are not pushed"),
-        ({"push_to_hub": True, "hub_strategy": "all_checkpoints"}, "checkpoints are not pushed"),
+        ({"push_to_hub": True}, "push_to_hub: upload the finished target"),
     ],
 )
 def test_arguments_that_would_change_the_loss_are_refused(
