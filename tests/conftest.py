@@ -2,10 +2,12 @@
 
 import gc
 import os
+import subprocess
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import tiny_fusion
@@ -42,3 +44,20 @@ def fusion(tmp_path_factory: pytest.TempPathFactory) -> tiny_fusion.World:
     gc.collect()
     gc.freeze()  # a Trainer collects garbage each time it begins; among all that was imported that takes long
     return made
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """``small_disk(bytes)`` mounts a file system of that size, or makes the mounted one that large."""
+    folder = tmp_path / "disk"
+
+    def of_size(size: int) -> Path:
+        options = f"size={size}" + (",remount" if folder.is_dir() else "")
+        folder.mkdir(exist_ok=True)
+        mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True)
+        if mount.returncode:
+            pytest.skip("only root may mount a small file system")
+        return folder
+
+    yield of_size
+    subprocess.run(["umount", folder], check=False, capture_output=True)

@@ -4,105 +4,28 @@ Importing torch and transformers takes seconds. The console script and ``acceler
 them; for the many runs that are to be killed, one process imports everything and forks itself for each run.
 """
 
-import json
 import os
 import random
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_sources
 import torch
+from programs import BIN, ENVIRONMENT, Programs, tree, wait_for
 
 from fusion_trainer.dialogues import Dialogues
 from fusion_trainer.representations.store import RepresentationStore
 
-BIN = Path(sys.executable).parent
 CHATS = tiny_sources.made_up_chats(250, words=10, turns=1)
 SETTINGS = ["--template", "openchat", "--batch-tokens", "250", "--shard-tokens", "220"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-FORKING = """
-import json, os, resource, signal, sys
-import pyarrow, torch, accelerate, pandas
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM, Qwen2ForCausalLM, Qwen2Tokenizer
-import fusion_trainer.representations.extract
-from fusion_trainer.cli import main
-
-print("ready", flush=True)
-for line in iter(sys.stdin.readline, ""):
-    job = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background shell
-        os.chdir(job["folder"])
-        said = os.open(job["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
-        if "file_size" in job:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size"],) * 2)
-        if "more_memory" in job:
-            now = open("/proc/self/status").read().partition("VmData:")[2].split()[0]
-            resource.setrlimit(resource.RLIMIT_DATA, (1024 * int(now) + job["more_memory"],) * 2)
-        main(job["arguments"], prog_name="fusion-trainer")
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@dataclass
-class Run:
-    """A run that is under way: its process, and what it says in the end."""
-
-    process: int
-    wait: Callable[[], tuple[int, str]]
-
-
-class Programs:
-    """``fusion-trainer`` in forks of one process that has imported everything."""
-
-    def __init__(self, folder: Path) -> None:
-        self.said = folder / "said.txt"
-        self._parent = subprocess.Popen(
-            [sys.executable, "-c", FORKING],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=ENVIRONMENT,
-        )
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        assert self._parent.stdout
-        return self._parent.stdout.readline().strip()
-
-    def start(self, folder: Path, *arguments: object, **limits: int) -> Run:
-        job = {
-            "folder": str(folder),
-            "said": str(self.said),
-            "arguments": [str(one) for one in arguments],
-            **limits,
-        }
-        assert self._parent.stdin
-        self._parent.stdin.write(json.dumps(job) + "\n")
-        self._parent.stdin.flush()
-        return Run(int(self._line()), lambda: (int(self._line()), self.said.read_text()))
-
-    def run(self, folder: Path, *arguments: object, **limits: int) -> tuple[int, str]:
-        return self.start(folder, *arguments, **limits).wait()
-
-    def end(self) -> None:
-        assert self._parent.stdin
-        self._parent.stdin.close()
-        self._parent.wait()
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +51,6 @@ def extract(world: Path, *more: object) -> list[str]:
     return ["extract", *map(str, paths), *SETTINGS, "--output", "stores/source", *map(str, more)]
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    """All files below a folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
-    }
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder ``stores`` that the console script writes: prepared dialogues and the store."""
@@ -157,15 +73,6 @@ def no_half_written_shard(stores: Path, uninterrupted: Path) -> int:
     for shard in shards:
         assert shard.read_bytes() == (uninterrupted / "source" / shard.name).read_bytes(), shard.name
     return len(shards)
-
-
-def wait_for(what: Callable[[], Any], process: int) -> None:
-    """Poll until it is so, or the process has ended."""
-    while not what() and Path(f"/proc/{process}/fd").exists():
-        with suppress(PermissionError):
-            if not os.listdir(f"/proc/{process}/fd"):  # ended, and not waited for yet  # noqa: PTH208
-                return
-        time.sleep(0.0005)
 
 
 def test_killed_at_any_point_and_started_again_the_store_has_the_same_bytes(
@@ -245,23 +152,6 @@ def test_two_processes_share_the_work_and_write_the_same_bytes_as_one(
 
 
 # A full disk
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """``small_disk(bytes)`` mounts a file system of that size, or makes the mounted one that large."""
-    folder = tmp_path / "disk"
-
-    def of_size(size: int) -> Path:
-        options = f"size={size}" + (",remount" if folder.is_dir() else "")
-        folder.mkdir(exist_ok=True)
-        mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True)
-        if mount.returncode:
-            pytest.skip("only root may mount a small file system")
-        return folder
-
-    yield of_size
-    subprocess.run(["umount", folder], check=False, capture_output=True)
 
 
 def test_a_full_disk_ends_in_a_message_and_a_store_that_can_be_gone_on_with(
