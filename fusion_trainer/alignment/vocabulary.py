@@ -130,9 +130,8 @@ def prefix(source: TextTokenizer, pivot: TextTokenizer) -> VocabularyMap:
 
     The pivot's token of the same bytes is the image only if the pivot does read it so in one of ``CONTEXTS``: a
     tokenizer that takes digits one by one never predicts "12", though it may know it. Added tokens are mapped by
-    name; a special one without its like has no image, for no text of the pivot begins as its name does. A text that
-    the pivot always joins to what precedes it, or that is no whole characters, goes to the pivot's longest token
-    that it begins with.
+    name, a special one without its like has no image: it is no text. A text that the pivot always joins to what
+    precedes it, or that is no whole characters, goes to the pivot's longest token that it begins with.
     """
     same = _exact(source, pivot)
     named = {token: image for token, image in same.items() if token in source.added}
@@ -146,7 +145,7 @@ def prefix(source: TextTokenizer, pivot: TextTokenizer) -> VocabularyMap:
 
 
 def _firsts(texts: Mapping[int, str], pivot: TextTokenizer, same: Mapping[int, int]) -> dict[int, int]:
-    """The first token the pivot reads each text as: its own token (``same``) in any context, else in the first."""
+    """The first token the pivot reads each text as: its own (``same``) if any context gives it, else the earliest."""
     found: dict[int, int] = {}
     open_texts = {token: text for token, text in texts.items() if text}
     for context in CONTEXTS:
