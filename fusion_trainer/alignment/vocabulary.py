@@ -145,7 +145,7 @@ def prefix(source: TextTokenizer, pivot: TextTokenizer) -> VocabularyMap:
 
 
 def _firsts(texts: Mapping[int, str], pivot: TextTokenizer, same: Mapping[int, int]) -> dict[int, int]:
-    """The first token the pivot reads each text as: its own (``same``) if any context gives it, else the earliest."""
+    """The first token the pivot reads each text as: its own (``same``) if any context gives it, else the first."""
     found: dict[int, int] = {}
     open_texts = {token: text for token, text in texts.items() if text}
     for context in CONTEXTS:
