@@ -2,7 +2,7 @@
 #   make demo   fine-tune two tiny targets from one pivot, merge them with stock mergekit-yaml
 #   make test   the test suite
 #   make lint   ruff (lint and format) and mypy
-#   make bench  merges against mergekit's own methods, extraction against the bare forward pass
+#   make bench  merges, extraction, alignment, training: against what they replace
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,6 +33,8 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/extract.py
+	$(BIN)/python benchmarks/align.py
+	$(BIN)/python benchmarks/train.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_out
