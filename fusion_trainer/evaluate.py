@@ -2,12 +2,12 @@
 
 The texts are those of a prepared folder, the same for every model; each reads them with its own tokenizer. A row
 counts as matched when greedy decoding gives its answers token by token, which one forward pass tells: every token
-is the likeliest where it stands. Results are grouped by the part of a conversation's id before its first ``/``
-(``sorting/17``).
+is the likeliest where it stands. What lies beyond a model's context is not scored, but counted, and not matched.
+Results are grouped by the part of a conversation's id before its first ``/`` (``sorting/17``).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from fusion_trainer.batches import Collator, FusionData, TokenFile, write_tokens
+from fusion_trainer.batches import Collator, Example, TokenFile, TokenRow, write_tokens
 from fusion_trainer.config import EvaluateConfig
 from fusion_trainer.dialogues import Dialogues
-from fusion_trainer.errors import FusionError
+from fusion_trainer.errors import FusionError, unlike
 from fusion_trainer.files import read_json, write_json, written_to
-from fusion_trainer.fusion import Rule
 from fusion_trainer.heads import CHUNK_BYTES, SplitModel
-from fusion_trainer.models import load_causal_lm, local_folder, weights_fingerprint
-from fusion_trainer.representations.extract import batches
+from fusion_trainer.models import (
+    config_fingerprint,
+    load_causal_lm,
+    local_folder,
+    resolved_dtype,
+    weights_fingerprint,
+)
+from fusion_trainer.representations.extract import CONTEXT_SETTINGS, batches
 from fusion_trainer.tokens import load_tokenizer
 
 __all__ = ["ALL", "evaluate", "score"]
@@ -38,20 +43,25 @@ ALL = "all"
 
 @dataclass
 class Sums:
-    """Over the rows of a group: supervised bytes and tokens, their loss in nats, answers matched."""
+    """Over the rows of a group: supervised bytes and tokens, their loss in nats, answers matched.
+
+    ``cut_tokens`` are those beyond the context, in none of the other sums.
+    """
 
     rows: int = 0
     tokens: int = 0
     bytes: int = 0
     nats: float = 0.0
     matched: int = 0
+    cut_tokens: int = 0
 
-    def add(self, tokens: int, size: int, nats: float, matched: bool) -> None:
+    def add(self, tokens: int, size: int, nats: float, matched: bool, cut_tokens: int) -> None:
         self.rows += 1
         self.tokens += tokens
         self.bytes += size
         self.nats += nats
         self.matched += matched
+        self.cut_tokens += cut_tokens
 
     def as_dict(self) -> dict[str, float]:
         shares = {"nats_per_byte": self.nats / max(1, self.bytes), "exact_match": self.matched / max(1, self.rows)}
@@ -66,18 +76,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     folder, revision = local_folder(config.model, config.revision, code=config.trust_remote_code)
     dialogues = Dialogues(config.dialogues)
+    tokenizer = load_tokenizer(folder, config.model, config.trust_remote_code)
     about = {
         "format": FORMAT,
         "version": VERSION,
         "weights": weights_fingerprint(folder, config.model),
+        "config": config_fingerprint(folder, config.trust_remote_code),
+        "tokenizer": tokenizer.sha256,
         "dialogues": dialogues.fingerprint,
+        "dtype": resolved_dtype(folder, config.dtype, config.trust_remote_code),
+        "attention": config.attention,
     }
-    if config.output.is_file():
-        found = read_json(config.output)
-        if isinstance(found, dict) and {key: found.get(key) for key in about} == about:
-            return found
-        raise FusionError(f"`{config.output}` is of something else; give another --output, or remove it")
-    tokenizer = load_tokenizer(folder, config.model, config.trust_remote_code)
+    if config.output.exists():
+        return _demand(config.output, about)
     device = PartialState(cpu=not torch.accelerator.is_available()).device
     model = load_causal_lm(
         folder,
@@ -103,6 +114,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return result
 
 
+def _demand(output: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """The scores that are there, if they are those asked for."""
+    try:
+        found = dict(read_json(output))
+    except (OSError, ValueError, TypeError):
+        found = {}
+    if found.get("format") != FORMAT:
+        raise FusionError(f"`{output}` holds something else; give another --output")
+    if difference := unlike(f"`{output}` holds other scores:", about, {key: found.get(key) for key in about}):
+        raise FusionError(f"{difference}\nGive another --output, or remove that file.")
+    return found
+
+
 def score(model: Any, tokens: Path, names: list[str], batch_tokens: int) -> dict[str, Sums]:
     """Sums by group, ``ALL`` first.
 
@@ -115,27 +139,45 @@ def score(model: Any, tokens: Path, names: list[str], batch_tokens: int) -> dict
     split = SplitModel(model)
     if not split.trial()[1]:
         raise FusionError(f"{type(model).__name__} does not give its logits from its layers' output alone")
-    lengths = TokenFile(tokens).lengths.tolist()
-    data = FusionData(tokens, [], Rule(), [[block] for block in range(len(lengths))])
+    settings = model.config.get_text_config()
+    context = next((limit for name in CONTEXT_SETTINGS if (limit := getattr(settings, name, None))), None)
+    file = TokenFile(tokens)
+    lengths = np.minimum(file.lengths, context or file.lengths.max(initial=0)).tolist()
+    known = model.get_input_embeddings().weight.shape[0]
     sums = {ALL: Sums(), **{name: Sums() for name in sorted({_group(name) for name in names})}}
     with tqdm(total=len(lengths), unit="row", desc="evaluate") as bar:
         for numbers in batches(lengths, batch_tokens):
-            batch = Collator(0)([data[number] for number in numbers])
+            rows = [file[number] for number in numbers]
+            read = [_within(row, length) for row, length in zip(rows, (lengths[n] for n in numbers), strict=True)]
+            batch = Collator(0)([[Example(number, row, None)] for number, row in zip(numbers, read, strict=True)])
+            if (unknown := int(batch["input_ids"].max())) >= known:
+                raise FusionError(
+                    f"token {unknown} of the tokenizer has no row in the model, which has {known}: tokenizer and "
+                    "weights do not belong together"
+                )
             nats, hits = _asked(split, {name: tensor.to(split.device) for name, tensor in batch.items()})
             of_item = batch["of_item"].numpy()
             for item, number in enumerate(numbers):
-                here = of_item == item
-                if here.any():
-                    found = (
-                        int(here.sum()),
-                        int(batch["bytes"][item]),
-                        float(nats[here].sum()),
-                        bool(hits[here].all()),
-                    )
+                here, supervised = of_item == item, len(rows[item].positions)
+                cut = supervised - int(here.sum())
+                if supervised:
+                    matched = not cut and bool(hits[here].all())
+                    found = int(here.sum()), read[item].bytes, float(nats[here].sum()), matched, cut
                     for group in {ALL, _group(names[number])}:
                         sums[group].add(*found)
             bar.update(len(numbers))
     return sums
+
+
+def _within(row: TokenRow, context: int) -> TokenRow:
+    """The part of a row that a model reads."""
+    if len(row.ids) <= context:
+        return row
+    known = row.positions < context - 1
+    sizes = row.gold_bytes[known]
+    return replace(
+        row, ids=row.ids[:context], positions=row.positions[known], gold_bytes=sizes, bytes=int(sizes.sum())
+    )
 
 
 def _group(conversation: str) -> str:
