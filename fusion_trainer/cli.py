@@ -1,8 +1,6 @@
 """The ``fusion-trainer`` program."""
 
-import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +8,6 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
-import psutil
 import yaml
 from pydantic import BaseModel
 
@@ -23,7 +20,8 @@ from fusion_trainer.config import (
     read_config,
 )
 from fusion_trainer.errors import FusionError, listed
-from fusion_trainer.stages import ENDS_WITH, KINDS
+from fusion_trainer.processes import end_with_the_run
+from fusion_trainer.stages import KINDS
 
 __all__ = ["main"]
 
@@ -34,15 +32,7 @@ Command = Callable[..., None]
 @click.version_option(package_name="varm-merge", prog_name="fusion-trainer")
 def main() -> None:
     """Fuse chat LLMs pairwise: from source models and chat data to the target checkpoints that VaRM merges."""
-    if process := os.environ.get(ENDS_WITH):
-        threading.Thread(target=_end_with, args=(int(process),), daemon=True).start()
-
-
-def _end_with(process: int) -> None:
-    """Do not outlive the run this is a stage of."""
-    while psutil.pid_exists(process):
-        time.sleep(0.5)
-    os._exit(1)
+    end_with_the_run()
 
 
 def _settings_as_flags(kind: type[BaseModel]) -> Callable[[Command], Command]:
@@ -123,7 +113,7 @@ def run(pipeline: Path, dry_run: bool, until: str | None, only: str | None) -> N
     click.echo(
         f"{len(made)} of {len(wanted)} stages were run" if made else f"all {len(wanted)} stages are up to date"
     )
-    if scores := report(config.work):
+    if scores := report(plan):
         click.echo(scores)
 
 

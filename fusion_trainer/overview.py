@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_trainer.dialogues import Dialogues
-from fusion_trainer.errors import FusionError
-from fusion_trainer.files import read_json, whole_file, write_json
+from fusion_trainer.files import read_json, whole_file, write_json, written_to
 from fusion_trainer.pipeline import PipelineConfig
 from fusion_trainer.stages import Plan, Stage
 
@@ -22,18 +21,20 @@ BYTES_PER_POSITION = 24
 
 def overview(plan: Plan, stages: Sequence[Stage], config: PipelineConfig) -> str:
     """A line per stage: how it stands, and what it takes."""
-    size = _size(config)
+    standings = plan.standings(stages)
+    prepared = any(stage.title == "prepare dialogues" and standing.made for stage, standing in standings)
+    size = _size(config, prepared)
     lines = [size["told"]]
-    for stage, standing in plan.standings(stages):
+    for stage, standing in standings:
         mark = "✓" if standing.made else "·"
-        about = "" if standing.made else _estimate(stage, size)
+        about = "" if standing.made else _estimate(stage, size, config)
         lines.append(f"{mark} {stage.title:32} {standing.reason}{f'  ({about})' if about else ''}")
     return "\n".join(lines)
 
 
-def _size(config: PipelineConfig) -> dict[str, Any]:
+def _size(config: PipelineConfig, prepared: bool) -> dict[str, Any]:
     """Blocks, tokens and supervised tokens: counted if the data is prepared, else estimated."""
-    try:
+    if prepared:
         report = Dialogues(config.work / "dialogues").report
         found: dict[str, Any] = {
             "blocks": report.blocks,
@@ -41,7 +42,7 @@ def _size(config: PipelineConfig) -> dict[str, Any]:
             "supervised": report.supervised_tokens,
         }
         word = "counted"
-    except FusionError:
+    else:
         size = sum(Path(data).stat().st_size for data in config.data if Path(data).is_file())
         if not size:
             return {"told": "the data's size is known once it is prepared (--until prepare)"}
@@ -53,11 +54,11 @@ def _size(config: PipelineConfig) -> dict[str, Any]:
     return {**found, "told": f"data: {told} ({word})"}
 
 
-def _estimate(stage: Stage, size: dict[str, Any]) -> str:
+def _estimate(stage: Stage, size: dict[str, Any], config: PipelineConfig) -> str:
     if "tokens" not in size:
         return ""
     if stage.kind in ("extract", "align"):
-        entries = stage.settings.get("top_k", 10)
+        entries = stage.settings.get("top_k", config.extract.get("top_k", 10))
         stored = size["supervised"] * (BYTES_PER_POSITION - 20 + 4 * entries)
         return f"about {size['tokens']:,} tokens, {stored / 1e6:,.1f} MB"
     if stage.kind == "train":
@@ -70,27 +71,28 @@ def _estimate(stage: Stage, size: dict[str, Any]) -> str:
     return ""
 
 
-def report(work: Path) -> str:
-    """The scores of all models as a Markdown table, written beside them; empty if there are none."""
-    found = {path.parent.name: read_json(path) for path in sorted((work / "scores").glob("*/scores.json"))}
+def report(plan: Plan) -> str:
+    """The scores that are up to date as Markdown tables, written beside them; empty if there are none."""
+    scores = [stage for stage in plan.stages if stage.kind == "evaluate"]
+    made = [stage for stage, standing in plan.standings(scores) if standing.made]
+    found = {stage.name: read_json(stage.output / "scores.json") for stage in made}
     if not found:
         return ""
-    order = ("pivot", "source", "target", "merge")
-    names = sorted(found, key=lambda name: (order.index(name.split("-")[0]), name))
-    groups = list(dict.fromkeys(group for name in names for group in found[name]["groups"]))
+    groups = list(dict.fromkeys(group for scored in found.values() for group in scored["groups"]))
     tables = []
     for title, key, form in (
         ("Loss, nats per byte", "nats_per_byte", ".4f"),
         ("Exact match", "exact_match", ".1%"),
     ):
         head = ["model", *groups]
-        rows = [[name, *(_cell(found[name], group, key, form) for group in groups)] for name in names]
+        rows = [[name, *(_cell(scored, group, key, form) for group in groups)] for name, scored in found.items()]
         lines = [head, ["---"] * len(head), *rows]
         tables.append(f"### {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
     text = "\n\n".join(tables) + "\n"
-    write_json(work / "report.json", {name: found[name]["groups"] for name in names})
-    with whole_file(work / "report.md") as file:
-        file.write(text.encode())
+    with written_to(plan.work):
+        write_json(plan.work / "report.json", {name: scored["groups"] for name, scored in found.items()})
+        with whole_file(plan.work / "report.md") as file:
+            file.write(text.encode())
     return text
 
 

@@ -6,9 +6,10 @@ Every stage is a command of its own with a config of its own (``work/configs``),
 for it. Here the file is checked as a whole and turned into the list of stages; ``stages`` runs them.
 """
 
+import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,7 +28,8 @@ from fusion_trainer.config import (
     read_yaml,
 )
 from fusion_trainer.errors import FusionError, listed
-from fusion_trainer.stages import KINDS, OWN, Stage
+from fusion_trainer.processes import MERGEKIT, OWN
+from fusion_trainer.stages import KINDS, Stage
 
 __all__ = ["PipelineConfig", "chosen", "read_pipeline"]
 
@@ -36,6 +38,7 @@ WITHOUT_PIVOT = ("linear",)
 """Merge methods that take no base model."""
 BETWEEN_TWO = ("slerp",)
 """Merge methods whose base model is one of the two they merge."""
+ACCELERATE = (".yaml", ".yml")
 HARMLESS = {
     "workers",
     "batch_tokens",
@@ -91,7 +94,8 @@ class _Builder:
         self.problems: list[tuple[str, str]] = []
 
     def wrong(self, where: str, what: str) -> None:
-        if (where, what) not in self.problems:
+        """Note a problem; a place in the file is told once, though many stages read it."""
+        if where not in {place for place, _ in self.problems}:
             self.problems.append((where, what))
 
     def settings(
@@ -99,27 +103,35 @@ class _Builder:
         kind: type[BaseModel],
         own: Settings,
         *given: tuple[str, Mapping[str, Any]],
-        besides: Iterable[str] = (),
+        not_here: Iterable[str] = (),
     ) -> BaseModel | None:
-        """A stage's config of what the pipeline sets and what the file says, the last of it first."""
+        """A stage's config.
+
+        Args:
+            kind: Its model.
+            own: What the pipeline sets.
+            given: Places in the file and what they say; a later one wins, and adds to a mapping.
+            not_here: Settings that have a place of their own, ``prepare``.
+        """
         merged: Settings = {}
         origin: dict[str, str] = {}
         for where, part in given:
             for name, value in part.items():
-                if name in besides:
-                    continue
                 if name in own:
                     self.wrong(f"{where}.{name}", "is set by the pipeline itself")
+                elif name in not_here and where != "prepare":
+                    self.wrong(f"{where}.{name}", "is set under `prepare`, for all models alike")
                 both = isinstance(value, dict) and isinstance(merged.get(name), dict)
                 merged[name] = {**merged[name], **value} if both else value
-                origin[name] = where
+                inner = {f"{name}.{key}": where for key in value} if isinstance(value, dict) else {}
+                origin |= {name: where, **inner}
         try:
             return kind.model_validate({**merged, **own})
         except ValidationError as error:
             for problem in error.errors():
-                name = str(problem["loc"][0]) if problem["loc"] else ""
-                for where, text in explained(kind, problem, origin.get(name, given[-1][0] if given else "")):
-                    self.wrong(where, text)
+                for place, text in explained(kind, problem, ""):
+                    where = origin.get(place, given[-1][0] if given else "")
+                    self.wrong(".".join(part for part in (where, place) if part), text)
             return None
 
     def add(
@@ -129,8 +141,8 @@ class _Builder:
         output: Path,
         settings: BaseModel | None,
         needs: Iterable[str],
-        models: Iterable[tuple[str, str | None]] = (),
-        files: Iterable[str] = (),
+        models: Mapping[str, tuple[str, str | None]],
+        files: Mapping[str, str] | None = None,
     ) -> None:
         """A stage that runs a command of this program."""
         if settings is None:
@@ -147,8 +159,8 @@ class _Builder:
                 {config: yaml.safe_dump(content, sort_keys=False, allow_unicode=True)},
                 _of_the_result(settings.model_dump(mode="json")),
                 list(needs),
-                list(models),
-                list(files),
+                models,
+                files or {},
             )
         )
 
@@ -160,16 +172,28 @@ def read_pipeline(path: Path) -> tuple[PipelineConfig, list[Stage]]:
         FusionError: Something in the file is wrong: all of it is told, with lines and paths in the file.
     """
     settings, lines = read_yaml(path)
+    known = {name: value for name, value in settings.items() if name in PipelineConfig.model_fields}
     try:
-        config = PipelineConfig.model_validate(settings)
+        builder = _Builder(PipelineConfig.model_validate(known))
+        _plan(builder)
+        problems = builder.problems
     except ValidationError as error:
-        found = [one for problem in error.errors() for one in explained(PipelineConfig, problem, "")]
-        raise FusionError(f"{path} cannot be used:{listed(_told(found, lines))}") from error
-    builder = _Builder(config)
-    _plan(builder)
-    if builder.problems:
-        raise FusionError(f"{path} cannot be used:{listed(_told(builder.problems, lines))}")
-    return config, builder.stages
+        problems = list(_of_pydantic(error))
+    try:
+        PipelineConfig.model_validate(settings)
+    except ValidationError as error:
+        problems = [one for one in _of_pydantic(error) if one not in problems] + problems
+    if problems:
+        raise FusionError(f"{path} cannot be used:{listed(_told(problems, lines))}")
+    return builder.config, builder.stages
+
+
+def _of_pydantic(error: ValidationError) -> Iterator[tuple[str, str]]:
+    """What is wrong with the top of the file, each with the whole path to it."""
+    for problem in error.errors():
+        inner = [f"[{one}]" if isinstance(one, int) else f".{one}" for one in problem["loc"][1:] if one != "[key]"]
+        for place, text in explained(PipelineConfig, problem, ""):
+            yield f"{place}{''.join(inner)}", text
 
 
 def chosen(stages: Sequence[Stage], until: str | None, only: str | None) -> list[Stage]:
@@ -202,7 +226,7 @@ def _told(problems: Iterable[tuple[str, str]], lines: Mapping[str, int]) -> list
     for where, what in problems:
         place = where
         while place and place not in lines:
-            place = place.rpartition(".")[0]
+            place = place[: max(place.rfind("."), place.rfind("["), 0)]
         told.append(f"{f'line {lines[place]}: ' if place else ''}{f'{where}: ' if where else ''}{what}")
     return told
 
@@ -211,16 +235,17 @@ def _plan(builder: _Builder) -> None:
     """Add every stage of the file, and note every problem."""
     config, work = builder.config, builder.config.work
     names = _names(builder)
-    for place, value in [("data", one) for one in config.data]:
-        if value.endswith((".json", ".jsonl", ".parquet")) and not Path(value).is_file():
-            builder.wrong(place, f"no file `{value}`")
+    for place, launch in config.launch.items():
+        if launch.endswith(ACCELERATE) and not Path(launch).is_file():
+            builder.wrong(f"launch.{place}", f"no file `{launch}`")
     _demand_model(builder, "pivot", config.pivot)
     common: Settings = {"data": config.data, "pivot": config.pivot, "pivot_revision": config.pivot_revision}
     common |= {"trust_remote_code": config.trust_remote_code}
     pivot = (config.pivot, config.pivot_revision)
     dialogues = work / "dialogues"
     prepared = builder.settings(PrepareConfig, {**common, "dialogues": dialogues}, ("prepare", config.prepare))
-    builder.add("prepare", "dialogues", dialogues, prepared, (), [pivot], config.data)
+    files = _files(builder, "data", config.data)
+    builder.add("prepare", "dialogues", dialogues, prepared, (), {"pivot": pivot}, files)
 
     asked: list[tuple[str, Settings, str, str, str | None]] = [
         ("pivot", {}, "pivot", config.pivot, config.pivot_revision)
@@ -237,17 +262,18 @@ def _plan(builder: _Builder) -> None:
         stored: Settings = {**common, "dialogues": dialogues, "model": model, "output": work / "stores" / name}
         if name == "pivot":
             stored["revision"] = revision
-        given = [("prepare", config.prepare), ("extract", config.extract), (where, source)]
-        extracted = builder.settings(ExtractConfig, stored, *given, besides=("name", "model"))
-        builder.add("extract", name, work / "stores" / name, extracted, ["prepare dialogues"], [(model, revision)])
+        special = {key: value for key, value in source.items() if key not in ("name", "model")}
+        given = [("prepare", config.prepare), ("extract", config.extract), (where, special)]
+        extracted = builder.settings(ExtractConfig, stored, *given, not_here=PrepareConfig.model_fields)
+        asks = {"model": (model, revision)}
+        builder.add("extract", name, work / "stores" / name, extracted, ["prepare dialogues"], asks)
     for name in names:
         own: Settings = {"source_store": work / "stores" / name, "pivot_store": work / "stores" / "pivot"}
         own |= {"output": work / "aligned" / name, "dialogues": dialogues, "maps": work / "maps"}
         own |= {"trust_remote_code": config.trust_remote_code}
         aligned = builder.settings(AlignConfig, own, ("align", config.align))
-        builder.add("align", name, work / "aligned" / name, aligned, ["extract pivot", f"extract {name}"])
-    pairwise = _targets(builder, names, dialogues)
-    _merges(builder, pairwise)
+        builder.add("align", name, work / "aligned" / name, aligned, ["extract pivot", f"extract {name}"], {})
+    _merges(builder, *_targets(builder, names, dialogues))
     if config.evaluate is not None:
         _evaluations(builder, names, common)
 
@@ -257,10 +283,29 @@ def _names(builder: _Builder) -> list[str]:
     names: list[str] = []
     for number, source in enumerate(builder.config.sources):
         name = str(source.get("name") or Path(str(source.get("model", number))).name)
-        if name in (*names, "pivot") or "/" in name:
-            builder.wrong(f"sources[{number}].name", f"`{name}` cannot be used, or is used twice; give a `name`")
+        where = f"sources[{number}].name"
+        if name in names:
+            builder.wrong(where, f"`{name}` is the name of another source, too; give a `name`")
+        if name == "pivot":
+            builder.wrong(where, "`pivot` is the pivot's name; give a `name`")
+        _demand_name(builder, where, name)
         names.append(name)
     return names
+
+
+def _demand_name(builder: _Builder, where: str, name: str) -> None:
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        builder.wrong(where, f"`{name}` cannot be the name of a folder: letters, digits and . + - _ alone")
+
+
+def _files(builder: _Builder, where: str, data: Sequence[str]) -> dict[str, str]:
+    """Data and template by their places in the file."""
+    found = {f"{where}[{number}]": one for number, one in enumerate(data)}
+    for place, value in found.items():
+        if value.endswith((".json", ".jsonl", ".parquet")) and not Path(value).is_file():
+            builder.wrong(place, f"no file `{value}`")
+    template = builder.config.prepare.get("template")
+    return {**found, "template": template} if isinstance(template, str) and Path(template).is_file() else found
 
 
 def _demand_model(builder: _Builder, where: str, model: str) -> None:
@@ -269,14 +314,16 @@ def _demand_model(builder: _Builder, where: str, model: str) -> None:
         builder.wrong(where, f"no model folder `{model}`")
 
 
-def _targets(builder: _Builder, names: list[str], dialogues: Path) -> list[str]:
-    """The stages of the targets; the names of the pairwise ones, which merges take by default."""
+def _targets(builder: _Builder, names: list[str], dialogues: Path) -> tuple[list[str], list[str]]:
+    """The stages of the targets; the names of all, and of the pairwise ones, which merges take by default."""
     config, work = builder.config, builder.config.work
     wanted = config.targets or {name: {"sources": [name]} for name in names}
     pairwise = []
     for target, given in wanted.items():
         where = f"targets.{target}" if config.targets else "train"
-        sources = given.get("sources", [])
+        if config.targets:
+            _demand_name(builder, where, target)
+        sources = _list(given.get("sources"))
         for unknown in [source for source in sources if source not in names]:
             builder.wrong(f"{where}.sources", f"no source `{unknown}`; there are {', '.join(names)}")
         folder = work / "targets" / target
@@ -287,38 +334,48 @@ def _targets(builder: _Builder, names: list[str], dialogues: Path) -> list[str]:
             own |= {"pivot_store": work / "stores" / "pivot"}
             own |= {"aligned_stores": [work / "aligned" / source for source in sources]}
             needs += ["extract pivot", *(f"align {source}" for source in sources)]
-        parts = [("train", config.train), (where, given), ("", {"training": {"output_dir": str(folder)}})]
-        for place, part in parts[:2]:
-            if "output_dir" in (part.get("training") or {}):
+        special = {key: value for key, value in given.items() if key != "sources"}
+        parts = [("", {"training": {"output_dir": str(folder)}}), ("train", config.train), (where, special)]
+        for place, part in parts[1:]:
+            training = part.get("training")
+            if isinstance(training, dict) and "output_dir" in training:
                 builder.wrong(f"{place}.training.output_dir", "is set by the pipeline itself")
-        settings = builder.settings(TrainConfig, own, *parts, besides=("sources",))
+        settings = builder.settings(TrainConfig, own, *parts)
         if isinstance(settings, TrainConfig) and not sources and settings.clm_weight < 1:
             builder.wrong(where, "names no `sources`; for CLM alone set `clm_weight: 1`")
-        builder.add("train", target, folder, settings, needs, [(config.pivot, config.pivot_revision)])
+        builder.add("train", target, folder, settings, needs, {"pivot": (config.pivot, config.pivot_revision)})
         if len(sources) == 1:
             pairwise.append(target)
-    return pairwise
+    return list(wanted), pairwise
 
 
-def _merges(builder: _Builder, pairwise: list[str]) -> None:
+def _merges(builder: _Builder, trained: list[str], pairwise: list[str]) -> None:
     config, work = builder.config, builder.config.work
-    trained = [stage.name for stage in builder.stages if stage.kind == "train"]
     for name, given in config.merges.items():
         where = f"merges.{name}"
-        targets = given.get("targets", pairwise)
+        _demand_name(builder, where, name)
+        targets = _list(given["targets"]) if "targets" in given else pairwise
         for unknown in [target for target in targets if target not in trained]:
             builder.wrong(f"{where}.targets", f"no target `{unknown}`; there are {', '.join(trained)}")
+        if not targets:
+            builder.wrong(f"{where}.targets", "there is no target to merge")
+        own = given.get("model_parameters") or {}
+        for unknown in [target for target in own if target not in targets]:
+            builder.wrong(f"{where}.model_parameters.{unknown}", f"no target `{unknown}` in this merge")
+        if "models" in given:
+            builder.wrong(f"{where}.models", "is set by the pipeline itself; name `targets`")
         method = given.get("merge_method")
         if not isinstance(method, str):
             builder.wrong(where, "names no `merge_method`")
             continue
         folders = {target: work / "targets" / target for target in targets}
         content = {key: value for key, value in given.items() if key not in ("targets", "model_parameters")}
+        if method in BETWEEN_TWO and len(targets) != 2:
+            builder.wrong(where, f"{method} is between two targets, not {len(targets)}; name them in `targets`")
         if method in BETWEEN_TWO and targets:
             content.setdefault("base_model", _place(folders[targets[0]]))
         elif method not in WITHOUT_PIVOT:
             content.setdefault("base_model", _reference(config))
-        own = given.get("model_parameters") or {}
         content["models"] = [
             {"model": _place(folder), **({"parameters": own[target]} if target in own else {})}
             for target, folder in folders.items()
@@ -327,28 +384,27 @@ def _merges(builder: _Builder, pairwise: list[str]) -> None:
         recipe = work / "recipes" / f"{name}.yaml"
         output = work / "merges" / name
         text = f"# mergekit-yaml {recipe} {output}\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}"
-        program = str(Path(sys.executable).parent / "mergekit-yaml")
-        command = [program, str(recipe), str(output), *config.merge_options]
+        command = [*MERGEKIT, str(recipe), str(output), *config.merge_options]
         needs = [f"train {target}" for target in targets]
-        settings = {**given, "dtype": content["dtype"], "options": config.merge_options}
-        pivot = [(config.pivot, config.pivot_revision)]
-        builder.stages.append(Stage("merge", name, output, command, {recipe: text}, settings, needs, pivot, []))
+        settings = {**given, "targets": targets, "dtype": content["dtype"], "options": config.merge_options}
+        pivot = {"pivot": (config.pivot, config.pivot_revision)}
+        builder.stages.append(Stage("merge", name, output, command, {recipe: text}, settings, needs, pivot, {}))
 
 
 def _evaluations(builder: _Builder, names: list[str], common: Settings) -> None:
     """The held-out dialogues, and a score of every model."""
     config, work = builder.config, builder.config.work
     given = dict(config.evaluate or {})
-    data = one_or_more(given.pop("data", []))
+    data = _list(given.pop("data", None))
     if not data:
         builder.wrong("evaluate", "names no held-out `data`")
-    for missing in [one for one in data if Path(one).suffix and not Path(one).is_file()]:
-        builder.wrong("evaluate.data", f"no file `{missing}`")
+    files = _files(builder, "evaluate.data", data)
     folder = work / "held_out"
     prepared = builder.settings(
         PrepareConfig, {**common, "data": data, "dialogues": folder}, ("prepare", config.prepare)
     )
-    builder.add("prepare", "held_out", folder, prepared, (), [(config.pivot, config.pivot_revision)], data)
+    pivot = {"pivot": (config.pivot, config.pivot_revision)}
+    builder.add("prepare", "held_out", folder, prepared, (), pivot, files)
     models: list[tuple[str, str, str | None, list[str]]] = [("pivot", config.pivot, config.pivot_revision, [])]
     for name, source in zip(names, config.sources, strict=True):
         models.append((f"source {name}", str(source.get("model")), source.get("revision"), []))
@@ -366,14 +422,19 @@ def _evaluations(builder: _Builder, names: list[str], common: Settings) -> None:
         }
         own |= {"trust_remote_code": config.trust_remote_code}
         settings = builder.settings(EvaluateConfig, own, ("evaluate", given))
-        outside = [] if needs else [(model, revision)]
+        outside = {} if needs else {"model": (model, revision)}
         builder.add("evaluate", slug, output, settings, ["prepare held_out", *needs], outside)
+
+
+def _list(value: Any) -> list[str]:
+    """The texts of a setting that is one, a list of them, or left out."""
+    return [str(one) for one in one_or_more(value) or ()]
 
 
 def _launched(launch: str | None) -> list[str]:
     if launch is None:
         return OWN
-    if launch.endswith((".yaml", ".yml")):
+    if launch.endswith(ACCELERATE):
         head = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch]
     else:
         head = shlex.split(launch)

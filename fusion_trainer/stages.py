@@ -1,42 +1,49 @@
 """Stages that are made once: each folder carries the fingerprint of all that it depends on.
 
 Beside what a stage has made lies ``stage.json``: what it depends on (settings, models and data by content, the
-stages before it), and the size, time and SHA-256 of its files. A stage whose fingerprint is as wanted and whose
-files are as they were made is left alone. One that was begun with the same fingerprint goes on. Any other is
-removed and made again, with the reason told.
+stages before it), and the SHA-256 of its files. A stage whose fingerprint is as wanted and whose files are as they
+were made is left alone. One that was begun with the same fingerprint goes on. Any other is removed and made again,
+with the reason told. What no stage has made is never removed: the run refuses to begin.
 """
 
 import fcntl
 import json
 import os
+import re
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fusion_trainer.errors import FusionError
-from fusion_trainer.files import fingerprint, read_json, sha256_of, whole_file, write_json, written_to
+from fusion_trainer.errors import FusionError, listed
+from fusion_trainer.files import TEMPORARY, fingerprint, read_json, sha256_of, whole_file, write_json, written_to
+from fusion_trainer.processes import run_command
 
-__all__ = ["ENDS_WITH", "KINDS", "Plan", "Stage", "Standing"]
+__all__ = ["KINDS", "Plan", "Stage", "Standing"]
 
 KINDS = ("prepare", "extract", "align", "train", "merge", "evaluate")
 RULES = 1
 """Raised when stages that were made before must not be taken for what is made now."""
-RECORD, LOCK, STAGE_LOCK = "stage.json", "lock", "stage.lock"
-OWN = [sys.executable, "-m", "fusion_trainer"]
-PARTS_OF_THE_WAY = ("checkpoint-", "runs")
-"""Folders in a stage's output that are no part of its result."""
+RECORD, LOCK, BEGUN = "stage.json", "lock", "begun"
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.py")
-ENDS_WITH = "FUSION_TRAINER_ENDS_WITH"
-"""Names the process that a stage's command must not outlive."""
+OF_UNFINISHED = {
+    "prepare": {"manifest.json"},
+    "extract": {"extraction.json", "manifest.json"},
+    "align": {"extraction.json", "manifest.json"},
+    "train": {"training.json", "fusion.json"},
+    "merge": {BEGUN},
+    "evaluate": {"scores.json"},
+}
+"""A stage's folder that is not finished holds one of these, written first or alone."""
+LATER = {"prepare": ("tokens-*.arrow",)}
+"""What other stages leave in a stage's folder."""
+PARTS_OF_THE_WAY = re.compile(r"checkpoint-\d+|runs")
+"""Folders that a training leaves beside its result."""
 PATIENCE_S = 15
 
 
@@ -52,19 +59,19 @@ class Stage:
         inputs: Files the command reads, and what stands in them.
         settings: Those that decide what it makes.
         needs: The stages before it, as ``kind name``.
-        models: Models it reads from outside, with their revisions.
-        files: Data it reads from outside.
+        models: Models it reads from outside, with their revisions, by what they are to it.
+        files: Data it reads from outside, by its place in the pipeline's file.
     """
 
     kind: str
     name: str
     output: Path
     command: list[str]
-    inputs: dict[Path, str]
-    settings: dict[str, Any]
-    needs: list[str]
-    models: list[tuple[str, str | None]]
-    files: list[str]
+    inputs: Mapping[Path, str]
+    settings: Mapping[str, Any]
+    needs: Sequence[str]
+    models: Mapping[str, tuple[str, str | None]]
+    files: Mapping[str, str]
 
     @property
     def title(self) -> str:
@@ -81,6 +88,8 @@ class Standing:
     reason: str
     keep: bool = False
     """What is there is the beginning of just this stage."""
+    foreign: Path | None = None
+    """What lies in the way and no stage has made."""
 
 
 class Plan:
@@ -95,20 +104,31 @@ class Plan:
         self.work, self.stages = work, list(stages)
         self.sums = _Sums(work / "sums.json")
 
-    def standings(self, stages: Sequence[Stage]) -> Iterator[tuple[Stage, Standing]]:
-        """How each stage stands."""
+    def standings(self, stages: Sequence[Stage]) -> list[tuple[Stage, Standing]]:
+        """How each stage stands.
+
+        Raises:
+            FusionError: Where stages are to be made lies something else.
+        """
         marks: dict[str, str] = {}
+        found = []
         for stage in self.stages:
             depends = self._depends(stage, marks)
             marks[stage.title] = fingerprint([RULES, stage.kind, depends])
             if stage in stages:
-                yield stage, self._standing(stage, depends, marks[stage.title])
+                found.append((stage, self._standing(stage, depends, marks[stage.title])))
+        foreign = [f"`{one.foreign}`, in the way of {stage.title}" for stage, one in found if one.foreign]
+        if foreign:
+            raise FusionError(
+                f"this pipeline has not made:{listed(foreign)}\nMove it away, or give another `work`."
+            )
+        return found
 
     def run(self, stages: Sequence[Stage]) -> list[str]:
         """Make what is not made; the titles of what was.
 
         Raises:
-            FusionError: A stage failed, its folder holds something else, or another run is at work.
+            FusionError: A stage failed, something else lies in the way, or another run is at work.
         """
         made = []
         with written_to(self.work):
@@ -124,22 +144,28 @@ class Plan:
 
     def _make(self, stage: Stage, standing: Standing, lock: int) -> None:
         begun = _begun(stage)
+        self.sums.keep()  # of a stage that is stopped nothing is read again
         with written_to(stage.output.parent):
-            if not standing.keep or stage.kind == "merge":  # mergekit does not go on
-                shutil.rmtree(stage.output, ignore_errors=True)
-            (stage.output / RECORD).unlink(missing_ok=True)
             stage.output.parent.mkdir(parents=True, exist_ok=True)
+            if not standing.keep:
+                _remove(stage.output)
             write_json(begun, {"fingerprint": standing.fingerprint, "depends": standing.depends})
+            if stage.kind == "merge":  # mergekit itself does not tell whose a folder is
+                stage.output.mkdir(exist_ok=True)
+                (stage.output / BEGUN).touch()
             for path, text in stage.inputs.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with whole_file(path) as file:
                     file.write(text.encode())
-        if code := _run(stage.command, self.work, lock):
+        if code := run_command(stage.command, lock):
+            ended = f"with exit code {code}" if code > 0 else f"by signal {-code}"
             raise FusionError(
-                f"{stage.title} ended with exit code {code}; what it said stands above. Once that is mended run "
-                "the same command again: it goes on from here"
+                f"{stage.title} ended {ended}; what it said stands above. Once that is mended run the same "
+                "command again: it goes on from here"
             )
-        files = self.sums.of(stage.output)
+        with written_to(stage.output.parent):
+            (stage.output / BEGUN).unlink(missing_ok=True)
+            files = self.sums.of(stage.output)
         if not files:
             raise FusionError(f"{stage.title} has left nothing in `{stage.output}`")
         record = {"stage": stage.title, "fingerprint": standing.fingerprint, "depends": standing.depends}
@@ -148,27 +174,28 @@ class Plan:
             begun.unlink(missing_ok=True)
 
     def _standing(self, stage: Stage, depends: dict[str, Any], mark: str) -> Standing:
-        record, begun = _read(stage.output / RECORD), _read(_begun(stage))
+        record, begun = _made(stage), _read(_begun(stage))
         if record.get("fingerprint") == mark:
-            if changed := self.sums.changed(stage.output, record.get("files", {})):
-                return Standing(
-                    depends, mark, False, f"`{stage.output / changed}` is not as it was made; made again"
-                )
-            return Standing(depends, mark, True, "up to date")
-        if begun.get("fingerprint") == mark:
-            return Standing(depends, mark, False, "goes on", keep=True)
-        if before := record or begun:
-            return Standing(depends, mark, False, f"made again: {_difference(before.get('depends', {}), depends)}")
-        if stage.output.exists() and (not stage.output.is_dir() or any(stage.output.iterdir())):
-            raise FusionError(f"`{stage.output}` holds something this pipeline has not made; give another `work`")
-        return Standing(depends, mark, False, "not made yet")
+            changed = self.sums.changed(stage.output, record["files"])
+            if changed is None:
+                return Standing(depends, mark, True, "up to date")
+            reason = f"`{stage.output / changed}` is not as it was made; made again"
+        elif begun.get("fingerprint") == mark:
+            reason = "goes on"
+            if stage.kind != "merge":  # mergekit begins anew
+                return Standing(depends, mark, False, reason, keep=True)
+        elif before := record or begun:
+            reason = f"made again: {_difference(before.get('depends', {}), depends)}"
+        else:
+            reason = "not made yet"
+        return Standing(depends, mark, False, reason, foreign=_foreign(stage, record, begun))
 
-    def _depends(self, stage: Stage, marks: dict[str, str]) -> dict[str, Any]:
-        outside = {model: self._model(model, revision) for model, revision in stage.models}
-        outside |= {file: self.sums.one(Path(file)) if Path(file).is_file() else file for file in stage.files}
+    def _depends(self, stage: Stage, marks: Mapping[str, str]) -> dict[str, Any]:
+        models = {name: self._model(*model) for name, model in stage.models.items()}
+        files = {name: self.sums.content(Path(file)) or file for name, file in stage.files.items()}
         return {
-            "settings": stage.settings,
-            "inputs": outside,
+            "settings": dict(stage.settings),
+            "inputs": {**models, **files},
             "stages": {need: marks[need] for need in stage.needs},
         }
 
@@ -183,15 +210,13 @@ class Plan:
     @contextmanager
     def _alone(self) -> Iterator[int]:
         """Hold the work folder, which a command that a killed run left over still holds."""
-        descriptors = [os.open(self.work / name, os.O_RDWR | os.O_CREAT, 0o644) for name in (LOCK, STAGE_LOCK)]
+        with written_to(self.work):
+            descriptor = os.open(self.work / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            for descriptor in descriptors:
-                self._lock(descriptor)
-            os.close(descriptors.pop())  # the stages' own
-            yield descriptors[0]
+            self._lock(descriptor)
+            yield descriptor
         finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+            os.close(descriptor)
 
     def _lock(self, descriptor: int) -> None:
         for _ in range(10 * PATIENCE_S):
@@ -199,29 +224,6 @@ class Plan:
                 return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             time.sleep(0.1)
         raise FusionError(f"another run, or a stage of one that was stopped, is at work in `{self.work}`")
-
-
-def _run(command: list[str], work: Path, lock: int) -> int:
-    """Run a command to its end; its exit code.
-
-    One of this program's own is forked off a process that has imported what all of them need, once for the whole
-    run: starting each anew would take longer than many a small stage.
-    """
-    if command[: len(OWN)] == OWN:
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["fusion_trainer.warm"])
-        process = context.Process(target=_enter, args=(command[len(OWN) :], os.getpid(), work / STAGE_LOCK))
-        process.start()
-        process.join()
-        return process.exitcode or 0
-    environment = {**os.environ, ENDS_WITH: str(os.getpid())}
-    return subprocess.run(command, env=environment, pass_fds=(lock,), check=False).returncode
-
-
-def _enter(arguments: list[str], parent: int, lock: Path) -> None:
-    from fusion_trainer.warm import enter
-
-    enter(arguments, parent, lock)
 
 
 class _Sums:
@@ -240,19 +242,23 @@ class _Sums:
             self.known[str(path.absolute())] = known
         return str(known[2])
 
+    def content(self, path: Path) -> str | None:
+        """Of a file, or of all files in a folder; None if there is neither."""
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            return fingerprint([[file.relative_to(path).as_posix(), self.one(file)] for file in files])
+        return self.one(path) if path.is_file() else None
+
     def of(self, folder: Path) -> dict[str, str]:
         """Of everything that is the result of a stage."""
-        paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
-        names = [path.relative_to(folder) for path in paths]
-        kept = [name for name in names if not name.parts[0].startswith(PARTS_OF_THE_WAY)]
-        return {name.as_posix(): self.one(folder / name) for name in kept}
+        return {name.as_posix(): self.one(folder / name) for name in _names(folder) if not _is_passing(name)}
 
-    def changed(self, folder: Path, files: dict[str, str]) -> str | None:
+    def changed(self, folder: Path, files: Mapping[str, str]) -> str | None:
         """The first file that is not as it was."""
         for name, wanted in files.items():
             if not (folder / name).is_file() or self.one(folder / name) != wanted:
                 return name
-        return None if files else "."
+        return None
 
     def keep(self) -> None:
         with written_to(self.path.parent):
@@ -260,7 +266,13 @@ class _Sums:
 
 
 def _begun(stage: Stage) -> Path:
-    return stage.output.with_name(f".{stage.output.name}.begun.json")
+    return stage.output.with_name(f".{stage.output.name}.{BEGUN}.json")
+
+
+def _made(stage: Stage) -> dict[str, Any]:
+    """What a stage has written when it was made; nothing if the file is another's."""
+    record = _read(stage.output / RECORD)
+    return record if record.get("stage") == stage.title and isinstance(record.get("files"), dict) else {}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -271,21 +283,69 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What of the settings, inputs and stages is new."""
+def _names(folder: Path) -> list[Path]:
+    """All files below a folder, as paths in it."""
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+
+
+def _is_passing(name: Path) -> bool:
+    """Whether a file is no part of a stage's result: its record, checkpoints, logs, what was being written."""
+    of_training = len(name.parts) > 1 and PARTS_OF_THE_WAY.fullmatch(name.parts[0]) is not None
+    return of_training or name == Path(RECORD) or any(part.endswith(TEMPORARY) for part in name.parts)
+
+
+def _is_later(stage: Stage, name: Path) -> bool:
+    return any(name.match(pattern) for pattern in LATER.get(stage.kind, ()))
+
+
+def _foreign(stage: Stage, record: Mapping[str, Any], begun: Mapping[str, Any]) -> Path | None:
+    """Something in the place of a stage that it has not made."""
+    if not stage.output.is_dir():
+        return stage.output if stage.output.exists() else None
+    names = [name for name in _names(stage.output) if not _is_passing(name)]
+    if record:
+        strange = [name for name in names if name.as_posix() not in record["files"] and not _is_later(stage, name)]
+    else:
+        known = OF_UNFINISHED[stage.kind] if begun else set()
+        strange = [] if known & {name.as_posix() for name in names} else names
+    return stage.output / strange[0] if strange else None
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder: it loses its name first, so that a removal that is stopped leaves no half of it there."""
+    going = folder.with_name(f".{folder.name}.removed")
+    _delete(going)  # of a run that was stopped
+    if folder.exists():
+        folder.replace(going)
+        _delete(going)
+
+
+def _delete(folder: Path) -> None:
+    target = folder.resolve()
+    if target.exists():
+        shutil.rmtree(target)
+    if folder.is_symlink():
+        folder.unlink()
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What of the settings, inputs and stages is not as it was."""
     told = []
     for what in ("settings", "inputs", "stages"):
         old, new = _flat(before.get(what, {})), _flat(now[what])
         for key in sorted({**old, **new}):
             if old.get(key) == new.get(key):
                 continue
-            told.append(
-                f"{key} {_shown(old.get(key))} → {_shown(new.get(key))}" if what == "settings" else f"{key} is new"
-            )
+            if what == "settings":
+                told.append(f"{key} {_shown(old.get(key))} → {_shown(new.get(key))}")
+            else:
+                told.append(
+                    f"{key} {'is new' if key not in old else 'is gone' if key not in new else 'has changed'}"
+                )
     return "; ".join(told[:4]) + (f"; and {len(told) - 4} more" if len(told) > 4 else "") or "the program's rules"
 
 
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, dict) and value:
