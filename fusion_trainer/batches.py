@@ -153,7 +153,11 @@ class FusionData(Dataset[list[Example]]):
         """Tokens of each item."""
         return [int(self.tokens.lengths[list(group)].sum()) for group in self.groups]
 
-    def __getitem__(self, number: int) -> list[Example]:
+    def __getitem__(self, number: int | None) -> list[Example]:
+        """The blocks of an item; for None one of which nothing is learned."""
+        if number is None:
+            block, nothing = self.groups[0][0], np.zeros(0, np.int32)
+            return [Example(block, TokenRow(self.tokens[block].ids[:1], nothing, nothing, 0), None)]
         return [self.example(block) for block in self.groups[number]]
 
     def example(self, block: int) -> Example:

@@ -4,6 +4,7 @@ What a training is of (pivot, stores, settings) is written first, so that it onl
 come checkpoints, and last the target with ``fusion.json``, which tells a merge what pivot it was trained from.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 from transformers import GenerationConfig, TrainingArguments, set_seed
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -364,7 +366,10 @@ def _finish(inputs: Inputs, trainer: FusionTrainer, about: dict[str, Any]) -> No
     if inputs.arguments.should_save:
         making = inputs.output / RESULT
         with written_to(inputs.output):
-            _write_target(inputs, trainer, weights, making)
+            try:
+                _write_target(inputs, trainer, weights, making)
+            except SafetensorError as error:
+                raise OSError(errno.EIO, str(error)) from error
             for path in sorted(making.iterdir()):
                 path.replace(inputs.output / path.name)
             making.rmdir()

@@ -184,6 +184,8 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         positions, terms = len(targets.gold), targets.terms
         assert terms is not None
         measured = torch.full((), float(targets.norms), device=targets.gold.device)
+        shares = measured.new_zeros(len(self.fused_models))  # in all processes as many, also if nothing was fused
+        shares[: inputs["shares"].shape[1]] = inputs["shares"].sum(0)[: len(shares)]
         found = [
             torch.full_like(measured, float(positions)),
             terms.clm.sum(),
@@ -191,7 +193,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
             targets.clm_weight.sum(),
             measured,
             *terms.squares.sum(0),
-            *inputs["shares"].sum(0),
+            *shares,
         ]
         sums = torch.stack([number.double() for number in found])
         self._sums = sums if self._sums is None else self._sums + sums
@@ -244,14 +246,9 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
 
     # Order of the data
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int | None]:
         data = train_dataset if train_dataset is not None else self.train_dataset
-        if self.args.train_sampling_strategy == "group_by_length":
-            size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return _ByLength(data.lengths, size, seed)
-        found: Sampler[int] | None = super()._get_train_sampler(train_dataset)
-        return found
+        return _Order(data, self.args, lambda: int(self.state.epoch or 0))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
         return SequentialSampler(eval_dataset)
@@ -315,21 +312,30 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         )
 
 
-class _ByLength(Sampler[int]):
-    """Blocks of like lengths together, in an order that seed and epoch alone decide: the same in all processes."""
+class _Order(Sampler[int | None]):
+    """The items of an epoch, in an order that seed and epoch alone decide: the same in all processes.
 
-    def __init__(self, lengths: Sequence[int], size: int, seed: int) -> None:
-        self.lengths, self.size, self.seed, self.epoch = list(lengths), size, seed, 0
+    Each process takes whole batches; ``None``, an item of which nothing is learned, fills the last of them up.
+    """
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def __init__(self, data: FusionData, args: TrainingArguments, epoch: Callable[[], int]) -> None:
+        self.data, self.args, self.epoch = data, args, epoch
+        shared = args.world_size > 1 and not args.dataloader_drop_last
+        self.filler = -len(data) % (args.train_batch_size * args.world_size) if shared else 0
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.data) + self.filler
 
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.size, generator=generator))
+    def __iter__(self) -> Iterator[int | None]:
+        args, order = self.args, list(range(len(self.data)))
+        seed = args.seed if args.data_seed is None else args.data_seed
+        generator = torch.Generator().manual_seed(seed + self.epoch())
+        if args.train_sampling_strategy == "group_by_length":
+            size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            order = get_length_grouped_indices(self.data.lengths, size, generator=generator)
+        elif args.train_sampling_strategy != "sequential":
+            order = torch.randperm(len(order), generator=generator).tolist()
+        return iter([*order, *[None] * self.filler])
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -410,6 +410,26 @@ def test_a_silent_batch_among_accumulated_ones_changes_nothing(fusion: World, tm
     assert far_apart(without, with_them) < 1e-6
 
 
+def test_a_batch_of_fillers_alone_teaches_and_logs_nothing(fusion: World, tmp_path: Path) -> None:
+    """As a process gets one, whose batch the end of an epoch does not fill: not even models have shares in it."""
+    data = fusion.data()
+
+    class Filled(Silent):
+        def __getitem__(self, number: int) -> list[Example]:
+            return data[None if number in self.silent else number]
+
+    assert sum(len(one.tokens.positions) for one in data[None]) == 0
+    settings = {**GRADIENTS, "max_steps": 2, "lr_scheduler_type": "constant", "logging_steps": 2}
+    trainer = fusion.trainer(tmp_path, Filled(data, range(4, 8)), **settings)
+    trainer.train()
+    one = fusion.trainer(tmp_path, **{**settings, "max_steps": 1, "logging_steps": 1})
+    one.train()
+    start = fusion.model()
+    assert far_apart(moved(one.model, start), moved(trainer.model, start)) == 0
+    for key in ("clm", "fusion", "supervised_tokens", "share/pivot", "share/bytes"):
+        assert logged(trainer, key) == logged(one, key)
+
+
 def test_silent_rows_are_evaluated_as_nothing(fusion: World, tmp_path: Path) -> None:
     groups = [[3], [2], [7]]
     one, other = (
