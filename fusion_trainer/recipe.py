@@ -80,14 +80,21 @@ def _reference(pivot: dict[str, Any], moved: str | None) -> str:
         if weights_fingerprint(Path(place), place) != pivot["weights"]:
             raise FusionError(f"`{place}` is not the pivot these targets were trained from: its weights differ")
         return _path(Path(place))
-    if place.startswith((".", "/", "~")) or place.count("/") > 1:
+    was_a_folder = moved is None and not pivot.get("revision")
+    if was_a_folder or place.startswith((".", "/", "~")) or place.count("/") > 1:
         raise FusionError(f"the pivot's folder `{place}` is not there any more; name it with --pivot")
     return f"{place}@{pivot['revision']}" if pivot.get("revision") and moved is None else place
 
 
 def _path(folder: Path) -> str:
-    """A folder in a form that mergekit does not take for a Hub id."""
+    """A folder in a form that mergekit does not take for a Hub id.
+
+    Raises:
+        FusionError: mergekit would read its name as something else.
+    """
     text = os.fspath(folder)
+    if found := [sign for sign in "+@" if sign in text]:
+        raise FusionError(f"mergekit takes the `{found[0]}` in `{text}` for a sign of its own; rename that folder")
     return text if text.startswith((".", "/", "~")) else f"./{text}"
 
 
