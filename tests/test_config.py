@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from pydantic import BaseModel
 from tiny_tokenizers import shared
 
 from fusion_trainer.cli import main
-from fusion_trainer.config import ExtractConfig, PrepareConfig, read_config
+from fusion_trainer.config import AlignConfig, ExtractConfig, PrepareConfig, TrainConfig, read_config
 from fusion_trainer.dialogues import Dialogues
 from fusion_trainer.errors import FusionError
 
@@ -153,8 +154,11 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         read_config(PrepareConfig, tmp_path / "latin.yaml", {})
 
 
-@pytest.mark.parametrize(("command", "kind"), [("prepare", PrepareConfig), ("extract", ExtractConfig)])
-def test_every_setting_has_a_flag_with_its_help(command: str, kind: type[PrepareConfig]) -> None:
+COMMANDS = {"prepare": PrepareConfig, "extract": ExtractConfig, "align": AlignConfig, "train": TrainConfig}
+
+
+@pytest.mark.parametrize(("command", "kind"), COMMANDS.items())
+def test_every_setting_has_a_flag_with_its_help(command: str, kind: type[BaseModel]) -> None:
     result = CliRunner().invoke(main, [command, "--help"], terminal_width=1000)
     assert result.exit_code == 0
     shown = [" ".join(option.split()) for option in result.output.split("\n  --")]
@@ -163,6 +167,99 @@ def test_every_setting_has_a_flag_with_its_help(command: str, kind: type[Prepare
         assert " ".join(str(field.description).split()) in option
         if not field.is_required() and field.default is not None:
             assert f"[default: {field.default}]" in option
+
+
+# Settings of a training, with transformers' and peft's arguments in them
+
+TRAINING = "pivot: org/pivot\ntraining:\n  output_dir: target\n"
+
+
+def test_numbers_that_yaml_takes_for_texts_are_numbers(config: Callable[..., Any]) -> None:
+    """YAML 1.1 reads 5e-6 as a text; what is to be a text stays one."""
+    text = f"{TRAINING}  learning_rate: 5e-6\n  weight_decay: 1e-1\n  run_name: 5e-6\n  max_grad_norm: 1\n"
+    settings = config(f"{text}lora:\n  lora_dropout: 1e-2\n  r: 4\n", TrainConfig)
+    assert settings.training == {
+        "output_dir": "target",
+        "learning_rate": 5e-6,
+        "weight_decay": 0.1,
+        "run_name": "5e-6",
+        "max_grad_norm": 1,
+    }
+    assert settings.lora == {"lora_dropout": 0.01, "r": 4}
+    assert read_config(TrainConfig, None, {"pivot": "p", "training": {"learning_rate": "1e-5"}}).training == {
+        "learning_rate": 1e-5
+    }
+
+
+def test_the_papers_settings_are_the_defaults(config: Callable[..., Any]) -> None:
+    settings = config(TRAINING, TrainConfig)
+    rule = (settings.fusion, settings.compare, settings.unit, settings.temperature, settings.tail)
+    assert rule == ("min_ce", "conversation", "token", 1.0, "renormalise")
+    assert (settings.clm_weight, settings.clm_weight_schedule, settings.held_out) == (0.9, "constant", 0.0)
+    assert (settings.packing, settings.lora, settings.load_in, settings.dtype) == (False, None, None, "float32")
+    assert config(f"{TRAINING}aligned_stores: aligned/a\n", TrainConfig).aligned_stores == [Path("aligned/a")]
+
+
+def test_every_mistake_of_a_training_is_told_at_once_with_its_line(
+    config: Callable[..., Any], tmp_path: Path
+) -> None:
+    text = """\
+pivot: org/pivot
+clm_wieght: 0.5
+temperature: 0
+held_out: 1
+training:
+  output_dir: target
+  learning_rat: 5e-6
+
+  per_device_batch: 4
+  lr_scheduler_type: cosine
+lora:
+  r: 8
+  alpha: 16
+fusion: max_ce
+"""
+    message = refusal(config, text, TrainConfig)
+    assert message.startswith(f"{tmp_path / 'config.yaml'} cannot be used:")
+    problems = message.splitlines()[1:]
+    expected = [
+        "  line 2: unknown setting `clm_wieght`; did you mean `clm_weight`?",
+        "  line 3: `temperature` cannot be 0: ",
+        "  line 4: `held_out` cannot be 1: ",
+        "  line 7: `training`: TrainingArguments has no `learning_rat`; did you mean `learning_rate`?",
+        "  line 9: `training`: TrainingArguments has no `per_device_batch`",
+        "  line 13: `lora`: LoraConfig has no `alpha`",
+        "  line 14: `fusion` cannot be 'max_ce': ",
+    ]
+    assert len(problems) == len(expected)
+    for start in expected:
+        assert sum(problem.startswith(start) for problem in problems) == 1, start
+
+
+def test_a_training_must_be_set(config: Callable[..., Any]) -> None:
+    message = refusal(config, "pivot: org/pivot\n", TrainConfig)
+    assert "`training` is not set (--training): TrainingArguments of transformers" in message
+    assert "`training` cannot be 'fast'" in refusal(config, "pivot: p\ntraining: fast\n", TrainConfig)
+
+
+def test_flags_change_single_arguments_of_a_training(config: Callable[..., Any]) -> None:
+    settings = config(f"{TRAINING}  seed: 3\n", TrainConfig, training={"seed": 4, "max_steps": 2})
+    assert settings.training == {"output_dir": "target", "seed": 4, "max_steps": 2}
+    message = refusal(config, f"{TRAINING}  sed: 3\n", TrainConfig, training={"max_step": 2})
+    assert "line 4: `training`: TrainingArguments has no `sed`; did you mean `seed`?" in message
+    assert "\n  `training`: TrainingArguments has no `max_step`; did you mean `max_steps`?" in message
+
+
+def test_an_argument_given_as_a_flag_is_read_as_yaml(tmp_path: Path) -> None:
+    arguments = ["train", "--pivot", "nowhere/at/all", "--clm-weight", "1"]
+    output = ["--training", f"output_dir={tmp_path}"]
+    wrong = CliRunner().invoke(main, [*arguments, *output, "--training", "seed"])
+    assert (wrong.exit_code, "'seed' is not NAME=VALUE" in wrong.output) == (2, True), wrong.output
+    wrong = CliRunner().invoke(main, [*arguments, *output, "--training", "learning_rate=fast"])
+    assert wrong.exit_code == 1
+    assert isinstance(wrong.exception, SystemExit), wrong.exception
+    wrong = CliRunner().invoke(main, [*arguments, *output, "--training", "bf16=false"])
+    assert "no model folder `nowhere/at/all`" in wrong.output
 
 
 # fusion-trainer prepare
