@@ -31,7 +31,7 @@ RULES = 1
 """Raised when stages that were made before must not be taken for what is made now."""
 RECORD, LOCK, BEGUN = "stage.json", "lock", "begun"
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.py")
-OF_UNFINISHED = {
+FIRST = {
     "prepare": {"manifest.json"},
     "extract": {"extraction.json", "manifest.json"},
     "align": {"extraction.json", "manifest.json"},
@@ -39,12 +39,24 @@ OF_UNFINISHED = {
     "merge": {BEGUN},
     "evaluate": {"scores.json"},
 }
-"""A stage's folder that is not finished holds one of these, written first or alone."""
-LATER = {"prepare": ("tokens-*.arrow",)}
-"""What other stages leave in a stage's folder."""
+"""What the folder of a stage holds one of, as soon as it holds anything."""
+OF_A_STORE = ("manifest.json", "extraction.json", "shard-*.arrow")
+OF_A_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "adapter/*")
+MAKES = {
+    "prepare": ("manifest.json", "blocks.arrow"),
+    "extract": OF_A_STORE,
+    "align": OF_A_STORE,
+    "train": OF_A_MODEL,
+    "merge": (*OF_A_MODEL, "*.md", "*.yml"),
+    "evaluate": ("scores.json",),
+}
+"""The files that a stage makes; anything else in its folder is somebody's."""
+LATER = {"prepare": ("tokens-*.arrow",), "merge": (BEGUN,)}
+"""What else may lie in the folder of a stage that is made: what others keep there."""
 PARTS_OF_THE_WAY = re.compile(r"checkpoint-\d+|runs")
 """Folders that a training leaves beside its result."""
-PATIENCE_S = 15
+PATIENCE_S = 15.0
+"""How long a stage of a run that was killed may take to end."""
 
 
 @dataclass(frozen=True)
@@ -163,14 +175,14 @@ class Plan:
                 f"{stage.title} ended {ended}; what it said stands above. Once that is mended run the same "
                 "command again: it goes on from here"
             )
-        with written_to(stage.output.parent):
-            (stage.output / BEGUN).unlink(missing_ok=True)
-            files = self.sums.of(stage.output)
+        names = [name for name in _names(stage.output) if _is_one(name, MAKES[stage.kind])]
+        files = {name.as_posix(): self.sums.one(stage.output / name) for name in names if name != Path(RECORD)}
         if not files:
             raise FusionError(f"{stage.title} has left nothing in `{stage.output}`")
         record = {"stage": stage.title, "fingerprint": standing.fingerprint, "depends": standing.depends}
         with written_to(stage.output):
             write_json(stage.output / RECORD, {**record, "files": files})
+            (stage.output / BEGUN).unlink(missing_ok=True)
             begun.unlink(missing_ok=True)
 
     def _standing(self, stage: Stage, depends: dict[str, Any], mark: str) -> Standing:
@@ -219,7 +231,8 @@ class Plan:
             os.close(descriptor)
 
     def _lock(self, descriptor: int) -> None:
-        for _ in range(10 * PATIENCE_S):
+        last = time.monotonic() + PATIENCE_S
+        while time.monotonic() < last:
             with suppress(BlockingIOError):
                 return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             time.sleep(0.1)
@@ -248,10 +261,6 @@ class _Sums:
             files = sorted(file for file in path.rglob("*") if file.is_file())
             return fingerprint([[file.relative_to(path).as_posix(), self.one(file)] for file in files])
         return self.one(path) if path.is_file() else None
-
-    def of(self, folder: Path) -> dict[str, str]:
-        """Of everything that is the result of a stage."""
-        return {name.as_posix(): self.one(folder / name) for name in _names(folder) if not _is_passing(name)}
 
     def changed(self, folder: Path, files: Mapping[str, str]) -> str | None:
         """The first file that is not as it was."""
@@ -294,21 +303,23 @@ def _is_passing(name: Path) -> bool:
     return of_training or name == Path(RECORD) or any(part.endswith(TEMPORARY) for part in name.parts)
 
 
-def _is_later(stage: Stage, name: Path) -> bool:
-    return any(name.match(pattern) for pattern in LATER.get(stage.kind, ()))
-
-
 def _foreign(stage: Stage, record: Mapping[str, Any], begun: Mapping[str, Any]) -> Path | None:
     """Something in the place of a stage that it has not made."""
     if not stage.output.is_dir():
         return stage.output if stage.output.exists() else None
     names = [name for name in _names(stage.output) if not _is_passing(name)]
     if record:
-        strange = [name for name in names if name.as_posix() not in record["files"] and not _is_later(stage, name)]
+        later = LATER.get(stage.kind, ())
+        strange = [name for name in names if name.as_posix() not in record["files"] and not _is_one(name, later)]
     else:
-        known = OF_UNFINISHED[stage.kind] if begun else set()
-        strange = [] if known & {name.as_posix() for name in names} else names
+        is_ours = begun and FIRST[stage.kind] & {name.as_posix() for name in names}
+        known = (*MAKES[stage.kind], BEGUN) if is_ours else ()
+        strange = [name for name in names if not _is_one(name, known)]
     return stage.output / strange[0] if strange else None
+
+
+def _is_one(name: Path, patterns: Sequence[str]) -> bool:
+    return any(len(name.parts) == len(Path(one).parts) and name.match(one) for one in patterns)
 
 
 def _remove(folder: Path) -> None:
