@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
 from fusion_trainer.errors import FusionError, listed
@@ -38,6 +38,7 @@ NOT_OF_THE_RESULT = frozenset(
         "log_on_each_node report_to run_name project trackio_space_id",
         "save_strategy save_steps save_total_limit save_on_each_node",
         "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size eval_accumulation_steps",
+        "gradient_checkpointing gradient_checkpointing_kwargs",
         "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers",
         "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push hub_revision",
     )
@@ -63,12 +64,27 @@ def _lora_arguments(given: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _arguments_of(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a dataclass; YAML reads ``5e-6`` as a text, here it is a number where one is wanted."""
-    known = {field.name: str(field.type) for field in fields(kind) if field.init}
-    if unknown := [name for name in given if name not in known]:
-        near = [(name, *get_close_matches(name, known, 1)) for name in unknown]
-        raise PydanticCustomError("unknown_keys", "unknown arguments", {"of": kind.__name__, "unknown": near})
-    return {name: _number(value) if "float" in known[name] else value for name, value in given.items()}
+    """The arguments of a dataclass, with numbers and switches checked.
+
+    YAML reads ``5e-6`` as a text and ``no`` as false; here they are what they are meant to be.
+    """
+    known = {field.name: field.type for field in fields(kind) if field.init}
+    unknown = [(name, *get_close_matches(name, known, 1)) for name in given if name not in known]
+    made, wrong = {}, []
+    for name, value in given.items():
+        plain = _number(value) if "float" in str(known.get(name)) else value
+        plain = "no" if value is False and name.endswith("_strategy") else plain
+        made[name] = plain
+        if known.get(name) in (int, float, bool):
+            try:
+                TypeAdapter(known[name]).validate_python(plain)
+            except ValidationError as error:
+                wrong.append((name, f"`{name}` cannot be {value!r}: {error.errors()[0]['msg']}"))
+    if unknown or wrong:
+        raise PydanticCustomError(
+            "arguments", "arguments", {"of": kind.__name__, "unknown": unknown, "wrong": wrong}
+        )
+    return made
 
 
 def _number(value: Any) -> Any:
@@ -287,7 +303,9 @@ def explained(kind: type[BaseModel], problem: Any, where: str) -> Iterator[tuple
     """
     prefix = f"{where}." if where else ""
     name = str(problem["loc"][0]) if problem["loc"] else ""
-    if problem["type"] == "unknown_keys":
+    if problem["type"] == "arguments":
+        for key, message in problem["ctx"]["wrong"]:
+            yield f"{prefix}{name}.{key}", f"`{name}`: {message}"
         for key, *near in problem["ctx"]["unknown"]:
             meant = f"; did you mean `{near[0]}`?" if near else ""
             yield f"{prefix}{name}.{key}", f"`{name}`: {problem['ctx']['of']} has no `{key}`{meant}"

@@ -6,6 +6,7 @@ come checkpoints, and last the target with ``fusion.json``, which tells a merge 
 
 import errno
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, TrainingArguments, set_seed
 from transformers.utils import GENERATION_CONFIG_NAME
 
@@ -30,6 +31,7 @@ from fusion_trainer.files import (
     read_json,
     sha256_of,
     sync_folder,
+    sync_tree,
     write_json,
     written_to,
 )
@@ -39,6 +41,7 @@ from fusion_trainer.models import (
     load_causal_lm,
     local_folder,
     resolved_dtype,
+    weight_files,
     weights_fingerprint,
 )
 from fusion_trainer.representations.store import ALIGNED, RepresentationStore
@@ -64,6 +67,7 @@ class Inputs:
     tokenizer: TextTokenizer
     dialogues: Dialogues
     stores: list[RepresentationStore]
+    output_dtype: str
 
     @property
     def output(self) -> Path:
@@ -95,8 +99,10 @@ def train(config: TrainConfig) -> Path:
             write_json(inputs.output / PLAN, identity)
     asked = config.training.get("resume_from_checkpoint")
     last = asked if isinstance(asked, str) else last_checkpoint(inputs.output)
+    if last is not None:
+        _demand_optimizer(Path(last))
     try:
-        result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
     except torch.OutOfMemoryError as error:
         raise FusionError(
             f"out of memory: {error}\nTry gradient_checkpointing, a smaller per_device_train_batch_size with more "
@@ -109,9 +115,18 @@ def train(config: TrainConfig) -> Path:
             raise
         raise FusionError(f"the training cannot go on from `{last}`: {error}") from error
     measured = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    _finish(inputs, trainer, {**identity, "results": {**result.metrics, **measured}})
+    _finish(inputs, trainer, {**identity, "results": measured})
     trainer.end()
     return inputs.output
+
+
+def _demand_optimizer(checkpoint: Path) -> None:
+    """A training goes on from a checkpoint with its optimizer, or it would end elsewhere."""
+    if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
+        raise FusionError(
+            f"`{checkpoint}` has no state of the optimizer (save_only_model), so the training cannot go on from it; "
+            "remove it, and the training goes on from the one before or begins again"
+        )
 
 
 def _open(config: TrainConfig) -> Inputs:
@@ -134,7 +149,19 @@ def _open(config: TrainConfig) -> Inputs:
     folder, revision = local_folder(config.pivot, config.pivot_revision, code=config.trust_remote_code)
     tokenizer = load_tokenizer(folder, config.pivot, config.trust_remote_code)
     stores = _stores(config, tokenizer)
-    return Inputs(config, arguments, folder, revision, tokenizer, _dialogues(config, stores), stores)
+    dtype = _output_dtype(config, folder)
+    return Inputs(config, arguments, folder, revision, tokenizer, _dialogues(config, stores), stores, dtype)
+
+
+def _output_dtype(config: TrainConfig, folder: Path) -> str:
+    """The dtype of the target: the one asked for, that of the pivot's config, or of its first weights."""
+    if config.output_dtype != "auto":
+        return config.output_dtype
+    name = resolved_dtype(folder, "auto", config.trust_remote_code)
+    if name == "auto":
+        with safe_open(weight_files(folder)[0], "pt") as file:
+            name = str(file.get_tensor(next(iter(file.keys()))).dtype).removeprefix("torch.")
+    return name if name in ("float32", "bfloat16", "float16") else "float32"
 
 
 def _defaults() -> dict[str, Any]:
@@ -162,13 +189,17 @@ def _stores(config: TrainConfig, tokenizer: TextTokenizer) -> list[Representatio
     aligned = [RepresentationStore(folder) for folder in config.aligned_stores]
     if not aligned:
         raise FusionError("`aligned_stores` names no store to fuse; for CLM alone set `clm_weight: 1`")
+    if len({folder.resolve() for folder in config.aligned_stores}) < len(aligned):
+        raise FusionError("`aligned_stores` names a store twice")
     for store in aligned:
         if store.identity.get("kind") != ALIGNED:
             raise FusionError(
                 f"the store `{store.folder}` is not aligned to the pivot; run `fusion-trainer align` and give "
                 "what it makes"
             )
-    own = [RepresentationStore(config.pivot_store)] if config.pivot_store else []
+    if config.pivot_store is None:
+        raise FusionError("`pivot_store` is not set: the pivot's own distributions take part in the fusion")
+    own = [RepresentationStore(config.pivot_store)]
     common = {name: aligned[0].identity[name] for name in ("data", "top_k")}
     for store in [*own, *aligned]:
         store.demand(tokenizer=tokenizer.sha256, **common)
@@ -216,11 +247,24 @@ def _identity(inputs: Inputs) -> dict[str, Any]:
         "stores": [_described(store) for store in inputs.stores],
         "config": {key: value for key, value in settings.items() if not key.endswith(("store", "stores"))},
         "training": {name: value for name, value in config.training.items() if not name.endswith("_token")},
+        "rows_per_update": _rows_per_update(inputs.arguments),
+        "mixed_precision": _mixed_precision(inputs.arguments),
         "processes": inputs.arguments.world_size,
         "versions": {
             name: version(name) for name in ("varm-merge", "transformers", "accelerate", "torch", "peft")
         },
     }
+
+
+def _rows_per_update(arguments: TrainingArguments) -> int:
+    at_once = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    return int(at_once * arguments.world_size)
+
+
+def _mixed_precision(arguments: TrainingArguments) -> str:
+    """As the Trainer will set it, or accelerate's config."""
+    asked = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else ""
+    return asked or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def _described(store: RepresentationStore) -> dict[str, Any]:
@@ -230,8 +274,16 @@ def _described(store: RepresentationStore) -> dict[str, Any]:
 
 
 def _fixed(identity: dict[str, Any]) -> dict[str, Any]:
-    """What must not change between the parts of a training, flat."""
-    training = {k: v for k, v in identity["training"].items() if k not in NOT_OF_THE_RESULT}
+    """What must not change between the parts of a training, flat; an update's rows may be divided otherwise."""
+    parts = (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+    )  # their product with the processes counts
+    training = {k: v for k, v in identity["training"].items() if k not in {*NOT_OF_THE_RESULT, *parts}}
+    training |= {name: identity.get(name) for name in ("rows_per_update", "mixed_precision")}
+    division = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    of_process = math.prod(training.pop(name, getattr(TrainingArguments, name)) for name in division)
+    training["rows of an update"] = identity["processes"] * of_process
     pivot = {f"pivot's {key}": identity["pivot"][key] for key in ("weights", "config", "tokenizer")}
     stores = {f"store {number}": store["sha256"] for number, store in enumerate(identity["stores"])}
     both = {**identity["config"], **training}
@@ -254,7 +306,7 @@ def _demand_free(output: Path, identity: dict[str, Any]) -> None:
         content = sorted(path.name for path in output.iterdir() if path.suffix != TEMPORARY)
         if known is None and content:
             raise FusionError(f"`{output}` holds something else ({', '.join(content[:3])}); give a new output_dir")
-        if known is not None:
+        if known is not None and (known.name == FUSION or last_checkpoint(output)):
             _demand_same(output, identity, read_json(known))
 
 
@@ -371,6 +423,8 @@ def _finish(inputs: Inputs, trainer: FusionTrainer, about: dict[str, Any]) -> No
             except SafetensorError as error:
                 raise OSError(errno.EIO, str(error)) from error
             for path in sorted(making.iterdir()):
+                if path.is_dir():  # which cannot take the place of another
+                    shutil.rmtree(inputs.output / path.name, ignore_errors=True)
                 path.replace(inputs.output / path.name)
             making.rmdir()
             sync_folder(inputs.output)
@@ -390,16 +444,14 @@ def _trained_weights(trainer: FusionTrainer) -> dict[str, torch.Tensor]:
 
 def _write_target(inputs: Inputs, trainer: FusionTrainer, weights: dict[str, torch.Tensor], making: Path) -> None:
     config = inputs.config
-    name = config.output_dtype if config.output_dtype != "auto" else resolved_dtype(inputs.folder, "auto")
-    dtype = getattr(torch, name, torch.float32)
+    dtype = getattr(torch, inputs.output_dtype)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if config.lora is not None:
         model.save_pretrained(making / "adapter", state_dict=weights)
         model = _merged(inputs, making / "adapter")
         weights = model.state_dict()
-        shutil.rmtree(inputs.output / "adapter", ignore_errors=True)
-        (making / "adapter").replace(inputs.output / "adapter")
-    weights = {key: w.to(dtype) if w.is_floating_point() else w for key, w in weights.items()}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # each is there once, under another name
+    weights = {k: w.to(dtype) if w.is_floating_point() else w for k, w in weights.items() if k not in tied}
     model.config.use_cache = True
     model.save_pretrained(making, state_dict=weights)
     model.config.dtype = dtype  # that of what was written, not of what was trained
@@ -407,9 +459,7 @@ def _write_target(inputs: Inputs, trainer: FusionTrainer, weights: dict[str, tor
     inputs.tokenizer.tokenizer.save_pretrained(making)
     if (generation := inputs.folder / GENERATION_CONFIG_NAME).is_file():
         shutil.copyfile(generation, making / generation.name)
-    for path in making.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    sync_tree(making)
 
 
 def _merged(inputs: Inputs, adapter: Path) -> Any:

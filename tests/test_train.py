@@ -314,7 +314,10 @@ def test_packing_of_a_pivot_that_cannot_keep_conversations_apart_is_refused(fusi
 
 def test_a_finished_target_is_left_as_it_is(target: Path, fusion: World) -> None:
     before = times(target)
-    settings = {"held_out": 0.25, "training": {"seed": 3, "hub_token": "hf_OTHER", "logging_steps": 7}}
+    shown = {"logging_steps": 7, "report_to": "tensorboard", "eval_strategy": "epoch", "hub_token": "hf_OTHER"}
+    saved = {"save_strategy": "steps", "save_steps": 9, "save_total_limit": 2}
+    divided = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
+    settings = {"held_out": 0.25, "training": {"seed": 3, **shown, **saved, **divided}}
     assert train(fusion.config(target, **settings)) == target
     assert times(target) == before
 
@@ -324,7 +327,8 @@ def test_a_finished_target_is_left_as_it_is(target: Path, fusion: World) -> None
     [
         ({"training": {"seed": 4}}, "seed", "4", "3"),
         ({"training": {"learning_rate": 0.02}}, "learning_rate", "0.02", "0.01"),
-        ({"training": {"gradient_accumulation_steps": 2}}, "gradient_accumulation_steps", "2", "None"),
+        ({"training": {"gradient_accumulation_steps": 2}}, "rows of an update", "8", "4"),
+        ({"training": {"max_steps": 4}}, "max_steps", "4", "3"),
         ({"clm_weight": 0.9}, "clm_weight", "0.9", "0.5"),
         ({"held_out": 0.3}, "held_out", "0.3", "0.25"),
         ({"fusion": "avg_ce"}, "fusion", "avg_ce", "min_ce"),
@@ -464,7 +468,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_bytes(
         assert (tmp_path / "parts" / "training.json").is_file()
         assert (tmp_path / "parts" / f"checkpoint-{stop - 1}").is_dir()
         assert not (tmp_path / "parts" / "fusion.json").exists()
-        training = {**training, "logging_steps": 2, "disable_tqdm": False}
+        training = {**training, "logging_steps": 2, "disable_tqdm": False, "dataloader_num_workers": 1}
     parts = train(fusion.config(tmp_path / "parts", **{**settings, "training": training}))
     assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     told = [json.loads((target / "fusion.json").read_text())["results"] for target in (whole, parts)]
@@ -472,6 +476,33 @@ def test_stopped_and_started_again_it_ends_with_the_same_bytes(
         assert told[0].get(key) == told[1].get(key)
         assert (key in told[0]) == ("held_out" in settings)
     assert not (parts / "training.json").exists()
+
+
+def test_what_does_not_fit_into_memory_goes_on_in_smaller_batches(
+    fusion: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many rows in an update, so that the training is the same."""
+    settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "adam_epsilon": 1e-5}
+    whole = train(fusion.config(tmp_path / "whole", training=settings))
+    learn = FusionTrainer.training_step
+
+    def full(trainer: Any, *given: Any, **named: Any) -> Any:
+        if trainer.state.global_step == 7:
+            raise torch.OutOfMemoryError("no memory left on the device")
+        return learn(trainer, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FusionTrainer, "training_step", full)
+        said = refused(fusion.config(tmp_path / "parts", training=settings))
+    assert "out of memory: no memory left on the device" in said
+    assert "Try gradient_checkpointing, a smaller per_device_train_batch_size with more" in said
+    divided = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
+    parts = train(fusion.config(tmp_path / "parts", training={**settings, **divided}))
+    start = weights(fusion.folder / "pivot")
+    one, other = (
+        {name: tensor - start[name] for name, tensor in weights(folder).items()} for folder in (whole, parts)
+    )
+    assert 0 < tiny_fusion.far_apart(one, other) < 1e-4
 
 
 def test_a_training_stopped_before_its_first_checkpoint_begins_again(
