@@ -128,7 +128,8 @@ def test_fusion_json_tells_what_the_target_was_made_of(target: Path, fusion: Wor
     assert (told["config"]["clm_weight"], told["config"]["fusion"], told["processes"]) == (0.5, "min_ce", 1)
     assert (told["training"]["seed"], told["training"]["max_steps"]) == (3, 3)
     assert told["versions"].keys() >= {"transformers", "torch", "varm-merge"}
-    assert math.isfinite(told["results"]["train_loss"])
+    assert told["rows_per_update"] == 2 * told["processes"]
+    assert told["results"].keys() == set()
     assert math.isfinite(told["results"]["eval_perplexity_per_byte"])
 
 
@@ -453,13 +454,14 @@ def test_stopped_and_started_again_it_ends_with_the_same_bytes(
     settings = SETTINGS[name]
     training = {"max_steps": 6, **settings["training"], "save_strategy": "steps", "save_steps": 2}
     whole = train(fusion.config(tmp_path / "whole", **{**settings, "training": training}))
-    step_done = FusionTrainer.compute_loss
+    learn, steps = FusionTrainer.compute_loss, list[int]()
     for stop in (3, 5):
 
         def compute_loss(trainer: Any, *given: Any, stop: int = stop, **named: Any) -> Any:
-            if trainer.state.global_step == stop:
+            steps.append(trainer.state.global_step)
+            if steps[-1] == stop:
                 raise SwitchedOffError
-            return step_done(trainer, *given, **named)
+            return learn(trainer, *given, **named)
 
         with monkeypatch.context() as patch:
             patch.setattr(FusionTrainer, "compute_loss", compute_loss)
@@ -469,6 +471,9 @@ def test_stopped_and_started_again_it_ends_with_the_same_bytes(
         assert (tmp_path / "parts" / f"checkpoint-{stop - 1}").is_dir()
         assert not (tmp_path / "parts" / "fusion.json").exists()
         training = {**training, "logging_steps": 2, "disable_tqdm": False, "dataloader_num_workers": 1}
+    assert list(dict.fromkeys(steps)) == [0, 1, 2, 3, 4, 5]
+    assert steps.index(2, steps.index(3)) > steps.index(3)  # gone on from the second
+    assert 0 not in steps[steps.index(3) :]
     parts = train(fusion.config(tmp_path / "parts", **{**settings, "training": training}))
     assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     told = [json.loads((target / "fusion.json").read_text())["results"] for target in (whole, parts)]

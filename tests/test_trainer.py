@@ -257,6 +257,38 @@ def test_a_soft_weight_follows_the_confidence_of_what_is_fused(fusion: World, tm
         assert logged(trainer, "loss")[number] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "soft"])
+def test_where_nothing_is_fused_the_gold_token_alone_is_learned(
+    schedule: str, fusion: World, tmp_path: Path
+) -> None:
+    """As beyond a model's context."""
+
+    class HalfFused(Silent):
+        def __getitem__(self, number: int) -> list[Example]:
+            (one,) = self.data[number]
+            return [replace(one, fused=None)] if number in self.silent else [one]
+
+    collator = Recorded(0)
+    data = HalfFused(fusion.data(), range(0, 20, 2))
+    trainer = fusion.trainer(tmp_path, data, collator=collator, schedule=schedule, **{**STILL, "max_steps": 2})
+    trainer.train()
+    (batches,) = [collator.batches[:4]]
+    weight = torch.cat(
+        [
+            torch.where(batch["blocks"][batch["of_item"]] % 2 == 0, 1.0, 1 - batch["confidence"])
+            if schedule == "soft"
+            else torch.where(batch["blocks"][batch["of_item"]] % 2 == 0, 1.0, 0.5)
+            for batch in batches
+        ]
+    ).double()
+    dense = Dense.of(fusion.model(), *batches)
+    assert logged(trainer, "clm_weight") == [pytest.approx(float(weight.mean()), rel=1e-5)]
+    loss, first = weight * dense.clm + (1 - weight) * dense.fusion, sum(len(b["gold"]) for b in batches[:2])
+    assert logged(trainer, "loss") == [
+        pytest.approx(float(loss[:first].mean() + loss[first:].mean()) / 2, rel=1e-5)
+    ]
+
+
 def test_clm_alone_logs_no_fusion(fusion: World, tmp_path: Path) -> None:
     trainer = fusion.trainer(tmp_path, fusion.data("none"), clm_weight=1.0, models=())
     trainer.train()
