@@ -40,6 +40,7 @@ TOKENS = pa.schema(
     ]
 )
 BLOCKS_AT_ONCE = 256
+NO_BLOCK = -1
 IGNORED = -100
 """The label of a token that is not supervised, as everywhere in transformers."""
 
@@ -157,7 +158,7 @@ class FusionData(Dataset[list[Example]]):
         """The blocks of an item; for None one of which nothing is learned."""
         if number is None:
             block, nothing = self.groups[0][0], np.zeros(0, np.int32)
-            return [Example(block, TokenRow(self.tokens[block].ids[:1], nothing, nothing, 0), None)]
+            return [Example(NO_BLOCK, TokenRow(self.tokens[block].ids[:1], nothing, nothing, 0), None)]
         return [self.example(block) for block in self.groups[number]]
 
     def example(self, block: int) -> Example:

@@ -33,7 +33,9 @@ Config = TypeVar("Config", bound=BaseModel)
 NOT_OF_THE_RESULT = frozenset(
     name
     for line in (
-        "output_dir overwrite_output_dir disable_tqdm do_eval resume_from_checkpoint ddp_timeout",
+        "output_dir disable_tqdm do_eval resume_from_checkpoint ddp_timeout",
+        "gradient_checkpointing gradient_checkpointing_kwargs",
+        "activation_checkpointing activation_checkpointing_kwargs",
         "logging_dir logging_strategy logging_first_step logging_steps log_level log_level_replica",
         "log_on_each_node report_to run_name project trackio_space_id",
         "save_strategy save_steps save_total_limit save_on_each_node",
@@ -68,7 +70,7 @@ def _arguments_of(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
 
     YAML reads ``5e-6`` as a text and ``no`` as false; here they are what they are meant to be.
     """
-    known = {field.name: field.type for field in fields(kind) if field.init}
+    known: dict[str, Any] = {field.name: field.type for field in fields(kind) if field.init}
     unknown = [(name, *get_close_matches(name, known, 1)) for name in given if name not in known]
     made, wrong = {}, []
     for name, value in given.items():

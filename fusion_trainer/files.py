@@ -21,6 +21,7 @@ __all__ = [
     "read_json",
     "sha256_of",
     "sync_folder",
+    "sync_tree",
     "whole_file",
     "write_json",
     "written_to",
@@ -93,6 +94,17 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring everything in a folder to the disk."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def write_json(path: Path, content: Any) -> None:

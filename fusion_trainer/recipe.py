@@ -64,9 +64,10 @@ def _told(target: Path) -> dict[str, Any]:
         raise FusionError(f"`{target}` has no {FUSION}{begun}; give folders that `fusion-trainer train` made")
     try:
         told = dict(read_json(path))
-        assert all(isinstance(told["pivot"][name], str) for name in (*OF_THE_PIVOT, "model"))
-        assert isinstance(told["stores"], list)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        wanted = [told["pivot"][name] for name in (*OF_THE_PIVOT, "model")]
+        if not all(isinstance(value, str) for value in wanted) or not isinstance(told["stores"], list):
+            raise TypeError
+    except (ValueError, KeyError, TypeError) as error:
         raise FusionError(
             f"`{path}` is not what `fusion-trainer train` writes; train that target again"
         ) from error

@@ -124,7 +124,7 @@ def _demand_optimizer(checkpoint: Path) -> None:
     """A training goes on from a checkpoint with its optimizer, or it would end elsewhere."""
     if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
         raise FusionError(
-            f"`{checkpoint}` has no state of the optimizer (save_only_model), so the training cannot go on from it; "
+            f"`{checkpoint}` has no state of the optimizer (save_only_model): the training cannot go on from it; "
             "remove it, and the training goes on from the one before or begins again"
         )
 
@@ -247,18 +247,12 @@ def _identity(inputs: Inputs) -> dict[str, Any]:
         "stores": [_described(store) for store in inputs.stores],
         "config": {key: value for key, value in settings.items() if not key.endswith(("store", "stores"))},
         "training": {name: value for name, value in config.training.items() if not name.endswith("_token")},
-        "rows_per_update": _rows_per_update(inputs.arguments),
         "mixed_precision": _mixed_precision(inputs.arguments),
         "processes": inputs.arguments.world_size,
         "versions": {
             name: version(name) for name in ("varm-merge", "transformers", "accelerate", "torch", "peft")
         },
     }
-
-
-def _rows_per_update(arguments: TrainingArguments) -> int:
-    at_once = arguments.train_batch_size * arguments.gradient_accumulation_steps
-    return int(at_once * arguments.world_size)
 
 
 def _mixed_precision(arguments: TrainingArguments) -> str:
@@ -275,12 +269,8 @@ def _described(store: RepresentationStore) -> dict[str, Any]:
 
 def _fixed(identity: dict[str, Any]) -> dict[str, Any]:
     """What must not change between the parts of a training, flat; an update's rows may be divided otherwise."""
-    parts = (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-    )  # their product with the processes counts
-    training = {k: v for k, v in identity["training"].items() if k not in {*NOT_OF_THE_RESULT, *parts}}
-    training |= {name: identity.get(name) for name in ("rows_per_update", "mixed_precision")}
+    training = {k: v for k, v in identity["training"].items() if k not in NOT_OF_THE_RESULT}
+    training |= {"mixed precision": identity.get("mixed_precision")}
     division = ("per_device_train_batch_size", "gradient_accumulation_steps")
     of_process = math.prod(training.pop(name, getattr(TrainingArguments, name)) for name in division)
     training["rows of an update"] = identity["processes"] * of_process
@@ -306,13 +296,16 @@ def _demand_free(output: Path, identity: dict[str, Any]) -> None:
         content = sorted(path.name for path in output.iterdir() if path.suffix != TEMPORARY)
         if known is None and content:
             raise FusionError(f"`{output}` holds something else ({', '.join(content[:3])}); give a new output_dir")
-        if known is not None and (known.name == FUSION or last_checkpoint(output)):
-            _demand_same(output, identity, read_json(known))
+        if known is not None:
+            _demand_same(output, identity, read_json(known), known.name == FUSION or bool(last_checkpoint(output)))
 
 
-def _demand_same(output: Path, identity: dict[str, Any], found: Any) -> None:
+def _demand_same(output: Path, identity: dict[str, Any], found: Any, trained: bool) -> None:
+    """``trained``: there is something that was trained with the settings found."""
     if not isinstance(found, dict) or (found.get("format"), found.get("version")) != (FORMAT, VERSION):
         raise FusionError(f"`{output}` holds something else; give a new output_dir")
+    if not trained:
+        return
     if difference := unlike(f"`{output}` is another training:", _fixed(identity), _fixed(found)):
         raise FusionError(f"{difference}\nGive another output_dir, or remove that folder.")
 
@@ -336,18 +329,25 @@ def _trainer(inputs: Inputs, tokens: Path) -> FusionTrainer:
     reader = inputs.tokenizer.tokenizer
     padding = next((i for i in (reader.pad_token_id, reader.eos_token_id) if i is not None), 0)
     dialogues = inputs.dialogues
-    return FusionTrainer(
-        model,
-        arguments,
-        data(learned),
-        data(held_out) if held_out else None,
-        Collator(padding, config.packing, config.packing and "flash" in kernels, config.tail == "bucket"),
-        clm_weight=config.clm_weight,
-        schedule=config.clm_weight_schedule,
-        models=_names(inputs.stores),
-        name_block=lambda block: f"block {block}: {dialogues[block].conversation} ({dialogues[block].source})",
-        tokenizer=reader,
-    )
+    try:
+        return FusionTrainer(
+            model,
+            arguments,
+            data(learned),
+            data(held_out) if held_out else None,
+            Collator(padding, config.packing, config.packing and "flash" in kernels, config.tail == "bucket"),
+            clm_weight=config.clm_weight,
+            schedule=config.clm_weight_schedule,
+            models=_names(inputs.stores),
+            name_block=lambda block: f"block {block}: {dialogues[block].conversation} ({dialogues[block].source})",
+            tokenizer=reader,
+        )
+    except ImportError as error:
+        raise FusionError(f"`training` asks for something that is not installed: {error}") from error
+    except RuntimeError as error:
+        if "is not installed" not in str(error) and "requires" not in str(error):
+            raise
+        raise FusionError(f"`training` asks for something that is not installed: {error}") from error
 
 
 def _loaded(inputs: Inputs, dtype: str, load_in: str | None) -> Any:

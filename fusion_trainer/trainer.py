@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from fusion_trainer.batches import Collator, FusionData
 from fusion_trainer.errors import FusionError, listed
-from fusion_trainer.files import TEMPORARY, sync_folder
+from fusion_trainer.files import TEMPORARY, sync_folder, sync_tree
 from fusion_trainer.heads import SplitModel
 from fusion_trainer.loss import Targets, give_fusion_loss
 
@@ -160,7 +160,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         return (
             f"the {what} is NaN or infinite in step {self.state.global_step + 1} (the model's {state}; a smaller "
             f"learning_rate or max_grad_norm may help). Nothing of this step was kept. The batch's rows:"
-            f"{listed([self.name_block(block) for block in blocks])}"
+            f"{listed([self.name_block(block) for block in blocks if block >= 0])}"
         )
 
     def _weights_are_broken(self) -> bool:
@@ -290,7 +290,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
             self.state.best_model_checkpoint = best
         if self.args.should_save:
             self.state.save_to_json(str(folder / WRITING / name / "trainer_state.json"))
-            _sync(folder / WRITING / name)
+            sync_tree(folder / WRITING / name)
             shutil.rmtree(folder / name, ignore_errors=True)
             (folder / WRITING / name).rename(folder / name)
             (folder / WRITING).rmdir()
@@ -403,14 +403,3 @@ def _demand_arguments(args: TrainingArguments) -> None:
         )
     if problems:
         raise FusionError(f"these training arguments cannot be used:{listed(problems)}")
-
-
-def _sync(folder: Path) -> None:
-    """Bring all files of a folder to the disk."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_folder(folder)

@@ -128,8 +128,7 @@ def test_fusion_json_tells_what_the_target_was_made_of(target: Path, fusion: Wor
     assert (told["config"]["clm_weight"], told["config"]["fusion"], told["processes"]) == (0.5, "min_ce", 1)
     assert (told["training"]["seed"], told["training"]["max_steps"]) == (3, 3)
     assert told["versions"].keys() >= {"transformers", "torch", "varm-merge"}
-    assert told["rows_per_update"] == 2 * told["processes"]
-    assert told["results"].keys() == set()
+    assert told["mixed_precision"] == "no"
     assert math.isfinite(told["results"]["eval_perplexity_per_byte"])
 
 
