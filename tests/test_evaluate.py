@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -269,8 +270,12 @@ def test_scores_of_something_else_are_left_alone(world: World, tmp_path: Path) -
     output = tmp_path / "scores.json"
     evaluate(world.config("bytes", output))
     before = output.read_bytes()
+    edited = shutil.copytree(world.folder / "bytes", tmp_path / "edited")
+    config = json.loads((edited / "config.json").read_text())
+    (edited / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 0.1}))
     for changed, key in (
         (flags(world, "pivot", output), "weights"),
+        (flags(world, str(edited), output), "config"),
         ([*flags(world, "bytes", output), "--dtype", "bfloat16"], "dtype"),
         ([*flags(world, "bytes", output), "--attention", "eager"], "attention"),
     ):
