@@ -157,17 +157,29 @@ def test_the_target_has_the_pivots_dtype_unless_another_is_asked_for(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "target").dtype == dtype
 
 
-def test_a_tied_pivot_gives_a_tied_target(fusion: World, tmp_path: Path) -> None:
-    """The shared weight stands in its file once."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_tied_pivot_gives_a_tied_target(dtype: torch.dtype, fusion: World, tmp_path: Path) -> None:
+    """The shared weight stands in its file once, also where it was trained in another dtype."""
     pivot, vocabulary = tmp_path / "pivot", len(fusion.tokenizer.tokenizer)
     shutil.copytree(fusion.folder / "pivot", pivot)
     tied = tiny_sources.new_source("llama", vocabulary, **tiny_fusion.PIVOT, tie_word_embeddings=True)
-    tied.save_pretrained(pivot)
+    tied.to(dtype).save_pretrained(pivot)
     train(fusion.config(tmp_path / "target", **CLM, pivot=str(pivot)))
     assert weights(tmp_path / "target").keys() == weights(pivot).keys()
     assert "lm_head.weight" not in weights(pivot)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_pivot_with_several_chat_templates_keeps_them(fusion: World, tmp_path: Path) -> None:
+    """They are files in a folder of their own."""
+    pivot = shutil.copytree(fusion.folder / "pivot", tmp_path / "pivot")
+    tokenizer = AutoTokenizer.from_pretrained(pivot)
+    own = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = {"default": own, "tool_use": f"tools {own}"}
+    tokenizer.save_pretrained(pivot)
+    target = train(fusion.config(tmp_path / "target", **CLM, pivot=str(pivot), dialogues=fusion.dialogues.folder))
+    assert AutoTokenizer.from_pretrained(target).chat_template.keys() == {"default", "tool_use"}
 
 
 def test_generation_settings_that_transformers_refuses_to_write_are_kept_as_they_are(
