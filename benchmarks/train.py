@@ -72,7 +72,7 @@ COLLATED = {  # rule and number of sources
     f"AvgCE + tail, {SOURCES} sources": (TAIL, SOURCES),
 }
 COLLATED_BATCHES, COLLATED_BLOCKS = 200, 48
-LOSSES = ("ours", "ours, norms measured", "ours, tail kept", "cross_entropy", "dense target")
+LOSSES = ("ours", "ours, norms measured", "ours, tail kept", "CLM of transformers", "dense target")
 LOSS_SHAPE = (4096, 512, 32_000)  # positions, hidden size, vocabulary
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # bfloat16, dense
 
@@ -301,15 +301,11 @@ def profile(setting: Setting, leg: str) -> dict[str, float]:
         ("forward", Trainer if leg == PLAIN else FusionTrainer, "compute_loss"),
         ("backward", Accelerator, "backward"),
         ("AdamW", AcceleratedOptimizer, "step"),
-        ("within both: hidden → logits", loss.SplitModel, "head"),
-        ("within both: logits → terms", loss._SparseTerms, "forward"),
-        ("within both: gradient of the logits", loss, "_gradient"),
+        ("within both: hidden states → logits", loss.SplitModel, "head"),
     ]
     with ExitStack() as clocks:
         for part, owner, name in parts:
-            function = clocked(part, getattr(owner, name))
-            static = isinstance(owner.__dict__[name], staticmethod)
-            clocks.enter_context(patch.object(owner, name, staticmethod(function) if static else function))
+            clocks.enter_context(patch.object(owner, name, clocked(part, getattr(owner, name))))
         setting.run(leg)
     spent["head and loss, forward"] = spent.pop("forward") - spent["layers, forward"]
     return {part: spent[part] for part in sorted(spent, key=lambda part: part.startswith("within"))}
@@ -335,37 +331,41 @@ def measure_collating(data: FusionData, rule: Rule, sources: int) -> tuple[list[
 
 
 @cache
-def loss_inputs() -> tuple[torch.nn.Linear, Tensor, Tensor, Tensor, Tensor]:
-    """Head, hidden states [S, H], gold tokens [S], ids and probabilities [S, K]."""
-    positions, hidden, vocabulary = LOSS_SHAPE
+def head_alone() -> tuple[Any, Tensor, Tensor, Tensor]:
+    """A model without layers; token ids [1, S + 1]; fused ids and probabilities [S, K]."""
+    size, hidden, _ = LOSS_SHAPE
     torch.manual_seed(0)
     with DEVICE:
-        head, hidden_SH = torch.nn.Linear(hidden, vocabulary, bias=False), torch.randn(positions, hidden)
-        ids_SK = torch.randint(vocabulary - K, (positions, 1)) + torch.arange(K)
-        return head, hidden_SH.requires_grad_(), ids_SK[:, 3].clone(), ids_SK, torch.rand(positions, K).softmax(1)
+        config = LlamaConfig(**{**UNTIED, **SMALL, "hidden_size": hidden, "num_hidden_layers": 0})
+        model = AutoModelForCausalLM.from_config(config)
+        ids_BL, ids_SK = (
+            torch.randint(1000, (1, size + 1)),
+            1000 + torch.randint(1000, (size, 1)) + torch.arange(K),
+        )
+        loss.give_fusion_loss(model)
+        return model, ids_BL, ids_SK, torch.rand(size, K).softmax(1)
 
 
 @cache
 def dense_target() -> Tensor:
-    head, _, _, ids_SK, shares_SK = loss_inputs()
-    return torch.zeros(len(ids_SK), head.out_features, device=DEVICE).scatter_(1, ids_SK, shares_SK)
+    _, _, ids_SK, shares_SK = head_alone()
+    return torch.zeros(len(ids_SK), LOSS_SHAPE[2], device=DEVICE).scatter_(1, ids_SK, shares_SK)
 
 
 def loss_step(kind: str) -> None:
     """Forward and backward of head and loss; of no kind: only the inputs are made."""
-    head, hidden_SH, gold_S, ids_SK, shares_SK = loss_inputs()
+    model, ids_BL, ids_SK, shares_SK = head_alone()
+    gold_S, weight_S = ids_BL[0, 1:], torch.full_like(shares_SK[:, 0], 0.9)
     if kind == "dense target":
-        logs_SV = head(hidden_SH).log_softmax(-1)
+        logs_SV = model(ids_BL, use_cache=False).logits[0, :-1].log_softmax(-1)
         (-0.9 * logs_SV.gather(1, gold_S[:, None]).sum() - 0.1 * (dense_target() * logs_SV).sum()).backward()
-    elif kind == "cross_entropy":
-        torch.nn.functional.cross_entropy(head(hidden_SH), gold_S, reduction="sum").backward()
+    elif kind == "CLM of transformers":
+        model(ids_BL, labels=ids_BL, use_cache=False).loss.backward()
     elif kind:
-        places_S, weight_S = torch.arange(len(gold_S), device=DEVICE), torch.full_like(shares_SK[:, 0], 0.9)
-        tail_S = 1 - weight_S if "tail" in kind else None
+        tail_S, places_S = 1 - weight_S if "tail" in kind else None, torch.arange(len(gold_S), device=DEVICE)
         of = loss.Targets(places_S, gold_S, ids_SK, shares_SK, tail_S, weight_S, norms="norms" in kind)
-        terms = loss.sparse_terms(head, hidden_SH, of, loss.CHUNK_BYTES[DEVICE.type] // (4 * head.out_features))
-        (0.9 * terms.clm + 0.1 * terms.fusion).sum().backward()
-    head.weight.grad = hidden_SH.grad = None
+        model(input_ids=ids_BL, targets=of)["loss"].backward()
+    model.zero_grad()
 
 
 # Report
@@ -475,9 +475,9 @@ def measurements(work: Path, layout: str, rounds: int, steps: int) -> str:
     about = (
         f"{layout}: {model.num_parameters():,} parameters ({tied} embeddings, vocabulary {config.vocab_size:,}), "
         f"{model.dtype}, on {model.device}, {torch.get_num_threads()} threads; no gradient checkpointing; AdamW "
-        "as transformers sets it, clipped at 1. FLOPs: 6 · weights · tokens (no padding, no untied embedding) "
-        f"+ 6 · layers · hidden size · Σ length² for causal attention. Rounds: {rounds}. Cells: median "
-        "[min – max]; budgets are judged by the median."
+        "as transformers sets it, clipped at 1. FLOPs: 6 · weights · tokens (without padding and an untied input "
+        "embedding) + 6 · layers · hidden size · Σ length² for causal attention. "
+        f"Rounds: {rounds}. Cells: median [min – max]; budgets are judged by the median."
     )
     return "\n\n".join([about, *(f"## {title}\n\n{body}" for title, body in sections)])
 

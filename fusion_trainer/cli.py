@@ -213,9 +213,13 @@ def evaluate(config: Path | None, **flags: Any) -> None:
       fusion-trainer prepare --data held_out.jsonl --pivot openchat/openchat_3.5 --dialogues held_out/
       fusion-trainer evaluate --model targets/solar --dialogues held_out/ --output scores/solar.json
     """
+    from accelerate import PartialState
+
     from fusion_trainer.evaluate import evaluate as run
 
     result = run(read_config(EvaluateConfig, config, _given(flags)))
+    if not PartialState().is_main_process:
+        return
     for name, of in result["groups"].items():
         scores = f"{of['nats_per_byte']:.4f} nats/byte  {of['exact_match']:.1%} matched"
         click.echo(f"{name:24} {of['rows']:>7,} rows  {scores}")

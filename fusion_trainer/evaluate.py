@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -55,13 +56,9 @@ class Sums:
     matched: int = 0
     cut_tokens: int = 0
 
-    def add(self, tokens: int, size: int, nats: float, matched: bool, cut_tokens: int) -> None:
-        self.rows += 1
-        self.tokens += tokens
-        self.bytes += size
-        self.nats += nats
-        self.matched += matched
-        self.cut_tokens += cut_tokens
+    def add(self, other: "Sums") -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
     def as_dict(self) -> dict[str, float]:
         shares = {"nats_per_byte": self.nats / max(1, self.bytes), "exact_match": self.matched / max(1, self.rows)}
@@ -89,18 +86,19 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     }
     if config.output.exists():
         return _demand(config.output, about)
-    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    state = PartialState(cpu=not torch.accelerator.is_available())
     model = load_causal_lm(
         folder,
         config.model,
         dtype=config.dtype,
         attention=config.attention,
-        device=device,
+        device=state.device,
         device_map=None,
         load_in=None,
         trust_remote_code=config.trust_remote_code,
     )
-    tokens = write_tokens(dialogues, tokenizer)
+    with state.main_process_first():
+        tokens = write_tokens(dialogues, tokenizer)
     groups = score(model, tokens, [dialogues[n].conversation for n in range(len(dialogues))], config.batch_tokens)
     result = {
         **about,
@@ -108,9 +106,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "revision": revision,
         "groups": {name: sums.as_dict() for name, sums in groups.items()},
     }
-    with written_to(config.output.parent):
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(config.output, result)
+    if state.is_main_process:
+        with written_to(config.output.parent):
+            config.output.parent.mkdir(parents=True, exist_ok=True)
+            write_json(config.output, result)
+    state.wait_for_everyone()
     return result
 
 
@@ -128,7 +128,7 @@ def _demand(output: Path, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def score(model: Any, tokens: Path, names: list[str], batch_tokens: int) -> dict[str, Sums]:
-    """Sums by group, ``ALL`` first.
+    """Sums by group, ``ALL`` first; several processes share the batches.
 
     Args:
         model: A causal language model in evaluation mode.
@@ -145,10 +145,12 @@ def score(model: Any, tokens: Path, names: list[str], batch_tokens: int) -> dict
     lengths = np.minimum(file.lengths, context or file.lengths.max(initial=0)).tolist()
     known = model.get_input_embeddings().weight.shape[0]
     sums = {ALL: Sums(), **{name: Sums() for name in sorted({_group(name) for name in names})}}
-    with tqdm(total=len(lengths), unit="row", desc="evaluate") as bar:
-        for numbers in batches(lengths, batch_tokens):
+    state = PartialState()
+    mine = batches(lengths, batch_tokens)[state.process_index :: state.num_processes]
+    with tqdm(total=sum(map(len, mine)), unit="row", desc="evaluate", disable=not state.is_main_process) as bar:
+        for numbers in mine:
             rows = [file[number] for number in numbers]
-            read = [_within(row, length) for row, length in zip(rows, (lengths[n] for n in numbers), strict=True)]
+            read = [_within(row, lengths[number]) for row, number in zip(rows, numbers, strict=True)]
             batch = Collator(0)([[Example(number, row, None)] for number, row in zip(numbers, read, strict=True)])
             if (unknown := int(batch["input_ids"].max())) >= known:
                 raise FusionError(
@@ -162,11 +164,19 @@ def score(model: Any, tokens: Path, names: list[str], batch_tokens: int) -> dict
                 cut = supervised - int(here.sum())
                 if supervised:
                     matched = not cut and bool(hits[here].all())
-                    found = int(here.sum()), read[item].bytes, float(nats[here].sum()), matched, cut
+                    found = Sums(1, int(here.sum()), read[item].bytes, float(nats[here].sum()), matched, cut)
                     for group in {ALL, _group(names[number])}:
-                        sums[group].add(*found)
+                        sums[group].add(found)
             bar.update(len(numbers))
-    return sums
+    return _of_all_processes(sums)
+
+
+def _of_all_processes(sums: dict[str, Sums]) -> dict[str, Sums]:
+    found = {name: Sums() for name in sums}
+    for part in gather_object([sums]):
+        for name, own in part.items():
+            found[name].add(own)
+    return found
 
 
 def _within(row: TokenRow, context: int) -> TokenRow:

@@ -222,13 +222,15 @@ def chosen(stages: Sequence[Stage], until: str | None, only: str | None) -> list
 
 
 def _told(problems: Iterable[tuple[str, str]], lines: Mapping[str, int]) -> list[str]:
+    """Each problem with its line, or that of what it is in, in the order of the file."""
     told = []
     for where, what in problems:
         place = where
         while place and place not in lines:
             place = place[: max(place.rfind("."), place.rfind("["), 0)]
-        told.append(f"{f'line {lines[place]}: ' if place else ''}{f'{where}: ' if where else ''}{what}")
-    return told
+        line = lines.get(place, 0)
+        told.append((line, f"{f'line {line}: ' if line else ''}{f'{where}: ' if where else ''}{what}"))
+    return [text for _, text in sorted(told, key=lambda one: one[0])]
 
 
 def _plan(builder: _Builder) -> None:
