@@ -40,7 +40,6 @@ NOT_OF_THE_RESULT = frozenset(
         "log_on_each_node report_to run_name project trackio_space_id",
         "save_strategy save_steps save_total_limit save_on_each_node",
         "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size eval_accumulation_steps",
-        "gradient_checkpointing gradient_checkpointing_kwargs",
         "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers",
         "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push hub_revision",
     )

@@ -161,9 +161,13 @@ def sparse_terms(
         chunk: Positions at a time; default so many that their logits take ``CHUNK_BYTES``.
     """
 
-    def terms(hidden_CH: Tensor, *of_chunk: Any) -> tuple[Tensor, Tensor, Tensor]:
+    measured: set[int] = set()
+
+    def terms(number: int, hidden_CH: Tensor, *of_chunk: Any) -> tuple[Tensor, Tensor, Tensor]:
+        norms = targets.norms and number not in measured  # not once more in the backward pass
+        measured.add(number)
         found: tuple[Tensor, Tensor, Tensor] = _SparseTerms.apply(  # type: ignore[no-untyped-call]
-            head(hidden_CH), *of_chunk, targets.norms
+            head(hidden_CH), *of_chunk, norms
         )
         return found
 
@@ -172,9 +176,9 @@ def sparse_terms(
     columns = (hidden_SH, targets.gold, targets.ids, targets.probabilities)
     parts = []
     for number, of_chunk in enumerate(zip(*(torch.split(column, size) for column in columns), strict=True)):
-        given = (*of_chunk, None if tails is None else tails[number])
+        given = (number, *of_chunk, None if tails is None else tails[number])
         if torch.is_grad_enabled():
-            parts.append(checkpoint(terms, *given, use_reentrant=False, preserve_rng_state=False))
+            parts.append(checkpoint(terms, *given, use_reentrant=False))
         else:
             parts.append(terms(*given))
     return Terms(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -5,11 +5,13 @@ come checkpoints, and last the target with ``fusion.json``, which tells a merge 
 """
 
 import errno
+import fcntl
 import hashlib
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig, TrainingArguments, set_seed
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -25,7 +27,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from fusion_trainer.batches import Collator, FusionData, TokenFile, pack, write_tokens
 from fusion_trainer.config import NOT_OF_THE_RESULT, TrainConfig
 from fusion_trainer.dialogues import Dialogues
-from fusion_trainer.errors import FusionError, unlike
+from fusion_trainer.errors import FusionError, listed, unlike
 from fusion_trainer.files import (
     TEMPORARY,
     read_json,
@@ -82,27 +84,77 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         FusionError: The stores do not fit the pivot or each other, an argument cannot be used, the loss is not
-            finite, or the disk is full.
+            finite, the disk is full, or another training is at work in the folder.
     """
     inputs = _open(config)
     identity = _identity(inputs)
-    with inputs.arguments.main_process_first(desc="prepare the output folder"):
-        if inputs.arguments.should_save:
-            _demand_free(inputs.output, identity)
-        tokens = write_tokens(inputs.dialogues, inputs.tokenizer)
-    if (inputs.output / FUSION).is_file():
-        PartialState().destroy_process_group()
-        return inputs.output
+    with ExitStack() as held:
+        with inputs.arguments.main_process_first(desc="prepare the output folder"):
+            if inputs.arguments.should_save:
+                with written_to(inputs.output):
+                    held.enter_context(_alone(inputs.output))
+                _demand_free(inputs.output, identity)
+            tokens = write_tokens(inputs.dialogues, inputs.tokenizer)
+        finished, last = _begun(inputs)
+        if finished:
+            PartialState().destroy_process_group()
+        else:
+            _train(inputs, identity, tokens, last)
+    return inputs.output
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a folder, which is made if it is not there."""
+    if folder.exists() and not folder.is_dir():
+        raise FusionError(f"`{folder}` is a file; output_dir names the target's folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise FusionError(
+            f"another training is at work in `{folder}`; give another output_dir, or wait"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _begun(inputs: Inputs) -> tuple[bool, str | None]:
+    """Whether the target is made already, and the checkpoint to go on from: the same in all processes.
+
+    Raises:
+        FusionError: They see different ones, or the user wants none of those there are.
+    """
+    asked = inputs.config.training.get("resume_from_checkpoint")
+    last = str(found) if (found := last_checkpoint(inputs.output)) else None
+    if asked is False and last:
+        raise FusionError(f"resume_from_checkpoint is false, and there is `{last}`; remove it to begin again")
+    here = (inputs.output / FUSION).is_file(), asked if isinstance(asked, str) else last
+    seen = gather_object([here])
+    if any(one != here for one in seen):
+        told = listed([f"process {rank}: {one[1] or 'none'}" for rank, one in enumerate(seen)])
+        raise FusionError(
+            f"the processes see different checkpoints in `{inputs.output}`:{told}\n"
+            "output_dir has to be one folder that all machines share"
+        )
+    return here
+
+
+def _train(inputs: Inputs, identity: dict[str, Any], tokens: Path, last: str | None) -> None:
     trainer = _trainer(inputs, tokens)
     if inputs.arguments.should_save:  # not before all settings are known to be sound
         with written_to(inputs.output):
             write_json(inputs.output / PLAN, identity)
-    asked = config.training.get("resume_from_checkpoint")
-    last = asked if isinstance(asked, str) else last_checkpoint(inputs.output)
     if last is not None:
         _demand_optimizer(Path(last))
     try:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        trainer.train(resume_from_checkpoint=last)
     except torch.OutOfMemoryError as error:
         raise FusionError(
             f"out of memory: {error}\nTry gradient_checkpointing, a smaller per_device_train_batch_size with more "
@@ -117,7 +169,6 @@ def train(config: TrainConfig) -> Path:
     measured = trainer.evaluate() if trainer.eval_dataset is not None else {}
     _finish(inputs, trainer, {**identity, "results": measured})
     trainer.end()
-    return inputs.output
 
 
 def _demand_optimizer(checkpoint: Path) -> None:
@@ -287,9 +338,6 @@ def _demand_free(output: Path, identity: dict[str, Any]) -> None:
         FusionError: It holds something else.
     """
     with written_to(output):
-        if output.exists() and not output.is_dir():
-            raise FusionError(f"`{output}` is a file; output_dir names the target's folder")
-        output.mkdir(parents=True, exist_ok=True)
         for name in (WRITING, RESULT):
             shutil.rmtree(output / name, ignore_errors=True)
         known = next((output / name for name in (FUSION, PLAN) if (output / name).is_file()), None)
@@ -399,6 +447,9 @@ def _with_adapters(model: Any, config: TrainConfig) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if config.load_in:
+        for module in model.modules():  # bitsandbytes repacks for CPUs what is once evaluated: no gradients then
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         model = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
             model, use_gradient_checkpointing=bool(config.training.get("gradient_checkpointing"))
         )

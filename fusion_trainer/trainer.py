@@ -34,6 +34,8 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 WRITING = f"checkpoint{TEMPORARY}"
 """The folder in which a checkpoint is written before it takes its name."""
 PROBE_TOKENS = 8
+METRICS = ("loss", "clm", "fusion", "perplexity_per_byte")
+"""Of an evaluation, under ``eval_``."""
 SUMS = ("positions", "clm", "fusion", "clm_weight", "measured", "clm_square", "fusion_square")
 """What is summed over the supervised positions between two logs; the models' shares follow."""
 
@@ -164,7 +166,11 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         )
 
     def _weights_are_broken(self) -> bool:
-        return any(not bool(torch.isfinite(weight).all()) for weight in self.model.parameters())
+        """Of this process's shards: the others may be elsewhere, and would not answer."""
+        shards = (
+            getattr(weight, "to_local", lambda weight=weight: weight)() for weight in self.model.parameters()
+        )
+        return any(not bool(torch.isfinite(shard).all()) for shard in shards)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm of an update's gradients, before the update.
@@ -397,6 +403,20 @@ def _demand_arguments(args: TrainingArguments) -> None:
         problems.append("train_sampling_strategy: batch_rebalance is not supported; use group_by_length")
     if args.prediction_loss_only:
         problems.append("prediction_loss_only would leave out the metrics; leave it false")
+    if args.use_liger_kernel:
+        problems.append("use_liger_kernel has a loss of its own, which would take the place of this one")
+    if args.auto_find_batch_size:
+        problems.append("auto_find_batch_size would begin again with other batches; set the size that fits")
+    if args.ignore_data_skip:
+        problems.append("ignore_data_skip would go on with rows that were seen before; leave it false")
+    if args.batch_eval_metrics:
+        problems.append("batch_eval_metrics would average over batches instead of tokens; leave it false")
+    accelerator: Any = args.accelerator_config
+    if accelerator.split_batches or accelerator.dispatch_batches or not accelerator.even_batches:
+        problems.append("accelerator_config: split_batches, dispatch_batches and even_batches stay as they are")
+    best = args.metric_for_best_model
+    if best is not None and best.removeprefix("eval_") not in METRICS:
+        problems.append(f"metric_for_best_model: there is no {best}; there are {', '.join(METRICS)}")
     if args.push_to_hub:
         problems.append(
             "push_to_hub: upload the finished target, `hf upload NAME OUTPUT_DIR --exclude 'checkpoint-*'`"

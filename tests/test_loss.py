@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusion_trainer import loss
 from fusion_trainer.loss import Targets, give_fusion_loss, sparse_terms
 
 property_test = settings(max_examples=120, deadline=None, derandomize=True, database=None)
@@ -444,6 +445,37 @@ def test_norms_are_measured_when_asked_for() -> None:
     for column, term_S in enumerate(dense_terms(logits_SV, targets)):
         (gradient_SV,) = torch.autograd.grad(term_S.sum(), logits_SV, retain_graph=True)
         assert_near(outputs.squares[:, column], gradient_SV.square().sum(1), 2e-6)
+
+
+def test_norms_are_measured_once_and_not_again_in_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rng = new_model("llama"), np.random.default_rng(9)
+    targets, calls = random_targets(rng, some_positions(rng), ROWS, norms=True), []
+    gradient = loss._gradient
+    monkeypatch.setattr(loss, "_gradient", lambda *given: (calls.append(1), gradient(*given))[1])
+    found = taught(model)(**batch(), targets=targets)["loss"]
+    chunks = len(calls) // 2
+    found.backward()
+    assert len(calls) == 3 * chunks
+
+
+def test_what_a_head_drops_at_random_it_drops_again_in_the_backward_pass() -> None:
+    rng = np.random.default_rng(10)
+    targets, head = random_targets(rng, list(range(20)), ROWS), nn.Sequential(nn.Dropout(0.5), nn.Linear(8, ROWS))
+    gradients = []
+    for alone in (False, True):
+        head.zero_grad()
+        hidden_SH = torch.arange(160.0).reshape(20, 8).sin().requires_grad_()
+        torch.manual_seed(3)
+        if alone:
+            logits_SV = torch.cat([head(hidden_CH) for hidden_CH in torch.split(hidden_SH, 7)])
+            clm_S, fusion_S = dense_terms(logits_SV, targets)
+        else:
+            found = sparse_terms(head, hidden_SH, targets, 7)
+            clm_S, fusion_S = found.clm, found.fusion
+        weighted(clm_S, fusion_S, targets).backward()
+        gradients.append([hidden_SH.grad, head[1].weight.grad])
+    for one, other in zip(*gradients, strict=True):
+        assert_near(one, other, 2e-6)
 
 
 @pytest.mark.parametrize("scale", [0.25, torch.tensor(0.25)], ids=["number", "tensor"])

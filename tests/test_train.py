@@ -228,6 +228,27 @@ def test_with_lora_the_target_is_the_pivot_plus_its_adapters(
     assert type(model).__name__ == "LlamaForCausalLM"
 
 
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_adapters_of_a_quantised_pivot_are_added_to_the_pivot_itself(
+    bits: str, fusion: World, tmp_path: Path, trainers: list[FusionTrainer]
+) -> None:
+    """QLoRA: the pivot's own weights, not their quantised copies, are what the adapters are added to."""
+    pivot = shutil.copytree(fusion.folder / "pivot", tmp_path / "pivot")
+    of_32 = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}  # what 4 bits on CPU divide by
+    if bits == "4bit":
+        model = tiny_sources.new_source("llama", len(fusion.tokenizer.tokenizer), **{**tiny_fusion.PIVOT, **of_32})
+        model.save_pretrained(pivot)
+    adapters = {"lora": {**LORA, "target_modules": ["q_proj"]}, "load_in": bits}
+    kind = CLM if bits == "4bit" else {}  # its stores would be another pivot's
+    evaluated = {"held_out": 0.25, "training": {"eval_strategy": "steps", "eval_steps": 1}}
+    target = train(fusion.config(tmp_path / "target", **kind, **adapters, **evaluated, pivot=str(pivot)))
+    layers = trainers[0].model.get_base_model().model.layers
+    assert type(layers[0].mlp.down_proj).__name__ == {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[bits]
+    start, found = weights(pivot), weights(target)
+    moved = {name for name, tensor in found.items() if not torch.equal(tensor, start[name])}
+    assert moved == {name for name in found if "q_proj" in name}
+
+
 # Held-out rows
 
 
@@ -553,6 +574,26 @@ def test_a_checkpoint_may_be_asked_for(
     monkeypatch.setattr(FusionTrainer, "train", watched)
     train(fusion.config(output, training={**OFTEN, "resume_from_checkpoint": wanted}))
     assert began == [str(output / ("checkpoint-3" if asked is True else asked))]
+
+
+def test_who_wants_no_checkpoint_has_to_remove_it(fusion: World, tmp_path: Path) -> None:
+    output = tmp_path / "target"
+    train(fusion.config(output, training=OFTEN))
+    (output / "fusion.json").rename(output / "training.json")  # as if stopped before the end
+    said = refused(fusion.config(output, training={**OFTEN, "resume_from_checkpoint": False}))
+    assert (
+        said
+        == f"resume_from_checkpoint is false, and there is `{output / 'checkpoint-3'}`; remove it to begin again"
+    )
+
+
+def test_two_trainings_do_not_write_into_one_folder(fusion: World, tmp_path: Path) -> None:
+    output = tmp_path / "target"
+    with stage._alone(output):
+        said = refused(fusion.config(output))
+    assert said == f"another training is at work in `{output}`; give another output_dir, or wait"
+    assert not content(output)
+    train(fusion.config(output))
 
 
 def test_a_checkpoint_that_is_damaged_is_named(
