@@ -1,5 +1,6 @@
 # One environment, made once; every target sets it up if it is not there.
-#   make demo   fine-tune two tiny targets from one pivot, merge them with stock mergekit-yaml
+#   make demo   a small world: three sources fused into one pivot, the targets merged, all compared; five minutes
+#   make demo-full  the same with three seeds, and why it comes out so; half an hour
 #   make test   the test suite
 #   make lint   ruff (lint and format) and mypy
 #   make bench  merges, extraction, alignment, training: against what they replace
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo demo-full test lint bench clean
 
 setup: $(READY)
 
@@ -21,6 +22,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
+
+demo-full: $(READY)
+	$(BIN)/python examples/demo.py --full --save
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -1,283 +1,265 @@
-"""Fine-tune two targets from one pivot, merge them with stock mergekit-yaml, and measure what the merge kept.
+"""Fuse and merge a small world: three sources of other architectures and tokenizers into one Llama, and compare.
 
 \b
-  python examples/demo.py              under a minute on two cores; writes demo_out/ in the root of the repository
-  python examples/demo.py --out DIR    the same, in another folder
+  python examples/demo.py                  five minutes on two cores; writes demo_out/
+  python examples/demo.py --full --save    half an hour: three worlds, each also at the papers' λ and without wrong
+                                           answers; writes benchmarks/results/YYYY-MM-DD-demo-full.{md,json,png}
+  python examples/demo.py --out DIR --seed 7
 
-The pivot is a Llama of 0.1 million parameters, and reads letters. It is trained, not for long, on two skills,
-`sort:bdac>abcd` and `flip:bdac>cadb`. Each target goes on from there, with nine examples of its own skill to
-one of the other. The merge is the shipped examples/demo_recipe.yaml. Nothing is downloaded.
+`small_world/world.py` makes the chats and trains the four models; `fusion-trainer run` does all the rest, as
+`small_world/pipeline.yaml` says; here the scores become the papers' tables. Table 1 compares pivot, sources,
+targets and merges; Table 2 VaRM's granularities. Killed, the same command goes on; a second time it does nothing.
 
-All scores are on words that no model was trained on. Torch gets one thread: matrices this small gain little
+All scores are on questions that no model was trained on. Torch gets one thread: matrices this small gain nothing
 from a second one, and the numbers do not depend on how many cores there are.
 """
 
 import json
-import random
+import os
 import re
-import shutil
 import subprocess
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
-from statistics import fmean
+from statistics import mean, stdev
 from typing import Any
 
 import click
-import torch
-import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
+import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ROOT / "examples" / "demo_recipe.yaml"
-OUT = ROOT / "demo_out"  # the folder in the recipe's paths
-MERGED = "merged"
+ROOT = Path(__file__).resolve().parents[1]
+WORLD = ROOT / "examples" / "small_world" / "world.py"
+PIPELINE = ROOT / "examples" / "small_world" / "pipeline.yaml"
+OUT = ROOT / "demo_out"  # the folder in the pipeline's paths
+RESULTS = ROOT / "benchmarks" / "results"
 
-# Names of one length: all texts are equally long, and no batch needs padding.
-SKILLS: dict[str, Callable[[str], str]] = {
-    "sort": lambda word: "".join(sorted(word)),
-    "flip": lambda word: word[::-1],
+TABLE_1 = {
+    "pivot": "pivot (Llama)",
+    "source-letters": "source letters (GPT-NeoX)",
+    "source-numbers": "source numbers (Mistral)",
+    "source-almanac": "source almanac (Mixtral)",
+    "target-clm": "CLM",
+    "target-multi": "Multi",
+    "target-letters": "target letters",
+    "target-numbers": "target numbers",
+    "target-almanac": "target almanac",
+    "merge-linear": "linear",
+    "merge-slerp": "SLERP",
+    "merge-task_arithmetic": "task arithmetic",
+    "merge-ties": "TIES",
+    "merge-dare": "DARE",
+    "merge-sce": "SCE",
+    "merge-varm": "VaRM",
 }
-LETTERS = "abcdefghijkl"
-LENGTH = 6  # of a word, and of its answer
-HELD_OUT = 1000  # words
-SEED = 0
-BATCH = 128
-STEPS = 90
+TABLE_2 = {
+    "merge-varm_model": "model",
+    "merge-varm_layer": "layer",
+    "merge-varm_module": "module",
+    "merge-varm": "matrix",
+    "merge-varm_parameter": "parameter",
+}
+AVERAGE = "average"
+MEASURES = {"exact_match": "Answers wholly right, %", "nats_per_byte": "Held-out loss, nats per byte"}
+SEED, SEEDS = 0, (1, 2, 3)
+THREE = ("letters", "numbers", "almanac")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "λ = 0.9": {"clm_weight": 0.9},
+    "no wrong answers": {"data": "corrected.jsonl"},
+}
+"""What else ``--full`` tries in each world, with no merges but these two."""
+MERGES = ("linear", "varm")
+COMPARED = {
+    "CLM": ["target-clm"],
+    "pairwise targets": [f"target-{name}" for name in THREE],
+    "Multi": ["target-multi"],
+    "linear": ["merge-linear"],
+    "VaRM": ["merge-varm"],
+}
+
+Scores = dict[str, dict[str, dict[str, float]]]
+"""Model → skill → measure → value."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One training run: the checkpoint's name, how often each skill is drawn, and the peak learning rate."""
-
-    name: str
-    mixture: Mapping[str, int]
-    learning_rate: float
-
-
-PIVOT = Stage("pivot", {"sort": 1, "flip": 3}, 3e-3)  # flipping takes longer to learn
-TARGETS = (
-    Stage("target_sort", {"sort": 9, "flip": 1}, 1e-3),
-    Stage("target_flip", {"sort": 1, "flip": 9}, 1e-3),
-)
-
-
-@click.command()
+@click.command(help=__doc__)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=OUT, help="Default: demo_out")
-def main(out: Path) -> None:
-    """Fine-tune two tiny targets from one pivot, merge them by VaRM, and compare the four models.
-
-    What an earlier run left in the folder is replaced.
-    """
+@click.option(
+    "--seed", "seeds", type=int, multiple=True, help="Of world and training; may be given several times."
+)
+@click.option("--full", is_flag=True, help="Three seeds of a larger world.")
+@click.option("--save", is_flag=True, help="Keep the results in benchmarks/results.")
+def main(out: Path, seeds: tuple[int, ...], full: bool, save: bool) -> None:
     started = time.perf_counter()
-    torch.set_num_threads(1)
-    transformers.utils.logging.disable_progress_bar()
-    out = out.resolve()
-    names = [PIVOT.name, *(target.name for target in TARGETS), MERGED]
-    for name in names:
-        shutil.rmtree(out / name, ignore_errors=True)
-
-    torch.manual_seed(SEED)
-    tokenizer = character_tokenizer()
-    train(PIVOT, tokenizer, new_pivot(tokenizer), out / PIVOT.name, SEED)
-    for seed, target in enumerate(TARGETS, SEED + 1):
-        train(target, *load(out / PIVOT.name), out / target.name, seed)
-    merge(out)
-
-    report = json.loads((out / MERGED / "varm_weights.json").read_text("utf-8"))
-    click.echo(f"\nThe targets' weights, from {MERGED}/varm_weights.json:\n\n{weights_table(report)}\n")
-    click.echo(f"On {HELD_OUT} held-out words, loss in nats per answer token, and answers wholly right:\n")
-    click.echo(scores_table({name: score(*load(out / name)) for name in names}))
-    click.echo(f"\n{MERGED} writes {'  '.join(sample(*load(out / MERGED)))}")
-    click.echo(f"{time.perf_counter() - started:.0f} s, imports not counted")
+    out, seeds = out.resolve(), seeds or (SEEDS if full else (SEED,))
+    found: dict[str, list[Scores]] = {}
+    for seed in seeds:
+        folder = out / f"seed-{seed}" if len(seeds) > 1 else out
+        make_world(folder, seed)
+        for variant, changes in {"": {}, **(VARIANTS if full else {})}.items():
+            found.setdefault(variant, []).append(fused(folder, seed, variant, **changes))
+    text = report(found, seeds, full)
+    write(out / "results", text, seeds, found)
+    if save:
+        write(RESULTS / f"{date.today()}-demo{'-full' if full else ''}", text, seeds, found)
+    spent = time.perf_counter() - started
+    click.echo(f"\n{text}\n{os.path.relpath(out / 'results.md')}, .json, .png; {spent:.0f} s")
 
 
-# Data and models
+# The fusion
 
 
-def words(rng: random.Random, held_out: bool) -> Iterator[str]:
-    """Random words without end; one in ten, told by its checksum, is held out."""
-    while True:
-        word = "".join(rng.choices(LETTERS, k=LENGTH))
-        if held_out == (zlib.crc32(word.encode()) % 10 == 0):
-            yield word
+def make_world(folder: Path, seed: int) -> None:
+    """Chats and models, if they are not there."""
+    done = folder / "world.json"
+    if not done.is_file() or json.loads(done.read_text()) != {"seed": seed}:
+        call([sys.executable, WORLD, folder / "world", "--seed", str(seed)])
+        done.write_text(json.dumps({"seed": seed}))
 
 
-def prompt(skill: str, word: str) -> str:
-    return f"{skill}:{word}>"
+def fused(folder: Path, seed: int, variant: str, **changes: Any) -> Scores:
+    """Run the pipeline on a world, as far as that was not done before; the scores of all models."""
+    text = PIPELINE.read_text("utf-8").replace(f"{OUT.name}/", f"{os.path.relpath(folder, ROOT)}/")
+    settings = yaml.safe_load(text)
+    settings["train"]["training"]["seed"] = seed
+    pipeline = folder / "pipeline.yaml"
+    if variant:
+        pipeline = folder / f"pipeline-{'-'.join(re.findall('[a-z0-9]+', variant))}.yaml"
+        settings["work"] += pipeline.stem.removeprefix("pipeline")
+        settings["merges"] = {name: settings["merges"][name] for name in MERGES}
+    for name, value in changes.items():
+        if name == "data":
+            settings["data"] = str(Path(settings["data"]).with_name(value))
+        else:
+            settings["train"][name] = value
+    pipeline.write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
+    call([Path(sys.executable).parent / "fusion-trainer", "run", pipeline])
+    scores: Scores = json.loads((ROOT / settings["work"] / "report.json").read_text())
+    return scores
 
 
-def character_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each character, and one for the beginning of the text."""
-    tokens = ["<s>", "<unk>", *sorted({*LETTERS, *":>", *"".join(SKILLS)})]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
-
-
-def new_pivot(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config)
-
-
-def load(checkpoint: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    return AutoTokenizer.from_pretrained(checkpoint), AutoModelForCausalLM.from_pretrained(checkpoint)
-
-
-# Training
-
-
-def train(
-    stage: Stage, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, checkpoint: Path, seed: int
-) -> None:
-    """Train ``model`` in place and save it, whole, as ``checkpoint``."""
-    arguments = TrainingArguments(
-        output_dir=str(checkpoint),
-        max_steps=STEPS,
-        per_device_train_batch_size=BATCH,
-        learning_rate=stage.learning_rate,
-        warmup_steps=20,
-        adam_beta2=0.95,
-        seed=seed,
-        use_cpu=True,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = Trainer(model, arguments, train_dataset=examples(stage, tokenizer, seed))
-    trainer.remove_callback(PrinterCallback)
-    result = trainer.train()
-    model.save_pretrained(checkpoint)
-    tokenizer.save_pretrained(checkpoint)
-    mixture = " : ".join(f"{count} {skill}" for skill, count in stage.mixture.items())
-    seconds = result.metrics["train_runtime"]
-    click.echo(f"{stage.name:12}{mixture}, {STEPS} steps, mean loss {result.training_loss:.3f}, {seconds:.0f} s")
-
-
-def examples(stage: Stage, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[dict[str, list[int]]]:
-    """As many examples as the stage takes. Only the answers' tokens are supervised."""
-    rng = random.Random(seed)
-    drawn = rng.choices(list(stage.mixture), list(stage.mixture.values()), k=STEPS * BATCH)
-    endless = words(rng, held_out=False)
-    texts = [prompt(skill, word) + SKILLS[skill](word) for skill, word in zip(drawn, endless, strict=False)]
-    return [
-        {"input_ids": ids, "labels": [-100] * (len(ids) - LENGTH) + ids[-LENGTH:]}
-        for ids in tokenizer(texts)["input_ids"]
-    ]
-
-
-# Merging
-
-
-def merge(out: Path) -> None:
-    """Run stock ``mergekit-yaml`` on the recipe, in the folder that the recipe's paths start from."""
-    program = shutil.which("mergekit-yaml", path=str(Path(sys.executable).parent))
-    if program is None:
-        raise click.ClickException(f"no mergekit-yaml beside {sys.executable}; `make setup` installs it")
-    recipe = RECIPE
-    if out != OUT:
-        recipe = out / RECIPE.name
-        recipe.write_text(RECIPE.read_text("utf-8").replace(OUT.name, out.name), "utf-8")
-    arguments = [str(path.relative_to(out.parent)) for path in (recipe, out / MERGED)]
-    click.echo(f"mergekit-yaml {' '.join(arguments)}")
-    run = subprocess.run([program, *arguments], cwd=out.parent, capture_output=True, text=True)
-    if run.returncode != 0:
-        raise click.ClickException(
-            f"mergekit-yaml stopped with {run.returncode}:\n{run.stdout}{run.stderr}\n"
-            "`varm-merge doctor` says whether it sees the method."
-        )
+def call(command: Sequence[str | Path]) -> None:
+    shown = [os.path.relpath(one, ROOT) if Path(one).is_absolute() else str(one) for one in command]
+    click.echo(f"$ {' '.join(shown)}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([str(one) for one in command], cwd=ROOT, env=environment)
+    if done.returncode != 0:
+        raise click.ClickException(f"`{' '.join(shown)}` ended with exit code {done.returncode}")
 
 
 # Results
 
 
-def weights_table(report: Mapping[str, Any]) -> str:
-    """One row for each kind of unit, one column for each block; the targets are in the recipe's order."""
-    rows: dict[str, dict[str, str]] = {}
-    for unit in report["units"]:
-        block = re.match(r"model\.layers\.(\d+)\.?", unit["unit"])
-        kind = unit["unit"].removeprefix(block[0] if block else "").removesuffix(".weight") or "block"
-        weights = " / ".join(f"{target['weight']:.2f}" for target in unit["targets"].values())
-        rows.setdefault(kind, {})[f"block {block[1]}" if block else "no block"] = weights
-    columns = sorted({column for row in rows.values() for column in row})
-    targets = " / ".join(Path(target).name for target in report["targets"])
-    return table([targets, *columns], [[kind, *(row.get(c, "") for c in columns)] for kind, row in rows.items()])
+def skills(scores: Scores) -> list[str]:
+    return [name for name in scores["pivot"] if name != "all"]
 
 
-@torch.no_grad()
-def score(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[str, tuple[float, float]]:
-    """For each skill, the loss in nats per answer token and the fraction of answers wholly right.
-
-    Greedy decoding gets an answer right exactly when each of its tokens is the most likely one after the right
-    ones before it, so one forward pass gives both numbers.
-    """
-    held_out = list(islice(words(random.Random(SEED), held_out=True), HELD_OUT))
-    scores = {}
-    for skill, answer in SKILLS.items():
-        texts = [prompt(skill, word) + answer(word) for word in held_out]
-        ids_BT = tokenizer(texts, return_tensors="pt")["input_ids"]
-        answers_BA = ids_BT[:, -LENGTH:]
-        logits_BAV = model(ids_BT[:, :-1], logits_to_keep=LENGTH).logits
-        loss = torch.nn.functional.cross_entropy(logits_BAV.flatten(0, 1), answers_BA.flatten())
-        right_B = (logits_BAV.argmax(-1) == answers_BA).all(-1)
-        scores[skill] = (loss.item(), right_B.double().mean().item())
-    return scores
+def values(found: Sequence[Scores], model: str, column: str, measure: str) -> list[float]:
+    """Of a model in each world; the average is that of the skills."""
+    scale = 100 if measure == "exact_match" else 1
+    columns = skills(found[0]) if column == AVERAGE else [column]
+    return [scale * mean(scores[model][one][measure] for one in columns) for scores in found]
 
 
-def scores_table(scores: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
-    header = ["", *(f"{skill} {what}" for skill in SKILLS for what in ("loss", "right")), "mean loss"]
-    rows = []
-    for name, of in scores.items():
-        cells = [cell for loss, right in of.values() for cell in (f"{loss:.3f}", f"{right:.1%}")]
-        rows.append([name, *cells, f"{fmean(loss for loss, _ in of.values()):.3f}"])
-    return table(header, rows)
+def cell(numbers: Sequence[float], measure: str) -> str:
+    digits = 1 if measure == "exact_match" else 3
+    spread = f" ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{mean(numbers):.{digits}f}{spread}"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text, the first column flush left and the others flush right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+def table(found: Sequence[Scores], rows: Mapping[str, str], measure: str) -> str:
+    columns = [*skills(found[0]), AVERAGE]
+    lines = [["", *columns], ["---", *["---:"] * len(columns)]]
+    lines += [
+        [title, *(cell(values(found, model, column, measure), measure) for column in columns)]
+        for model, title in rows.items()
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def differences(found: Sequence[Scores]) -> str:
+    """World by world, so that what the worlds differ in is not part of the spread."""
+    pairs = [(f"target-{name}", "target-clm") for name in (*THREE, "multi")]
+    pairs += [("merge-varm", one) for one in ("target-clm", "target-multi", "merge-linear", "merge-sce")]
     lines = []
-    for first, *others in (header, *rows):
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)
+    for one, other in pairs:
+        cells = []
+        for measure in MEASURES:
+            both = zip(*(values(found, model, AVERAGE, measure) for model in (one, other)), strict=True)
+            cells.append(cell([mine - theirs for mine, theirs in both], measure))
+        lines.append(f"| {TABLE_1[one]} − {TABLE_1[other]} | {' | '.join(cells)} |")
+    head = f"| average | {' | '.join(MEASURES.values())} |\n| --- | ---: | ---: |\n"
+    return head + "\n".join(lines)
 
 
-def sample(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[str]:
-    """What a model makes of one held-out word, by each skill."""
-    word = next(words(random.Random(SEED), held_out=True))
-    prompts = tokenizer([prompt(skill, word) for skill in SKILLS], return_tensors="pt")
-    texts = model.generate(**prompts, max_new_tokens=LENGTH, do_sample=False)
-    decoded: list[str] = tokenizer.batch_decode(texts, skip_special_tokens=True)
-    return decoded
+def variants(found: Mapping[str, Sequence[Scores]]) -> str:
+    """The averages of the main models in each variant."""
+    parts = []
+    for measure, title in MEASURES.items():
+        lines = [["", *COMPARED], ["---", *["---:"] * len(COMPARED)]]
+        for variant, scores in found.items():
+            each = [[values(scores, model, AVERAGE, measure) for model in models] for models in COMPARED.values()]
+            averages = [[mean(of_world) for of_world in zip(*models, strict=True)] for models in each]
+            lines.append([variant or "as above", *(cell(numbers, measure) for numbers in averages)])
+        parts.append(f"{title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(parts)
+
+
+def report(found: Mapping[str, Sequence[Scores]], seeds: Sequence[int], full: bool) -> str:
+    main_ones = found[""]
+    command = "python examples/demo.py" + (" --full" if full else "")
+    about = f"`{command}`, {date.today()}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    about += "; mean ± standard deviation over the seeds" if len(seeds) > 1 else ""
+    about += f"; {main_ones[0]['pivot']['all']['rows']} held-out questions."
+    parts = ["# A small world, fused and merged", about]
+    for number, rows, what in (
+        (1, TABLE_1, "pivot, sources, targets, merges of the three pairwise targets"),
+        (2, TABLE_2, "VaRM by granularity"),
+    ):
+        parts.append(f"## Table {number}: {what}")
+        parts += [f"{title}\n\n{table(main_ones, rows, measure)}" for measure, title in MEASURES.items()]
+    parts.append(f"## Differences\n\n{differences(main_ones)}")
+    if len(found) > 1:
+        parts.append(f"## Why: averages at another λ, and on chats without wrong answers\n\n{variants(found)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def write(path: Path, text: str, seeds: Sequence[int], found: Mapping[str, Sequence[Scores]]) -> None:
+    path.with_suffix(".md").write_text(text, "utf-8")
+    content = {variant or "as above": dict(zip(seeds, scores, strict=True)) for variant, scores in found.items()}
+    path.with_suffix(".json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    draw(path.with_suffix(".png"), found[""])
+
+
+def draw(path: Path, found: Sequence[Scores]) -> None:
+    """Both tables as heat maps: rows are models, columns skills."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = {**TABLE_1, **{name: f"VaRM, {title}" for name, title in TABLE_2.items()}}
+    columns = [*skills(found[0]), AVERAGE]
+    figure, both = pyplot.subplots(1, 2, figsize=(14, 8.5), layout="constrained", sharey=True)
+    for axes, (measure, title), colours in zip(both, MEASURES.items(), ("YlGn", "YlOrRd"), strict=True):
+        grid = [[mean(values(found, model, column, measure)) for column in columns] for model in rows]
+        axes.imshow(grid, cmap=colours, aspect="auto", vmin=0, vmax=None if measure == "nats_per_byte" else 100)
+        limit = max(map(max, grid))
+        for y, line in enumerate(grid):
+            for x, value in enumerate(line):
+                shown = f"{value:.0f}" if measure == "exact_match" else f"{value:.2f}"
+                axes.text(x, y, shown, ha="center", va="center", color="white" if value > 0.7 * limit else "black")
+        axes.set_title(title)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows.values())
+        axes.axvline(len(columns) - 1.5, color="white", linewidth=4)
+        for border in (0.5, 3.5, 8.5, len(TABLE_1) - 0.5):
+            axes.axhline(border, color="white", linewidth=4)
+        axes.tick_params(length=0)
+        for side in axes.spines.values():
+            side.set_visible(False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":
