@@ -238,8 +238,8 @@ def _plan(builder: _Builder) -> None:
     config, work = builder.config, builder.config.work
     names = _names(builder)
     for place, launch in config.launch.items():
-        if launch.endswith(ACCELERATE) and not Path(launch).is_file():
-            builder.wrong(f"launch.{place}", f"no file `{launch}`")
+        if (config_file := _accelerate_config(launch)) and not Path(config_file).is_file():
+            builder.wrong(f"launch.{place}", f"no file `{config_file}`")
     _demand_model(builder, "pivot", config.pivot)
     common: Settings = {"data": config.data, "pivot": config.pivot, "pivot_revision": config.pivot_revision}
     common |= {"trust_remote_code": config.trust_remote_code}
@@ -434,13 +434,27 @@ def _list(value: Any) -> list[str]:
 
 
 def _launched(launch: str | None) -> list[str]:
-    if launch is None:
+    if not launch:
         return OWN
-    if launch.endswith(ACCELERATE):
-        head = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch]
+    if config := _accelerate_config(launch):
+        head = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
     else:
-        head = shlex.split(launch)
+        head = _words(launch)
     return [*head, "-m", "fusion_trainer"]
+
+
+def _words(command: str) -> list[str]:
+    """As a shell reads it; what it cannot read is one word, and no program."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return [command]
+
+
+def _accelerate_config(launch: str) -> str | None:
+    """The file, if that is what is named; a command may end with one, too."""
+    words = _words(launch)
+    return words[0] if len(words) == 1 and words[0].endswith(ACCELERATE) else None
 
 
 def _of_the_result(settings: Settings) -> Settings:

@@ -148,7 +148,9 @@ class Plan:
         with self._alone() as lock:
             for number, (stage, standing) in enumerate(self.standings(stages), 1):
                 click.echo(f"[{number}/{len(stages)}] {stage.title}: {standing.reason}", err=True)
-                if not standing.made:
+                if standing.made:
+                    _no_longer_begun(stage)  # of a run that was killed just then
+                else:
                     self._make(stage, standing, lock)
                     made.append(stage.title)
             self.sums.keep()
@@ -182,8 +184,7 @@ class Plan:
         record = {"stage": stage.title, "fingerprint": standing.fingerprint, "depends": standing.depends}
         with written_to(stage.output):
             write_json(stage.output / RECORD, {**record, "files": files})
-            (stage.output / BEGUN).unlink(missing_ok=True)
-            begun.unlink(missing_ok=True)
+            _no_longer_begun(stage)
 
     def _standing(self, stage: Stage, depends: dict[str, Any], mark: str) -> Standing:
         record, begun = _made(stage), _read(_begun(stage))
@@ -276,6 +277,11 @@ class _Sums:
 
 def _begun(stage: Stage) -> Path:
     return stage.output.with_name(f".{stage.output.name}.{BEGUN}.json")
+
+
+def _no_longer_begun(stage: Stage) -> None:
+    for path in (stage.output / BEGUN, _begun(stage)):
+        path.unlink(missing_ok=True)
 
 
 def _made(stage: Stage) -> dict[str, Any]:

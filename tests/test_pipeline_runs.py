@@ -27,8 +27,6 @@ from safetensors.torch import load_file, save_file
 from tiny_pipeline import ADDED, MERGED, MERGES, PIPELINE, ROOT, TITLES, TRAINED, write
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -81,8 +79,10 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """All that is made, but for records, configs, checkpoints, and times in ``fusion.json``."""
-    left_out = re.compile(r"stage\.json|sums\.json|lock|configs/.*|.*checkpoint-.*|.*/runs/.*|.*fusion\.json")
+    """All that is made but records, configs, checkpoints, times in ``fusion.json``, and mergekit's model cards."""
+    left_out = re.compile(
+        r"stage\.json|README\.md|sums\.json|lock|configs/.*|.*checkpoint-.*|.*/runs/.*|.*fusion\.json"
+    )
     made = tree(folder / "work")
     return {
         name: content
@@ -308,6 +308,11 @@ def test_killed_within_and_between_stages_it_ends_with_the_same_bytes(
     assert not [path for path in work.rglob("*") if path.name.endswith((".begun.json", ".removed", ".tmp"))]
 
 
+def has_ended(process: psutil.Process) -> bool:
+    """Nobody may be there to wait for a process whose parent was killed."""
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
 def test_killed_alone_its_stage_ends_too_and_the_next_run_goes_on(
     programs: Programs, copy: Path, whole: Path
 ) -> None:
@@ -323,7 +328,7 @@ def test_killed_alone_its_stage_ends_too_and_the_next_run_goes_on(
     code, said = programs.run(copy, "run", "pipeline.yaml", "--only", "bytes")
     assert code == 0, said
     assert run_of(said) == {"train bytes": "goes on"}
-    assert not stage.is_running()
+    assert has_ended(stage)
     other = shutil.copytree(whole, copy.parent / "other")
     write(other, train__clm_weight=0.8)
     assert programs.run(other, "run", "pipeline.yaml", "--only", "bytes")[0] == 0
@@ -341,7 +346,7 @@ def test_interrupted_it_ends_its_stage_and_says_so(programs: Programs, copy: Pat
     code, said = run.wait()
     assert code == 1
     assert "Aborted!" in said
-    assert not stage.is_running()
+    assert has_ended(stage)
 
 
 # Launched
@@ -410,6 +415,7 @@ def test_a_pipeline_on_two_machines_trains_as_one_process_with_twice_the_batch(
             copy, "run", "pipeline.yaml", "--only", "bytes", environments=[{**cluster, "RANK": "0"}]
         )
         wait_for(config.exists, first.process)
+        assert config.exists(), first.wait()
         second = subprocess.run(
             [script, "two.yaml", "-m", "fusion_trainer", "train", str(config.relative_to(copy))],
             cwd=copy,

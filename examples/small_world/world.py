@@ -125,11 +125,11 @@ SKILLS: dict[str, Callable[[random.Random], Question]] = {
 def questions(skill: str, rng: random.Random, held_out: bool) -> Iterator[Question]:
     """Without end; which questions are held out, one in eight, is told by their checksum.
 
-    Settings were chosen with the first eighth held out, of seed 0; what the demo tells is of the fourth.
+    Settings were chosen with other eighths held out, of seed 0; what the demo tells is of the sixth.
     """
     while True:
         question, answer = SKILLS[skill](rng)
-        if held_out == (zlib.crc32(question.encode()) % 8 == 3):
+        if held_out == (zlib.crc32(question.encode()) % 8 == 5):
             yield question, answer
 
 
@@ -255,7 +255,7 @@ def width(hidden: int, layers: int, heads: int) -> dict[str, int]:
 
 
 MODELS = {
-    "pivot": Model(transformers.LlamaConfig, width(96, 3, 4), pieces, 320, ["twice"], 0.5, 0.6),
+    "pivot": Model(transformers.LlamaConfig, width(96, 3, 4), pieces, 320, ["twice"], 0.5, 0.8),
     "letters": Model(transformers.GPTNeoXConfig, width(128, 3, 4), byte_level, 400, ["sort", "reverse"], 0.05),
     "numbers": Model(transformers.MistralConfig, width(112, 3, 4), halves, 300, ["add", "units"], 0.05),
     "almanac": Model(
