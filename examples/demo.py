@@ -23,7 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import click
@@ -93,12 +93,12 @@ def main(out: Path, seeds: tuple[int, ...], full: bool, save: bool) -> None:
     started = time.perf_counter()
     out, seeds = out.resolve(), seeds or (SEEDS if full else (SEED,))
     found: dict[str, list[Scores]] = {}
-    for seed in seeds:
-        folder = out / f"seed-{seed}" if len(seeds) > 1 else out
+    folders = [out / f"seed-{seed}" if len(seeds) > 1 else out for seed in seeds]
+    for seed, folder in zip(seeds, folders, strict=True):
         make_world(folder, seed)
         for variant, changes in {"": {}, **(VARIANTS if full else {})}.items():
             found.setdefault(variant, []).append(fused(folder, seed, variant, **changes))
-    text = report(found, seeds, full)
+    text = report(found, folders, seeds, full)
     write(out / "results", text, seeds, found)
     if save:
         write(RESULTS / f"{date.today()}-demo{'-full' if full else ''}", text, seeds, found)
@@ -205,7 +205,24 @@ def variants(found: Mapping[str, Sequence[Scores]]) -> str:
     return "\n\n".join(parts)
 
 
-def report(found: Mapping[str, Sequence[Scores]], seeds: Sequence[int], full: bool) -> str:
+def weights(folders: Sequence[Path]) -> str:
+    """Of the targets in VaRM's merges: the least, the median and the greatest of all units and worlds."""
+    lines = [["", *THREE], ["---", *["---:"] * len(THREE)]]
+    for merge, title in TABLE_2.items():
+        found: dict[str, list[float]] = {name: [] for name in THREE}
+        for folder in folders:
+            merged = folder / "fusion" / "merges" / merge.removeprefix("merge-")
+            for unit in json.loads((merged / "varm_weights.json").read_text())["units"]:
+                for target, of in unit["targets"].items():
+                    found[Path(target).name].append(of["weight"])
+        cells = (f"{median(some):.2f} [{min(some):.2f} – {max(some):.2f}]" for some in found.values())
+        lines.append([title, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def report(
+    found: Mapping[str, Sequence[Scores]], folders: Sequence[Path], seeds: Sequence[int], full: bool
+) -> str:
     main_ones = found[""]
     command = "python examples/demo.py" + (" --full" if full else "")
     about = f"`{command}`, {date.today()}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
@@ -219,6 +236,11 @@ def report(found: Mapping[str, Sequence[Scores]], seeds: Sequence[int], full: bo
         parts.append(f"## Table {number}: {what}")
         parts += [f"{title}\n\n{table(main_ones, rows, measure)}" for measure, title in MEASURES.items()]
     parts.append(f"## Differences\n\n{differences(main_ones)}")
+    about = (
+        "Median [least – greatest] over the units; of `parameter`, where each element has its own, over the means "
+    )
+    about += "of matrices. Equal weights, 0.33 each, are `linear`."
+    parts.append(f"## The weights that VaRM gave\n\n{about}\n\n{weights(folders)}")
     if len(found) > 1:
         parts.append(f"## Why: averages at another λ, and on chats without wrong answers\n\n{variants(found)}")
     return "\n\n".join(parts) + "\n"

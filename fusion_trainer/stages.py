@@ -21,7 +21,16 @@ from typing import Any
 import click
 
 from fusion_trainer.errors import FusionError, listed
-from fusion_trainer.files import TEMPORARY, fingerprint, read_json, sha256_of, whole_file, write_json, written_to
+from fusion_trainer.files import (
+    TEMPORARY,
+    fingerprint,
+    read_json,
+    remove_abandoned,
+    sha256_of,
+    whole_file,
+    write_json,
+    written_to,
+)
 from fusion_trainer.processes import run_command
 
 __all__ = ["KINDS", "Plan", "Stage", "Standing"]
@@ -146,6 +155,7 @@ class Plan:
         with written_to(self.work):
             self.work.mkdir(parents=True, exist_ok=True)
         with self._alone() as lock:
+            self._clear()
             for number, (stage, standing) in enumerate(self.standings(stages), 1):
                 click.echo(f"[{number}/{len(stages)}] {stage.title}: {standing.reason}", err=True)
                 if standing.made:
@@ -155,6 +165,12 @@ class Plan:
                     made.append(stage.title)
             self.sums.keep()
         return made
+
+    def _clear(self) -> None:
+        """Remove what a run was writing when it was killed."""
+        written = {path.parent for stage in self.stages for path in (stage.output, *stage.inputs)}
+        for folder in (self.work, *written, *(stage.output for stage in self.stages)):
+            remove_abandoned(folder)
 
     def _make(self, stage: Stage, standing: Standing, lock: int) -> None:
         begun = _begun(stage)

@@ -443,9 +443,12 @@ def test_under_slurm_a_stage_is_started_on_every_node(tmp_path: Path) -> None:
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "64", "PORT": "123"}
     config = ROOT / "examples" / "accelerate" / "fsdp_2x8gpu.yaml"
+    outside = {
+        name: value for name, value in os.environ.items() if name != "RANK"
+    }  # a test before may have set it
     started = subprocess.run(
         [ROOT / "examples" / "slurm" / "stage.sh", config, "-m", "fusion_trainer", "train", "a b.yaml"],
-        env={**os.environ, **slurm, "PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"},
+        env={**outside, **slurm, "PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=True,

@@ -11,7 +11,7 @@ from fusion_trainer.config import TrainConfig, read_config
 from fusion_trainer.pipeline import read_pipeline
 
 ROOT = Path(__file__).parent.parent
-PIPELINES = sorted((ROOT / "examples").glob("*/pipeline.yaml"))
+PIPELINES = sorted((ROOT / "examples").glob("fuse*/pipeline.yaml"))
 TRAINING = sorted(set((ROOT / "examples" / "fusechat_7b").glob("*.yaml")) - set(PIPELINES))
 ACCELERATE = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
 
