@@ -41,7 +41,17 @@ from varm_merge.weights import (
     unit_of,
 )
 
-__all__ = ["METHOD_NAME", "UNIT", "Unit", "VarmMethod", "conflict", "refuse", "register", "tensor_statistics"]
+__all__ = [
+    "METHOD_NAME",
+    "UNIT",
+    "Unit",
+    "VarmMethod",
+    "conflict",
+    "refuse",
+    "register",
+    "selection_of",
+    "tensor_statistics",
+]
 
 METHOD_NAME = "varm"
 UNIT = "unit"
@@ -152,7 +162,7 @@ class _Call:
         ids = [target.id for target in group.non_base]
         tensors = [target.tensor for target in group.non_base]
         out = torch.empty(pivot.tensor.shape, dtype=out_dtype or self.dtype, device=pivot.tensor.device)
-        selection = _selection(group, settings)
+        selection = selection_of(group, settings)
         blend_elements = partial(
             tensor_math.blend_elements,
             pivot.tensor,
@@ -189,7 +199,7 @@ def tensor_statistics(
     """
     assert group.base is not None
     if selection is None:
-        selection = _selection(group, settings)
+        selection = selection_of(group, settings)
     targets = [target.tensor for target in group.non_base]
     return _checked(group, tensor_math.delta_sums(group.base.tensor, targets, settings.statistic, selection))
 
@@ -259,7 +269,7 @@ def _checked(group: TensorGroup, sums: Sequence[float]) -> UnitStatistics:
     return statistics
 
 
-def _selection(group: TensorGroup, settings: Settings) -> tensor_math.Selection | None:
+def selection_of(group: TensorGroup, settings: Settings) -> tensor_math.Selection | None:
     if settings.select_topk >= 1 or len(group.non_base) < 2:  # nothing varies across one target
         return None
     assert group.base is not None

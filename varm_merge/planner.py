@@ -20,6 +20,7 @@ import inspect
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -27,12 +28,14 @@ from typing import Any
 
 import torch
 import yaml
+from mergekit import merge_methods
 from mergekit.common import ImmutableMap, ModelReference
 from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.graph import Task
-from mergekit.io.tasks import FinalizeModel, SaveTensor
+from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor
 from mergekit.merge_methods import TensorGroup
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask, TensorDictWrapper
+from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from pydantic import BaseModel
 
@@ -41,7 +44,7 @@ from varm_merge.errors import VarmError
 from varm_merge.report import FILE_NAME, UnitRecord, WeightLog, natural_order
 from varm_merge.weights import SPANNING, Granularity, Settings, UnitStatistics, block_of, unit_of
 
-__all__ = ["attach"]
+__all__ = ["PlannedTensor", "attach", "planned_tensors"]
 
 SUPPORTED_MERGEKIT = ">=0.1.5,<0.2"
 MEASURE_PRIORITY = 1_000_000
@@ -81,21 +84,9 @@ class MeasureTensor(_ByIdentity, Task[UnitStatistics], arbitrary_types_allowed=T
         return MEASURE_PRIORITY - self.rank
 
     def execute(self, tokenizer: Any = None) -> UnitStatistics:
-        tensors = _evaluate(self.merge.gather_tensors, tokenizer)
-        models = [model for model in self.merge.model_order if tensors.get(model) is not None]
-        pivot = self.merge.base_model
-        if pivot not in models or len(models) < 2 or not all(tensors[m].is_floating_point() for m in models):
-            return UnitStatistics()  # it will be passed through, copied or refused, never averaged
         device = torch.get_default_device() if self.device is None else torch.device(self.device)
-        group = TensorGroup.from_tensors(
-            [tensors[model].to(device) for model in models],
-            ids=models,
-            base_index=models.index(pivot),
-            name=self.merge.output_weight.name,
-            vocabulary_axis=self.merge.output_weight.vocabulary_axis,
-        )
-        group.validate_tensors()
-        return method.tensor_statistics(group, self.settings)
+        group = _group(self.merge, tokenizer, device)
+        return UnitStatistics() if group is None else method.tensor_statistics(group, self.settings)
 
 
 class MeasureUnit(_ByIdentity, Task[UnitStatistics], arbitrary_types_allowed=True):  # type: ignore[misc,call-arg]
@@ -314,6 +305,65 @@ _ATTACH: dict[str, Callable[[ModuleType], None]] = {
     "multimerge": _attach_to_command,
     "merge_raw_pytorch": _attach_to_raw_command,
 }
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of the output model before it is merged; ``block`` is None outside all transformer blocks."""
+
+    name: str
+    block: str | None
+    settings: Settings
+    load: Callable[[], TensorGroup | None]
+
+
+def planned_tensors(config: MergeConfiguration, options: MergeOptions) -> list[PlannedTensor]:
+    """Every tensor that a ``varm`` recipe merges, to be loaded one by one as the merge itself would.
+
+    Raises:
+        VarmError: The units contradict each other, or mergekit is another than this file knows.
+    """
+    import mergekit.merge as merge
+    import mergekit.plan as plan
+
+    if (reason := merge_methods.get(method.METHOD_NAME).refusal) is not None:
+        raise VarmError(reason)
+    architecture = merge.get_architecture_info(config, options)
+    LoaderCache().setup(options=options)
+    out_config = merge._model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
+    planner = plan.MergePlanner(config, architecture, options=options, out_model_config=out_config)
+    planner._plan()
+    blocks = dict(_blocks(planner))
+    tokenizer = planner._tokenizer_task.execute() if planner._tokenizer_task else None
+    tasks = {task.output_weight.name: task for _, task in planner._tensors}
+    device = torch.device(options.device or "cpu")
+    return [
+        PlannedTensor(
+            name,
+            blocks.get(name),
+            Settings(**dict(task.parameters.items())),
+            functools.partial(_group, task, tokenizer, device),
+        )
+        for name, task in sorted(tasks.items(), key=lambda item: natural_order(item[0]))
+    ]
+
+
+def _group(merge: ExecuteMergeMethodTask, tokenizer: Any, device: torch.device) -> TensorGroup | None:
+    """Pivot and targets of one output tensor; None where it is passed through, copied or refused, not averaged."""
+    tensors = _evaluate(merge.gather_tensors, tokenizer)
+    models = [model for model in merge.model_order if tensors.get(model) is not None]
+    pivot = merge.base_model
+    if pivot not in models or len(models) < 2 or not all(tensors[m].is_floating_point() for m in models):
+        return None
+    group = TensorGroup.from_tensors(
+        [tensors[model].to(device) for model in models],
+        ids=models,
+        base_index=models.index(pivot),
+        name=merge.output_weight.name,
+        vocabulary_axis=merge.output_weight.vocabulary_axis,
+    )
+    group.validate_tensors()
+    return group
 
 
 def _with_units(

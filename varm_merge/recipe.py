@@ -90,12 +90,12 @@ def uses_varm(text: str) -> bool:
     return any(isinstance(doc, dict) and doc.get("merge_method") == METHOD_NAME for doc in documents)
 
 
-def refuse(problems: Sequence[Problem], path: Path | None = None) -> None:
+def refuse(problems: Sequence[Problem], path: Path | None = None, ended: str = "was not merged") -> None:
     """Raise one ``VarmError`` that lists ``problems``, if there are any."""
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         listed = "\n".join(f"  line {problem.line}: {problem.message}" for problem in problems)
-        raise VarmError(f"{path or 'the recipe'} was not merged, it has {count}:\n{listed}")
+        raise VarmError(f"{path or 'the recipe'} {ended}, it has {count}:\n{listed}")
 
 
 @dataclass

@@ -31,7 +31,16 @@ from torch import Tensor
 
 from varm_merge.weights import Normalization, Statistic
 
-__all__ = ["ElementWeights", "Selection", "blend", "blend_elements", "delta_sums", "select"]
+__all__ = [
+    "Agreement",
+    "ElementWeights",
+    "Selection",
+    "agreement",
+    "blend",
+    "blend_elements",
+    "delta_sums",
+    "select",
+]
 
 CPU_CHUNK = 1 << 17
 ACCELERATOR_CHUNK = 1 << 22
@@ -59,6 +68,51 @@ def delta_sums(
         return [_measure(delta_C, statistic) for delta_C in deltas_KC]
 
     return _total(_map_chunks(sums, pivot, targets), len(targets))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Sums over the elements of a tensor, float64; pairs of targets in the order of ``itertools.combinations``.
+
+    Attributes:
+        pivot: Σ θ_v².
+        squares: Σ Δ_i² for each target.
+        products: Σ Δ_i Δ_j for each pair.
+        moved: Elements that both targets of a pair moved.
+        opposite: Those among them that the two moved in opposite directions.
+    """
+
+    pivot: float
+    squares: list[float]
+    products: list[float]
+    moved: list[float]
+    opposite: list[float]
+
+
+def agreement(pivot: Tensor, targets: Sequence[Tensor]) -> Agreement:
+    """How far the K targets moved from the pivot, and how much in the same direction."""
+    pairs = list(itertools.combinations(range(len(targets)), 2))
+
+    def sums(chunk: _Chunk) -> list[Tensor]:
+        product_C, deltas_KC = chunk.scratch_C[0], chunk.to_deltas()
+        squares = [torch.mul(row_C, row_C, out=product_C).sum() for row_C in (chunk.pivot_C, *deltas_KC)]
+        found: list[list[Tensor]] = [[], [], []]
+        for one, other in pairs:
+            torch.mul(deltas_KC[one], deltas_KC[other], out=product_C)
+            for column, number in zip(
+                found,
+                (product_C.sum(), torch.count_nonzero(product_C), (product_C < 0).sum()),
+                strict=True,
+            ):
+                column.append(number.double())
+        return [*squares, *found[0], *found[1], *found[2]]
+
+    targets_count, count = len(targets), len(pairs)
+    totals = iter(_total(_map_chunks(sums, pivot, targets, scratch=1), 1 + targets_count + 3 * count))
+    first, squares, *others = (
+        list(itertools.islice(totals, size)) for size in (1, targets_count, count, count, count)
+    )
+    return Agreement(first[0], squares, *others)
 
 
 def blend(targets: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:

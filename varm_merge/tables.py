@@ -1,0 +1,36 @@
+"""Tables on a terminal, and as plain columns where a program or a file reads them."""
+
+import sys
+from collections.abc import Iterable, Sequence
+
+import click
+
+__all__ = ["show"]
+
+
+def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table: the first column flush left, the others flush right."""
+    lines = [[*header], *([*row] for row in rows)]
+    if len(lines) == 1:
+        return
+    if sys.stdout.isatty():
+        _rich(title, lines)
+        return
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    click.echo(f"\n{title}")
+    for first, *others in lines:
+        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        click.echo("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+
+
+def _rich(title: str, lines: Sequence[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for number, name in enumerate(lines[0]):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for line in lines[1:]:
+        table.add_row(*line)
+    Console().print(table)
