@@ -14,14 +14,17 @@ All scores are on questions that no model was trained on. Torch gets one thread:
 from a second one, and the numbers do not depend on how many cores there are.
 """
 
+import hashlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -112,9 +115,11 @@ def main(out: Path, seeds: tuple[int, ...], full: bool, save: bool) -> None:
 def make_world(folder: Path, seed: int) -> None:
     """Chats and models, if they are not there."""
     done = folder / "world.json"
-    if not done.is_file() or json.loads(done.read_text()) != {"seed": seed}:
+    rules = hashlib.sha256(WORLD.read_bytes() + WORLD.with_name("chat.jinja").read_bytes()).hexdigest()
+    if not done.is_file() or json.loads(done.read_text()) != {"seed": seed, "rules": rules}:
+        done.unlink(missing_ok=True)
         call([sys.executable, WORLD, folder / "world", "--seed", str(seed)])
-        done.write_text(json.dumps({"seed": seed}))
+        done.write_text(json.dumps({"seed": seed, "rules": rules}))
 
 
 def fused(folder: Path, seed: int, variant: str, **changes: Any) -> Scores:
@@ -227,7 +232,9 @@ def report(
     command = "python examples/demo.py" + (" --full" if full else "")
     about = f"`{command}`, {date.today()}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     about += "; mean ± standard deviation over the seeds" if len(seeds) > 1 else ""
-    about += f"; {main_ones[0]['pivot']['all']['rows']} held-out questions."
+    about += f"; {main_ones[0]['pivot']['all']['rows']} held-out questions. "
+    about += f"{platform.machine()}, {os.cpu_count()} cores; "
+    about += ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "mergekit"))
     parts = ["# A small world, fused and merged", about]
     for number, rows, what in (
         (1, TABLE_1, "pivot, sources, targets, merges of the three pairwise targets"),

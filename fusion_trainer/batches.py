@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from fusion_trainer.dialogues import Dialogues
 from fusion_trainer.errors import FusionError
-from fusion_trainer.files import remove_abandoned, whole_file, written_to
+from fusion_trainer.files import fingerprint, remove_abandoned, sha256_of, whole_file, written_to
 from fusion_trainer.fusion import Fused, Rule, cross_entropies, fuse
 from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.tokens import TextTokenizer, supervised_positions
@@ -40,6 +40,8 @@ TOKENS = pa.schema(
     ]
 )
 BLOCKS_AT_ONCE = 256
+DIGITS = 12
+"""Of a hash in a file's name."""
 NO_BLOCK = -1
 IGNORED = -100
 """The label of a token that is not supervised, as everywhere in transformers."""
@@ -56,14 +58,16 @@ class TokenRow:
 
 
 def write_tokens(dialogues: Dialogues, tokenizer: TextTokenizer) -> Path:
-    """The file with the dialogues' tokens, made if it is not there.
+    """The file with the dialogues' tokens, made if it is not there; its name ends with the hash of its content.
 
     Raises:
         FusionError: The dialogues' folder cannot be written.
     """
-    path = dialogues.folder / f"tokens-{tokenizer.sha256[:12]}.arrow"
-    if path.is_file():
-        return path
+    head = f"tokens-{fingerprint([tokenizer.sha256, dialogues.fingerprint])[:DIGITS]}"
+    for known in sorted(dialogues.folder.glob(f"{head}-*.arrow")):
+        if known.stem.removeprefix(f"{head}-") == sha256_of(known)[:DIGITS]:
+            return known
+    path = dialogues.folder / f"{head}.arrow"
     starts = range(0, len(dialogues), BLOCKS_AT_ONCE)
     with written_to(dialogues.folder):
         remove_abandoned(dialogues.folder, path.name)
@@ -78,7 +82,8 @@ def write_tokens(dialogues: Dialogues, tokenizer: TextTokenizer) -> Path:
             columns = zip(zip(*rows, strict=True), TOKENS, strict=True)
             arrays = [pa.array(list(column), field.type) for column, field in columns]
             writer.write_batch(pa.record_batch(arrays, schema=TOKENS))
-    return path
+    with written_to(dialogues.folder):
+        return path.rename(path.with_stem(f"{head}-{sha256_of(path)[:DIGITS]}"))
 
 
 class TokenFile:

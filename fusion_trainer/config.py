@@ -78,14 +78,39 @@ def _arguments_of(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
         made[name] = plain
         if known.get(name) in (int, float, bool):
             try:
-                TypeAdapter(known[name]).validate_python(plain)
+                made[name] = TypeAdapter(known[name]).validate_python(plain)
             except ValidationError as error:
                 wrong.append((name, f"`{name}` cannot be {value!r}: {error.errors()[0]['msg']}"))
+        elif (choices := _choices(kind, name)) and plain is not None and plain not in choices:
+            wrong.append((name, f"`{name}` cannot be {value!r}; there are {', '.join(choices)}"))
+        number = made[name]
+        if name in AT_LEAST_ONE and isinstance(number, int) and number < 1:
+            wrong.append((name, f"`{name}` cannot be {value!r}: it is at least 1"))
     if unknown or wrong:
         raise PydanticCustomError(
             "arguments", "arguments", {"of": kind.__name__, "unknown": unknown, "wrong": wrong}
         )
     return made
+
+
+AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+
+
+def _choices(kind: Any, name: str) -> list[str]:
+    """The values of an argument that has so many."""
+    if kind.__name__ != "TrainingArguments":
+        return []
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    enumerations: dict[str, Any] = {
+        "lr_scheduler_type": SchedulerType,
+        "optim": OptimizerNames,
+        "save_strategy": SaveStrategy,
+        "eval_strategy": IntervalStrategy,
+        "logging_strategy": IntervalStrategy,
+    }
+    return [one.value for one in enumerations.get(name, ())]
 
 
 def _number(value: Any) -> Any:

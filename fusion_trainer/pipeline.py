@@ -6,13 +6,16 @@ Every stage is a command of its own with a config of its own (``work/configs``),
 for it. Here the file is checked as a whole and turned into the list of stages; ``stages`` runs them.
 """
 
+import difflib
 import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import click
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -30,6 +33,7 @@ from fusion_trainer.config import (
 from fusion_trainer.errors import FusionError, listed
 from fusion_trainer.processes import MERGEKIT, OWN
 from fusion_trainer.stages import KINDS, Stage
+from fusion_trainer.templates import BUILT_IN
 
 __all__ = ["PipelineConfig", "chosen", "read_pipeline"]
 
@@ -98,6 +102,14 @@ class _Builder:
         if where not in {place for place, _ in self.problems}:
             self.problems.append((where, what))
 
+    def texts(self, where: str, value: Any) -> list[str]:
+        """The texts of a setting that is one, a list of them, or left out."""
+        found = [] if value is None else one_or_more(value)
+        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+            self.wrong(where, f"is {value!r}, neither a text nor a list of them")
+            return []
+        return found
+
     def settings(
         self,
         kind: type[BaseModel],
@@ -147,9 +159,11 @@ class _Builder:
         """A stage that runs a command of this program."""
         if settings is None:
             return
+        decides = _of_the_result(settings.model_dump(mode="json"))
+        launch = self.config.launch.get(kind)  # type: ignore[call-overload]
+        divides = _divides(launch) if kind == "train" and launch else {}
         config = self.config.work / "configs" / f"{kind}-{name}.yaml"
         content = settings.model_dump(mode="json", exclude_unset=True)
-        launch = self.config.launch.get(kind)  # type: ignore[call-overload]
         self.stages.append(
             Stage(
                 kind,
@@ -157,7 +171,7 @@ class _Builder:
                 output,
                 [*_launched(launch), kind, str(config)],
                 {config: yaml.safe_dump(content, sort_keys=False, allow_unicode=True)},
-                _of_the_result(settings.model_dump(mode="json")),
+                {**decides, **({"launch": divides} if divides else {})},
                 list(needs),
                 models,
                 files or {},
@@ -241,6 +255,9 @@ def _plan(builder: _Builder) -> None:
         if (config_file := _accelerate_config(launch)) and not Path(config_file).is_file():
             builder.wrong(f"launch.{place}", f"no file `{config_file}`")
     _demand_model(builder, "pivot", config.pivot)
+    template = config.prepare.get("template")
+    if isinstance(template, str) and template not in BUILT_IN and not Path(template).is_file():
+        builder.wrong("prepare.template", f"no file `{template}`, and none of {', '.join(BUILT_IN)}")
     common: Settings = {"data": config.data, "pivot": config.pivot, "pivot_revision": config.pivot_revision}
     common |= {"trust_remote_code": config.trust_remote_code}
     pivot = (config.pivot, config.pivot_revision)
@@ -276,6 +293,7 @@ def _plan(builder: _Builder) -> None:
         aligned = builder.settings(AlignConfig, own, ("align", config.align))
         builder.add("align", name, work / "aligned" / name, aligned, ["extract pivot", f"extract {name}"], {})
     _merges(builder, *_targets(builder, names, dialogues))
+    _demand_options(builder)
     if config.evaluate is not None:
         _evaluations(builder, names, common)
 
@@ -310,9 +328,11 @@ def _files(builder: _Builder, where: str, data: Sequence[str]) -> dict[str, str]
     return {**found, "template": template} if isinstance(template, str) and Path(template).is_file() else found
 
 
-def _demand_model(builder: _Builder, where: str, model: str) -> None:
+def _demand_model(builder: _Builder, where: str, model: str, later: Sequence[Path] = ()) -> None:
+    """See that a model's folder is there, or is one of those made ``later``."""
     is_path = model.startswith((".", "/", "~")) or model.count("/") != 1
-    if is_path and not Path(model).is_dir():
+    will_be = any(Path(model).is_relative_to(folder) for folder in later)
+    if is_path and not will_be and not Path(model).is_dir():
         builder.wrong(where, f"no model folder `{model}`")
 
 
@@ -325,7 +345,7 @@ def _targets(builder: _Builder, names: list[str], dialogues: Path) -> tuple[list
         where = f"targets.{target}" if config.targets else "train"
         if config.targets:
             _demand_name(builder, where, target)
-        sources = _list(given.get("sources"))
+        sources = builder.texts(f"{where}.sources", given.get("sources"))
         for unknown in [source for source in sources if source not in names]:
             builder.wrong(f"{where}.sources", f"no source `{unknown}`; there are {', '.join(names)}")
         folder = work / "targets" / target
@@ -345,6 +365,8 @@ def _targets(builder: _Builder, names: list[str], dialogues: Path) -> tuple[list
         settings = builder.settings(TrainConfig, own, *parts)
         if isinstance(settings, TrainConfig) and not sources and settings.clm_weight < 1:
             builder.wrong(where, "names no `sources`; for CLM alone set `clm_weight: 1`")
+        if isinstance(settings, TrainConfig) and settings.load_in and settings.lora is None:
+            builder.wrong(f"{where}.load_in", "needs `lora`: quantised weights themselves cannot be trained")
         builder.add("train", target, folder, settings, needs, {"pivot": (config.pivot, config.pivot_revision)})
         if len(sources) == 1:
             pairwise.append(target)
@@ -356,12 +378,15 @@ def _merges(builder: _Builder, trained: list[str], pairwise: list[str]) -> None:
     for name, given in config.merges.items():
         where = f"merges.{name}"
         _demand_name(builder, where, name)
-        targets = _list(given["targets"]) if "targets" in given else pairwise
+        targets = builder.texts(f"{where}.targets", given["targets"]) if "targets" in given else pairwise
         for unknown in [target for target in targets if target not in trained]:
             builder.wrong(f"{where}.targets", f"no target `{unknown}`; there are {', '.join(trained)}")
         if not targets:
             builder.wrong(f"{where}.targets", "there is no target to merge")
         own = given.get("model_parameters") or {}
+        if not isinstance(own, dict):
+            builder.wrong(f"{where}.model_parameters", "is no mapping of targets to parameters")
+            own = {}
         for unknown in [target for target in own if target not in targets]:
             builder.wrong(f"{where}.model_parameters.{unknown}", f"no target `{unknown}` in this merge")
         if "models" in given:
@@ -382,22 +407,74 @@ def _merges(builder: _Builder, trained: list[str], pairwise: list[str]) -> None:
             {"model": _place(folder), **({"parameters": own[target]} if target in own else {})}
             for target, folder in folders.items()
         ]
-        content.setdefault("dtype", "bfloat16")
+        _demand_recipe(builder, where, content)
         recipe = work / "recipes" / f"{name}.yaml"
         output = work / "merges" / name
         text = f"# mergekit-yaml {recipe} {output}\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}"
         command = [*MERGEKIT, str(recipe), str(output), *config.merge_options]
         needs = [f"train {target}" for target in targets]
-        settings = {**given, "targets": targets, "dtype": content["dtype"], "options": config.merge_options}
+        settings = {**given, "targets": targets, "options": config.merge_options}
         pivot = {"pivot": (config.pivot, config.pivot_revision)}
         builder.stages.append(Stage("merge", name, output, command, {recipe: text}, settings, needs, pivot, {}))
+
+
+def _demand_recipe(builder: _Builder, where: str, content: Settings) -> None:
+    """See that mergekit knows the method, its parameters and whatever else the recipe says."""
+    from mergekit import merge_methods
+    from mergekit.common import dtype_from_name
+    from mergekit.config import MergeConfiguration
+
+    import varm_merge.method  # noqa: F401  registers it
+
+    specs = {method.spec.name: method.spec for method in merge_methods.registered_methods()}
+    before = len(builder.problems)
+    if (spec := specs.get(content["merge_method"])) is None:
+        method = content["merge_method"]
+        builder.wrong(f"{where}.merge_method", f"mergekit knows no `{method}`{_meant(method, specs)}")
+    for key in set(content) - set(MergeConfiguration.model_fields):
+        builder.wrong(f"{where}.{key}", f"unknown key of a recipe{_meant(key, MergeConfiguration.model_fields)}")
+    parameters = content.get("parameters") or {}
+    known = {parameter.name for parameter in spec.parameters} if spec else set(parameters)
+    for name in set(parameters) - known:
+        method = content["merge_method"]
+        builder.wrong(f"{where}.parameters.{name}", f"unknown parameter of {method}{_meant(name, known)}")
+    try:
+        for key in ("dtype", "out_dtype"):
+            if content.get(key) is not None and not dtype_from_name(content[key]).is_floating_point:
+                raise AttributeError
+    except (RuntimeError, AttributeError):
+        builder.wrong(f"{where}.{key}", f"`{content[key]}` is not one of float16, bfloat16, float32, float64")
+    if isinstance(base := content.get("base_model"), str) and Path(base) != Path(builder.config.pivot):
+        _demand_model(builder, f"{where}.base_model", base, [builder.config.work])
+    if len(builder.problems) == before and content["models"]:
+        try:
+            MergeConfiguration.model_validate(content)
+        except (ValidationError, RuntimeError, TypeError) as error:
+            builder.wrong(where, f"mergekit does not take this recipe: {error}")
+
+
+def _meant(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean `{close[0]}`?" if close else f"; known are {', '.join(sorted(known))}"
+
+
+def _demand_options(builder: _Builder) -> None:
+    """See that mergekit-yaml takes the options."""
+    from mergekit.scripts.run_yaml import main
+
+    try:
+        main.make_context("mergekit-yaml", ["recipe.yaml", "out", *builder.config.merge_options])
+    except click.ClickException as error:
+        builder.wrong("merge_options", f"mergekit-yaml does not take them: {error.format_message()}")
+    except click.exceptions.Exit:
+        builder.wrong("merge_options", "with these mergekit-yaml does not merge")
 
 
 def _evaluations(builder: _Builder, names: list[str], common: Settings) -> None:
     """The held-out dialogues, and a score of every model."""
     config, work = builder.config, builder.config.work
     given = dict(config.evaluate or {})
-    data = _list(given.pop("data", None))
+    data = builder.texts("evaluate.data", given.pop("data", None))
     if not data:
         builder.wrong("evaluate", "names no held-out `data`")
     files = _files(builder, "evaluate.data", data)
@@ -428,11 +505,6 @@ def _evaluations(builder: _Builder, names: list[str], common: Settings) -> None:
         builder.add("evaluate", slug, output, settings, ["prepare held_out", *needs], outside)
 
 
-def _list(value: Any) -> list[str]:
-    """The texts of a setting that is one, a list of them, or left out."""
-    return [str(one) for one in one_or_more(value) or ()]
-
-
 def _launched(launch: str | None) -> list[str]:
     if not launch:
         return OWN
@@ -441,6 +513,20 @@ def _launched(launch: str | None) -> list[str]:
     else:
         head = _words(launch)
     return [*head, "-m", "fusion_trainer"]
+
+
+def _divides(launch: str) -> dict[str, Any]:
+    """What of a launch decides a target: in what precision, and how many processes share an update."""
+    found: dict[str, Any] = {}
+    words = _words(launch)
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word.endswith(ACCELERATE):
+            with suppress(OSError, yaml.YAMLError, AttributeError):  # that it is not there is told elsewhere
+                content = yaml.safe_load(Path(word).read_text(encoding="utf-8"))
+                found |= {name: content.get(name) for name in ("num_processes", "mixed_precision")}
+        elif named := re.search(r"(num_processes|mixed_precision)(=.*)?$", word, re.IGNORECASE):
+            found[named[1].lower()] = (named[2] or following).lstrip("=")
+    return found
 
 
 def _words(command: str) -> list[str]:

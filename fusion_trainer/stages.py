@@ -36,7 +36,7 @@ from fusion_trainer.processes import run_command
 __all__ = ["KINDS", "Plan", "Stage", "Standing"]
 
 KINDS = ("prepare", "extract", "align", "train", "merge", "evaluate")
-RULES = 1
+RULES = 2
 """Raised when stages that were made before must not be taken for what is made now."""
 RECORD, LOCK, BEGUN = "stage.json", "lock", "begun"
 MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.py")
@@ -62,6 +62,10 @@ MAKES = {
 """The files that a stage makes; anything else in its folder is somebody's."""
 LATER = {"prepare": ("tokens-*.arrow",), "merge": (BEGUN,)}
 """What else may lie in the folder of a stage that is made: what others keep there."""
+TELLS_THE_TIME = {"fusion.json", "README.md", "mergekit_config.yml"}
+"""Files that may differ though nothing that was made does."""
+OWN_FILES = ("sums.json", "report.md", "report.json")
+"""What a run writes beside the stages."""
 PARTS_OF_THE_WAY = re.compile(r"checkpoint-\d+|runs")
 """Folders that a training leaves beside its result."""
 PATIENCE_S = 15.0
@@ -131,14 +135,15 @@ class Plan:
         Raises:
             FusionError: Where stages are to be made lies something else.
         """
-        marks: dict[str, str] = {}
         found = []
-        for stage in self.stages:
-            depends = self._depends(stage, marks)
-            marks[stage.title] = fingerprint([RULES, stage.kind, depends])
+        for stage, standing in self._walk():
             if stage in stages:
-                found.append((stage, self._standing(stage, depends, marks[stage.title])))
+                found.append((stage, standing))
         foreign = [f"`{one.foreign}`, in the way of {stage.title}" for stage, one in found if one.foreign]
+        if not (self.work / LOCK).is_file():  # no run was ever here
+            own = [self.work / name for name in OWN_FILES]
+            own += [path for stage in self.stages for path in stage.inputs]
+            foreign += [f"`{path}`" for path in own if path.exists()]
         if foreign:
             raise FusionError(
                 f"this pipeline has not made:{listed(foreign)}\nMove it away, or give another `work`."
@@ -152,11 +157,16 @@ class Plan:
             FusionError: A stage failed, something else lies in the way, or another run is at work.
         """
         made = []
+        self.standings(stages)  # nothing is begun if something lies in the way
         with written_to(self.work):
             self.work.mkdir(parents=True, exist_ok=True)
         with self._alone() as lock:
             self._clear()
-            for number, (stage, standing) in enumerate(self.standings(stages), 1):
+            number = 0
+            for stage, standing in self._walk():
+                if stage not in stages:
+                    continue
+                number += 1
                 click.echo(f"[{number}/{len(stages)}] {stage.title}: {standing.reason}", err=True)
                 if standing.made:
                     _no_longer_begun(stage)  # of a run that was killed just then
@@ -165,6 +175,18 @@ class Plan:
                     made.append(stage.title)
             self.sums.keep()
         return made
+
+    def _walk(self) -> Iterator[tuple[Stage, Standing]]:
+        """Each stage as it stands when its turn has come: what it depends on may have been made meanwhile."""
+        marks: dict[str, str] = {}
+        for stage in self.stages:
+            depends = self._depends(stage, marks)
+            mark = fingerprint([RULES, stage.kind, depends])
+            yield stage, self._standing(stage, depends, mark)
+            record = _made(stage)
+            of_these = record["files"] if record.get("fingerprint") == mark else {}
+            lasting = {name: sum_ for name, sum_ in of_these.items() if Path(name).name not in TELLS_THE_TIME}
+            marks[stage.title] = fingerprint([mark, lasting])
 
     def _clear(self) -> None:
         """Remove what a run was writing when it was killed."""
@@ -265,12 +287,12 @@ class _Sums:
 
     def one(self, path: Path) -> str:
         found = path.stat()
-        stamp = [found.st_size, found.st_mtime_ns]
+        stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
         known = self.known.get(str(path.absolute()))
-        if known is None or known[:2] != stamp:
+        if known is None or known[:-1] != stamp:
             known = [*stamp, sha256_of(path)]
             self.known[str(path.absolute())] = known
-        return str(known[2])
+        return str(known[-1])
 
     def content(self, path: Path) -> str | None:
         """Of a file, or of all files in a folder; None if there is neither."""
@@ -319,17 +341,19 @@ def _names(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
 
 
-def _is_passing(name: Path) -> bool:
+def _is_passing(name: Path, kind: str) -> bool:
     """Whether a file is no part of a stage's result: its record, checkpoints, logs, what was being written."""
-    of_training = len(name.parts) > 1 and PARTS_OF_THE_WAY.fullmatch(name.parts[0]) is not None
-    return of_training or name == Path(RECORD) or any(part.endswith(TEMPORARY) for part in name.parts)
+    of_training = kind == "train" and len(name.parts) > 1 and PARTS_OF_THE_WAY.fullmatch(name.parts[0])
+    return bool(of_training) or name == Path(RECORD) or any(part.endswith(TEMPORARY) for part in name.parts)
 
 
 def _foreign(stage: Stage, record: Mapping[str, Any], begun: Mapping[str, Any]) -> Path | None:
     """Something in the place of a stage that it has not made."""
     if not stage.output.is_dir():
         return stage.output if stage.output.exists() else None
-    names = [name for name in _names(stage.output) if not _is_passing(name)]
+    names = _names(stage.output)
+    if record or begun:
+        names = [name for name in names if not _is_passing(name, stage.kind)]
     if record:
         later = LATER.get(stage.kind, ())
         strange = [name for name in names if name.as_posix() not in record["files"] and not _is_one(name, later)]

@@ -285,6 +285,70 @@ def test_settings_that_change_nothing_of_the_result_rerun_nothing(changes: dict[
     assert marks(folder, **changes) == marks(folder)
 
 
+@pytest.mark.parametrize(
+    ("launch", "other"),
+    [
+        ("one.yaml", "two.yaml"),
+        ("srun stage.sh one.yaml", "srun stage.sh two.yaml"),
+        ("env ACCELERATE_MIXED_PRECISION=no python", "env ACCELERATE_MIXED_PRECISION=bf16 python"),
+        ("accelerate launch --num_processes 2", "accelerate launch --num_processes 3"),
+    ],
+)
+def test_a_launch_in_another_precision_or_by_more_processes_is_another_training(
+    launch: str, other: str, folder: Path
+) -> None:
+    for name, precision in (("one", "no"), ("two", "bf16")):
+        settings = {"num_processes": 2, "mixed_precision": precision}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    before, after = marks(folder, launch__train=launch), marks(folder, launch__train=other)
+    assert {title for title in before if before[title] != after[title]} == TRAINED
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"merges__varm": {"merge_method": "tiess"}},
+            "merges.varm.merge_method: mergekit knows no `tiess`; did you",
+        ),
+        (
+            {"merges__varm__parameters": {"granularty": "layer"}},
+            "merges.varm.parameters.granularty: unknown parameter of varm; did you mean `granularity`?",
+        ),
+        ({"merges__ties__foo": 1}, "merges.ties.foo: unknown key of a recipe; known are"),
+        ({"merges__ties__dtype": "blah"}, "merges.ties.dtype: `blah` is not one of float16"),
+        ({"merges__ties__base_model": "./nowhere"}, "merges.ties.base_model: no model folder `./nowhere`"),
+        ({"merges__ties__targets": 3}, "merges.ties.targets: is 3, neither a text nor a list of them"),
+        ({"merges__ties__model_parameters": 3}, "merges.ties.model_parameters: is no mapping of targets"),
+        ({"merge_options": ["--nonsense"]}, "merge_options: mergekit-yaml does not take them: No such option"),
+        ({"merge_options": ["--help"]}, "merge_options: with these mergekit-yaml does not merge"),
+        (
+            {"prepare__template": "no/such.jinja"},
+            "prepare.template: no file `no/such.jinja`, and none of openchat",
+        ),
+        ({"train__load_in": "4bit"}, "train.load_in: needs `lora`"),
+        (
+            {"train__training__lr_scheduler_type": "cosin"},
+            "`lr_scheduler_type` cannot be 'cosin'; there are linear",
+        ),
+        ({"train__training__max_steps": "many"}, "`max_steps` cannot be 'many'"),
+        ({"train__training__per_device_train_batch_size": 0}, "cannot be 0: it is at least 1"),
+        ({"targets": {"one": {"sources": 3}}}, "targets.one.sources: is 3, neither a text nor a list of them"),
+        ({"evaluate__data": 3}, "evaluate.data: is 3, neither a text nor a list of them"),
+    ],
+)
+def test_what_would_fail_hours_later_is_told_before_anything_is_run(
+    changes: dict[str, Any], problem: str, folder: Path
+) -> None:
+    problems = told(write(folder, **changes))
+    assert [one for one in problems if problem in one], problems
+
+
+def test_a_number_written_as_a_text_is_a_number(folder: Path) -> None:
+    changes = {"train__training__max_steps": "3", "train__training__per_device_train_batch_size": "4"}
+    assert marks(folder, **changes) == marks(folder)
+
+
 def change_weights(model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     next(iter(tensors.values())).view(-1)[0] += 1
@@ -400,7 +464,7 @@ def test_mergekit_takes_the_recipes_that_are_written(folder: Path) -> None:
         assert not recipe.check(text, models=False) if config.merge_method == "varm" else True
         base = {"linear": None, "slerp": targets[0], "absolute": "org/other"}.get(name, "./pivot")
         assert content.get("base_model") == base
-        assert content["dtype"] == ("float16" if name == "absolute" else "bfloat16")
+        assert content.get("dtype") == ("float16" if name == "absolute" else None)
         assert content.get("parameters") == merges[name].get("parameters")
     dare = yaml.safe_load(next(iter(stages["dare_ties"].inputs.values())))
     assert dare["models"] == [{"model": targets[0], "parameters": {"weight": 0.5}}, {"model": targets[1]}]

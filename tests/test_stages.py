@@ -1,5 +1,6 @@
 """Stages made once, with commands that only write files: what is run again and why, and what is never removed."""
 
+import hashlib
 import json
 import os
 import random
@@ -168,7 +169,7 @@ def test_the_reason_names_what_has_changed(work: Path, monkeypatch: pytest.Monke
     assert reason(needed, a_stage(work, "prepare c"), **same) == "made again: prepare c is new"
     several = reason(needed, **{**same, "training": {"seed": 2, "lora": {"r": 4}}, "a": 1, "b": 2, "c": 3})
     assert several == "made again: a null → 1; b null → 2; c null → 3; training.lora.r null → 4; and 1 more"
-    monkeypatch.setattr(stages, "RULES", 2)
+    monkeypatch.setattr(stages, "RULES", 3)
     assert reasons([needed, first])["prepare b"] == "made again: the program's rules"
 
 
@@ -575,3 +576,53 @@ def test_a_stage_ends_with_its_run_unless_that_is_on_another_machine(owner: str,
     code = "import time; from fusion_trainer.processes import end_with_the_run as e; e(); time.sleep(0.7)"
     environment = {**os.environ, processes.ENDS_WITH: named}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == int(ends)
+
+
+def test_a_stage_whose_result_is_another_is_followed_by_those_after_it(work: Path) -> None:
+    """Made again by the same request; the bytes differ, as on another device."""
+    stages_ = pipeline(work)
+    run(stages_)
+    out = result(work, "align a")
+    kept = out.read_bytes()
+    out.unlink()
+    assert run(stages_) == ["align a"]  # to the same bytes
+    record = json.loads((out.parent / "stage.json").read_text())
+    out.write_bytes(kept + b" ")
+    record["files"] = {
+        name: hashlib.sha256((out.parent / name).read_bytes()).hexdigest() for name in record["files"]
+    }
+    (out.parent / "stage.json").write_text(json.dumps(record))
+    assert run(stages_) == ["train a", "merge both", "evaluate merged"]
+
+
+def test_a_result_changed_without_its_time_is_noticed(work: Path) -> None:
+    stages_ = pipeline(work)
+    run(stages_)
+    out = result(work, "extract a")
+    found = out.stat()
+    out.write_bytes(b"x" * found.st_size)
+    os.utime(out, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert run(stages_)[0] == "extract a"
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500/model.safetensors", "runs/Nov01/events", "notes.tmp"])
+@pytest.mark.parametrize("title", ["train a", "merge both"])
+def test_what_the_user_has_in_the_place_of_a_stage_is_never_removed(name: str, title: str, work: Path) -> None:
+    theirs = result(work, title).parent / name
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("years of work")
+    with pytest.raises(FusionError, match=f"in the way of {title}"):
+        run(pipeline(work))
+    assert theirs.read_text() == "years of work"
+
+
+def test_files_of_the_user_in_the_work_folder_are_never_written_over(work: Path) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "report.md").write_text("mine")
+    with pytest.raises(FusionError, match=r"report\.md"):
+        run(pipeline(work))
+    assert [path.name for path in work.iterdir()] == ["report.md"]
+    (work / "report.md").unlink()
+    run(pipeline(work))
+    (work / "report.md").write_text("the run's")
+    assert run(pipeline(work)) == []

@@ -640,7 +640,6 @@ def test_the_folder_of_the_target_must_be_named(fusion: World, tmp_path: Path) -
         ({"load_in": "4bit"}, "`load_in: 4bit` needs `lora`"),
         ({"training": {"eval_strategy": "epoch"}}, "`eval_strategy` needs rows to evaluate on; set `held_out`"),
         ({"training": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor"),
-        ({"training": {"save_strategy": "sometimes"}}, "the training arguments cannot be used: "),
         ({"training": {"bf16": True, "fp16": True}}, "the training arguments cannot be used: "),
         ({"training": {**OFTEN, "load_best_model_at_end": True}}, "the training arguments cannot be used: "),
         ({"lora": {"target_modules": ["no_such_proj"]}}, "`lora` cannot be used: "),
@@ -750,6 +749,11 @@ def test_the_tokens_of_the_dialogues_are_kept_beside_them(fusion: World, tmp_pat
     (made,) = folder.glob("tokens-*")
     assert made.read_bytes() == fusion.tokens.read_bytes()
     assert len(Dialogues(folder)) == len(CHATS)
+    sound = made.read_bytes()
+    for damaged in (sound[:200], sound[:-9] + bytes([sound[-9] ^ 1]) + sound[-8:]):
+        made.write_bytes(damaged)
+        train(fusion.config(tmp_path / f"target-{len(damaged)}", **CLM, dialogues=str(folder)))
+        assert [path.read_bytes() for path in folder.glob("tokens-*")] == [sound]
 
 
 # fusion-trainer train
