@@ -162,8 +162,8 @@ def score(model: Any, tokens: Path, names: list[str], batch_tokens: int) -> dict
             for item, number in enumerate(numbers):
                 here, supervised = of_item == item, len(rows[item].positions)
                 cut = supervised - int(here.sum())
-                if supervised:
-                    matched = not cut and bool(hits[here].all())
+                if rows[item].bytes:  # there is an answer, whatever tokens it has
+                    matched = supervised > 0 and not cut and bool(hits[here].all())
                     found = Sums(1, int(here.sum()), read[item].bytes, float(nats[here].sum()), matched, cut)
                     for group in {ALL, _group(names[number])}:
                         sums[group].add(found)
