@@ -6,7 +6,6 @@ Every stage is a command of its own with a config of its own (``work/configs``),
 for it. Here the file is checked as a whole and turned into the list of stages; ``stages`` runs them.
 """
 
-import difflib
 import re
 import shlex
 import sys
@@ -376,7 +375,7 @@ def _targets(builder: _Builder, names: list[str], dialogues: Path) -> tuple[list
 def _merges(builder: _Builder, trained: list[str], pairwise: list[str]) -> None:
     config, work = builder.config, builder.config.work
     for name, given in config.merges.items():
-        where = f"merges.{name}"
+        where, before = f"merges.{name}", len(builder.problems)
         _demand_name(builder, where, name)
         targets = builder.texts(f"{where}.targets", given["targets"]) if "targets" in given else pairwise
         for unknown in [target for target in targets if target not in trained]:
@@ -407,7 +406,8 @@ def _merges(builder: _Builder, trained: list[str], pairwise: list[str]) -> None:
             {"model": _place(folder), **({"parameters": own[target]} if target in own else {})}
             for target, folder in folders.items()
         ]
-        _demand_recipe(builder, where, content)
+        if len(builder.problems) == before:
+            _demand_recipe(builder, where, content)
         recipe = work / "recipes" / f"{name}.yaml"
         output = work / "merges" / name
         text = f"# mergekit-yaml {recipe} {output}\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}"
@@ -419,43 +419,13 @@ def _merges(builder: _Builder, trained: list[str], pairwise: list[str]) -> None:
 
 
 def _demand_recipe(builder: _Builder, where: str, content: Settings) -> None:
-    """See that mergekit knows the method, its parameters and whatever else the recipe says."""
-    from mergekit import merge_methods
-    from mergekit.common import dtype_from_name
-    from mergekit.config import MergeConfiguration
+    """See that mergekit takes the recipe."""
+    from varm_merge import recipe
 
-    import varm_merge.method  # noqa: F401  registers it
-
-    specs = {method.spec.name: method.spec for method in merge_methods.registered_methods()}
-    before = len(builder.problems)
-    if (spec := specs.get(content["merge_method"])) is None:
-        method = content["merge_method"]
-        builder.wrong(f"{where}.merge_method", f"mergekit knows no `{method}`{_meant(method, specs)}")
-    for key in set(content) - set(MergeConfiguration.model_fields):
-        builder.wrong(f"{where}.{key}", f"unknown key of a recipe{_meant(key, MergeConfiguration.model_fields)}")
-    parameters = content.get("parameters") or {}
-    known = {parameter.name for parameter in spec.parameters} if spec else set(parameters)
-    for name in set(parameters) - known:
-        method = content["merge_method"]
-        builder.wrong(f"{where}.parameters.{name}", f"unknown parameter of {method}{_meant(name, known)}")
-    try:
-        for key in ("dtype", "out_dtype"):
-            if content.get(key) is not None and not dtype_from_name(content[key]).is_floating_point:
-                raise AttributeError
-    except (RuntimeError, AttributeError):
-        builder.wrong(f"{where}.{key}", f"`{content[key]}` is not one of float16, bfloat16, float32, float64")
     if isinstance(base := content.get("base_model"), str) and Path(base) != Path(builder.config.pivot):
         _demand_model(builder, f"{where}.base_model", base, [builder.config.work])
-    if len(builder.problems) == before and content["models"]:
-        try:
-            MergeConfiguration.model_validate(content)
-        except (ValidationError, RuntimeError, TypeError) as error:
-            builder.wrong(where, f"mergekit does not take this recipe: {error}")
-
-
-def _meant(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean `{close[0]}`?" if close else f"; known are {', '.join(sorted(known))}"
+    for problem in recipe.check(yaml.safe_dump(content, sort_keys=False), models=False, every=True):
+        builder.wrong(".".join([where, *map(str, problem.path)]), problem.message)
 
 
 def _demand_options(builder: _Builder) -> None:

@@ -309,15 +309,16 @@ def test_a_launch_in_another_precision_or_by_more_processes_is_another_training(
     [
         (
             {"merges__varm": {"merge_method": "tiess"}},
-            "merges.varm.merge_method: mergekit knows no `tiess`; did you",
+            "merges.varm.merge_method: mergekit knows no method `tiess`; did",
         ),
         (
             {"merges__varm__parameters": {"granularty": "layer"}},
-            "merges.varm.parameters.granularty: unknown parameter of varm; did you mean `granularity`?",
+            "merges.varm.parameters.granularty: unknown parameter `granularty` of varm; did you mean",
         ),
-        ({"merges__ties__foo": 1}, "merges.ties.foo: unknown key of a recipe; known are"),
-        ({"merges__ties__dtype": "blah"}, "merges.ties.dtype: `blah` is not one of float16"),
+        ({"merges__ties__foo": 1}, "merges.ties.foo: unknown top-level key `foo`; known are"),
+        ({"merges__ties__dtype": "blah"}, "merges.ties.dtype: `dtype` is `blah`, not one of float16"),
         ({"merges__ties__base_model": "./nowhere"}, "merges.ties.base_model: no model folder `./nowhere`"),
+        ({"merges__ties__parameters": {}}, "has no `weight`, which ties needs"),
         ({"merges__ties__targets": 3}, "merges.ties.targets: is 3, neither a text nor a list of them"),
         ({"merges__ties__model_parameters": 3}, "merges.ties.model_parameters: is no mapping of targets"),
         ({"merge_options": ["--nonsense"]}, "merge_options: mergekit-yaml does not take them: No such option"),
@@ -436,7 +437,7 @@ METHODS = {
     "slerp": {"parameters": {"t": 0.5}},
     "task_arithmetic": {"parameters": {"weight": 0.5}},
     "ties": {"parameters": {"weight": 0.5, "density": 0.6}},
-    "dare_ties": {"parameters": {"density": 0.6}, "model_parameters": {"bytes": {"weight": 0.5}}},
+    "dare_ties": {"parameters": {"density": 0.6, "weight": 0.3}, "model_parameters": {"bytes": {"weight": 0.5}}},
     "sce": {"parameters": {"select_topk": 0.1}},
     "varm": {"parameters": {"granularity": "layer"}},
 }

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
@@ -88,6 +89,50 @@ def yaml_command(arguments: tuple[str, ...]) -> None:
     from mergekit.scripts.run_yaml import main as mergekit_yaml  # importing varm_merge has set the hook
 
     mergekit_yaml.main(list(arguments), prog_name="varm-merge yaml")
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option("--cache-dir", type=click.Path(file_okay=False), help="Of models from the Hub.")
+@click.option("--offline", is_flag=True, help="Look at the recipe alone, not at its models.")
+def check(recipe: Path, as_json: bool, cache_dir: str | None, offline: bool) -> None:
+    """Find all that is wrong with a recipe of any merge method, before weights are read or downloaded.
+
+    Of the models only configs and safetensors headers are read; of a model on the Hub by HTTP ranges.
+    Exit code 0 if it can be merged, 1 if not.
+
+    \b
+    Examples:
+      varm-merge check recipe.yaml
+      varm-merge check recipe.yaml --json
+    """
+    from varm_merge.recipe import Looked
+    from varm_merge.recipe import check as problems_of
+
+    looked = None if offline else Looked()
+    text = recipe.read_text(encoding="utf-8", errors="replace")
+    problems = problems_of(text, models=not offline, cache_dir=cache_dir, every=True, looked=looked)
+    remarks = sorted(looked.remarks, key=lambda one: one.line) if looked else []
+    estimate = looked.estimate if looked else {}
+    if as_json:
+        told = {
+            name: [asdict(one) for one in some] for name, some in (("problems", problems), ("remarks", remarks))
+        }
+        click.echo(json.dumps({"recipe": str(recipe), **told, "estimate": estimate}, indent=1))
+    else:
+        for mark, colour, some in (("✗", "red", problems), ("!", "yellow", remarks)):
+            for one in some:
+                click.secho(f"{mark} line {one.line}: {one.message}", fg=colour)
+        if not problems:
+            click.secho(f"✓ {recipe} can be merged", fg="green")
+        if estimate:
+            sizes = {name: f"{value / 1e9:.3g} GB" for name, value in estimate.items() if name.endswith("bytes")}
+            click.echo(
+                f"{estimate['parameters']:,} parameters; reads {sizes['read_bytes']}, writes "
+                f"{sizes['written_bytes']}; the largest tensor of all models takes {sizes['largest_tensor_bytes']}"
+            )
+    sys.exit(1 if problems else 0)
 
 
 @main.command()

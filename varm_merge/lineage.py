@@ -16,7 +16,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-__all__ = ["Place", "foreign_targets", "weights_fingerprint"]
+__all__ = ["Place", "foreign_targets", "weight_files", "weights_fingerprint"]
 
 FUSION, INDEX, WHOLE = "fusion.json", "model.safetensors.index.json", "model.safetensors"
 SHA256_LENGTH = 64
@@ -77,8 +77,13 @@ def weights_fingerprint(place: Place) -> str:
     return hashlib.sha256(text.encode()).hexdigest() if sums else ""
 
 
+def weight_files(folder: Path) -> list[str]:
+    """The safetensors files of a folder that transformers reads."""
+    return _weight_files({path.name for path in folder.glob("*.safetensors*")}, folder / INDEX)
+
+
 def _sums_in(folder: Path) -> list[tuple[str, str]]:
-    names = _weight_files({path.name for path in folder.glob("*.safetensors*")}, folder / INDEX)
+    names = weight_files(folder)
     with ThreadPoolExecutor(4) as threads:
         return list(zip(names, threads.map(_sum, [folder / name for name in names]), strict=True))
 

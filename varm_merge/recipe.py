@@ -1,16 +1,17 @@
 """Checks a ``varm`` recipe before any weight is read, and reports every problem at once with its line.
 
 mergekit ignores keys and parameters it does not know (``granularty: layer`` merges at the default granularity
-and exits 0). For its own recipes the plugin refuses them. Recipes of other methods are none of its business:
-``check`` finds nothing wrong with them.
+and exits 0). For its own recipes the plugin refuses them. Recipes of other methods are none of its business when
+they are merged; ``varm-merge check`` asks for them as well.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import huggingface_hub
 import pydantic
@@ -21,6 +22,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from mergekit import merge_methods
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import (
     ConditionalParameter,
@@ -30,13 +32,16 @@ from mergekit.config import (
     OutputModuleDefinition,
     OutputSliceDefinition,
 )
+from mergekit.merge_methods import BasePolicy, MergeMethodSpec
+from mergekit.merge_methods.base import ParameterScope
 from mergekit.tokenizer.config import TokenizerConfig
 
+from varm_merge import headers
 from varm_merge.errors import VarmError
 from varm_merge.lineage import FUSION, Place, foreign_targets
 from varm_merge.method import METHOD_NAME, SPEC
 
-__all__ = ["KINDS", "Problem", "check", "refuse", "uses_varm"]
+__all__ = ["KINDS", "Looked", "Problem", "check", "refuse", "uses_varm"]
 
 KINDS = {"run_yaml": "yaml", "multimerge": "multi", "merge_raw_pytorch": "raw"}
 """The kind of recipe that each of mergekit's programs reads, by the module of the program."""
@@ -48,14 +53,52 @@ _Path = tuple[str | int, ...]
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a recipe; ``line`` counts from 1."""
+    """One thing wrong with a recipe; ``line`` counts from 1, ``path`` is that of the key or item."""
 
     message: str
     line: int
+    path: tuple[str | int, ...] = field(default=(), compare=False)
 
 
-def check(text: str, *, kind: str = "yaml", models: bool = True, cache_dir: str | None = None) -> list[Problem]:
-    """All problems of the ``varm`` recipes in ``text``, in the order of their lines.
+@dataclass
+class Looked:
+    """What the headers of a recipe's models tell: filled by ``check``.
+
+    Attributes:
+        models: The header of each model.
+        remarks: Differences that a merge survives.
+        estimate: Bytes read, written, held (``headers.estimate``); empty if a header could not be read.
+    """
+
+    models: dict[ModelReference, headers.Model] = field(default_factory=dict)
+    remarks: list[Problem] = field(default_factory=list)
+    estimate: dict[str, Any] = field(default_factory=dict)
+
+
+class _Family(NamedTuple):
+    """A list of models that are merged: its place, the model the others are compared with, all of it.
+
+    ``has_pivot``: that model is the pivot; for a method without one it is the first.
+    """
+
+    path: _Path
+    base: ModelReference
+    models: list[ModelReference]
+    has_pivot: bool
+
+
+def check(
+    text: str,
+    *,
+    kind: str = "yaml",
+    models: bool = True,
+    cache_dir: str | None = None,
+    every: bool = False,
+    looked: Looked | None = None,
+) -> list[Problem]:
+    """All problems of the ``varm`` recipes in ``text`` (of ``every`` method's), in the order of their lines.
+
+    With ``looked`` the models' headers are read and compared, too, if nothing else is wrong.
 
     ``kind``: ``yaml`` (mergekit-yaml), ``multi`` (several named recipes, mergekit-multi) or ``raw``
     (mergekit-pytorch). With ``models`` false nothing outside the text is looked at; otherwise model folders
@@ -66,7 +109,7 @@ def check(text: str, *, kind: str = "yaml", models: bool = True, cache_dir: str 
         documents = list(yaml.safe_load_all(text))
         lines = [_lines(root) for root in roots]
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if not re.search(rf"merge_method:\s*['\"]?{METHOD_NAME}\b", text):
+        if not every and not re.search(rf"merge_method:\s*['\"]?{METHOD_NAME}\b", text):
             return []
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -74,8 +117,11 @@ def check(text: str, *, kind: str = "yaml", models: bool = True, cache_dir: str 
     names = {str(document["name"]) for document in documents if isinstance(document, dict) and "name" in document}
     problems: list[Problem] = []
     for document_lines, document in zip(lines, documents, strict=True):
-        if isinstance(document, dict) and document.get("merge_method") == METHOD_NAME:
-            checker = _Checker(document, document_lines, kind, names if kind == "multi" else set())
+        if every and not isinstance(document, dict):
+            problems.append(Problem("no recipe: a recipe is a mapping with `merge_method`", document_lines[()]))
+        elif isinstance(document, dict) and (every or document.get("merge_method") == METHOD_NAME):
+            own_names = names if kind == "multi" else set()
+            checker = _Checker(document, document_lines, kind, own_names, looked=looked)
             checker.run(models, cache_dir)
             problems += checker.problems
             if len(documents) > 1 and kind != "multi":
@@ -105,10 +151,12 @@ class _Checker:
     kind: str
     names: set[str]
     problems: list[Problem] = field(default_factory=list)
-    families: list[tuple[_Path, ModelReference, list[ModelReference]]] = field(default_factory=list)
-    """For each list of models its path, its pivot and all of it."""
+    spec: MergeMethodSpec = SPEC
+    looked: "Looked | None" = None
+    families: list["_Family"] = field(default_factory=list)
 
     def run(self, models: bool, cache_dir: str | None) -> None:
+        self._method()
         for path in self.lines:
             if path and path[-1] == _DUPLICATE:
                 self.add(path, f"`{path[-2]}` is written twice; YAML would keep the last")
@@ -125,11 +173,26 @@ class _Checker:
             self._models(cache_dir)
             if not self.problems and self.kind != "raw":
                 self._pivots(cache_dir)
+                if self.looked is not None:
+                    self._headers(cache_dir, self.looked)
+
+    def _method(self) -> None:
+        """Find what mergekit knows of the method."""
+        method = self.document.get("merge_method")
+        known = {one.spec.name: one.spec for one in merge_methods.registered_methods()}
+        if method in known:
+            self.spec = known[method]
+        elif method is None:
+            self.add((), "no `merge_method`")
+        else:
+            self.add(
+                ("merge_method",), f"mergekit knows no method `{method}`{_suggest(str(method), tuple(known))}"
+            )
 
     def add(self, path: _Path, message: str) -> None:
         while path and path not in self.lines:
             path = path[:-1]
-        self.problems.append(Problem(message, self.lines.get(path, 1)))
+        self.problems.append(Problem(message, self.lines.get(path, 1), path))
 
     def _keys_of(self, what: str) -> tuple[str, ...]:
         if what != _TOP:
@@ -155,12 +218,15 @@ class _Checker:
                 self.add((*path, key), f"unknown {what} `{key}`{_suggest(str(key), known)}")
 
     def _parameters(self, path: _Path, parameters: Any, what: str) -> None:
-        specs = {spec.name: spec for spec in SPEC.parameters}
+        if self.spec.name != self.document.get("merge_method"):
+            return  # unknown, and told
+        specs = {spec.name: spec for spec in self.spec.parameters}
         for name, setting in parameters.items() if isinstance(parameters, dict) else ():
             where = (*path, name)
             if name not in specs:
-                self.add(where, f"unknown parameter `{name}` of varm{_suggest(str(name), tuple(specs))}")
-            elif what in ("key of a model", "key of a source"):
+                hint = _suggest(str(name), tuple(specs)) if specs else "; it has none"
+                self.add(where, f"unknown parameter `{name}` of {self.spec.name}{hint}")
+            elif what in ("key of a model", "key of a source") and specs[name].scope is ParameterScope.SHARED:
                 self.add(
                     where,
                     f"`{name}` is a parameter of the whole merge: write it under the recipe's `parameters`, "
@@ -213,15 +279,21 @@ class _Checker:
 
     def _inputs(self, path: _Path, entries: Sequence[Mapping[str, Any]], slice_base: Any) -> None:
         """A pivot, at least one target, no model twice, one length: in one list of models that are merged."""
-        base = slice_base or self.document.get("base_model")
-        if base is None:
-            self.add(
-                ("merge_method",),
-                "no base_model: varm needs the pivot that the targets were fine-tuned from",
-            )
-            return
+        base, contract = slice_base or self.document.get("base_model"), self.spec.contract
         models = [self._reference(entry["model"]) for entry in entries]
-        self.families.append((path, self._reference(base), models))
+        if base is None and contract.base is BasePolicy.REQUIRED:
+            needs = "the pivot that the targets were fine-tuned from" if self.spec is SPEC else "one"
+            self.add(("merge_method",), f"no base_model: {self.spec.name} needs {needs}")
+            return
+        self._required(path, entries, models, base)
+        self._counts(path, models, base)
+        has_pivot = base is not None and contract.base is not BasePolicy.IGNORED
+        if has_pivot or models:
+            self.families.append(
+                _Family(path, self._reference(base) if has_pivot else models[0], models, has_pivot)
+            )
+        if self.spec is not SPEC:
+            return
         pivot, references = str(self._reference(base)), [str(model) for model in models]
         if not [reference for reference in references if reference != pivot]:
             self.add(path, f"no target: list at least one model beside the base_model {pivot}")
@@ -234,11 +306,87 @@ class _Checker:
             if len({entry["layer_range"][1] - entry["layer_range"][0] for entry in entries}) > 1:
                 self.add(path, "the layer_ranges of the sources have different lengths")
 
+    def _required(
+        self, path: _Path, entries: Sequence[Mapping[str, Any]], models: Sequence[Any], base: Any
+    ) -> None:
+        """Every parameter without a default is given, for the whole or for each model."""
+        above = [self.document, *(self._at(path[:depth]) for depth in range(1, len(path)))]
+        given = {
+            name for mapping in above if isinstance(mapping, dict) for name in mapping.get("parameters") or ()
+        }
+        pivot = None if base is None else self._reference(base)
+        for spec in self.spec.parameters:
+            if not spec.required or spec.name in given:
+                continue
+            if spec.scope is ParameterScope.SHARED:
+                self.add(path, f"{self.spec.name} needs the parameter `{spec.name}`")
+                continue
+            for index, (entry, model) in enumerate(zip(entries, models, strict=True)):
+                is_base = model == pivot and self.spec.contract.base is not BasePolicy.IGNORED
+                needs = spec.scope is ParameterScope.INPUT or not is_base
+                if needs and spec.name not in (entry.get("parameters") or {}):
+                    self.add((*path, index), f"{model} has no `{spec.name}`, which {self.spec.name} needs")
+
+    def _headers(self, cache_dir: str | None, looked: "Looked") -> None:
+        """Compare the models by their headers."""
+        for path, base, models, _ in self.families:
+            for index, reference in enumerate(dict.fromkeys([base, *models])):
+                if reference.model.path in self.names or reference in looked.models:
+                    continue
+                place = Place(reference.model.path, reference.model.revision, cache_dir)
+                try:
+                    looked.models[reference] = headers.read_model(place)
+                except ValueError as error:
+                    self.add((*path, max(index - 1, 0)), str(error))
+            found = looked.models.get(base)
+            for index, reference in enumerate(models):
+                if found is None or reference == base or reference not in looked.models:
+                    continue
+                for difference in headers.differences(found, looked.models[reference]):
+                    where = (*path, index)
+                    if difference.harmless:
+                        looked.remarks.append(Problem(difference.message, self.lines.get(where, 1)))
+                    else:
+                        self.add(where, difference.message)
+        if self.families and (found := looked.models.get(self.families[0].base)) is not None:
+            dtype = self.document.get("out_dtype") or self.document.get("dtype")
+            looked.estimate = headers.estimate(list(looked.models.values()), found, dtype)
+
+    def _at(self, path: _Path) -> Any:
+        node: Any = self.document
+        for part in path:
+            node = node[part]
+        return node
+
+    def _counts(self, path: _Path, models: Sequence[Any], base: Any) -> None:
+        """As many models as the method takes."""
+        contract, others = self.spec.contract, {str(model) for model in models}
+        if contract.base is BasePolicy.IGNORED or base is None:
+            total, without = len(others), None
+        else:
+            pivot = str(self._reference(base))
+            total, without = len(others | {pivot}), len(others - {pivot})
+        if self.spec is SPEC:
+            return  # told below, in the words of this method
+        for count, least, most, what in (
+            (total, contract.min_inputs, contract.max_inputs, "models, base_model included"),
+            (without, contract.min_non_base, contract.max_non_base, "models beside the base_model"),
+        ):
+            if count is not None and not (least or 0) <= count <= (math.inf if most is None else most):
+                limits = (
+                    f"exactly {least}"
+                    if least == most
+                    else f"at least {least}"
+                    if most is None
+                    else f"{least} to {most}"
+                )
+                self.add(path, f"{self.spec.name} merges {limits} {what}, not {count}")
+
     def _pivots(self, cache_dir: str | None) -> None:
         """Targets that tell their pivot must tell this one."""
-        for path, pivot, models in self.families:
+        for path, pivot, models, has_pivot in self.families:
             known = [i for i, m in enumerate(models) if m.model.path not in self.names and m != pivot]
-            if pivot.model.path in self.names:
+            if pivot.model.path in self.names or not has_pivot:
                 continue
             base, *targets = (
                 Place(model.model.path, model.model.revision, cache_dir)
@@ -352,12 +500,10 @@ def _why_invalid(spec: Any, value: Any) -> str | None:
             raise ValueError
         spec.validate(value)
     except ValueError:
-        limits = {
-            "temperature": "a number > 0",
-            "select_topk": "a number in (0, 1]",
-            "erase_minority": "true or false",
-        }
-        return f"`{spec.name}` is `{value}`, not {limits[spec.name]}"
+        limits = {"temperature": "a number > 0", "select_topk": "a number in (0, 1]"}
+        kinds = {bool: "true or false", int: "a whole number"}
+        expected = limits.get(spec.name) if spec in SPEC.parameters else None
+        return f"`{spec.name}` is `{value}`, not {expected or kinds.get(spec.value_type, 'a number')}"
     return None
 
 

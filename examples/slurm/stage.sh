@@ -5,7 +5,8 @@ set -euo pipefail
 config=$1
 shift
 if [ -n "${SLURM_JOB_NODELIST:-}" ] && [ -z "${RANK:-}" ]; then
-    HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    HEAD=${hosts%%$'\n'*}
     export HEAD NODES=$SLURM_NNODES
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since 22.05 srun does not take the job's own
     exec srun --ntasks-per-node=1 bash -c 'RANK=$SLURM_NODEID exec "$0" "$@"' "$0" "$config" "$@"

@@ -1,0 +1,249 @@
+"""``varm-merge check``: all that is wrong with a recipe of any method, before a weight is read."""
+
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mergekit.merge
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import registered_methods
+from mergekit.options import MergeOptions
+from programs import BIN
+from safetensors.torch import load_file, save_file
+from tiny_models import Family
+
+import varm_merge.method  # noqa: F401  registers varm
+from varm_merge import headers
+from varm_merge.cli import main
+from varm_merge.headers import differences, read_model
+from varm_merge.lineage import Place
+from varm_merge.recipe import Looked, check
+
+OF_TWO = {"slerp", "nearswap", "arcee_fusion"}
+VALUES = {"weight": 0.5, "t": 0.3}
+"""Of the parameters that have no default."""
+
+
+def recipe_of(method: str, family: Family) -> dict[str, Any]:
+    """A recipe that is sound."""
+    spec = next(one.spec for one in registered_methods() if one.spec.name == method)
+    inputs = (
+        family.targets[:1] if method in OF_TWO else [family.pivot] if method == "passthrough" else family.targets
+    )
+    content: dict[str, Any] = {"merge_method": method, "models": [{"model": str(one)} for one in inputs]}
+    if spec.contract.base.value != "ignored":
+        content["base_model"] = str(family.pivot)
+    required = {one.name: VALUES[one.name] for one in spec.parameters if one.required}
+    return {**content, "parameters": required, "dtype": "float32"}
+
+
+def told(content: dict[str, Any], looked: Looked | None = None) -> list[str]:
+    problems = check(yaml.safe_dump(content, sort_keys=False), every=True, looked=looked)
+    return [f"{problem.line}: {problem.message}" for problem in problems]
+
+
+METHODS = sorted(one.spec.name for one in registered_methods())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sound_recipe_of_any_method_is_sound_and_merges(method: str, mistral: Family, tmp_path: Path) -> None:
+    looked, content = Looked(), recipe_of(method, mistral)
+    assert told(content, looked) == []
+    assert looked.remarks == []
+    options = MergeOptions(quiet=True, copy_tokenizer=False)
+    mergekit.merge.run_merge(MergeConfiguration.model_validate(content), str(tmp_path), options=options)
+    written = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert looked.estimate["written_bytes"] == pytest.approx(written, rel=0.1)
+
+
+def mergekit_fails(content: dict[str, Any], out: Path) -> bool:
+    try:
+        config = MergeConfiguration.model_validate(content)
+        mergekit.merge.run_merge(config, str(out), options=MergeOptions(quiet=True, copy_tokenizer=False))
+    except Exception:  # of whatever kind
+        return True
+    return False
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "varm"])
+def test_too_few_or_too_many_models_and_missing_parameters_are_what_mergekit_fails_of(
+    method: str, mistral: Family, tmp_path: Path
+) -> None:
+    """The same verdict as mergekit's own run, for every change of a sound recipe."""
+    sound = recipe_of(method, mistral)
+    every = [{"model": str(one)} for one in (mistral.pivot, *mistral.targets)]
+    changes: list[dict[str, Any]] = [
+        {"models": every},
+        {"models": every[1:2]},
+        {"base_model": None},
+        *({"parameters": {}} for _ in [1] if sound["parameters"]),
+    ]
+    for number, change in enumerate(changes):
+        content = {name: value for name, value in {**sound, **change}.items() if value is not None}
+        found = told(content)
+        assert bool(found) == mergekit_fails(content, tmp_path / str(number)), (change, found)
+
+
+WRONG = """\
+merge_method: ties
+base_modle: {pivot}
+base_model: {pivot}
+models:
+  - model: {target}
+    parameters: {{weight: 0.5, densty: 0.3, normalize: true}}
+  - model: {other}
+  - model: ./nowhere
+parameters: {{normalise: true, lambda: x, int8_mask: 3}}
+dtype: blah
+"""
+
+
+def test_everything_that_is_wrong_is_told_at_once(mistral: Family) -> None:
+    text = WRONG.format(pivot=mistral.pivot, target=mistral.targets[0], other=mistral.targets[1])
+    found = {f"{problem.line}: {problem.message}" for problem in check(text, every=True)}
+    for expected in (
+        "2: unknown top-level key `base_modle`; did you mean `base_model`?",
+        "6: unknown parameter `densty` of ties; did you mean `density`?",
+        "6: `normalize` is a parameter of the whole merge",
+        f"7: {mistral.targets[1]} has no `weight`, which ties needs",
+        "8: ./nowhere has no `weight`, which ties needs",
+        "8: no model folder `./nowhere`",
+        "9: unknown parameter `normalise` of ties; did you mean `normalize`?",
+        "9: `lambda` is `x`, not a number",
+        "9: `int8_mask` is `3`, not true or false",
+        "10: `dtype` is `blah`, not one of float16, bfloat16, float32, float64",
+    ):
+        (one,) = [problem for problem in found if problem.startswith(expected)]
+        found.remove(one)
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("merge_method: tiess\nmodels: []\n", "1: mergekit knows no method `tiess`; did you mean `ties`?"),
+        ("models: []\n", "1: no `merge_method`"),
+        ("- a\n", "1: no recipe: a recipe is a mapping with `merge_method`"),
+        ("merge_method: [\n", "not valid YAML"),
+    ],
+)
+def test_what_is_no_recipe_is_told(text: str, problem: str) -> None:
+    assert any(problem in f"{one.line}: {one.message}" for one in check(text, every=True))
+
+
+# Headers
+
+
+def changed(model: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object], **config: Any) -> Path:
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def test_models_that_do_not_fit_are_told_apart_by_their_headers(mistral: Family, tmp_path: Path) -> None:
+    target, other = mistral.targets
+    narrow = changed(target, tmp_path / "narrow", lambda t: t.update({DOWN: t[DOWN][:, 1:].contiguous()}))
+    short = changed(target, tmp_path / "short", lambda t: t.pop(DOWN), num_hidden_layers=1)
+    foreign = changed(target, tmp_path / "foreign", lambda t: None, architectures=["LlamaForCausalLM"])
+    embeddings = "model.embed_tokens.weight"
+    cut = changed(target, tmp_path / "cut", lambda t: t.update({embeddings: t[embeddings][1:].contiguous()}))
+    half = changed(target, tmp_path / "half", lambda t: t.update({name: w.bfloat16() for name, w in t.items()}))
+    for folder, wrong, remarked in (
+        (narrow, f"`{DOWN}` has the shape", ""),
+        (short, f"{short} has 1 layers, {mistral.pivot} ", ""),
+        (short, f"{short} has no `{DOWN}`, which {mistral.pivot} has", ""),
+        (foreign, f"{foreign} is a LlamaForCausalLM, {mistral.pivot} a MistralForCausalLM", ""),
+        (cut, "", "mergekit cuts both to the smaller vocabulary"),
+        (half, "", "have the dtypes BF16 and F32"),
+    ):
+        content = recipe_of("varm", mistral)
+        content["models"] = [{"model": str(other)}, {"model": str(folder)}]
+        looked = Looked()
+        problems = told(content, looked)
+        assert bool(problems) == bool(wrong), problems
+        assert any(one.startswith("4: ") and wrong in one for one in problems) or not wrong, problems
+        assert any(remarked in one.message for one in looked.remarks) or not remarked, looked.remarks
+
+
+@pytest.mark.parametrize("architecture", ["gpt_neox", "mixtral", "mpt", "t5", "qwen2", "gemma"])
+def test_a_header_is_what_the_files_hold(architecture: str, family: Callable[..., Family]) -> None:
+    members = family(architecture, dtype=torch.bfloat16)
+    found = read_model(Place(str(members.pivot)))
+    tensors = load_file(members.pivot / "model.safetensors")
+    assert {name: shape for name, (shape, _) in found.tensors.items()} == {
+        n: tuple(t.shape) for n, t in tensors.items()
+    }
+    assert found.bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert found.layers
+    assert list(differences(found, read_model(Place(str(members.targets[0]))))) == []
+    sizes = headers.estimate([found, found], found, "float32")
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    assert (sizes["parameters"], sizes["read_bytes"]) == (elements, 2 * found.bytes)
+    assert sizes["largest_tensor_bytes"] == 3 * 4 * max(tensor.numel() for tensor in tensors.values())
+    assert sizes["written_bytes"] == math.ceil(1.02 * 4 * elements) or sizes["written_bytes"] == round(
+        4.08 * elements
+    )
+
+
+def test_a_damaged_file_and_a_missing_shard_are_named(mistral: Family, tmp_path: Path) -> None:
+    for name, damage in (
+        ("cut", lambda folder: (folder / "model.safetensors").write_bytes(b"\x00" * 100)),
+        (
+            "gone",
+            lambda folder: shutil.move(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors"),
+        ),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(mistral.targets[0], folder)
+        damage(folder)
+        if name == "gone":
+            index = {
+                "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+            }
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        content = recipe_of("linear", mistral)
+        content["models"] = [{"model": str(mistral.targets[1])}, {"model": str(folder)}]
+        (problem,) = told(content, Looked())
+        assert f"the header of `{folder}` cannot be read: " in problem
+        assert name == "cut" or "`model-00002-of-00002.safetensors` is named in the index and is not there" in (
+            problem.replace(f"{folder}/", "")
+        )
+
+
+# The command
+
+
+def test_the_command_tells_problems_remarks_and_sizes(mistral: Family, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_of("varm", mistral)))
+    done = subprocess.run([BIN / "varm-merge", "check", path], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"✓ {path} can be merged\n")
+    assert " parameters; reads " in done.stdout
+    content = recipe_of("ties", mistral)
+    content["models"].append({"model": "./nowhere"})
+    path.write_text(yaml.safe_dump(content))
+    done = subprocess.run([BIN / "varm-merge", "check", path], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith("✗ line 7: no model folder `./nowhere`")
+    told_json = CliRunner().invoke(main, ["check", str(path), "--json"])
+    assert told_json.exit_code == 1
+    found = json.loads(told_json.stdout)
+    assert [one["line"] for one in found["problems"]] == [7]
+    assert (found["recipe"], found["estimate"]) == (str(path), {})
+    assert CliRunner().invoke(main, ["check", str(path), "--offline"]).exit_code == 0
