@@ -434,3 +434,31 @@ def test_a_pipeline_on_two_machines_trains_as_one_process_with_twice_the_batch(
     moved = {name: np.linalg.norm(alone[name] - pivot[name]) for name in pivot}
     assert all(np.linalg.norm(two[name] - alone[name]) < 1e-3 * moved[name] for name in pivot)
     assert any(np.linalg.norm(other[name] - alone[name]) > 0.1 * moved[name] for name in pivot)
+
+
+def test_two_machines_extract_the_bytes_that_one_process_does(copy: Path, whole: Path) -> None:
+    """Started on each of them as a cluster would."""
+    store = copy / "work" / "stores" / "bytes"
+    shutil.rmtree(store)
+    (copy / "two.yaml").write_text(yaml.safe_dump(TWO_MACHINES))
+    stage = [ROOT / "examples" / "slurm" / "stage.sh", "two.yaml", "-m", "fusion_trainer"]
+    cluster = {"NODES": "2", "HEAD": "127.0.0.1", "PORT": free_port(), "PATH": f"{BIN}:{os.environ['PATH']}"}
+    machines = [
+        subprocess.Popen(
+            [*stage, "extract", "work/configs/extract-bytes.yaml"],
+            cwd=copy,
+            env={**ENVIRONMENT, **cluster, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [machine.communicate()[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    made = {path.name: path.read_bytes() for path in store.iterdir() if path.name != "manifest.json"}
+    theirs = whole / "work" / "stores" / "bytes"
+    assert len(made) > 2
+    assert made == {name: (theirs / name).read_bytes() for name in made}
+    ours, alone = (json.loads((folder / "manifest.json").read_text()) for folder in (store, theirs))
+    assert ours["identity"] == alone["identity"]
