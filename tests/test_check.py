@@ -139,6 +139,32 @@ def test_what_is_no_recipe_is_told(text: str, problem: str) -> None:
     assert any(problem in f"{one.line}: {one.message}" for one in check(text, every=True))
 
 
+def test_the_shipped_recipes_are_sound() -> None:
+    recipes = sorted((Path(__file__).parents[1] / "yaml_recipes").glob("*.yaml"))
+    assert len(recipes) > 5
+    assert {path.name: check(path.read_text(), every=True, models=False) for path in recipes} == {
+        path.name: [] for path in recipes
+    }
+
+
+def test_slices_and_filters_of_any_method_are_read(mistral: Family) -> None:
+    pivot, (target, _) = mistral.pivot, mistral.targets
+    sources = [{"model": str(one), "layer_range": [0, 2]} for one in (pivot, target)]
+    parameters = {"t": [{"filter": "mlp", "value": [0, 0.5, 1]}, {"value": 0.5}]}
+    content = {
+        "merge_method": "slerp",
+        "base_model": str(pivot),
+        "slices": [{"sources": sources}],
+        "dtype": "float32",
+    }
+    assert told({**content, "parameters": parameters}, Looked()) == []
+    assert told({**content, "slices": [{"sources": sources, "parameters": parameters}]}, Looked()) == []
+    (problem,) = told(content)
+    assert problem.endswith("slerp needs the parameter `t`")
+    (problem,) = told({**content, "parameters": {"t": [{"filter": "mlp", "value": ["x", 1]}, {"value": 0.5}]}})
+    assert problem.endswith("`t` is `x`, not a number")
+
+
 # Headers
 
 
@@ -246,4 +272,5 @@ def test_the_command_tells_problems_remarks_and_sizes(mistral: Family, tmp_path:
     found = json.loads(told_json.stdout)
     assert [one["line"] for one in found["problems"]] == [7]
     assert (found["recipe"], found["estimate"]) == (str(path), {})
-    assert CliRunner().invoke(main, ["check", str(path), "--offline"]).exit_code == 0
+    alone = CliRunner().invoke(main, ["check", str(path), "--offline"])
+    assert (alone.exit_code, alone.output) == (0, f"✓ {path} is sound; its models were not looked at\n")

@@ -125,12 +125,13 @@ def check(recipe: Path, as_json: bool, cache_dir: str | None, offline: bool) -> 
             for one in some:
                 click.secho(f"{mark} line {one.line}: {one.message}", fg=colour)
         if not problems:
-            click.secho(f"✓ {recipe} can be merged", fg="green")
+            verdict = "is sound; its models were not looked at" if offline else "can be merged"
+            click.secho(f"✓ {recipe} {verdict}", fg="green")
         if estimate:
             sizes = {name: f"{value / 1e9:.3g} GB" for name, value in estimate.items() if name.endswith("bytes")}
             click.echo(
-                f"{estimate['parameters']:,} parameters; reads {sizes['read_bytes']}, writes "
-                f"{sizes['written_bytes']}; the largest tensor of all models takes {sizes['largest_tensor_bytes']}"
+                f"if as large as its base: {estimate['parameters']:,} parameters; reads {sizes['read_bytes']}, "
+                f"writes {sizes['written_bytes']}; the largest tensor of all models takes {sizes['largest_tensor_bytes']}"
             )
     sys.exit(1 if problems else 0)
 
