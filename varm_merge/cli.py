@@ -129,10 +129,9 @@ def check(recipe: Path, as_json: bool, cache_dir: str | None, offline: bool) -> 
             click.secho(f"✓ {recipe} {verdict}", fg="green")
         if estimate:
             sizes = {name: f"{value / 1e9:.3g} GB" for name, value in estimate.items() if name.endswith("bytes")}
-            click.echo(
-                f"if as large as its base: {estimate['parameters']:,} parameters; reads {sizes['read_bytes']}, "
-                f"writes {sizes['written_bytes']}; the largest tensor of all models takes {sizes['largest_tensor_bytes']}"
-            )
+            click.echo(f"if as large as its base: {estimate['parameters']:,} parameters")
+            click.echo(f"reads {sizes['read_bytes']}, writes {sizes['written_bytes']}")
+            click.echo(f"the largest tensor of all models takes {sizes['largest_tensor_bytes']}")
     sys.exit(1 if problems else 0)
 
 
