@@ -19,7 +19,7 @@ from programs import BIN
 from safetensors.torch import load_file, save_file
 from tiny_models import Family
 
-from varm_merge import tensor_math
+from varm_merge import picture, tensor_math
 from varm_merge.cli import main
 from varm_merge.errors import VarmError
 from varm_merge.inspection import inspect
@@ -197,3 +197,23 @@ def test_on_a_terminal_the_tables_are_drawn_and_a_mistake_is_a_sentence(mistral:
     done = subprocess.run([BIN / "varm-merge", "inspect", tmp_path], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith(f"Error: `{tmp_path}/varm_weights.json` cannot be read")
+
+
+def test_the_picture_has_a_cell_for_each_unit(family: Callable[..., Family], tmp_path: Path) -> None:
+    members = family("llama", targets=3)
+    recipe, png = tmp_path / "recipe.yaml", tmp_path / "weights.png"
+    recipe.write_text(runs.recipe(members))
+    arguments = ["inspect", str(recipe), "--quiet", "--granularity", "module", "--png", str(png)]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    assert png.read_bytes().startswith(b"\x89PNG")
+    units = inspect(recipe, QUIET, ("module",))["units"]["module"]
+    rows, columns, cells = picture.grid(units, str(members.targets[1]))
+    assert len(cells) == len(units)
+    assert columns == ["model.layers.0", "model.layers.1", "outside"]
+    assert {"self_attn", "mlp", "lm_head", "model.norm"} <= set(rows)
+    expected = by_name(units)["model.layers.1.mlp"]["targets"][str(members.targets[1])]["weight"]
+    assert cells["mlp", "model.layers.1"] == expected
+    done = CliRunner().invoke(main, [*arguments[:-1], str(tmp_path / "nowhere" / "weights.png")])
+    assert done.exit_code == 1
+    assert "weights.png` cannot be written" in done.output

@@ -146,6 +146,11 @@ def check(recipe: Path, as_json: bool, cache_dir: str | None, offline: bool) -> 
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option(
+    "--png",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw the weights of the last granularity named.",
+)
+@click.option(
     "--top", type=click.IntRange(min=0), default=5, show_default=True, help="Most and least moved tensors."
 )
 @click.option("--device", default="cpu", show_default=True, help="Where tensors are measured.")
@@ -156,6 +161,7 @@ def inspect(
     recipe: Path,
     granularities: tuple[str, ...],
     as_json: bool,
+    png: Path | None,
     top: int,
     device: str,
     cache_dir: str | None,
@@ -171,11 +177,12 @@ def inspect(
     Examples:
       varm-merge inspect recipe.yaml
       varm-merge inspect recipe.yaml --granularity layer --json > weights.json
+      varm-merge inspect recipe.yaml --granularity module --png weights.png
       varm-merge inspect merged/
     """
     from mergekit.options import MergeOptions
 
-    from varm_merge import inspection
+    from varm_merge import inspection, picture
     from varm_merge.errors import VarmError
 
     options = MergeOptions(
@@ -183,6 +190,9 @@ def inspect(
     )
     try:
         found = inspection.inspect(recipe, options, granularities)
+        if png is not None:
+            named = [name for name in granularities if name in found["units"]]
+            picture.draw(found, named[-1] if named else inspection.RECIPE, png)
     except VarmError as error:
         raise click.ClickException(str(error)) from error
     if as_json:
