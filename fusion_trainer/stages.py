@@ -162,11 +162,8 @@ class Plan:
             self.work.mkdir(parents=True, exist_ok=True)
         with self._alone() as lock:
             self._clear()
-            number = 0
-            for stage, standing in self._walk():
-                if stage not in stages:
-                    continue
-                number += 1
+            chosen = (one for one in self._walk() if one[0] in stages)
+            for number, (stage, standing) in enumerate(chosen, 1):
                 click.echo(f"[{number}/{len(stages)}] {stage.title}: {standing.reason}", err=True)
                 if standing.made:
                     _no_longer_begun(stage)  # of a run that was killed just then

@@ -147,6 +147,15 @@ def test_what_cannot_be_inspected_is_told(mistral: Family, tmp_path: Path) -> No
     assert "did you mean `granularity`?" in said
     recipe.write_text(runs.recipe(mistral).replace("varm", "linear"))
     assert "does not merge by `varm`" in refused(recipe)
+    merged = runs.merge(runs.recipe(mistral), tmp_path / "out")
+    with pytest.raises(VarmError, match="tells the weights of one merge"):
+        inspect(merged.folder, QUIET, ("layer",))
+
+
+def test_models_of_two_architectures_are_a_sentence(family: Callable[..., Family], tmp_path: Path) -> None:
+    recipe, (target, _) = tmp_path / "recipe.yaml", family("llama").targets
+    recipe.write_text(runs.recipe(family("mistral")) + f"  - model: {target}\n")
+    assert f"{target} is a LlamaForCausalLM" in refused(recipe)
 
 
 def test_a_target_with_nan_is_named(mistral: Family, tmp_path: Path) -> None:

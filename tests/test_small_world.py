@@ -64,7 +64,7 @@ def test_a_fact_is_the_same_in_every_wording_and_every_world() -> None:
     assert all(len(answers) == 1 for answers in known.values())
 
 
-def test_what_is_held_out_is_asked_nowhere_else_and_differs_from_world_to_world_in_nothing() -> None:
+def test_what_is_held_out_is_asked_nowhere_else() -> None:
     rows = world.held_out(100, random.Random("held out"))
     held_out = {question for _, ((question, _),) in rows}
     assert len(held_out) == len(rows)

@@ -191,8 +191,7 @@ def inspect(
     try:
         found = inspection.inspect(recipe, options, granularities)
         if png is not None:
-            named = [name for name in granularities if name in found["units"]]
-            picture.draw(found, named[-1] if named else inspection.RECIPE, png)
+            picture.draw(found, granularities[-1] if granularities else inspection.RECIPE, png)
     except VarmError as error:
         raise click.ClickException(str(error)) from error
     if as_json:

@@ -18,13 +18,13 @@ from varm_merge.lineage import Place, weight_files
 
 __all__ = ["Difference", "Model", "differences", "estimate", "read_model"]
 
-BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
-"""Of the dtypes that are not one byte wide."""
-BYTES_OF = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-WRITTEN_TWICE = 1.02
-"""A merge writes a temporary shard before it takes its name, and the tokenizer beside."""
+STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+"""Of an element, by safetensors' names of dtypes; all others are one byte wide."""
+WRITTEN_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+"""Of an element, by the names that a recipe's `dtype` has."""
 VOCABULARY = ("embed_tokens", "lm_head", "embed_in", "embed_out", "wte", "shared", "word_embeddings")
 """Parts of the names of tensors with a row for each token."""
+BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Model:
 
     @property
     def bytes(self) -> int:
-        return sum(math.prod(shape) * BITS.get(dtype, 8) // 8 for shape, dtype in self.tensors.values())
+        """Of all tensors, as they are stored."""
+        return sum(math.prod(shape) * STORED_BYTES.get(dtype, 1) for shape, dtype in self.tensors.values())
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,9 @@ def read_model(place: Place) -> Model:
 
 
 def _tensors(place: Place) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
-    folder = Path(place.path)
-    if not folder.is_dir():
-        try:
-            found = huggingface_hub.get_safetensors_metadata(place.path, revision=place.revision)
-        except NotASafetensorsRepoError:
-            return
-        for file in found.files_metadata.values():
-            for name, tensor in file.tensors.items():
-                yield name, (tuple(tensor.shape), tensor.dtype)
+    folder = place.folder()
+    if folder is None or not weight_files(folder):
+        yield from _tensors_on_the_hub(place) if not Path(place.path).is_dir() else ()
         return
     for name in weight_files(folder):
         if not (folder / name).is_file():
@@ -94,8 +89,26 @@ def _tensors(place: Place) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
                 yield tensor, (tuple(part.get_shape()), part.get_dtype())
 
 
-def differences(base: Model, other: Model) -> Iterator[Difference]:
-    """In what a model is not like the base, as far as a merge cares."""
+def _tensors_on_the_hub(place: Place) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+    try:
+        found = huggingface_hub.get_safetensors_metadata(place.path, revision=place.revision)
+    except NotASafetensorsRepoError:
+        return
+    except Exception as error:  # whatever the HTTP client raises without a network
+        raise ValueError(f"the Hub could not be asked ({type(error).__name__})") from error
+    for file in found.files_metadata.values():
+        for name, tensor in file.tensors.items():
+            yield name, (tuple(tensor.shape), tensor.dtype)
+
+
+def differences(base: Model, other: Model, whole: bool = True) -> Iterator[Difference]:
+    """In what a model is not like the base, as far as a merge cares.
+
+    Args:
+        base: The model to compare with.
+        other: The model.
+        whole: Whether all of their layers are merged one by one, and not slices of them.
+    """
     if base.architecture != other.architecture:
         yield Difference(
             f"{other.name} is a {other.architecture or 'model without architecture'}, {base.name} a "
@@ -103,11 +116,13 @@ def differences(base: Model, other: Model) -> Iterator[Difference]:
             False,
         )
         return
+    if not whole:
+        return
     if base.layers != other.layers:
         yield Difference(f"{other.name} has {other.layers} layers, {base.name} {base.layers}", False)
     if not base.tensors or not other.tensors:
         return
-    lacks = [name for name in base.tensors if name not in other.tensors and not _of_the_vocabulary(name)]
+    lacks = [name for name in base.tensors if name not in other.tensors and not _may_be_left_out(name)]
     if lacks:
         yield Difference(f"{other.name} has no {_some(lacks)}, which {base.name} has", False)
     for name, (shape, _) in base.tensors.items():
@@ -127,6 +142,11 @@ def differences(base: Model, other: Model) -> Iterator[Difference]:
         )
 
 
+def _may_be_left_out(name: str) -> bool:
+    """Tied to another, or a buffer that older versions of transformers have saved and nobody reads."""
+    return _of_the_vocabulary(name) or name.endswith(BUFFERS)
+
+
 def _of_the_vocabulary(name: str) -> bool:
     return any(part in VOCABULARY for part in name.split("."))
 
@@ -137,13 +157,18 @@ def _some(names: Sequence[str]) -> str:
 
 
 def estimate(models: Sequence[Model], base: Model, dtype: str | None) -> dict[str, Any]:
-    """Bytes that a merge of the models reads, writes, and at least holds at a time: the largest tensor of all."""
+    """What a merge takes whose output is as large as its base.
+
+    Returns:
+        ``parameters``, and in bytes: ``read_bytes``, ``written_bytes``, and ``largest_tensor_bytes``, the largest
+        tensor of every model and of the output at once.
+    """
     elements = sum(math.prod(shape) for shape, _ in base.tensors.values())
     largest = max((math.prod(shape) for shape, _ in base.tensors.values()), default=0)
-    width = BYTES_OF.get(dtype or "", base.bytes / elements if elements else 0)
+    width = WRITTEN_BYTES.get(dtype or "", base.bytes / elements if elements else 0)
     return {
         "parameters": elements,
         "read_bytes": sum(model.bytes for model in models),
-        "written_bytes": round(WRITTEN_TWICE * elements * width),
+        "written_bytes": round(elements * width),
         "largest_tensor_bytes": round(largest * width * (len(models) + 1)),
     }

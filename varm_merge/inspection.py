@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -71,8 +70,11 @@ def inspect(path: Path, options: MergeOptions, granularities: Sequence[str] = ()
     except (OSError, UnicodeDecodeError) as error:
         raise VarmError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if path.suffix == ".json":
+        if granularities:
+            raise VarmError(f"`{path}` tells the weights of one merge; give its recipe to see other granularities")
         return _of_a_merge(path, text)
-    recipe.refuse(recipe.check(text, cache_dir=options.transformers_cache), path, "cannot be inspected")
+    problems = recipe.check(text, cache_dir=options.transformers_cache, looked=recipe.Looked())
+    recipe.refuse(problems, path, "cannot be inspected")
     if not recipe.uses_varm(text):
         raise VarmError(f"{path} does not merge by `varm`: weights are given for `merge_method: varm` alone")
     content = yaml.safe_load(text)
@@ -137,12 +139,14 @@ def _element_weights(group: TensorGroup, settings: Settings) -> list[float]:
     """The targets' weights at parameter granularity, averaged over the elements."""
     assert group.base is not None
     pivot, targets = group.base.tensor, [target.tensor for target in group.non_base]
-    blend = partial(
-        tensor_math.blend_elements,
+    _, sums = tensor_math.blend_elements(
+        pivot,
+        targets,
+        tensor_math.ElementWeights(*settings.weighting),
+        torch.empty_like(pivot),
         selection=method.selection_of(group, settings),
         erase_minority=settings.erase_minority,
     )
-    _, sums = blend(pivot, targets, tensor_math.ElementWeights(*settings.weighting), torch.empty_like(pivot))
     return [total / max(pivot.numel(), 1) for total in sums]
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,19 @@ class Place:
     path: str
     revision: str | None = None
     cache_dir: str | None = None
+
+    def folder(self) -> Path | None:
+        """Its folder, or for a Hub id its snapshot in the cache; None if it has none."""
+        if Path(self.path).is_dir():
+            return Path(self.path)
+        try:
+            return Path(
+                huggingface_hub.snapshot_download(
+                    self.path, revision=self.revision, cache_dir=self.cache_dir, local_files_only=True
+                )
+            )
+        except (LocalEntryNotFoundError, OSError):
+            return None
 
     def file(self, name: str) -> Path | None:
         """One of its files, from the Hub if need be; None if it has none of this name."""
@@ -89,14 +103,9 @@ def _sums_in(folder: Path) -> list[tuple[str, str]]:
 
 
 def _sums_on_the_hub(place: Place) -> list[tuple[str, str]]:
-    try:
-        folder = huggingface_hub.snapshot_download(
-            place.path, revision=place.revision, cache_dir=place.cache_dir, local_files_only=True
-        )
-        if found := _sums_in(Path(folder)):
+    with suppress(OSError):  # parts of it are not in the cache
+        if (folder := place.folder()) is not None and (found := _sums_in(folder)):
             return found
-    except (LocalEntryNotFoundError, OSError):
-        pass
     info = huggingface_hub.HfApi().model_info(place.path, revision=place.revision, files_metadata=True)
     known = {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}
     names = {file.rfilename for file in info.siblings or [] if "/" not in file.rfilename}

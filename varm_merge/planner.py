@@ -328,6 +328,15 @@ def planned_tensors(config: MergeConfiguration, options: MergeOptions) -> list[P
 
     if (reason := merge_methods.get(method.METHOD_NAME).refusal) is not None:
         raise VarmError(reason)
+    try:
+        _expect(merge._model_out_config, "trust_remote_code")
+        _expect_fields(vars(merge), "get_architecture_info")
+        _expect_fields(plan.MergePlanner.__annotations__, "_tokenizer_task")
+    except (AttributeError, TypeError) as error:
+        raise VarmError(
+            f"varm-merge inspect works with mergekit {SUPPORTED_MERGEKIT}, and the installed one is built "
+            f'differently ({error}). Install a supported version: pip install "mergekit{SUPPORTED_MERGEKIT}"'
+        ) from error
     architecture = merge.get_architecture_info(config, options)
     LoaderCache().setup(options=options)
     out_config = merge._model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)

@@ -330,19 +330,20 @@ class _Checker:
     def _headers(self, cache_dir: str | None, looked: "Looked") -> None:
         """Compare the models by their headers."""
         for path, base, models, _ in self.families:
-            for index, reference in enumerate(dict.fromkeys([base, *models])):
+            for reference in dict.fromkeys([base, *models]):
                 if reference.model.path in self.names or reference in looked.models:
                     continue
                 place = Place(reference.model.path, reference.model.revision, cache_dir)
                 try:
                     looked.models[reference] = headers.read_model(place)
                 except ValueError as error:
-                    self.add((*path, max(index - 1, 0)), str(error))
+                    where = (*path, models.index(reference)) if reference in models else ("base_model",)
+                    self.add(where, str(error))
             found = looked.models.get(base)
             for index, reference in enumerate(models):
                 if found is None or reference == base or reference not in looked.models:
                     continue
-                for difference in headers.differences(found, looked.models[reference]):
+                for difference in headers.differences(found, looked.models[reference], path[-1] == "models"):
                     where = (*path, index)
                     if difference.harmless:
                         looked.remarks.append(Problem(difference.message, self.lines.get(where, 1)))
