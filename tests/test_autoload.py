@@ -262,7 +262,7 @@ main(["recipe.yaml", "out"])
 
 
 def test_the_probe_of_doctor_reads_json() -> None:
-    from varm_merge.cli import PROBE
+    from varm_merge.commands.doctor import PROBE
 
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["attached"] is True

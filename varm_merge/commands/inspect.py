@@ -1,0 +1,79 @@
+"""``varm-merge inspect``: the weights without the merge."""
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import click
+
+from varm_merge.commands.style import talks
+from varm_merge.tables import show
+from varm_merge.weights import Granularity
+
+__all__ = ["inspect"]
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--granularity",
+    "granularities",
+    multiple=True,
+    type=click.Choice(get_args(Granularity)),
+    help="One to show beside the recipe's own; may be given several times. Default: all five.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.option(
+    "--png",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Draw the weights of the last granularity named.",
+)
+@click.option(
+    "--top", type=click.IntRange(min=0), default=5, show_default=True, help="Most and least moved tensors."
+)
+@click.option("--device", default="cpu", show_default=True, help="Where tensors are measured.")
+@click.option("--cache-dir", type=click.Path(file_okay=False), help="Of models from the Hub.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the model repositories bring along.")
+@talks
+def inspect(
+    recipe: Path,
+    granularities: tuple[str, ...],
+    as_json: bool,
+    png: Path | None,
+    top: int,
+    device: str,
+    cache_dir: str | None,
+    trust_remote_code: bool,
+    quiet: bool,
+) -> None:
+    """Show the weights that a `varm` recipe would give, without the merge.
+
+    RECIPE is a recipe, or a model that was merged by varm (its folder or varm_weights.json). Exit code 1 if the
+    recipe cannot be merged.
+
+    \b
+    Examples:
+      varm-merge inspect recipe.yaml
+      varm-merge inspect recipe.yaml --granularity layer --json > weights.json
+      varm-merge inspect recipe.yaml --granularity module --png weights.png
+      varm-merge inspect merged/
+    """
+    from mergekit.options import MergeOptions
+
+    from varm_merge import inspection, picture
+    from varm_merge.errors import VarmError
+
+    options = MergeOptions(
+        device=device, transformers_cache=cache_dir, trust_remote_code=trust_remote_code, quiet=quiet
+    )
+    try:
+        found = inspection.inspect(recipe, options, granularities)
+        if png is not None:
+            picture.draw(found, granularities[-1] if granularities else inspection.RECIPE, png)
+    except VarmError as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    for table in inspection.tables(found, top):
+        show(*table)

@@ -1,0 +1,35 @@
+"""The flags that all commands share, and how a command talks."""
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+__all__ = ["talks"]
+
+Command = Callable[..., None]
+
+
+def talks(command: Command) -> Command:
+    """Give a command ``--quiet`` and ``--verbose``; it is called with ``quiet``, and nothing of the other.
+
+    Quiet: no progress bars, and of the libraries' messages errors alone. Verbose: what the libraries tell about
+    their work, on stderr.
+    """
+
+    @click.option("-q", "--quiet", is_flag=True, help="No progress.")
+    @click.option("-v", "--verbose", is_flag=True, help="Tell on stderr what the libraries do.")
+    @functools.wraps(command)
+    def talking(*arguments: Any, quiet: bool, verbose: bool, **options: Any) -> None:
+        if quiet and verbose:
+            raise click.UsageError("--quiet and --verbose exclude each other")
+        level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+        logging.basicConfig(level=level, format="%(name)s: %(message)s", force=True)
+        if quiet:  # read by huggingface_hub when it is imported, and by the programs we start
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        command(*arguments, quiet=quiet, **options)
+
+    return talking
