@@ -27,6 +27,7 @@ from fusion_trainer.errors import FusionError
 from fusion_trainer.files import fingerprint, remove_abandoned, sha256_of, whole_file, written_to
 from fusion_trainer.fusion import Fused, Rule, cross_entropies, fuse
 from fusion_trainer.representations.store import RepresentationStore
+from fusion_trainer.talking import is_quiet
 from fusion_trainer.tokens import TextTokenizer, supervised_positions
 
 __all__ = ["Collator", "Example", "FusionData", "TokenFile", "pack", "write_tokens"]
@@ -72,7 +73,7 @@ def write_tokens(dialogues: Dialogues, tokenizer: TextTokenizer) -> Path:
     with written_to(dialogues.folder):
         remove_abandoned(dialogues.folder, path.name)
     with written_to(dialogues.folder), whole_file(path) as file, pa.ipc.new_file(file, TOKENS) as writer:
-        for start in tqdm(starts, desc="tokenise", unit="batch", disable=len(starts) < 2):
+        for start in tqdm(starts, desc="tokenise", unit="batch", disable=len(starts) < 2 or is_quiet()):
             blocks = [dialogues[n] for n in range(start, min(start + BLOCKS_AT_ONCE, len(dialogues)))]
             rows: list[tuple[Any, ...]] = []
             for block, tokens in zip(blocks, tokenizer.encode([block.text for block in blocks]), strict=True):

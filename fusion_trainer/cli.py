@@ -1,5 +1,6 @@
 """The ``fusion-trainer`` program."""
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from fusion_trainer.config import (
 from fusion_trainer.errors import FusionError, listed
 from fusion_trainer.processes import end_with_the_run
 from fusion_trainer.stages import KINDS
+from fusion_trainer.talking import completion, talks
 
 __all__ = ["main"]
 
@@ -31,8 +33,17 @@ Command = Callable[..., None]
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="varm-merge", prog_name="fusion-trainer")
 def main() -> None:
-    """Fuse chat LLMs pairwise: from source models and chat data to the target checkpoints that VaRM merges."""
+    """Fuse chat LLMs pairwise: from source models and chat data to the target checkpoints that VaRM merges.
+
+    `run` does all of it by one file; the other commands are its stages, and looks at what they make.
+
+    Exit codes: 0 done, and nothing is wrong; 1 something is wrong, and said, or stopped by Ctrl-C; 2 the command
+    line is wrong.
+    """
     end_with_the_run()
+
+
+main.add_command(completion)
 
 
 def _settings_as_flags(kind: type[BaseModel]) -> Callable[[Command], Command]:
@@ -90,7 +101,9 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
 @click.option("--dry-run", is_flag=True, help="Print the stages, how each stands, and estimates.")
 @click.option("--until", type=click.Choice(KINDS), help="The last kind of stage to run.")
 @click.option("--only", metavar="TARGET", help="This target, and what it needs.")
-def run(pipeline: Path, dry_run: bool, until: str | None, only: str | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the stages as JSON.")
+@talks
+def run(pipeline: Path, dry_run: bool, until: str | None, only: str | None, as_json: bool) -> None:
     """Run every stage of the file PIPELINE that is not made yet, from chat data to the merged and scored models.
 
     Stopped at any point, the same command goes on. A changed setting runs again what depends on it, and says why.
@@ -99,13 +112,18 @@ def run(pipeline: Path, dry_run: bool, until: str | None, only: str | None) -> N
     Example:
       fusion-trainer run pipeline.yaml --dry-run
     """
-    from fusion_trainer.overview import overview, report
+    from fusion_trainer.overview import overview, report, standings
     from fusion_trainer.pipeline import chosen, read_pipeline
     from fusion_trainer.stages import Plan
 
+    if as_json and not dry_run:
+        raise click.UsageError("--json goes with --dry-run")
     config, stages = read_pipeline(pipeline)
     wanted = chosen(stages, until, only)
     plan = Plan(config.work, stages)
+    if as_json:
+        click.echo(json.dumps(standings(plan, wanted), indent=1))
+        return
     if dry_run:
         click.echo(overview(plan, wanted, config))
         return
@@ -119,6 +137,7 @@ def run(pipeline: Path, dry_run: bool, until: str | None, only: str | None) -> N
 
 @main.command()
 @_settings_as_flags(PrepareConfig)
+@talks
 def prepare(config: Path | None, **flags: Any) -> None:
     """Render and split the chat data; `extract` does it too, when it has not been done.
 
@@ -135,6 +154,7 @@ def prepare(config: Path | None, **flags: Any) -> None:
 
 @main.command()
 @_settings_as_flags(ExtractConfig)
+@talks
 def extract(config: Path | None, **flags: Any) -> None:
     """Keep a model's top-k distributions at every token of the assistant.
 
@@ -164,6 +184,7 @@ def extract(config: Path | None, **flags: Any) -> None:
 
 @main.command()
 @_settings_as_flags(AlignConfig)
+@talks
 def align(config: Path | None, **flags: Any) -> None:
     """Bring a source's store into the pivot's positions and vocabulary.
 
@@ -183,6 +204,7 @@ def align(config: Path | None, **flags: Any) -> None:
 
 @main.command()
 @_settings_as_flags(TrainConfig)
+@talks
 def train(config: Path | None, **flags: Any) -> None:
     """Fine-tune the pivot on the fused distributions: a target.
 
@@ -205,7 +227,9 @@ def train(config: Path | None, **flags: Any) -> None:
 
 @main.command()
 @_settings_as_flags(EvaluateConfig)
-def evaluate(config: Path | None, **flags: Any) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON, as they stand in --output.")
+@talks
+def evaluate(config: Path | None, as_json: bool, **flags: Any) -> None:
     """Score a model on held-out dialogues: nats per byte and exact matches, by group of conversations.
 
     \b
@@ -219,6 +243,9 @@ def evaluate(config: Path | None, **flags: Any) -> None:
 
     result = run(read_config(EvaluateConfig, config, _given(flags)))
     if not PartialState().is_main_process:
+        return
+    if as_json:
+        click.echo(json.dumps(result, indent=1))
         return
     for name, of in result["groups"].items():
         scores = f"{of['nats_per_byte']:.4f} nats/byte  {of['exact_match']:.1%} matched"
@@ -272,7 +299,12 @@ def vocab_map() -> None:
 @click.option("--store", "weighed", type=click.Path(path_type=Path), help="The source's store, to weigh ids by.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the models' repositories bring along.")
 def show_map(file: Path, weighed: Path | None, trust_remote_code: bool, **moved_to: str | None) -> None:
-    """Print how much of a vocabulary, and of a store's probability, the map FILE covers, and what it does not."""
+    """Print how much of a vocabulary, and of a store's probability, the map FILE covers, and what it does not.
+
+    \b
+    Example:
+      fusion-trainer vocab-map show aligned/vocab-map-….safetensors --store stores/solar
+    """
     from fusion_trainer.alignment.maps import coverage, load_map, mass_by_id
     from fusion_trainer.errors import unlike
     from fusion_trainer.representations.reader import tokenizer_at
@@ -299,7 +331,12 @@ def store() -> None:
 @store.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def verify(folder: Path) -> None:
-    """Check every shard of the store FOLDER: checksums, NaN, ranges. Exit code 1 if something is wrong."""
+    """Check every shard of the store FOLDER: checksums, NaN, ranges. Exit code 1 if something is wrong.
+
+    \b
+    Example:
+      fusion-trainer store verify stores/solar
+    """
     from fusion_trainer.representations.store import RepresentationStore
 
     opened = RepresentationStore(folder)
@@ -319,7 +356,12 @@ def verify(folder: Path) -> None:
 def show(
     folder: Path, row: int, positions: int, dialogues: Path | None, tokenizer: str | None, trust_remote_code: bool
 ) -> None:
-    """Print the manifest of the store FOLDER, and one row, decoded."""
+    """Print the manifest of the store FOLDER, and one row, decoded.
+
+    \b
+    Example:
+      fusion-trainer store show stores/solar --row 17
+    """
     from fusion_trainer.representations.show import show_manifest, show_row
     from fusion_trainer.representations.store import RepresentationStore
 

@@ -33,6 +33,7 @@ from fusion_trainer.models import (
     weights_fingerprint,
 )
 from fusion_trainer.representations.extract import CONTEXT_SETTINGS, batches
+from fusion_trainer.talking import is_quiet
 from fusion_trainer.tokens import load_tokenizer
 
 __all__ = ["ALL", "evaluate", "score"]
@@ -147,7 +148,9 @@ def score(model: Any, tokens: Path, names: list[str], batch_tokens: int) -> dict
     sums = {ALL: Sums(), **{name: Sums() for name in sorted({_group(name) for name in names})}}
     state = PartialState()
     mine = batches(lengths, batch_tokens)[state.process_index :: state.num_processes]
-    with tqdm(total=sum(map(len, mine)), unit="row", desc="evaluate", disable=not state.is_main_process) as bar:
+    with tqdm(
+        total=sum(map(len, mine)), unit="row", desc="evaluate", disable=not state.is_main_process or is_quiet()
+    ) as bar:
         for numbers in mine:
             rows = [file[number] for number in numbers]
             read = [_within(row, lengths[number]) for row, number in zip(rows, numbers, strict=True)]

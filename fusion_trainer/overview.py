@@ -10,7 +10,7 @@ from fusion_trainer.files import read_json, whole_file, write_json, written_to
 from fusion_trainer.pipeline import PipelineConfig
 from fusion_trainer.stages import Plan, Stage
 
-__all__ = ["overview", "report"]
+__all__ = ["overview", "report", "standings"]
 
 CHARACTERS_PER_TOKEN = 4.0
 SUPERVISED = 0.6
@@ -30,6 +30,21 @@ def overview(plan: Plan, stages: Sequence[Stage], config: PipelineConfig) -> str
         about = "" if standing.made else _estimate(stage, size, config)
         lines.append(f"{mark} {stage.title:32} {standing.reason}{f'  ({about})' if about else ''}")
     return "\n".join(lines)
+
+
+def standings(plan: Plan, stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """The same for a program: each stage's kind, name, folder and command, whether it is made, and why not."""
+    return [
+        {
+            "kind": stage.kind,
+            "name": stage.name,
+            "output": str(stage.output),
+            "command": stage.command,
+            "made": standing.made,
+            "reason": standing.reason,
+        }
+        for stage, standing in plan.standings(stages)
+    ]
 
 
 def _size(config: PipelineConfig, prepared: bool) -> dict[str, Any]:

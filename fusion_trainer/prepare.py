@@ -13,6 +13,7 @@ from fusion_trainer.dialogues import VERSION, Dialogues, Preparation, write_dial
 from fusion_trainer.errors import FusionError, unlike
 from fusion_trainer.files import fingerprint
 from fusion_trainer.models import local_folder
+from fusion_trainer.talking import is_quiet
 from fusion_trainer.templates import Template, find_template
 from fusion_trainer.tokens import load_tokenizer
 
@@ -50,7 +51,7 @@ def prepare(config: PrepareConfig, beside: Path, *, quiet: bool = False) -> Dial
     if config.bad_rows == "skip":
         preparation.skipped = Counter()
     rows = conversations(sources, preparation.skipped)
-    with tqdm(rows, unit=" conversations", unit_scale=True, disable=quiet, desc="dialogues") as bar:
+    with tqdm(rows, unit=" conversations", unit_scale=True, disable=quiet or is_quiet(), desc="dialogues") as bar:
         write_dialogues(path, preparation.blocks(bar), preparation, request)
     return _told(Dialogues(path), quiet)
 

@@ -1,5 +1,6 @@
 """The file of ``fusion-trainer run``, checked as a whole, and the stages that are made of it."""
 
+import json
 import math
 import os
 import re
@@ -491,6 +492,16 @@ def test_a_dry_run_tells_the_stages_why_and_how_much_and_writes_nothing(folder: 
     told = CliRunner().invoke(main, ["run", str(write(folder, **epochs)), "--dry-run", "--only", "bytes"]).stdout
     assert f"(about {steps} steps, divided by the number of processes)" in told
     assert "mistral" not in told
+
+
+def test_a_dry_run_can_be_read_by_a_program(folder: Path) -> None:
+    path = write(folder)
+    told = json.loads(CliRunner().invoke(main, ["run", str(path), "--dry-run", "--json"]).stdout)
+    assert [f"{one['kind']} {one['name']}" for one in told] == TITLES
+    assert {one["made"] for one in told} == {False}
+    assert told[0]["command"][2:4] == ["fusion_trainer", "prepare"]
+    alone = CliRunner().invoke(main, ["run", str(path), "--json"])
+    assert (alone.exit_code, "--json goes with --dry-run" in alone.stderr) == (2, True)
 
 
 STUBS = {

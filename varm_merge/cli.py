@@ -3,6 +3,7 @@
 import click
 
 from varm_merge.commands.check import check
+from varm_merge.commands.completion import completion
 from varm_merge.commands.doctor import doctor
 from varm_merge.commands.inspect import inspect
 from varm_merge.commands.yaml import yaml_command
@@ -28,3 +29,4 @@ main.add_command(check)
 main.add_command(inspect)
 main.add_command(doctor)
 main.add_command(yaml_command)
+main.add_command(completion)

@@ -50,6 +50,7 @@ from fusion_trainer.representations.store import (
     Supervised,
     demand_free,
 )
+from fusion_trainer.talking import is_quiet
 from fusion_trainer.tokens import Span, TextTokenizer, Tokens, supervised_positions
 
 __all__ = ["align", "open_sides"]
@@ -132,7 +133,9 @@ def align(config: AlignConfig) -> tuple[RepresentationStore, str]:
         if sides.contained is not None and sides.source.sha256 != sides.pivot.sha256:
             sides.corpus = sides.corpus or _count(sides)  # weighs mixtures
         positions = {shard: sides.pivot_store.manifest["shards"][shard]["positions"] for shard in missing}
-        with tqdm(total=sum(positions.values()), unit="pos", unit_scale=True, desc="align") as bar:
+        with tqdm(
+            total=sum(positions.values()), unit="pos", unit_scale=True, desc="align", disable=is_quiet()
+        ) as bar:
             for shard in _in_processes(config.workers, sides, _align_shard, missing):
                 bar.update(positions[shard])
     if not writer.finished:
@@ -200,7 +203,7 @@ def _count(sides: Sides) -> Corpus:
 
     def count_from(first: int) -> Iterator[tuple[int, Corpus]]:
         starts = range(first, blocks, BLOCKS_AT_ONCE)
-        with tqdm(total=blocks, initial=first, unit="block", desc="corpus") as bar:
+        with tqdm(total=blocks, initial=first, unit="block", desc="corpus", disable=is_quiet()) as bar:
             for stop, part in _in_processes(sides.config.workers, sides, _count_blocks, starts):
                 bar.update(stop - bar.n)
                 yield stop, part

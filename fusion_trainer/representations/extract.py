@@ -40,6 +40,7 @@ from fusion_trainer.representations.store import (
     id_dtype,
 )
 from fusion_trainer.representations.topk import TopK
+from fusion_trainer.talking import is_quiet
 from fusion_trainer.tokens import TextTokenizer, load_tokenizer, supervised_positions
 
 __all__ = ["batches", "extract", "shard_starts"]
@@ -224,7 +225,9 @@ class _Extraction:
         """Compute and write the shards, with a progress bar over the dialogues' tokens."""
         lengths, starts = self.dialogues.lengths, self.writer.first_rows
         share = sum(int(lengths[starts[shard] : starts[shard + 1]].sum()) for shard in shards)
-        bar = tqdm(total=share, unit="tok", unit_scale=True, disable=silent, desc=self.config.model[-40:])
+        bar = tqdm(
+            total=share, unit="tok", unit_scale=True, disable=silent or is_quiet(), desc=self.config.model[-40:]
+        )
         with bar, ThreadPoolExecutor(1, "tokeniser") as ahead:
             reading = ahead.submit(self._read, shards[0])
             for shard, following in zip(shards, [*shards[1:], None], strict=True):
