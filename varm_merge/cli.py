@@ -6,6 +6,7 @@ from varm_merge.commands.check import check
 from varm_merge.commands.completion import completion
 from varm_merge.commands.doctor import doctor
 from varm_merge.commands.inspect import inspect
+from varm_merge.commands.push import push
 from varm_merge.commands.yaml import yaml_command
 from varm_merge.version import __version__
 
@@ -30,3 +31,4 @@ main.add_command(inspect)
 main.add_command(doctor)
 main.add_command(yaml_command)
 main.add_command(completion)
+main.add_command(push)

@@ -1,0 +1,258 @@
+"""What of a merged model's folder may be published, and all that keeps it from being published.
+
+Looked at before anything is sent: whether the model is whole and loads, and whether there is something among its
+files that nobody meant to publish. No weight is read, no code of the folder is run, no secret is told.
+"""
+
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from varm_merge.lineage import INDEX, WHOLE
+
+__all__ = ["Contents", "look", "secrets_in"]
+
+TRAINING = (
+    "optimizer.*",
+    "optimizer_*",
+    "scheduler.pt",
+    "rng_state*.pth",
+    "scaler.pt",
+    "training_args.bin",
+    "trainer_state.json",
+    "*_states.pt",
+    "*.distcp",
+)
+"""Files of an unfinished training, by name; and those in a folder that is called so:"""
+CHECKPOINTS = ("checkpoint-*", "global_step*")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+KEYS = ("*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_ed25519*", "id_ecdsa*", "credentials*", "*.kdbx")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+BOOKKEEPING = ("stage.json", "lock", "*.tmp", "*.lock", "*~", "__pycache__")
+"""Of this project's pipeline and of others."""
+SECRETS = {
+    "a Hugging Face token": rb"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{30,}",
+    "an API key": rb"(?<![A-Za-z0-9_-])sk-(?=[A-Za-z0-9_-]*[0-9])(?=[A-Za-z0-9_-]*[A-Z])[A-Za-z0-9_-]{32,}",
+    "an AWS key": rb"(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])",
+    "an AWS secret": rb"(?i)aws_secret_access_key[\"' ]*[=:][\"' ]*[A-Za-z0-9/+]{40}",
+    "a GitHub token": rb"(?<![A-Za-z0-9_])(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})",
+    "a Google key": rb"(?<![A-Za-z0-9_-])AIza[A-Za-z0-9_-]{35}",
+    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+}
+TENSORS = (".safetensors", ".gguf", *(pattern.removeprefix("*") for pattern in PICKLES))
+TEXT_LIMIT_BYTES = 200_000_000
+
+
+@dataclass
+class Contents:
+    """A folder, looked at.
+
+    Attributes:
+        files: What would be uploaded, by its path in the repository.
+        left_out: What would not, and why.
+        problems: What has to be mended first.
+        remarks: What one should know.
+    """
+
+    files: dict[str, Path] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def look(folder: Path, exclude: Sequence[str] = (), allow_pickle: bool = False) -> Contents:
+    """All there is to say about a folder before it is uploaded.
+
+    Args:
+        folder: Of a model.
+        exclude: Patterns of files to leave out, as of ``hf upload --exclude``.
+        allow_pickle: Whether files that run code when they are loaded may be uploaded.
+    """
+    contents = Contents()
+    for path in _walk(folder, folder, contents):
+        name = path.relative_to(folder).as_posix()
+        if any(fnmatch.fnmatch(name, pattern) or name.startswith(f"{pattern}/") for pattern in exclude):
+            contents.left_out[name] = "excluded"
+        elif why := _left_out(name):
+            contents.left_out[name] = why
+        else:
+            contents.files[name] = path
+    if not (folder / "config.json").is_file():
+        kind = "an adapter, no merged model" if (folder / "adapter_config.json").is_file() else "no model"
+        contents.problems.append(f"`{folder}` has no config.json: it is {kind}")
+    for name, path in contents.files.items():
+        contents.problems += _problems_of(name, path, folder, allow_pickle)
+    contents.problems += _weights(folder, contents)
+    if not contents.problems:
+        _loads(folder, contents)
+    return contents
+
+
+def _walk(folder: Path, top: Path, contents: Contents) -> Iterator[Path]:
+    """All but folders, in the order of their names; hidden folders and caches are not entered."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        contents.problems.append(f"`{folder.relative_to(top)}` cannot be read: {error.strerror}")
+        return
+    for entry in entries:
+        if not entry.is_dir() or entry.is_symlink():
+            yield entry
+        elif why := _left_out(entry.name):
+            contents.left_out[f"{entry.relative_to(top).as_posix()}/"] = why
+        else:
+            yield from _walk(entry, top, contents)
+
+
+def _left_out(name: str) -> str | None:
+    last = name.rpartition("/")[2]
+    if last.startswith("."):
+        return "hidden"
+    if any(fnmatch.fnmatch(last, pattern) for pattern in BOOKKEEPING):
+        return "temporary"
+    return None
+
+
+def _problems_of(name: str, path: Path, folder: Path, allow_pickle: bool) -> Iterator[str]:
+    """What is wrong with one file."""
+    way = f"remove it, or leave it out: --exclude '{name}'"
+    parts = name.split("/")
+    if not path.is_file():
+        kind = "a link to nothing" if path.is_symlink() and not path.exists() else "no plain file"
+        yield f"`{name}` is {kind}: {way}"
+    elif path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+        yield f"`{name}` is a link to a file outside the folder: copy that file here, or {way}"
+    elif not os.access(path, os.R_OK):
+        yield f"`{name}` cannot be read: permission denied"
+    elif any(fnmatch.fnmatch(part, pattern) for part in parts[:-1] for pattern in CHECKPOINTS):
+        yield f"`{name}` is a training's checkpoint: remove that folder, or --exclude '{parts[0]}'"
+    elif any(fnmatch.fnmatch(parts[-1], pattern) for pattern in TRAINING):
+        yield f"`{name}` is the state of a training, not of the model: {way}"
+    elif any(fnmatch.fnmatch(parts[-1], pattern) for pattern in KEYS):
+        yield f"`{name}` has the name of a key: {way}"
+    elif not allow_pickle and any(fnmatch.fnmatch(parts[-1], pattern) for pattern in PICKLES):
+        yield (
+            f"`{name}` is a pickle, which runs code when it is loaded: merge to safetensors (mergekit's default), "
+            "or --exclude it, or --allow-pickle"
+        )
+    elif not name.endswith(TENSORS) and path.stat().st_size < TEXT_LIMIT_BYTES:
+        for line, kind in secrets_in(path.read_bytes()):
+            yield f"`{name}`, line {line}, has what looks like {kind}: take it out, and revoke it if it is one"
+
+
+def secrets_in(content: bytes) -> Iterator[tuple[int, str]]:
+    """Line and kind of what looks like a secret; a binary file has none."""
+    if b"\0" in content[:8192]:
+        return
+    for kind, pattern in SECRETS.items():
+        for found in re.finditer(pattern, content):
+            yield content.count(b"\n", 0, found.start()) + 1, kind
+
+
+# Weights
+
+
+def _weights(folder: Path, contents: Contents) -> list[str]:
+    """What is wrong with the safetensors files, by index and headers."""
+    top = [name for name in contents.files if "/" not in name]
+    shards = [name for name in top if name.endswith(".safetensors")]
+    if INDEX not in top and WHOLE not in shards:
+        if any(name.endswith((".bin", ".pt", ".gguf")) for name in top):
+            return []  # a problem of its own, or allowed
+        return [f"`{folder}` has no weights: neither {WHOLE} nor {INDEX}"]
+    if INDEX not in top:
+        found, problems = _headers(folder, [WHOLE])
+        others = [name for name in shards if name != WHOLE]
+        contents.remarks += [f"`{name}` is read by nobody beside {WHOLE}" for name in others]
+        return problems if found or problems else [f"`{WHOLE}` holds no tensor"]
+    if WHOLE in shards:
+        return [f"both {WHOLE} and {INDEX} are there, and transformers reads the first alone: remove one of them"]
+    try:
+        mapped = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        named = {str(tensor): str(shard) for tensor, shard in mapped.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"`{INDEX}` is no index of shards: {error!r}"]
+    wanted = sorted(set(named.values()))
+    missing = [name for name in wanted if name not in shards]
+    extra = [name for name in shards if name not in wanted]
+    found, problems = _headers(folder, [name for name in wanted if name in shards])
+    return [
+        *(f"`{name}` is named in {INDEX} and not there: merge again, or copy it once more" for name in missing),
+        *(f"`{name}` is not named in {INDEX}: remove it, or --exclude '{name}'" for name in extra),
+        *problems,
+        *_disagreements(named, found),
+    ]
+
+
+def _headers(folder: Path, shards: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The tensors of each shard, and what is wrong with those that cannot be read."""
+    found: dict[str, list[str]] = {}
+    problems = []
+    for name in shards:
+        try:
+            with safe_open(folder / name, "pt") as file:
+                found[name] = list(file.keys())
+        except (SafetensorError, OSError) as error:
+            size = (folder / name).stat().st_size
+            problems.append(
+                f"`{name}` is cut off or damaged ({size:,} bytes; {error}): merge again, or copy it again"
+            )
+    return found, problems
+
+
+def _disagreements(named: Mapping[str, str], found: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Where index and headers differ, a sentence for each shard."""
+    for shard, tensors in found.items():
+        lacks = [name for name, where in named.items() if where == shard and name not in tensors]
+        foreign = [name for name in tensors if named.get(name) != shard]
+        if lacks:
+            yield f"`{shard}` lacks {_some(lacks)}, which {INDEX} puts there"
+        if foreign:
+            yield f"`{shard}` has {_some(foreign)}, which {INDEX} does not put there"
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"`{names[0]}`" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
+
+
+# Loading
+
+
+def _loads(folder: Path, contents: Contents) -> None:
+    """Config and tokenizer load, without code of the folder's own."""
+    import transformers
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        own_code = bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("auto_map"))
+    except (OSError, ValueError, AttributeError) as error:
+        contents.problems.append(f"`config.json` is no config: {error}")
+        return
+    if own_code:
+        contents.remarks.append(
+            "the model needs code of its own, which was not run: whether it loads is not known"
+        )
+        return
+    try:
+        transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # of whatever kind: a config is checked by the class it names
+        contents.problems.append(f"`config.json` does not load: {_first_line(error)}")
+    if not any(name in contents.files for name in TOKENIZER):
+        contents.remarks.append("there is no tokenizer: copy the pivot's files here, or nobody can use the model")
+        return
+    try:
+        transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # the same
+        contents.problems.append(f"the tokenizer does not load: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
