@@ -26,7 +26,7 @@ from varm_merge.errors import VarmError
 from varm_merge.report import FILE_NAME, natural_order, recipe_fingerprint, versions
 from varm_merge.weights import Granularity, Settings, UnitStatistics, submodule_of, unit_of
 
-__all__ = ["FORMAT", "RECIPE", "inspect", "tables"]
+__all__ = ["FORMAT", "RECIPE", "inspect", "short_names", "tables"]
 
 FORMAT, VERSION = "varm-merge inspection", 1
 RECIPE = "recipe"
@@ -105,18 +105,33 @@ def inspect(path: Path, options: MergeOptions, granularities: Sequence[str] = ()
 def _of_a_merge(path: Path, text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-        units = {RECIPE: found["units"]}
+        _expect_units(found["units"])
         return {
             "format": FORMAT,
             "version": VERSION,
             "versions": found["versions"],
-            "recipe": {"path": str(path), **found["recipe"]},
+            "recipe": {"path": str(path), **{key: found["recipe"][key] for key in ("sha256", "content")}},
             "base_model": found["base_model"],
-            "targets": found["targets"],
-            "units": units,
+            "targets": [*map(str, found["targets"])],
+            "units": {RECIPE: found["units"]},
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VarmError(f"`{path}` is no {FILE_NAME} of a merge by varm: {error!r}") from error
+
+
+def _expect_units(units: Sequence[Mapping[str, Any]]) -> None:
+    """Stumble over units that lack what a unit has."""
+    if not units:
+        raise ValueError("it has no units")
+    for unit in units:
+        numbers = [
+            unit["elements"],
+            *(of[key] for of in unit["targets"].values() for key in ("statistic", "weight")),
+        ]
+        if not (unit["tensors"] and unit["unit"] and unit["granularity"] and unit["targets"]):
+            raise ValueError(f"{unit} is incomplete")
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"the numbers of {unit['unit']} are not finite")
 
 
 # Measuring
@@ -252,7 +267,7 @@ def tables(found: Mapping[str, Any], top: int = 5) -> Iterator[Table]:
         top: How many of the most and the least moved tensors are listed.
     """
     targets: list[str] = found["targets"]
-    names = _short(targets)
+    names = short_names(targets)
     if agreement := found.get("agreement"):
         distances = [f"{agreement['relative_distance'][target]:.3g}" for target in targets]
         yield "‖Δ‖ / ‖pivot‖", ["", *names], [["all tensors", *distances]]
@@ -289,7 +304,7 @@ MANY_UNITS = 24
 """More are told by their spread."""
 
 
-def _short(targets: Sequence[str]) -> list[str]:
+def short_names(targets: Sequence[str]) -> list[str]:
     """The last parts of the targets' paths, if they tell them apart."""
     short = [Path(target).name for target in targets]
     return short if len(set(short)) == len(short) else list(targets)

@@ -24,6 +24,11 @@ __all__ = ["inspect"]
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option(
+    "--html",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write all of it as one page that needs no network.",
+)
+@click.option(
     "--png",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Draw the weights of the last granularity named.",
@@ -39,6 +44,7 @@ def inspect(
     recipe: Path,
     granularities: tuple[str, ...],
     as_json: bool,
+    html: Path | None,
     png: Path | None,
     top: int,
     device: str,
@@ -55,14 +61,18 @@ def inspect(
     Examples:
       varm-merge inspect recipe.yaml
       varm-merge inspect recipe.yaml --granularity layer --json > weights.json
+      varm-merge inspect recipe.yaml --html weights.html
       varm-merge inspect recipe.yaml --granularity module --png weights.png
-      varm-merge inspect merged/
+      varm-merge inspect merged/ --html weights.html
     """
     from mergekit.options import MergeOptions
 
-    from varm_merge import inspection, picture
+    from varm_merge import inspection, inspection_page, picture
     from varm_merge.errors import VarmError
 
+    for path in filter(None, (html, png)):  # known before hours of measuring
+        if not path.parent.is_dir():
+            raise VarmError(f"`{path}` cannot be written: there is no folder `{path.parent}`")
     options = MergeOptions(
         device=device, transformers_cache=cache_dir, trust_remote_code=trust_remote_code, quiet=quiet
     )
@@ -70,6 +80,8 @@ def inspect(
         found = inspection.inspect(recipe, options, granularities)
         if png is not None:
             picture.draw(found, granularities[-1] if granularities else inspection.RECIPE, png)
+        if html is not None:
+            inspection_page.draw(found, html)
     except VarmError as error:
         raise click.ClickException(str(error)) from error
     if as_json:

@@ -42,6 +42,7 @@ function sortTable(table, column, descending) {
     if (index === column) head.ariaSort = descending ? "descending" : "ascending";
     else head.removeAttribute("aria-sort");
   });
+  table.dispatchEvent(new Event("sorted"));
 }
 
 /** Give the table's headers buttons that sort: numbers from the greatest, text from the first, then the other way. */
