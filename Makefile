@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo demo-full test lint bench clean
+.PHONY: setup browser demo demo-full test lint bench clean
 
 setup: $(READY)
 
@@ -26,7 +26,12 @@ demo: $(READY)
 demo-full: $(READY)
 	$(BIN)/python examples/demo.py --full --save
 
-test: $(READY)
+browser: # for the tests of the pages, which say so where there is none; installed where that needs no password
+	@command -v chromium > /dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null || \
+	  { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium; } > /dev/null 2>&1 || \
+	  echo "no chromium: the tests of the pages are left out"
+
+test: $(READY) browser
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)

@@ -17,6 +17,16 @@ import torch
 torch.set_num_threads(1)  # tiny tensors; a second thread only waits for the machine's other work
 
 
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a command sets for the programs it starts ends with the test."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tiny_models.Family]:
     """``family("mistral", targets=3, dtype=torch.bfloat16)``: saved once, for reading only."""

@@ -17,7 +17,8 @@ def talks(command: Command) -> Command:
     """Give a command ``--quiet`` and ``--verbose``; it is called with ``quiet``, and nothing of the other.
 
     Quiet: no progress bars, and of the libraries' messages errors alone. Verbose: what the libraries tell about
-    their work, on stderr.
+    their work, on stderr. Both hold for the programs that a command starts, too: they are set in the environment,
+    which tqdm, transformers and huggingface_hub read when they are imported.
     """
 
     @click.option("-q", "--quiet", is_flag=True, help="No progress.")
@@ -26,10 +27,12 @@ def talks(command: Command) -> Command:
     def talking(*arguments: Any, quiet: bool, verbose: bool, **options: Any) -> None:
         if quiet and verbose:
             raise click.UsageError("--quiet and --verbose exclude each other")
+        if quiet:
+            os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        if quiet or verbose:
+            os.environ["TRANSFORMERS_VERBOSITY"] = "info" if verbose else "error"
         level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
         logging.basicConfig(level=level, format="%(name)s: %(message)s", force=True)
-        if quiet:  # read by huggingface_hub when it is imported, and by the programs we start
-            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         command(*arguments, quiet=quiet, **options)
 
     return talking

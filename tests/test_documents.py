@@ -1,0 +1,239 @@
+"""Every command that README and docs show is run, in their order, as a reader would: in one folder, in a shell.
+
+The models the documents name are tiny ones of the same architectures, on a Hub of our own. What needs eight GPUs
+or SLURM is put in other words, or named below with the test that runs it.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import click
+import hub_server
+import pytest
+import tiny_sources
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from warm import Warm
+
+import fusion_trainer.cli
+import varm_merge.cli
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [
+    "README.md",
+    *(f"docs/{name}.md" for name in ("fusing", "merging", "formats", "scaling", "differences")),
+]
+PIVOT, SOLAR = "openchat/openchat_3.5", "NousResearch/Nous-Hermes-2-SOLAR-10.7B"
+TARGETS = ("FuseAI/OpenChat-3.5-7B-Mixtral", "FuseAI/OpenChat-3.5-7B-Solar")
+
+ELSEWHERE = {
+    "make demo": "examples/demo.py is test_small_world.py's; the pipeline it runs is test_pipeline_runs.py's",
+    "make test": "this is it",
+    "fusion-trainer run examples/fusechat_7b/pipeline.yaml\n": "test_pipeline_runs.py runs all stages of others",
+    "sbatch examples/slurm/run.sbatch": "test_pipeline_runs.py starts stage.sh on two machines",
+}
+"""Commands that are run by another test."""
+INSTEAD = {
+    "examples/accelerate/fsdp_8gpu.yaml": "examples/accelerate/cpu.yaml",
+    "examples/accelerate/ddp_8gpu.yaml": "examples/accelerate/cpu.yaml",
+    "--models demo_out/sharegpt": "--models demo_out/sharegpt --conversations 60",
+}
+"""What stands in for what, where a machine like this has no such thing."""
+
+
+def blocks(document: str, language: str) -> list[str]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(document: str) -> Iterator[str]:
+    """The commands of a document's shell blocks, without those that are run elsewhere."""
+    for block in blocks(document, "sh"):
+        for shown in re.findall(r"(?:[^\n\\]|\\\n)+", block):
+            if not (shown.strip() + "\n").startswith(tuple(ELSEWHERE)):
+                for words, run in INSTEAD.items():
+                    shown = shown.replace(words, run)
+                yield shown
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> Iterator[dict[str, str]]:
+    """Programs that start at once, and a Hub that has the models."""
+    folder = tmp_path_factory.mktemp("hub")
+    with hub_server.serving() as hub:
+        for name, model in models.items():
+            hub.add(name, {path.name: path.read_bytes() for path in model.iterdir()})
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "0",
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(folder / "home"),
+            "HF_TOKEN": hub_server.TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        warm = Warm(folder / "warm", environment)
+        yield {**environment, "PATH": f"{warm.bin}:{Path(sys.executable).parent}:/usr/bin:/bin"}
+        warm.end()
+
+
+@pytest.fixture(scope="module")
+def readers(
+    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], models: dict[str, Path]
+) -> dict[str, "Reader"]:
+    """By the folder that a document is read in: the README's, and that of all docs."""
+    return {name: Reader(tmp_path_factory.mktemp(name), environment, models) for name in ("readme", "docs")}
+
+
+def _tree(self, repo, rev, **_):  # TEMPORARY
+    found = self._repository(repo, revision=rev)
+    files = found.files(self._shas(found).get(rev, rev))
+    told = []
+    for path, data in files.items():
+        h = hub_server._hashes(path, data)
+        one = {"type": "file", "path": path, "size": len(data), "oid": h["blobId"]}
+        if "lfs" in h:
+            one["lfs"] = {"oid": h["lfs"]["sha256"], "size": len(data), "pointerSize": 130}
+        told.append(one)
+    return hub_server._json(told)
+
+
+hub_server._ROUTES.append(("GET", rf"/api/models/{hub_server._REPO}/tree/(?P<rev>[^/]+)", _tree))
+
+
+class Reader:
+    """Someone with the repository and chat data."""
+
+    def __init__(self, folder: Path, environment: dict[str, str], models: Mapping[str, Path]) -> None:
+        self.folder, self.environment = folder, environment
+        for name in ("examples", "yaml_recipes", "benchmarks", "fusion_trainer"):
+            (folder / name).symlink_to(ROOT / name)
+        chats = tiny_sources.made_up_chats(150, seed=3, words=8, turns=1)
+        tiny_sources.write_sharegpt(folder / "chats.jsonl", chats)
+        tiny_sources.write_sharegpt(folder / "held_out.jsonl", tiny_sources.made_up_chats(6, seed=4))
+        self.has_run_the_demo(models)
+
+    def has_run_the_demo(self, models: Mapping[str, Path]) -> None:
+        """What ``make demo`` leaves behind, as far as the tour uses it."""
+        made = self.folder / "demo_out" / "fusion"
+        shutil.copytree(models[PIVOT], self.folder / "demo_out" / "world" / "pivot")
+        shutil.copy(self.folder / "held_out.jsonl", self.folder / "demo_out" / "world")
+        recipe = {"merge_method": "varm", "base_model": "./demo_out/world/pivot", "dtype": "float32", "models": []}
+        for seed, name in enumerate(("letters", "numbers", "almanac")):
+            save_target(models[PIVOT], made / "targets" / name, seed)
+            recipe["models"].append({"model": f"./demo_out/fusion/targets/{name}"})
+        (made / "recipes").mkdir()
+        (made / "recipes" / "varm.yaml").write_text(yaml.safe_dump(recipe))
+
+    def write_files(self, document: str) -> None:
+        """The YAML blocks of a document whose first line names their file."""
+        for block in blocks(document, "yaml"):
+            if named := re.match(r"# .*?([\w./-]+\.yaml)", block):
+                (self.folder / named[1]).write_text(block)
+
+    def has_another_target(self) -> None:
+        """The paper's second one."""
+        if not (self.folder / "targets" / "mixtral").exists():
+            save_target(self.folder / "targets" / "solar", self.folder / "targets" / "mixtral", 0)
+
+    def does(self, script: str) -> str:
+        environment = dict(self.environment)
+        if script == "varm-merge doctor":  # looks at what stands on PATH
+            environment["PATH"] = environment["PATH"].partition(":")[2]
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.stdout
+
+
+def save_models(folder: Path) -> dict[str, Path]:
+    """By their names: the pivot, a source, and the two published targets."""
+    template = (ROOT / "fusion_trainer" / "templates" / "openchat.jinja").read_text()
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
+    models = {name: folder / str(number) for number, name in enumerate((PIVOT, SOLAR, *TARGETS))}
+    tiny_sources.save_source(
+        models[PIVOT], "mistral", "sentencepiece_bpe", template=template, num_key_value_heads=1, **small
+    )
+    tiny_sources.save_source(models[SOLAR], "llama", "byte_level_bpe", seed=1)
+    for seed, target in enumerate(TARGETS):
+        save_target(models[PIVOT], models[target], seed)
+    return models
+
+
+def save_target(pivot: Path, folder: Path, seed: int) -> None:
+    """A copy of the pivot whose weights have moved."""
+    shutil.copytree(pivot, folder)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        name: weight + (seed + 1) * 1e-2 * torch.randn(weight.shape, generator=generator)
+        for name, weight in load_file(pivot / "model.safetensors").items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_of_a_document_runs(readers: dict[str, Reader], document: str) -> None:
+    reader = readers["readme" if document == "README.md" else "docs"]
+    reader.write_files(document)
+    for command in commands(document):
+        if "targets/mixtral targets/solar" in command:
+            reader.has_another_target()
+        reader.does(command)
+    for program in blocks(document, "python"):
+        subprocess.run([sys.executable, "-c", program], cwd=reader.folder, env=reader.environment, check=True)
+
+
+def test_what_is_run_elsewhere_still_stands_in_a_document() -> None:
+    shown = "".join(block for document in DOCUMENTS for block in blocks(document, "sh"))
+    for words in (*ELSEWHERE, *INSTEAD):
+        assert words in re.sub(r" +# .*", "", shown), words
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_within_a_sentence_exist(document: str) -> None:
+    programs = {"varm-merge": varm_merge.cli.main, "fusion-trainer": fusion_trainer.cli.main}
+    text = re.sub(
+        r"^```.*?^```", "", (ROOT / document).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
+    for shown in re.findall(r"`((?:varm-merge|fusion-trainer) [^`]+)`", text):
+        program, *words = shown.split()
+        command: click.Command = programs[program]
+        while words and isinstance(command, click.Group) and not words[0].startswith("-"):
+            assert words[0] in command.commands, shown
+            command = command.commands[words.pop(0)]
+        known = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}
+        assert {word for word in words if word.startswith("--")} <= known | {"--help", "--version"}, shown
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, heading = target.partition("#")
+        if target.startswith("https://"):
+            continue
+        found = (ROOT / document).parent / path if path else ROOT / document
+        assert found.exists(), f"{document}: {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert heading in slugs, f"{document}: {target}"
