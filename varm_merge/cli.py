@@ -5,6 +5,7 @@ import click
 from varm_merge.commands.check import check
 from varm_merge.commands.completion import completion
 from varm_merge.commands.doctor import doctor
+from varm_merge.commands.evaluate import evaluate
 from varm_merge.commands.inspect import inspect
 from varm_merge.commands.push import push
 from varm_merge.commands.yaml import yaml_command
@@ -32,3 +33,4 @@ main.add_command(doctor)
 main.add_command(yaml_command)
 main.add_command(completion)
 main.add_command(push)
+main.add_command(evaluate)

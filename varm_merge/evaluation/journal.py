@@ -1,0 +1,196 @@
+"""What a killed run has made is there for the next one, and a file is whole when it has its name.
+
+While an output is being made, ``OUTPUT.partial`` grows by whole lines, each on the disk before the next is begun;
+OUTPUT itself appears when the last one is there. ``OUTPUT.settings.json`` says what they are the answers of: the
+same command goes on, another one refuses.
+"""
+
+import json
+import os
+import time
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from varm_merge.errors import VarmError
+
+__all__ = ["Journal", "Lines", "write_whole"]
+
+
+@contextmanager
+def _written_to(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise VarmError(f"`{path}` cannot be written: {error.strerror or error}") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all; its folder is made.
+
+    Raises:
+        VarmError: The disk is full, or the folder cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with _written_to(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class Lines:
+    """A file of JSON lines that grows by whole ones, written by one process at a time.
+
+    Args:
+        path: Of the file; a line that a killed run has left half written is removed.
+
+    Attributes:
+        rows: What was in it.
+
+    Raises:
+        VarmError: It holds something else, another process writes it, or the disk refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _written_to(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = path.open("a+b")
+        try:
+            self._lock()
+            self.rows = self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # no Unix
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise VarmError(f"`{self.path}` is being written by another process") from error
+
+    def _read(self) -> list[Any]:
+        self._file.seek(0)
+        *whole, torn = self._file.read().split(b"\n")
+        rows = []
+        for number, line in enumerate(whole, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise VarmError(f"`{self.path}`, line {number} is no JSON: {error}") from error
+        if torn:
+            with _written_to(self.path):
+                self._file.truncate(sum(len(line) + 1 for line in whole))
+        return rows
+
+    def add(self, row: Any) -> None:
+        """Append a line; it is on the disk when this returns."""
+        with _written_to(self.path):
+            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        with _written_to(self.path):
+            self._file.close()
+
+
+class Journal:
+    """The records of one output, by their keys.
+
+    Args:
+        output: The file that is to appear.
+        about: What it is made of and how; JSON.
+
+    Attributes:
+        records: By key; those of earlier runs are there.
+        began: When the first run began, in seconds since 1970; what is written in every record.
+        finished: Whether the output is there, made of the same.
+
+    Raises:
+        VarmError: The output, or what is there of it, is of something else.
+    """
+
+    def __init__(self, output: Path, about: Mapping[str, Any]) -> None:
+        self.output = output
+        self.records: dict[Hashable, Any] = {}
+        self._settings = output.with_name(f"{output.name}.settings.json")
+        self._partial = output.with_name(f"{output.name}.partial")
+        self.finished = output.exists()
+        self.began = self._agreed(about)
+        self._lines: Lines | None = None
+
+    def _agreed(self, about: Mapping[str, Any]) -> float:
+        """When the records that are there were begun; they are of what ``about`` says."""
+        if not self._settings.exists():
+            if self.finished:
+                raise VarmError(f"`{self.output}` is there, and not made by this program; give another --output")
+            began = time.time()
+            write_whole(self._settings, json.dumps({"began": began, **about}, indent=1, ensure_ascii=False) + "\n")
+            self._partial.unlink(missing_ok=True)
+            return began
+        try:
+            found = json.loads(self._settings.read_text(encoding="utf-8"))
+            began = float(found.pop("began"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise VarmError(f"`{self._settings}` cannot be read: {error!r}; remove it to begin anew") from error
+        changed = list(_changes(found, json.loads(json.dumps(about))))
+        if changed:
+            raise VarmError(
+                f"`{self.output}` was begun with other settings:\n  "
+                + "\n  ".join(changed)
+                + f"\nGive another --output, or remove `{self._settings}` and what is beside it to begin anew."
+            )
+        return began
+
+    def __enter__(self) -> "Journal":
+        if not self.finished:
+            self._lines = Lines(self._partial)
+            self.records = {_key(key): record for key, record in self._lines.rows}
+        return self
+
+    def add(self, key: Hashable, record: Any) -> None:
+        """Keep a record; it is on the disk when this returns."""
+        assert self._lines is not None
+        self._lines.add([key, record])
+        self.records[key] = record
+
+    def finish(self, content: str) -> None:
+        """Write the output."""
+        write_whole(self.output, content)
+        self._partial.unlink(missing_ok=True)
+        self.finished = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lines is not None:
+            self._lines.close()
+
+
+def _key(key: Any) -> Hashable:
+    return tuple(key) if isinstance(key, list) else key
+
+
+def _changes(found: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:
+    for name in dict.fromkeys((*found, *asked)):
+        then, now = found.get(name), asked.get(name)
+        if then != now:
+            yield f"{name}: {_short(then)} then, {_short(now)} now"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 70 else f"{text[:12]}…"
