@@ -55,8 +55,7 @@ def serving(
 ) -> Iterator[Judge]:
     """A judge at ``judge.url`` for the length of the block."""
     judge = Judge(answer, list(faults), **own)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"judge": judge}))
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), type("Bound", (_Handler,), {"judge": judge}))
     judge.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -66,6 +65,13 @@ def serving(
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *arguments: object) -> None:
+        pass  # clients that were killed, or have lost patience
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -211,6 +211,7 @@ def answers(
         outcome = answer_locally(read, asking, local, output, quiet)
     else:
         endpoint = _endpoint(url, model, **options)
+        endpoint.open()
         outcome = answer_at_endpoint(read, asking, endpoint, output, options["concurrency"], quiet)
     if as_json:
         click.echo(json.dumps({"output": str(output), "benchmark": read.benchmark, **vars(outcome)}, indent=1))
@@ -347,7 +348,7 @@ def _judge(
         told["estimated_price"] = load.price(*prices)
     click.echo(f"{load.requests} requests to {judge_model} at {url}; {there} judgments are there", err=as_json)
     if load.requests:
-        price = f", at most ${load.price(*prices):.2f}" if prices else ""
+        price = f", at most {_dollars(load.price(*prices))}" if prices else ""
         click.echo(
             f"about {load.prompt_tokens:,} prompt tokens (a token for every 4 bytes), at most "
             f"{load.completion_tokens:,} completion tokens{price}",
@@ -357,17 +358,15 @@ def _judge(
         if as_json:
             click.echo(json.dumps(told, indent=1))
         return
+    endpoint = _endpoint(url, judge_model, **options)
     if load.requests:
-        endpoint = _endpoint(url, judge_model, **options)
+        endpoint.open()
         if not yes:
-            click.confirm("Ask?", abort=True, err=True)
-    else:
-        endpoint = None
-    outcome = work(endpoint)  # type: ignore[arg-type]  # nothing is asked of None
+            click.confirm("Start?", abort=True, err=True)
+    outcome = work(endpoint)
     if as_json:
-        used = vars(endpoint.used) if endpoint else {}
-        told |= {**vars(outcome), "used": used}
-        if prices and endpoint:
+        told |= {**vars(outcome), "used": vars(endpoint.used)}
+        if prices:
             told["price"] = endpoint.used.price(*prices)
         click.echo(json.dumps(told, indent=1))
     else:
@@ -376,12 +375,12 @@ def _judge(
 
 
 def _tell_judged(
-    outcome: "Judged", output: Path, endpoint: "Endpoint | None", prices: tuple[float, float] | None
+    outcome: "Judged", output: Path, endpoint: "Endpoint", prices: tuple[float, float] | None
 ) -> None:
     _tell_failures(outcome.failed)
-    if endpoint:
-        used = endpoint.used
-        price = f", ${used.price(*prices):.2f}" if prices else ""
+    used = endpoint.used
+    if used.requests:
+        price = f", {_dollars(used.price(*prices))}" if prices else ""
         click.echo(
             f"{outcome.asked} judged; the endpoint counted {used.prompt_tokens:,} prompt tokens and "
             f"{used.completion_tokens:,} completion tokens{price}"
@@ -392,6 +391,10 @@ def _tell_judged(
         click.secho(f"! judgments without a rating, which are in no average: {outcome.unrated}", fg="yellow")
     if not outcome.failed:
         click.secho(f"✓ {output}", fg="green")
+
+
+def _dollars(price: float) -> str:
+    return f"${price:.2f}" if price >= 1 else f"${price:.4f}"
 
 
 SHOWN = 10

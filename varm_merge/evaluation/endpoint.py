@@ -120,7 +120,7 @@ class Endpoint:
         used: What the endpoint has counted.
 
     Raises:
-        VarmError: There is no key, or the URL is none.
+        VarmError: The URL is none.
     """
 
     def __init__(
@@ -134,19 +134,30 @@ class Endpoint:
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
     ) -> None:
+        self.url, self.model, self.max_retries = _sound(url), model, max_retries
+        self._key_variable, self._timeout = key_variable, timeout
+        self._key = os.environ.get(key_variable or DEFAULT_KEY, "").strip()
+        self._client: Any = None
+        self._pace = _Pace(requests_per_minute, tokens_per_minute)
+        self._lock = threading.Lock()
+        self.used = Load()
+
+    def open(self) -> None:
+        """Get ready to ask; must be called before.
+
+        Raises:
+            VarmError: There is no key, or no client for the protocol.
+        """
         try:
             import openai
         except ImportError as error:
             raise VarmError("endpoints need the openai package: pip install 'varm-merge[judge]'") from error
-        self.url, self.model, self.max_retries = _sound(url), model, max_retries
-        key = os.environ.get(key_variable or DEFAULT_KEY, "").strip()
-        if not key and (key_variable or url == OPENAI):
-            raise VarmError(f"{url} needs a key: set the environment variable {key_variable or DEFAULT_KEY}")
-        self._key = key
-        self._client = openai.OpenAI(base_url=url, api_key=key or NO_KEY, timeout=timeout, max_retries=0)
-        self._pace = _Pace(requests_per_minute, tokens_per_minute)
-        self._lock = threading.Lock()
-        self.used = Load()
+        if not self._key and (self._key_variable or self.url == OPENAI):
+            variable = self._key_variable or DEFAULT_KEY
+            raise VarmError(f"{self.url} needs a key: set the environment variable {variable}")
+        self._client = openai.OpenAI(
+            base_url=self.url, api_key=self._key or NO_KEY, timeout=self._timeout, max_retries=0
+        )
 
     def redacted(self, text: str) -> str:
         """A text without the key."""

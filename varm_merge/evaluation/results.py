@@ -100,10 +100,12 @@ def _compare(models: Mapping[str, Any], baseline: str) -> None:
     if baseline not in models:
         raise VarmError(f"no model `{baseline}` was judged; there are {', '.join(f'`{one}`' for one in models)}")
     base = models[baseline]["scores"]
-    for model in models.values():
+    for name, model in models.items():
+        if name == baseline:
+            continue
         model["improvement"] = {
-            name: 100 * (score - base[name]) / base[name] if score is not None and base.get(name) else None
-            for name, score in model["scores"].items()
+            group: 100 * (score - base[group]) / base[group] if score is not None and base.get(group) else None
+            for group, score in model["scores"].items()
         }
 
 
