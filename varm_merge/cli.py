@@ -3,6 +3,7 @@
 import click
 
 from varm_merge.commands.check import check
+from varm_merge.commands.compare import compare
 from varm_merge.commands.completion import completion
 from varm_merge.commands.doctor import doctor
 from varm_merge.commands.evaluate import evaluate
@@ -29,6 +30,7 @@ def main() -> None:
 
 main.add_command(check)
 main.add_command(inspect)
+main.add_command(compare)
 main.add_command(doctor)
 main.add_command(yaml_command)
 main.add_command(completion)

@@ -1,0 +1,109 @@
+"""``varm-merge compare``: several merges of the same models side by side."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from varm_merge.commands.style import talks
+from varm_merge.tables import show
+
+__all__ = ["compare"]
+
+
+def _listed(_context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Comma-separated, given once or several times."""
+    return tuple(dict.fromkeys(name.strip() for one in given for name in one.split(",") if name.strip()))
+
+
+@click.command()
+@click.argument("recipes", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the report.")
+@click.option("--methods", multiple=True, callback=_listed, help="Merge methods, comma-separated; varm:LEVEL too.")
+@click.option("--base", help="The pivot: of --methods, or where the recipes leave it open.")
+@click.option(
+    "--models", multiple=True, callback=_listed, help="Targets of --methods, comma-separated or repeated."
+)
+@click.option("--held-out", multiple=True, help="Chats or text to score on: JSONL, Parquet or a Hub id.")
+@click.option("--template", help="Chat template of --held-out; default the pivot's.")
+@click.option("--tasks", multiple=True, callback=_listed, help="Of lm-evaluation-harness, comma-separated.")
+@click.option("--include-path", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Own tasks.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Of --tasks; default each task's.")
+@click.option(
+    "--limit", type=click.FloatRange(min=0, min_open=True), help="Of --tasks: so many questions, or a share."
+)
+@click.option("--batch-size", default="8", show_default=True, help="Of --tasks; auto to let the harness choose.")
+@click.option("--chat", is_flag=True, help="Ask --tasks by the models' chat templates.")
+@click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Merges of each recipe.")
+@click.option("--keep/--no-keep", default=True, show_default=True, help="Leave the merged models in OUT/models.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), help="Default: merges cpu, scores a GPU if there is one."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of methods that drop at random.")
+@click.option("--mergekit", default="", help="More options of mergekit-yaml, such as '--lazy-unpickle'.")
+@click.option("--cache-dir", type=click.Path(file_okay=False), help="Of models from the Hub.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the model repositories bring along.")
+@click.option("--json", "as_json", is_flag=True, help="Print report.json.")
+@talks
+def compare(
+    recipes: tuple[Path, ...], out: Path, methods: tuple[str, ...], as_json: bool, quiet: bool, **options: Any
+) -> None:
+    """Merge the same models by several RECIPES or --methods, and report them side by side.
+
+    Each is merged by mergekit-yaml in a process of its own; time, peak anonymous memory, distances to pivot and
+    targets, and with --held-out and --tasks what the models can do go to report.md, report.json and report.html.
+    Stopped at any point, the same command goes on; done, it prints the report again. The merged models take as
+    much disk as so many checkpoints: --no-keep removes each once it is measured. With --methods every method gets
+    its published settings; with one recipe and no --models, the recipe's models.
+
+    Exit code 1 if a recipe could not be merged or measured: that is told, and the others go on.
+
+    \b
+    Examples:
+      varm-merge compare varm.yaml ties.yaml --out report/
+      varm-merge compare --methods varm,varm:layer,ties,sce --base pivot/ --models t1/,t2/ --out report/
+      varm-merge compare recipe.yaml --methods linear --held-out chats.jsonl --no-keep --out report/
+      varm-merge compare *.yaml --out report/ --tasks hellaswag,mine --include-path tasks/ --limit 200
+      varm-merge compare *.yaml --out report/ --repeat 5 --device cuda --json > numbers.json
+    """
+    from varm_merge.comparison.entries import entries, family
+    from varm_merge.comparison.evaluation import HeldOut, Tasks
+    from varm_merge.comparison.report import problems, terminal, write_report
+    from varm_merge.comparison.run import Settings, demand_folder, locked
+    from varm_merge.comparison.run import compare as run
+
+    base, models = options.pop("base"), options.pop("models")
+    held_out = HeldOut(found, options["template"]) if (found := options.pop("held_out")) else None
+    tasks = Tasks(
+        options.pop("tasks"),
+        options.pop("include_path"),
+        options.pop("num_fewshot"),
+        options.pop("limit"),
+        options.pop("batch_size"),
+        options.pop("chat"),
+    )
+    if options.pop("template") and not held_out:
+        raise click.UsageError("--template goes with --held-out")
+    if models and not methods:
+        raise click.UsageError("--models goes with --methods")
+    options["mergekit"] = tuple(shlex.split(options["mergekit"]))
+    settings = Settings(out, held_out=held_out, tasks=tasks if tasks.names else None, quiet=quiet, **options)
+    demand_folder(out)
+    with locked(out):
+        found_entries = entries(recipes, methods, base, models, out / "recipes")
+        command = shlex.join(["varm-merge", *sys.argv[1:]])
+        report = run(found_entries, family(found_entries, base), settings, command)
+        text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+        write_report(report, out, text)
+    if as_json:
+        click.echo(text, nl=False)
+    else:
+        for table in terminal(report):
+            show(*table)
+        click.echo(f"\n{out / 'report.html'}, .md, .json")
+    for problem in (wrong := problems(report)):
+        click.secho(f"✗ {problem}", fg="red", err=True)
+    sys.exit(1 if wrong else 0)

@@ -1,0 +1,290 @@
+"""What is compared: recipes from files, and recipes written for merge methods by their published settings."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from mergekit import merge_methods
+from mergekit.common import ModelReference
+from mergekit.merge_methods import BasePolicy, MergeMethodSpec
+
+from varm_merge import recipe
+from varm_merge.comparison.steps import write
+from varm_merge.errors import VarmError
+from varm_merge.method import METHOD_NAME
+from varm_merge.weights import Granularity
+
+__all__ = ["PUBLISHED", "Entry", "Family", "check", "entries", "family", "short_names"]
+
+
+@dataclass
+class Entry:
+    """One recipe of the comparison.
+
+    Attributes:
+        name: In the report, and of its files.
+        path: Of the recipe.
+        text: Its content.
+        settings: Where the settings of a method come from; empty for a recipe of the user's.
+        problems: What keeps it from being merged.
+        bytes: Of the merged model, about.
+    """
+
+    name: str
+    path: Path
+    text: str
+    settings: str = ""
+    problems: list[str] = field(default_factory=list)
+    bytes: int = 0
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The recipe; empty if it is none."""
+        try:
+            found = yaml.safe_load(self.text)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def method(self) -> str:
+        return str(self.content.get("merge_method", "?"))
+
+    @property
+    def models(self) -> list[str]:
+        """All that it reads, its base_model first."""
+        base = _named(self.content.get("base_model"))
+        return list(dict.fromkeys([*([] if base is None else [base]), *_models(self.content)]))
+
+
+@dataclass(frozen=True)
+class Family:
+    """The pivot and the targets that the recipes merge, as the recipes name them."""
+
+    pivot: str
+    targets: tuple[str, ...]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (self.pivot, *self.targets)
+
+
+@dataclass(frozen=True)
+class _Published:
+    """Settings of a method, and who published them."""
+
+    parameters: Mapping[str, Any]
+    source: str
+
+
+PUBLISHED = {
+    "linear": _Published({"weight": 1.0}, "equal shares"),
+    "multislerp": _Published({"weight": 1.0}, "equal shares, without a base model"),
+    "nuslerp": _Published({"weight": 1.0}, "equal shares, without a base model"),
+    "slerp": _Published({"t": 0.5}, "halfway"),
+    "nearswap": _Published({"t": 0.0001}, "t of the merge it was published with (QuartetAnemoi-70B-t0.0001)"),
+    "task_arithmetic": _Published(
+        {"weight": 0.4}, "0.4 of each task vector, as Yadav et al. 2023 use it without validation"
+    ),
+    "ties": _Published(
+        {"weight": 1.0, "density": 0.2}, "the top 20 % of each task vector, λ = 1: Yadav et al. 2023"
+    ),
+    "sce": _Published({"select_topk": 0.1}, "the top 10 % of the elements: FuseChat-7B v2"),
+    **dict.fromkeys(
+        ("dare_ties", "dare_linear"),
+        _Published(
+            {"weight": 1.0, "density": 0.5, "normalize": True},
+            "half of each task vector dropped, weights normalised: FuseChat-7B v1; equal shares",
+        ),
+    ),
+    **dict.fromkeys(
+        ("della", "della_linear"),
+        _Published({"weight": 1.0, "density": 0.5, "normalize": True}, "density as for DARE; equal shares"),
+    ),
+    **dict.fromkeys(
+        ("breadcrumbs", "breadcrumbs_ties"),
+        _Published(
+            {"weight": 1.0, "density": 0.9, "gamma": 0.01, "normalize": True},
+            "density and gamma that mergekit's guide recommends; equal shares",
+        ),
+    ),
+}
+"""What a method is given that a recipe would have to say; methods that are not here need nothing said."""
+WITHOUT_BASE = {"multislerp", "nuslerp"}
+"""Here a base model is optional and makes another method of them, one of task vectors."""
+INPUTS = {"merge_method", "base_model", "models", "slices", "modules", "parameters", "name"}
+"""Keys of a recipe that ``--methods`` replaces; the others (dtype, tokenizer) are kept."""
+
+
+def entries(
+    recipes: Sequence[Path], methods: Sequence[str], base: str | None, models: Sequence[str], folder: Path
+) -> list[Entry]:
+    """The recipes of a comparison, those of ``methods`` written into ``folder``.
+
+    Args:
+        recipes: Files of the user's.
+        methods: Names of mergekit's methods; ``varm:layer`` is VaRM at a granularity.
+        base: The pivot of the methods' recipes; default that of the one recipe.
+        models: Their targets; default those of the one recipe.
+        folder: For the recipes of the methods.
+
+    Raises:
+        VarmError: A file cannot be read, names collide, a method is unknown, or there are no models for it.
+    """
+    found = [Entry(name, path, _read(path)) for name, path in zip(_stems(recipes), recipes, strict=True)]
+    if methods:
+        kept: dict[str, Any] = {}
+        if not models:
+            if len(found) != 1:
+                raise VarmError("--methods needs models: name them with --base and --models, or give one recipe")
+            kept = {key: value for key, value in found[0].content.items() if key not in INPUTS}
+            own = family(found, base)
+            base, models = own.pivot, own.targets
+        elif base is None:
+            raise VarmError("--models needs --base: the pivot that the models were fine-tuned from")
+        found += [_of_method(method, base, models, kept, folder) for method in dict.fromkeys(methods)]
+    names = [entry.name for entry in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise VarmError(f"more than one recipe is called `{twice[0]}`; rename one of the files")
+    if not found:
+        raise VarmError("nothing to compare: give recipes, or --methods with --base and --models")
+    return found
+
+
+def check(entry: Entry, cache_dir: str | None) -> None:
+    """Note what keeps an entry from being merged, before anything runs."""
+    looked = recipe.Looked()
+    problems = recipe.check(entry.text, every=True, looked=looked, cache_dir=cache_dir)
+    entry.bytes = looked.estimate.get("written_bytes", 0)
+    entry.problems = [f"line {problem.line}: {problem.message}" for problem in problems]
+    if entry.method == "slerp" and any("merges exactly 2" in problem for problem in entry.problems):
+        entry.problems.append("multislerp and karcher merge more than two models")
+
+
+def family(found: Sequence[Entry], base: str | None = None) -> Family:
+    """The pivot and all targets of some recipes.
+
+    The pivot is ``base``, or else the one base_model that is not itself among the models of its recipe (a SLERP of
+    two targets has one of them as its base_model).
+
+    Raises:
+        VarmError: That tells none or several, or there is no target.
+    """
+    if base is None:
+        inputs = [(_named(entry.content.get("base_model")), list(_models(entry.content))) for entry in found]
+        bases = [of for of, _ in inputs if of is not None]
+        outside = [of for of, models in inputs if of is not None and of not in models]
+        candidates = list(dict.fromkeys(outside or bases))
+        if len(candidates) != 1:
+            told = "the recipes name no base_model" if not candidates else f"the pivot is one of {_or(candidates)}"
+            raise VarmError(f"{told}: say with --base which model the targets were fine-tuned from")
+        base = candidates[0]
+    targets: list[str] = []
+    for model in dict.fromkeys(model for entry in found for model in _models(entry.content)):
+        if not any(_same(model, known) for known in (base, *targets)):
+            targets.append(model)
+    if not targets:
+        raise VarmError("the recipes merge no model beside the pivot")
+    return Family(base, tuple(targets))
+
+
+def short_names(models: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
+    """For each model the fewest last parts of its path that tell it from the others and from names ``taken``."""
+    used = set(taken)
+    parts = [model.rstrip("/").split("/") for model in models]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names) and not used.intersection(names):
+            return names
+    return list(models)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise VarmError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _stems(recipes: Sequence[Path]) -> list[str]:
+    """The files' names, with their folders' where that is needed to tell them apart."""
+    names = short_names([str(path.with_suffix("")) for path in recipes]) if recipes else []
+    return [_file_name(name) for name in names]
+
+
+def _file_name(name: str) -> str:
+    return name.strip("/").replace("/", "-").replace(":", "-")
+
+
+def _of_method(method: str, base: str, models: Sequence[str], kept: Mapping[str, Any], folder: Path) -> Entry:
+    name, _, granularity = method.partition(":")
+    known = {one.spec.name: one.spec for one in merge_methods.registered_methods()}
+    if name not in known:
+        raise VarmError(f"mergekit knows no method `{name}`; it knows {', '.join(sorted(known))}")
+    if granularity and (name != METHOD_NAME or granularity not in get_args(Granularity)):
+        raise VarmError(
+            f"`{method}` is no method: a granularity is given as varm:LEVEL, "
+            f"one of {', '.join(get_args(Granularity))}"
+        )
+    content = {**_inputs(known[name], base, models), **kept}
+    published = PUBLISHED.get(name, _Published({}, "mergekit's own defaults" if name != METHOD_NAME else ""))
+    parameters = {"granularity": granularity or "matrix"} if name == METHOD_NAME else dict(published.parameters)
+    if parameters:
+        content["parameters"] = parameters
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    path = folder / f"{_file_name(method)}.yaml"
+    if published.source:
+        text = f"# {method}: {published.source}.\n{text}"
+    write(path, text)
+    return Entry(_file_name(method), path, text, published.source)
+
+
+def _inputs(spec: MergeMethodSpec, base: str, models: Sequence[str]) -> dict[str, Any]:
+    """The models as a method takes them: one of exactly two merges the only two targets, without the pivot."""
+    listed = [{"model": model} for model in models]
+    content: dict[str, Any] = {"merge_method": spec.name, "models": listed}
+    contract = spec.contract
+    if contract.base in (BasePolicy.IGNORED, BasePolicy.FORBIDDEN) or spec.name in WITHOUT_BASE:
+        return content
+    of_two = contract.min_inputs == contract.max_inputs == 2
+    return {**content, "base_model": models[0] if of_two and len(models) == 2 else base}
+
+
+def _models(content: Any) -> Iterator[str]:
+    """The models that a recipe merges, in slices and modules as well."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if key == "model" and (name := _named(value)) is not None:
+                yield name
+            elif key in ("models", "slices", "sources"):
+                yield from _models(value)
+            elif key == "modules" and isinstance(value, dict):
+                yield from _models(list(value.values()))
+    elif isinstance(content, list):
+        for item in content:
+            yield from _models(item)
+
+
+def _named(model: Any) -> str | None:
+    """A model of a recipe in words; None if it names none."""
+    try:
+        return None if model is None else str(ModelReference.model_validate(model))
+    except (ValueError, RuntimeError):
+        return None
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two names are of one model."""
+    if one == other:
+        return True
+    try:
+        paths = [Path(ModelReference.model_validate(name).model.path) for name in (one, other)]
+        return "+" not in one + other and paths[0].is_dir() and paths[0].samefile(paths[1])
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
+def _or(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -1,0 +1,224 @@
+"""What a model can do: its loss on held-out text by ``fusion-trainer evaluate``, and lm-evaluation-harness tasks.
+
+Both are programs of their own, and are met in files. The text is rendered and split once, with the pivot's
+template and tokenizer, so that all models are asked the same.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from varm_merge.comparison.programs import Program
+from varm_merge.comparison.steps import Contents
+from varm_merge.errors import VarmError
+
+__all__ = ["HeldOut", "Scorers", "Tasks", "environment"]
+
+MOST_TOKENS, LEAST_TOKENS = 2048, 16
+"""Of the pivot in a block of held-out text; less where its context is shorter."""
+CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
+HARNESS = "lm-eval"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out data: what ``fusion-trainer prepare`` takes, and the template to render it with."""
+
+    data: tuple[str, ...]
+    template: str | None = None
+
+    def about(self, contents: Contents) -> dict[str, Any]:
+        """What the prepared text depends on, besides the pivot."""
+        found = [
+            contents.fingerprint(file for file in path.rglob("*") if file.is_file()) if path.is_dir()
+            else contents.fingerprint([path]) if path.is_file()
+            else str(path)
+            for path in map(Path, self.data)
+        ]  # fmt: skip
+        template = Path(self.template) if self.template else None
+        rendered = contents.fingerprint([template]) if template and template.is_file() else self.template
+        return {"data": found, "template": rendered, "varm-merge": version("varm-merge")}
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks of lm-evaluation-harness, and how they are asked."""
+
+    names: tuple[str, ...]
+    include_path: Path | None = None
+    num_fewshot: int | None = None
+    limit: float | None = None
+    batch_size: str = "8"
+    chat_template: bool = False
+
+    def demand(self) -> None:
+        """See that the harness is installed.
+
+        Raises:
+            VarmError: It is not.
+        """
+        if any(find_spec(name) is None for name in ("lm_eval", "peft")):
+            raise VarmError("--tasks needs lm-evaluation-harness: pip install 'varm-merge[eval]'")
+
+    def about(self, contents: Contents, task: str) -> dict[str, Any]:
+        """What the scores of a task depend on, besides the model."""
+        settings = {name: value for name, value in asdict(self).items() if name not in ("names", "include_path")}
+        own = Path(task) if task.endswith(".yaml") else None
+        folders = [folder for folder in (self.include_path, own and own.parent) if folder]
+        files = [file for folder in folders for file in sorted(folder.rglob("*")) if _is_of_a_task(file)]
+        data = [path for file in files if file.suffix in (".yaml", ".yml") for path in _data_files(file)]
+        local = contents.fingerprint([*files, *data]) if files else None
+        return {"task": task, "local": local, "settings": settings, HARNESS: _version(HARNESS)}
+
+
+def _is_of_a_task(file: Path) -> bool:
+    return file.is_file() and "__pycache__" not in file.parts
+
+
+def _data_files(task: Path) -> Iterator[Path]:
+    """The local data that a task's file names."""
+    try:
+        found = yaml.load(task.read_text(encoding="utf-8"), Loader=_TagsAsNothing)
+        stack = [found["dataset_kwargs"]["data_files"]]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return
+    while stack:
+        one = stack.pop()
+        if isinstance(one, str) and Path(one).is_file():
+            yield Path(one)
+        elif isinstance(one, (dict, list)):
+            stack += one.values() if isinstance(one, dict) else one
+
+
+class _TagsAsNothing(yaml.SafeLoader):
+    """YAML whose tags (``!function`` in tasks) are passed over, not run."""
+
+
+_TagsAsNothing.add_multi_constructor("!", lambda _loader, _tag, _node: None)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def environment(device: str | None) -> dict[str, str]:
+    """Of the programs that evaluate."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    return {**os.environ, "TOKENIZERS_PARALLELISM": "false", **hidden}
+
+
+class Scorers:
+    """The programs that score models.
+
+    Args:
+        folder: Where they work.
+        device: ``cpu``, ``cuda``, or what they find.
+        trust_remote_code: Whether code of the models' repositories may run.
+    """
+
+    def __init__(self, folder: Path, device: str | None, trust_remote_code: bool) -> None:
+        self.folder, self.device, self.trust_remote_code = folder, device, trust_remote_code
+        around = environment(device)
+        self._trainer = Program("fusion_trainer", ["fusion_trainer.prepare", "fusion_trainer.evaluate"], around)
+        self._harness = Program("lm_eval", ["lm_eval.evaluator", "lm_eval.models.huggingface"], around)
+
+    def prepare(self, held_out: HeldOut, pivot: Path, about: Mapping[str, Any], log: Path) -> Path:
+        """Render and split held-out data; the folder of the dialogues.
+
+        Raises:
+            CommandError: The data, the template or the tokenizer cannot be used.
+        """
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        folder = self.folder / f"dialogues-{digest[:12]}"
+        if not folder.exists():
+            flags = [part for one in held_out.data for part in ("--data", one)]
+            flags += ["--pivot", str(pivot), "--dialogues", str(folder), "--max-length", str(_length(pivot))]
+            flags += ["--template", held_out.template] if held_out.template else []
+            self._trainer.run(["prepare", *flags, *self._trust("--trust-remote-code")], log)
+        return folder
+
+    def held_out(self, model: Path, dialogues: Path, log: Path) -> dict[str, Any]:
+        """Loss per byte and exact matches by group of conversations, ``all`` first."""
+        output = self.folder / "scores.json"
+        output.unlink(missing_ok=True)
+        where = ["--model", str(model), "--dialogues", str(dialogues), "--output", str(output)]
+        self._trainer.run(["evaluate", *where, *self._trust("--trust-remote-code")], log)
+        found = json.loads(output.read_text(encoding="utf-8"))
+        output.unlink()
+        return {"groups": found["groups"]}
+
+    def task(self, tasks: Tasks, task: str, model: Path, log: Path) -> dict[str, Any]:
+        """What the harness measures of a task (or of a group or tag of tasks)."""
+        output = self.folder / "harness"
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
+        settings = {
+            "model": "hf",
+            "model_args": {"pretrained": str(model), "trust_remote_code": self.trust_remote_code},
+            "tasks": [task],
+            "include_path": str(tasks.include_path) if tasks.include_path else None,
+            "num_fewshot": tasks.num_fewshot,
+            "limit": tasks.limit,
+            "batch_size": tasks.batch_size,
+            "apply_chat_template": tasks.chat_template or None,
+            "device": self.device,
+            "output_path": str(output / "found.json"),
+        }
+        config = output / "config.yaml"
+        config.write_text(yaml.safe_dump({name: value for name, value in settings.items() if value is not None}))
+        self._harness.run(["run", "--config", str(config)], log)
+        (written,) = output.glob("found*.json")
+        found = json.loads(written.read_text(encoding="utf-8"))
+        shutil.rmtree(output)
+        return {"measures": list(_measures(found))}
+
+    def close(self) -> None:
+        """End the programs."""
+        self._trainer.close()
+        self._harness.close()
+
+    def _trust(self, flag: str) -> Sequence[str]:
+        return [flag] if self.trust_remote_code else []
+
+
+def _length(pivot: Path) -> int:
+    """Tokens of a block: the pivot's context, but no more than ``MOST_TOKENS``."""
+    try:
+        config = json.loads((pivot / "config.json").read_text(encoding="utf-8"))
+        text = config.get("text_config") or config
+        context = next((int(text[name]) for name in CONTEXT if name in text), MOST_TOKENS)
+    except (OSError, ValueError, TypeError, AttributeError):
+        context = MOST_TOKENS
+    return max(LEAST_TOKENS, min(MOST_TOKENS, context))
+
+
+def _measures(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Each metric of each task: value, standard error (None if there is none), whether higher is better."""
+    for task, metrics in {**found["results"], **(found.get("groups") or {})}.items():
+        better = found.get("higher_is_better", {}).get(task) or {}
+        for name, value in metrics.items():
+            metric, comma, which = name.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            error = metrics.get(f"{metric}_stderr,{which}")
+            yield {
+                "task": task,
+                "metric": metric if which == "none" else f"{metric} ({which})",
+                "value": value,
+                "standard_error": error if isinstance(error, (int, float)) else None,
+                "higher_is_better": bool(better.get(metric, True)),
+                "samples": (found.get("n-samples", {}).get(task) or {}).get("effective"),
+                "group": task in (found.get("groups") or {}),
+            }

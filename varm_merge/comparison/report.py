@@ -1,0 +1,380 @@
+"""A comparison as tables: for a terminal, in Markdown, and on a page with plots."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from varm_merge import page
+from varm_merge.comparison import plots
+from varm_merge.comparison.steps import write
+from varm_merge.measure import spread, table
+
+__all__ = ["Cell", "Table", "markdown", "tables", "terminal", "write_page", "write_report"]
+
+Row = Mapping[str, Any]
+"""One of the report's ``rows``."""
+ALL = "all"
+"""The group of all held-out rows."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is shown, the number it is sorted by, and whether it is the best of its column."""
+
+    text: str
+    value: float | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of each row.
+
+    Attributes:
+        title: Its header.
+        value: The number, None where there is none.
+        text: How it is shown.
+        better: ``min`` or ``max``, None where neither end is better.
+    """
+
+    title: str
+    value: Callable[[Row], float | None]
+    text: Callable[[Row, float], str]
+    better: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A row for each model: its name, its role, its cells."""
+
+    name: str
+    title: str
+    note: str
+    header: list[str]
+    rows: list[tuple[str, str, list[Cell]]]
+
+
+def tables(report: Mapping[str, Any]) -> list[Table]:
+    """All tables of a comparison."""
+    rows: Sequence[Row] = report["rows"]
+    targets = [row["name"] for row in rows if row["role"] == "target"]
+    made = [
+        _table(
+            "side-by-side",
+            "Side by side",
+            f"Time and memory of whole mergekit-yaml runs, {_memory(report)}. Distance: ‖merged − pivot‖ / "
+            "‖pivot‖. "
+            "Sign agreement: of the elements that a target moved, the share that the merge moved in the same "
+            "direction; the mean over the targets. The best of a column is marked.",
+            [*_costs(report), *_ends(), *_scores(rows)],
+            rows,
+        ),
+        _table(
+            "targets",
+            "To each target",
+            "Distance: ‖merged − target‖ / ‖pivot‖. Cosine of the merged delta with the target's task vector. "
+            "Signs: of the elements that the target moved, the share moved in the same direction.",
+            [column for target in targets for column in _of_target(target)],
+            [row for row in rows if _distances(row)],
+        ),
+        _table(
+            "held-out",
+            "Held-out loss by group, nats per byte",
+            "Groups are the parts of the conversations' ids before the first “/”.",
+            [_loss(group, group) for group in _groups(rows) if group != ALL],
+            rows,
+        ),
+        _table(
+            "tasks",
+            "Tasks, all metrics",
+            "By lm-evaluation-harness, ± its standard error.",
+            [_measure(task, one) for task, one in _measures(rows)],
+            rows,
+        ),
+    ]
+    return [one for one in made if len(one.header) > 1 and one.rows]
+
+
+def _table(name: str, title: str, note: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table:
+    best = {}
+    for number, column in enumerate(columns):
+        values = [value for row in rows if (value := column.value(row)) is not None]
+        if column.better and len(values) > 1 and min(values) < max(values):
+            best[number] = min(values) if column.better == "min" else max(values)
+    cells = [
+        (row["name"], _role(row), [_cell(column, row, best.get(n)) for n, column in enumerate(columns)])
+        for row in rows
+    ]
+    return Table(name, title, note, ["model", *(column.title for column in columns)], cells)
+
+
+def _cell(column: Column, row: Row, best: float | None) -> Cell:
+    value = column.value(row)
+    return Cell("–") if value is None else Cell(column.text(row, value), value, value == best)
+
+
+def _role(row: Row) -> str:
+    if row["role"] != "merge":
+        return str(row["role"])
+    return "failed" if not row["runs"] else "merge"
+
+
+def _memory(report: Mapping[str, Any]) -> str:
+    return f"peak of {report['memory']}" + (f", median of {report['repeat']} runs" if report["repeat"] > 1 else "")
+
+
+def _costs(report: Mapping[str, Any]) -> list[Column]:
+    def column(title: str, name: str, digits: int) -> Column:
+        def numbers(row: Row) -> list[float]:
+            return [run[name] for run in row["runs"] if run[name] is not None]
+
+        def text(row: Row, value: float) -> str:
+            return spread(numbers(row), digits) if len(row["runs"]) > 1 else f"{value:.{digits}f}"
+
+        return Column(title, lambda row: median(numbers(row)) if numbers(row) else None, text, "min")
+
+    if not any(row["runs"] for row in report["rows"]):
+        return []
+    return [column("time, s", "wall_s", 1), column("memory, MiB", "anonymous_mib", 0)]
+
+
+def _distances(row: Row) -> Mapping[str, Any]:
+    found = row["distances"] or {}
+    return {} if "not_comparable" in found else found
+
+
+def _ends() -> list[Column]:
+    def agreement(row: Row) -> float | None:
+        own = _distances(row).get("targets", {}) if row["role"] == "merge" else {}
+        known = [of["sign_agreement"] for of in own.values() if of["sign_agreement"] is not None]
+        return sum(known) / len(known) if known else None
+
+    return [
+        Column("distance to pivot", lambda row: _distances(row).get("pivot"), lambda _, value: f"{value:.3g}"),
+        Column("sign agreement", agreement, lambda _, value: f"{value:.1%}", "max"),
+    ]
+
+
+def _of_target(target: str) -> Iterator[Column]:
+    def column(title: str, name: str, form: str, better: str) -> Column:
+        def value(row: Row) -> float | None:
+            if row["name"] == target:
+                return None  # itself
+            found: float | None = _distances(row).get("targets", {}).get(target, {}).get(name)
+            return found
+
+        return Column(f"{title} {target}", value, lambda _, number: format(number, form), better)
+
+    yield column("distance to", "distance", ".3g", "min")
+    yield column("cosine with", "cosine", ".3f", "max")
+    yield column("signs of", "sign_agreement", ".1%", "max")
+
+
+def _groups(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(group for row in rows for group in row["held_out"] or {}))
+
+
+def _loss(group: str, title: str) -> Column:
+    def value(row: Row) -> float | None:
+        found: float | None = (row["held_out"] or {}).get(group, {}).get("nats_per_byte")
+        return found
+
+    return Column(title, value, lambda _, number: f"{number:.4f}", "min")
+
+
+def _scores(rows: Sequence[Row]) -> Iterator[Column]:
+    if any(row["held_out"] for row in rows):
+        yield _loss(ALL, "loss, nats/byte")
+        yield Column(
+            "answers matched",
+            lambda row: (row["held_out"] or {}).get(ALL, {}).get("exact_match"),
+            lambda _, value: f"{value:.1%}",
+            "max",
+        )
+    for task, one in main_measures(rows):
+        yield _measure(task, one)
+
+
+def _measures(rows: Sequence[Row]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Every metric of every task asked for, of the first row that has it."""
+    found: dict[tuple[str, str, str], Mapping[str, Any]] = {}
+    for row in rows:
+        for task, measures in row["tasks"].items():
+            for one in measures:
+                found.setdefault((task, one["task"], one["metric"]), one)
+    return [(task, one) for (task, _, _), one in found.items()]
+
+
+def main_measures(rows: Sequence[Row]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The first metric of each task asked for: of a group as a whole, of each task of a tag."""
+    every = _measures(rows)
+    groups = {task for task, one in every if one["group"]}
+    firsts: dict[tuple[str, str], tuple[str, Mapping[str, Any]]] = {}
+    for task, one in every:
+        if one["group"] or task not in groups:
+            firsts.setdefault((task, one["task"]), (task, one))
+    return list(firsts.values())
+
+
+def measure_of(row: Row, task: str, subtask: str, metric: str) -> Mapping[str, Any] | None:
+    """One metric of a row."""
+    found = (one for one in row["tasks"].get(task, ()) if (one["task"], one["metric"]) == (subtask, metric))
+    return next(found, None)
+
+
+def _measure(task: str, one: Mapping[str, Any]) -> Column:
+    subtask, metric = one["task"], one["metric"]
+
+    def value(row: Row) -> float | None:
+        found = measure_of(row, task, subtask, metric)
+        return found["value"] if found else None
+
+    def text(row: Row, number: float) -> str:
+        found = measure_of(row, task, subtask, metric)
+        error = found["standard_error"] if found else None
+        return f"{number:.3f}" if error is None else f"{number:.3f} ± {error:.3f}"
+
+    return Column(f"{subtask}, {metric}", value, text, "max" if one["higher_is_better"] else "min")
+
+
+# Where it is shown
+
+
+def terminal(report: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and rows of each table; the best of a column has a star."""
+    for one in tables(report):
+        starred = [
+            [_named(name, role), *(f"{cell.text}{'*' if cell.best else ' '}" for cell in cells)]
+            for name, role, cells in one.rows
+        ]
+        yield one.title, one.header, starred
+
+
+def _named(name: str, role: str) -> str:
+    return name if role == "merge" else f"{name} ({role})"
+
+
+def problems(report: Mapping[str, Any]) -> list[str]:
+    """What went wrong, a sentence each."""
+    return [f"{row['name']}: {problem}" for row in report["rows"] for problem in row["problems"]]
+
+
+def remarks(report: Mapping[str, Any]) -> list[str]:
+    """What a reader has to know of the numbers."""
+    told = []
+    for row in report["rows"]:
+        found = row["distances"] or {}
+        if "not_comparable" in found:
+            told.append(
+                f"{row['name']} is not compared with the pivot and the targets: {found['not_comparable']}."
+            )
+        elif left := found.get("not_compared", {}).get("tensors"):
+            some = ", ".join(found["not_compared"]["some"])
+            told.append(
+                f"{row['name']}: {left} tensors are not in all models in one shape and not compared ({some})."
+            )
+        if cut := (row["held_out"] or {}).get(ALL, {}).get("cut_tokens"):
+            told.append(f"{row['name']}: {cut} held-out tokens lie beyond its context and are not scored.")
+    if report["input_bytes"] > report["memory_bytes"]:
+        told.append("The inputs are larger than the memory: reading them from the disk is part of every time.")
+    return told
+
+
+def fairness(report: Mapping[str, Any]) -> str:
+    """How times and memory were measured."""
+    return (
+        "The inputs were read once before the first merge; merges ran one after another, each in a process of its "
+        f"own. {_memory(report).capitalize()}: memory that is allocated, not the mapped files."
+    )
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The whole report."""
+    parts = ["# Merges side by side", f"    {report['command']}", report["machine"]]
+    if wrong := problems(report):
+        parts.append("## What went wrong\n\n" + "\n".join(f"- {one}" for one in wrong))
+    for one in tables(report):
+        rows = [
+            [_escaped(_named(name, role)), *(f"**{cell.text}**" if cell.best else cell.text for cell in cells)]
+            for name, role, cells in one.rows
+        ]
+        parts.append(f"## {one.title}\n\n{one.note}\n\n{table([_escaped(name) for name in one.header], rows)}")
+    parts.append("\n".join(f"- {one}" for one in [fairness(report), *remarks(report)]))
+    parts.append("## Recipes\n\n" + "\n\n".join(_recipe(row, report) for row in report["rows"] if "recipe" in row))
+    return "\n\n".join(parts) + "\n"
+
+
+def _recipe(row: Row, report: Mapping[str, Any]) -> str:
+    settings = f": {row['settings']}" if row["settings"] else ""
+    fence = "`" * (3 if "```" not in row["recipe"]["text"] else 9)
+    options = " ".join(report["mergekit_options"])
+    return (
+        f"### {row['name']}\n\n{row['method']}{settings}\n\n"
+        f"    mergekit-yaml {row['recipe']['path']} OUT {options}\n\n"
+        f"{fence}yaml\n{row['recipe']['text'].rstrip()}\n{fence}"
+    )
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def write_report(report: Mapping[str, Any], folder: Path, text: str) -> None:
+    """Write ``report.json`` (its ``text``), ``report.md`` and ``report.html``.
+
+    Raises:
+        VarmError: They cannot be written.
+    """
+    write(folder / "report.json", text)
+    write(folder / "report.md", markdown(report))
+    write_page(report, folder / "report.html")
+
+
+def write_page(report: Mapping[str, Any], path: Path) -> None:
+    """Write the page.
+
+    Raises:
+        VarmError: It cannot be written.
+    """
+    html = page.render(
+        "compare.html",
+        data={},
+        report=report,
+        tables=tables(report),
+        problems=problems(report),
+        remarks=[fairness(report), *remarks(report)],
+        plots=list(_plots(report)),
+    )
+    page.write(path, html)
+
+
+def _plots(report: Mapping[str, Any]) -> Iterator[plots.Plot]:
+    rows = report["rows"]
+    points = [
+        plots.Point(row["name"], distance, loss, row["role"])
+        for row in rows
+        if (loss := _loss(ALL, "").value(row)) is not None
+        and (distance := _distances(row).get("pivot")) is not None
+    ]
+    if len(points) > 1:
+        yield plots.scatter(
+            "Held-out loss against distance to the pivot", "distance to the pivot", "nats per byte", points
+        )
+    for column, title in zip(_costs(report), ("Time, s", "Peak anonymous memory, MiB"), strict=False):
+        yield plots.bars(title, _bars(column, rows))
+    for task, one in main_measures(rows):
+        found = [(row, measure_of(row, task, one["task"], one["metric"])) for row in rows]
+        bars = [plots.Bar(row["name"], of["value"], row["role"], of["standard_error"]) for row, of in found if of]
+        yield plots.bars(f"{one['task']}, {one['metric']}", bars)
+
+
+def _bars(column: Column, rows: Sequence[Row]) -> list[plots.Bar]:
+    found = [(row, column.value(row)) for row in rows]
+    return [
+        plots.Bar(row["name"], value, row["role"])
+        for row, value in found
+        if value is not None and math.isfinite(value)
+    ]
