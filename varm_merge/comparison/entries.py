@@ -159,8 +159,9 @@ def check(entry: Entry, cache_dir: str | None) -> None:
     problems = recipe.check(entry.text, every=True, looked=looked, cache_dir=cache_dir)
     entry.bytes = looked.estimate.get("written_bytes", 0)
     entry.problems = [f"line {problem.line}: {problem.message}" for problem in problems]
-    if entry.method == "slerp" and any("merges exactly 2" in problem for problem in entry.problems):
-        entry.problems.append("multislerp and karcher merge more than two models")
+    if entry.method == "slerp":
+        more = "; multislerp and karcher merge more than two"
+        entry.problems = [one + more if "merges exactly 2" in one else one for one in entry.problems]
 
 
 def family(found: Sequence[Entry], base: str | None = None) -> Family:

@@ -10,6 +10,8 @@ __all__ = ["Bar", "Plot", "Point", "bars", "scatter"]
 
 WIDTH = 360
 """In units of text 11 high: as wide as a telephone."""
+BOTTOM = 300.0
+"""Of the plane of a scatter plot."""
 LETTER, LINE = 6.2, 13.0
 NAME = 18
 """Most letters of a name."""
@@ -62,7 +64,8 @@ def bars(title: str, values: Sequence[Bar]) -> Plot:
         )
         if bar.error:
             ends_of = [max(left, left + (bar.value + side * bar.error) * scale) for side in (-1, 1)]
-            parts.append(f'<path d="M{ends_of[0]:.1f} {y + 7}H{ends_of[1]:.1f}" class="error"/>')
+            line = f"M{ends_of[0]:.1f} {y + 7}H{ends_of[1]:.1f}"
+            parts.append(f'<path d="{line}" class="halo"/><path d="{line}" class="error"/>')
             end = max(end, ends_of[1])
         parts.append(f'<text x="{end + 4:.1f}" y="{y + 11}" class="value">{_number(bar.value)}</text>')
     return Plot(title, _svg(title, 18 * len(values) + 4, parts))
@@ -70,7 +73,7 @@ def bars(title: str, values: Sequence[Bar]) -> Plot:
 
 def scatter(title: str, across: str, up: str, points: Sequence[Point]) -> Plot:
     """Points with their names."""
-    left, right, top, bottom = 44.0, WIDTH - 10.0, 10.0, 226.0
+    left, right, top, bottom = 44.0, WIDTH - 10.0, 10.0, BOTTOM
     x_ticks, y_ticks = _ticks([point.x for point in points]), _ticks([point.y for point in points])
 
     def place(value: float, ticks: Sequence[float], start: float, end: float) -> float:
@@ -96,8 +99,9 @@ def scatter(title: str, across: str, up: str, points: Sequence[Point]) -> Plot:
         shape = SHAPES.get(point.role)
         drawn = f'<path d="{shape}"/>' if shape else '<circle r="5"/>'
         told = f"{point.name}: {_number(point.x)}, {_number(point.y)}"
-        if math.hypot(label_x - x, label_y - y) > 2 * LINE:
-            parts.append(f'<path d="M{x:.1f} {y:.1f}L{label_x:.1f} {label_y:.1f}" class="grid"/>')
+        if abs(label_y - y) > 1.3 * LINE:
+            edge = label_y + math.copysign(LINE / 2, y - label_y)
+            parts.append(f'<path d="M{x:.1f} {y:.1f}L{label_x:.1f} {edge:.1f}" class="leader"/>')
         at, name = f'x="{label_x:.1f}" y="{label_y + 4:.1f}"', escape(_short(point.name))
         parts.append(
             f'<g transform="translate({x:.1f} {y:.1f})" fill="{colour}"><title>{escape(told)}</title>{drawn}</g>'
@@ -117,7 +121,7 @@ def _labels(
         for x_step, y_step in _around(half):
             where = (min(max(x + x_step, left + half), right - half), y + y_step)
             box = (where[0] - half, where[1] - LINE / 2, where[0] + half, where[1] + LINE / 2)
-            if 8 < where[1] < 222 and not any(_overlap(box, other) for other in taken):
+            if 8 < where[1] < BOTTOM - 4 and not any(_overlap(box, other) for other in taken):
                 best = where
                 break
         taken.append((best[0] - half, best[1] - LINE / 2, best[0] + half, best[1] + LINE / 2))

@@ -20,6 +20,35 @@ ALL = "all"
 """The group of all held-out rows."""
 
 
+TO_TARGETS = (
+    (
+        "distance",
+        "Distance to each target",
+        "‖merged − target‖ / ‖pivot‖.",
+        "#.3g",
+        "min",
+        ("pivot", "target", "merge"),
+    ),
+    (
+        "cosine",
+        "Cosine with each task vector",
+        "Of the delta: 1 is its direction.",
+        ".3f",
+        "max",
+        ("target", "merge"),
+    ),
+    (
+        "sign_agreement",
+        "Sign agreement with each target",
+        "Of the elements that the target moved, the share moved in the same direction.",
+        ".1%",
+        "max",
+        ("target", "merge"),
+    ),
+)
+"""Name, title, note, form, better end, and whose."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """What is shown, the number it is sorted by, and whether it is the best of its column."""
@@ -72,13 +101,15 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
             [*_costs(report), *_ends(), *_scores(rows)],
             rows,
         ),
-        _table(
-            "targets",
-            "To each target",
-            "Distance: ‖merged − target‖ / ‖pivot‖. Cosine of the merged delta with the target's task vector. "
-            "Signs: of the elements that the target moved, the share moved in the same direction.",
-            [column for target in targets for column in _of_target(target)],
-            [row for row in rows if _distances(row)],
+        *(
+            _table(
+                name,
+                title,
+                note,
+                [_of_target(target, name, form, better) for target in targets],
+                [row for row in rows if _distances(row) and row["role"] in roles],
+            )
+            for name, title, note, form, better, roles in TO_TARGETS
         ),
         _table(
             "held-out",
@@ -153,24 +184,19 @@ def _ends() -> list[Column]:
         return sum(known) / len(known) if known else None
 
     return [
-        Column("distance to pivot", lambda row: _distances(row).get("pivot"), lambda _, value: f"{value:.3g}"),
+        Column("distance to pivot", lambda row: _distances(row).get("pivot"), lambda _, value: f"{value:#.3g}"),
         Column("sign agreement", agreement, lambda _, value: f"{value:.1%}", "max"),
     ]
 
 
-def _of_target(target: str) -> Iterator[Column]:
-    def column(title: str, name: str, form: str, better: str) -> Column:
-        def value(row: Row) -> float | None:
-            if row["name"] == target:
-                return None  # itself
-            found: float | None = _distances(row).get("targets", {}).get(target, {}).get(name)
-            return found
+def _of_target(target: str, name: str, form: str, better: str) -> Column:
+    def value(row: Row) -> float | None:
+        if row["name"] == target:
+            return None  # itself
+        found: float | None = _distances(row).get("targets", {}).get(target, {}).get(name)
+        return found
 
-        return Column(f"{title} {target}", value, lambda _, number: format(number, form), better)
-
-    yield column("distance to", "distance", ".3g", "min")
-    yield column("cosine with", "cosine", ".3f", "max")
-    yield column("signs of", "sign_agreement", ".1%", "max")
+    return Column(target, value, lambda _, number: format(number, form), better)
 
 
 def _groups(rows: Sequence[Row]) -> list[str]:
@@ -254,7 +280,7 @@ def terminal(report: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[l
 
 
 def _named(name: str, role: str) -> str:
-    return name if role == "merge" else f"{name} ({role})"
+    return name if role in ("merge", name) else f"{name} ({role})"
 
 
 def problems(report: Mapping[str, Any]) -> list[str]:
@@ -287,7 +313,7 @@ def fairness(report: Mapping[str, Any]) -> str:
     """How times and memory were measured."""
     return (
         "The inputs were read once before the first merge; merges ran one after another, each in a process of its "
-        f"own. {_memory(report).capitalize()}: memory that is allocated, not the mapped files."
+        f"own. Memory is the {_memory(report)}: what is allocated, not mapped files."
     )
 
 
