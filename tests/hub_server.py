@@ -57,7 +57,7 @@ class Fault:
     """Fails the requests that fit, ``times`` times.
 
     ``status``: what is answered instead; None cuts the connection, after ``after`` bytes of the body. ``late``:
-    the request is done first, and its answer is lost.
+    the request is done first, and its answer is lost. ``hold``: never answered, until it is set.
     """
 
     method: str
@@ -68,6 +68,7 @@ class Fault:
     after: int = 0
     late: bool = False
     headers: Mapping[str, str] = field(default_factory=dict)
+    hold: threading.Event | None = None
 
     def fits(self, method: str, path: str) -> bool:
         if self.times > 0 and method == self.method and re.search(self.path, path):
@@ -171,6 +172,11 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def _fail(self, fault: Fault) -> None:
+        if fault.hold is not None:
+            self.rfile.read(fault.after)
+            fault.hold.wait()
+            self.close_connection = True
+            return
         if fault.status is None:
             self._note(len(self.rfile.read(fault.after)) if fault.after else 0)
             self.close_connection = True
