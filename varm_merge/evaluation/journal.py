@@ -134,13 +134,12 @@ class Journal:
 
     def _agreed(self, about: Mapping[str, Any]) -> float:
         """When the records that are there were begun; they are of what ``about`` says."""
-        if not self._settings.exists():
-            if self.finished:
-                raise VarmError(f"`{self.output}` is there, and not made by this program; give another --output")
-            began = time.time()
+        if not self.finished and (not self._partial.exists() or not self._partial.stat().st_size):
+            began = time.time()  # or a run that has made nothing
             write_whole(self._settings, json.dumps({"began": began, **about}, indent=1, ensure_ascii=False) + "\n")
-            self._partial.unlink(missing_ok=True)
             return began
+        if not self._settings.exists():
+            raise VarmError(f"`{self.output}` is there, and not made by this program; give another --output")
         try:
             found = json.loads(self._settings.read_text(encoding="utf-8"))
             began = float(found.pop("began"))
@@ -178,6 +177,9 @@ class Journal:
     ) -> None:
         if self._lines is not None:
             self._lines.close()
+        if not self.finished and not self.records:
+            self._partial.unlink(missing_ok=True)
+            self._settings.unlink(missing_ok=True)
 
 
 def _key(key: Any) -> Hashable:
