@@ -172,13 +172,14 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def _fail(self, fault: Fault) -> None:
+        after = min(fault.after, int(self.headers.get("Content-Length") or 0))
         if fault.hold is not None:
-            self.rfile.read(fault.after)
+            self.rfile.read(after)
             fault.hold.wait()
             self.close_connection = True
             return
         if fault.status is None:
-            self._note(len(self.rfile.read(fault.after)) if fault.after else 0)
+            self._note(len(self.rfile.read(after)) if after else 0)
             self.close_connection = True
             self.connection.close()
             return

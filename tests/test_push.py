@@ -261,6 +261,19 @@ def test_one_shard_that_fails_does_not_send_the_others_twice(here: Hub, out: Pat
     arrived(here, out)
 
 
+def test_a_hub_that_falls_silent_is_not_waited_for_forever(
+    here: Hub, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("varm_merge.hub.STALLED_SECONDS", 0.5)
+    free = threading.Event()
+    here.faults = [Fault("POST", "/commit/", hold=free)]
+    done = push(out)
+    free.set()
+    assert "Error: the connection to http" in done.output
+    assert push(out).exit_code == 0
+    arrived(here, out)
+
+
 def test_files_in_parts_arrive_whole(here: Hub, out: Path) -> None:
     here.part_bytes = 3000
     here.faults = [Fault("PUT", "/part/1", status=None, after=500)]

@@ -45,7 +45,9 @@ __all__ = [
 GROUP_BYTES = 5_000_000_000
 """Of large files that are made sure of before the next are sent."""
 TIMEOUT_SECONDS = 10
-"""For questions; an upload may take as long as it takes."""
+"""For questions."""
+STALLED_SECONDS = 300
+"""In which nothing at all is sent or answered before an upload counts as cut off; the client would wait on."""
 WEIGHTS = (
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -193,6 +195,7 @@ def upload(
     api = HfApi()
     sent = [change for change in changes if change.state in ("new", "changed")]
     with _told(repository):
+        huggingface_hub.get_session().timeout = STALLED_SECONDS
         additions = [CommitOperationAdd(change.path, _plain(change.content)) for change in sent]
         if card := next((change for change in sent if change.path == README), None):
             assert isinstance(card.content, bytes)
