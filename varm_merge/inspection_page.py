@@ -209,7 +209,7 @@ def _effect(label: str, units: Sequence[Unit], targets: Sequence[str], names: Se
         "label": label,
         "units": len(units),
         "spread": spread,
-        "apart": apart / elements if elements else 0.0,
+        "apart": apart / elements if elements else None,
         "leads": ", ".join(told) or "–",
     }
 

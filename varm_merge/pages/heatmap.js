@@ -22,11 +22,12 @@ function heatMap(granularity, target) {
   const units = data.units[granularity];
   const columns = [...new Set(units.map((unit) => unit[COLUMN]))].filter((column) => column >= 0).sort((a, b) => a - b);
   const rows = Map.groupBy(units, (unit) => unit[ROW]);
-  const figure = made("figure", "map");
+  const dense = columns.length > MANY_COLUMNS;
+  const figure = made("figure", dense ? "map dense" : "map");
   const name = data.targets[target];
   figure.append(made("figcaption", "", name));
   const box = made("div", "box");
-  const table = made("table", columns.length > MANY_COLUMNS ? "dense" : "", "", {
+  const table = made("table", "", "", {
     role: "grid", "aria-readonly": "true", "aria-label": `Weights of ${name} at granularity ${data.labels[granularity]}`,
   });
   table.style.setProperty("--columns", Math.max(columns.length, 1));

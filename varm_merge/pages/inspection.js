@@ -8,6 +8,7 @@ function drawMaps() {
   const shown = target < 0 ? data.targets.map((_, index) => index) : [target];
   byId("maps").replaceChildren(...shown.map((one) => heatMap(granularity, one)));
   drawLegend(byId("legend"), granularity);
+  byId("readout").hidden = true;
 }
 
 function readOut({ target: cell }) {

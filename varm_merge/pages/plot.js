@@ -39,8 +39,7 @@ function startPlot(place, blocks, targets) {
   const readout = document.getElementById("depth-readout");
   const values = blocks.flatMap((block) => block.means).filter((mean) => mean > 0);
   if (!values.length) {
-    place.textContent = "No target moved any block.";
-    slider.hidden = document.querySelector("label[for=block]").hidden = true;
+    document.getElementById("depth").textContent = "No target moved any block.";
     return;
   }
   const [least, greatest] = [Math.min(...values) / 1.25, Math.max(...values) * 1.25];
