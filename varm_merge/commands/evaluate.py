@@ -267,10 +267,11 @@ def judge_mt_bench(
         --judge-url http://localhost:8000/v1 --output model_judgment/prometheus_single.jsonl --yes
     """
     from varm_merge.evaluation import mt_bench
+    from varm_merge.evaluation.journal import rows_in
     from varm_merge.evaluation.questions import read_questions
 
     games = mt_bench.games(read_questions(questions), answers, prompts, references)
-    missing = mt_bench.missing(games, options["judge_model"], output)
+    missing = mt_bench.missing(games, options["judge_model"], output, rows_in(output))
     _judge(
         mt_bench.load(missing),
         len(games) - len(missing),

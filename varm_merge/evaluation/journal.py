@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from varm_merge.errors import VarmError
 
-__all__ = ["Journal", "Lines", "write_whole"]
+__all__ = ["Journal", "Lines", "rows_in", "write_whole"]
 
 
 @contextmanager
@@ -83,16 +83,12 @@ class Lines:
 
     def _read(self) -> list[Any]:
         self._file.seek(0)
-        *whole, torn = self._file.read().split(b"\n")
-        rows = []
-        for number, line in enumerate(whole, 1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise VarmError(f"`{self.path}`, line {number} is no JSON: {error}") from error
-        if torn:
-            with _written_to(self.path):
-                self._file.truncate(sum(len(line) + 1 for line in whole))
+        content = self._file.read()
+        rows, size = _parsed(self.path, content)
+        with _written_to(self.path):
+            self._file.truncate(size)
+            if size and content[size - 1 : size] != b"\n":
+                self._file.write(b"\n")
         return rows
 
     def add(self, row: Any) -> None:
@@ -103,8 +99,40 @@ class Lines:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close the file; one that is empty is removed."""
         with _written_to(self.path):
             self._file.close()
+            if self.path.exists() and not self.path.stat().st_size:
+                self.path.unlink()
+
+
+def rows_in(path: Path) -> list[Any]:
+    """The rows of a file that grows by lines, without a line left half written; none if it is not there.
+
+    Raises:
+        VarmError: It cannot be read.
+    """
+    try:
+        return _parsed(path, path.read_bytes())[0]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise VarmError(f"`{path}` cannot be read: {error.strerror}") from error
+
+
+def _parsed(path: Path, content: bytes) -> tuple[list[Any], int]:
+    """The rows, and the bytes that they take; a last line without an end counts if it is whole."""
+    *lines, last = content.split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise VarmError(f"`{path}`, line {number}: no JSON: {error}") from error
+    try:
+        return [*rows, json.loads(last)], len(content)
+    except ValueError:
+        return rows, len(content) - len(last)
 
 
 class Journal:
@@ -178,7 +206,6 @@ class Journal:
         if self._lines is not None:
             self._lines.close()
         if not self.finished and not self.records:
-            self._partial.unlink(missing_ok=True)
             self._settings.unlink(missing_ok=True)
 
 

@@ -155,13 +155,13 @@ def _filled(
         ) from error
 
 
-def missing(games: Sequence[Game], judge: str, output: Path) -> list[Game]:
-    """The games that ``output`` has no judgment of.
+def missing(games: Sequence[Game], judge: str, output: Path, rows: Sequence[Any]) -> list[Game]:
+    """The games that ``output`` has no judgment of; ``rows`` are what it has.
 
     Raises:
         VarmError: It has judgments of other answers, or by other prompts.
     """
-    there = _there(output)
+    there = _there(output, rows)
     other: dict[str, int] = {}
     for game in games:
         text = there.get(_key(game, judge))
@@ -176,16 +176,14 @@ def missing(games: Sequence[Game], judge: str, output: Path) -> list[Game]:
     return [game for game in games if _key(game, judge) not in there]
 
 
-def _there(output: Path) -> dict[Key, str]:
-    if not output.exists() or not output.stat().st_size:
-        return {}
+def _there(output: Path, rows: Sequence[Any]) -> dict[Key, str]:
     problems, found = [], {}
-    for where, row in rows_of(output):
+    for number, row in enumerate(rows, 1):
         try:
             key = (row["model"], row["question_id"], row["turn"], tuple(row["judge"]))
             found[key] = str(row["user_prompt"])
         except (KeyError, TypeError) as error:
-            problems.append(f"{where}: no judgment as FastChat writes it: {error!r}")
+            problems.append(f"judgment {number} is none as FastChat writes it: {error!r}")
     refuse(output, problems)
     return found
 
@@ -210,7 +208,7 @@ def judge(games: Sequence[Game], endpoint: Endpoint, output: Path, threads: int,
     """
     lines = Lines(output)
     try:
-        asked = missing(games, endpoint.model, output)
+        asked = missing(games, endpoint.model, output, lines.rows)
         outcome = Judged(len(games) - len(asked), 0, 0, {})
         with tqdm(total=len(games), initial=outcome.there, unit="judgment", disable=quiet) as bar:
             for game, reply in in_parallel(
