@@ -152,6 +152,35 @@ def test_what_cannot_be_inspected_is_told(mistral: Family, tmp_path: Path) -> No
         inspect(merged.folder, QUIET, ("layer",))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"units": []},
+        {"units": 3},
+        {"units": [{"unit": "model"}]},
+        {"targets": []},
+        {"targets": ["another"]},
+        {"versions": "1.0"},
+        {"recipe": "recipe.yaml"},
+    ],
+    ids=str,
+)
+def test_weights_of_a_merge_that_were_damaged_are_a_sentence(
+    damage: dict[str, Any], mistral: Family, tmp_path: Path
+) -> None:
+    path = tmp_path / "varm_weights.json"
+    units = told(runs.recipe(mistral), tmp_path, ("model",))["units"]["model"]
+    whole = {"versions": {}, "recipe": {"sha256": "", "content": {}}, "base_model": "pivot", "units": units}
+    whole["targets"] = [str(target) for target in mistral.targets]
+    path.write_text(json.dumps(whole))
+    assert inspect(path, QUIET)["units"] == {"recipe": units}
+    path.write_text(json.dumps(whole | damage))
+    assert "is no varm_weights.json of a merge by varm" in refused(path)
+    units[0]["targets"][str(mistral.targets[0])]["weight"] = float("nan")
+    path.write_text(json.dumps(whole))
+    assert "has a number that is none" in refused(path)
+
+
 def test_models_of_two_architectures_are_a_sentence(family: Callable[..., Family], tmp_path: Path) -> None:
     recipe, (target, _) = tmp_path / "recipe.yaml", family("llama").targets
     recipe.write_text(runs.recipe(family("mistral")) + f"  - model: {target}\n")

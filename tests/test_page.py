@@ -195,6 +195,7 @@ def test_a_finished_merge_tells_what_it_has_and_where_the_rest_is(
     assert done.exit_code == 0, done.output
     page = visit(html)
     assert "varm-merge inspect recipe.yaml --html page.html" in page.inner_text("#finished")
+    assert page.title() == "Weights of out · varm-merge"
     assert text_of(page, "h2") == ["The merge", "Weights", "The weights in numbers"]
     assert text_of(page, "#granularity option") == ["the recipe's own (layer)"]
     assert maps_of(page)["target_2"] == expected_cells(merged.log["units"], str(members.targets[1]))
@@ -237,6 +238,10 @@ def test_units_without_weights_are_shown_as_such(
 
 
 def test_tables_sort_by_mouse_and_keyboard(found: Found, written: Callable[[Found], Path], visit: Visit) -> None:
+    found = large(found, 12)
+    for number, tensor in enumerate(found["tensors"]):  # no two moved as far
+        for of in tensor["targets"].values():
+            of["mean_squared_delta"] *= 1 + number * 1e-6
     page = visit(written(found))
     moves = {t["tensor"]: max(of["mean_squared_delta"] for of in t["targets"].values()) for t in found["tensors"]}
     by_move = sorted(moves, key=moves.__getitem__)
@@ -422,7 +427,7 @@ def large(found: Found, blocks: int) -> Found:
 def _grown(items: list[Found], key: str, blocks: int) -> list[Found]:
     last = "model.layers.1"
     more = [
-        {**item, key: item[key].replace(last, f"model.layers.{number}"), "block": f"model.layers.{number}"}
+        copy.deepcopy({**item, key: item[key].replace(last, (block := f"model.layers.{number}")), "block": block})
         for number in range(2, blocks)
         for item in items
         if item[key].startswith(last)

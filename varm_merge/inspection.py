@@ -105,11 +105,11 @@ def inspect(path: Path, options: MergeOptions, granularities: Sequence[str] = ()
 def _of_a_merge(path: Path, text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-        _expect_units(found["units"])
+        _expect_units(found["units"], found["targets"])
         return {
             "format": FORMAT,
             "version": VERSION,
-            "versions": found["versions"],
+            "versions": dict(found["versions"]),
             "recipe": {"path": str(path), **{key: found["recipe"][key] for key in ("sha256", "content")}},
             "base_model": found["base_model"],
             "targets": [*map(str, found["targets"])],
@@ -119,19 +119,19 @@ def _of_a_merge(path: Path, text: str) -> dict[str, Any]:
         raise VarmError(f"`{path}` is no {FILE_NAME} of a merge by varm: {error!r}") from error
 
 
-def _expect_units(units: Sequence[Mapping[str, Any]]) -> None:
-    """Stumble over units that lack what a unit has."""
-    if not units:
-        raise ValueError("it has no units")
+def _expect_units(units: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> None:
+    """Stumble over what is no list of units of these targets."""
+    if not units or not targets:
+        raise ValueError("it has no units, or no targets")
     for unit in units:
+        if not (unit["unit"] and unit["granularity"] and unit["tensors"] and unit["targets"].keys() <= {*targets}):
+            raise ValueError(f"{unit} is not whole")
         numbers = [
             unit["elements"],
             *(of[key] for of in unit["targets"].values() for key in ("statistic", "weight")),
         ]
-        if not (unit["tensors"] and unit["unit"] and unit["granularity"] and unit["targets"]):
-            raise ValueError(f"{unit} is incomplete")
-        if not all(math.isfinite(number) for number in numbers):
-            raise ValueError(f"the numbers of {unit['unit']} are not finite")
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError(f"{unit} has a number that is none")
 
 
 # Measuring

@@ -12,7 +12,7 @@ import yaml
 
 from varm_merge import page
 from varm_merge.inspection import RECIPE, short_names
-from varm_merge.report import natural_order
+from varm_merge.report import FILE_NAME, natural_order
 
 __all__ = ["draw", "render"]
 
@@ -42,7 +42,7 @@ def render(found: Mapping[str, Any]) -> str:
     return page.render(
         "inspection.html",
         found=found,
-        name=Path(found["recipe"]["path"]).name,
+        name=_name(Path(found["recipe"]["path"])),
         recipe=yaml.safe_dump(found["recipe"]["content"], sort_keys=False, allow_unicode=True),
         names=names,
         granularities=granularities,
@@ -62,6 +62,10 @@ def render(found: Mapping[str, Any]) -> str:
             "depth": depth,
         },
     )
+
+
+def _name(path: Path) -> str:
+    return path.resolve().parent.name if path.name == FILE_NAME else path.name
 
 
 def _label(key: str, units: Iterable[Unit]) -> str:

@@ -12,6 +12,11 @@ function made(tag, className = "", text = "", attributes = {}) {
   return element;
 }
 
+/** A number in three digits, as the tables have them. */
+function brief(value) {
+  return value !== 0 && Math.abs(value) < 1e-4 ? value.toExponential(2) : String(Number(value.toPrecision(3)));
+}
+
 /** A unit's even share: of a tensor that only some targets have, theirs. */
 function evenShare(unit) {
   return 1 / unit[NUMBERS].filter((of) => of !== null).length;
@@ -99,7 +104,7 @@ function describe(unit, target) {
   const [weight, statistic] = numbers[target];
   const said = [`weight ${weight.toFixed(4)}`, `even share ${evenShare(unit).toFixed(3)}`];
   if (!unit[MOVED]) return [...said, "no target moved: the pivot is kept", size];
-  return [...said, `statistic ${Number(statistic.toPrecision(3))}`, size];
+  return [...said, `statistic ${brief(statistic)}`, size];
 }
 
 /** The colours in seven steps, and what the other marks mean where they occur. */

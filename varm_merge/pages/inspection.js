@@ -62,7 +62,7 @@ byId("granularity").addEventListener("change", () => { drawMaps(); fillUnits(); 
 byId("units-details").addEventListener("toggle", fillUnits);
 drawMaps();
 fillUnits();
-if (byId("tensors")) {
+if (byId("shown")) {
   byId("shown").addEventListener("change", showEnds);
   byId("tensors").addEventListener("sorted", showEnds);
   showEnds();

@@ -88,7 +88,7 @@ function startPlot(place, blocks, targets) {
 
   function readOutBlock() {
     const block = blocks[slider.value];
-    const told = block.means.map((mean, target) => `${targets[target]} ${mean === null ? "–" : Number(mean.toPrecision(3))}`);
+    const told = block.means.map((mean, target) => `${targets[target]} ${mean === null ? "–" : brief(mean)}`);
     readout.replaceChildren(made("b", "name", `${block.stack}.${block.number}`), ` · ${told.join(" · ")}`);
     slider.setAttribute("aria-valuetext", readout.textContent);
     const rule = place.querySelector("#rule");
