@@ -350,7 +350,7 @@ def test_names_are_shown_and_never_run(found: Found, written: Callable[[Found], 
     hostile = renamed(found, HOSTILE)
     hostile["recipe"]["content"]["models"] = HOSTILE
     for units in hostile["units"].values():
-        units[-1]["unit"] = HOSTILE[1]
+        units[0]["unit"], units[-1]["unit"] = HOSTILE[:2]
     hostile["tensors"][0]["tensor"] = HOSTILE[0]
     page = visit(written(hostile))
     names = page.locator("#target option").evaluate_all("(all) => all.slice(1).map((one) => one.textContent)")
@@ -361,6 +361,8 @@ def test_names_are_shown_and_never_run(found: Found, written: Callable[[Found], 
     assert page.locator("script").count() == 3
     assert HOSTILE[0] in page.inner_text("#tensors")
     assert "alert(2)" in page.inner_text("#units")
+    page.select_option("#granularity", "layer")
+    assert HOSTILE[0] in page.inner_text("#maps")
     page.locator("#maps tr", has_text="onerror").locator("td").last.focus()
     assert page.inner_text("#readout").count("onerror") == 1
 
@@ -457,6 +459,17 @@ def test_a_page_that_cannot_be_written_is_a_sentence(members: Family, tmp_path: 
     done = CliRunner().invoke(main, ["inspect", str(recipe), "--html", str(tmp_path / "nowhere" / "page.html")])
     assert done.exit_code == 1
     assert "page.html` cannot be written: there is no folder" in done.output  # before the recipe is looked at
+
+
+def test_who_reads_a_page_while_it_is_written_again_reads_the_old_one(
+    found: Found, written: Callable[[Found], Path]
+) -> None:
+    path = written(found)
+    before = path.read_bytes()
+    with path.open("rb") as reader:
+        written(large(found, 3))
+        assert reader.read() == before
+    assert path.read_bytes() != before
 
 
 def test_on_a_full_disk_the_old_page_stays(small_disk: Callable[[int], Path], found: Found) -> None:
