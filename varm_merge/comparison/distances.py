@@ -53,11 +53,12 @@ def distances(merged: Path, pivot: Path, targets: Mapping[str, Path], quiet: boo
         JSON. ``pivot``: ‖merged − pivot‖ / ‖pivot‖. By target in ``targets``: ``distance``, ‖merged − target‖ /
         ‖pivot‖; ``cosine`` of the merged delta with its task vector; ``sign_agreement``, of the elements that the
         target moved the share that the merged model moved in the same direction. A number is None where it is
-        0 / 0. ``tensors`` and ``elements`` compared; ``not_compared``: how many tensors are not in all models in
-        one shape, and the names of some.
+        0 / 0, or the target holds NaN. ``tensors`` and ``elements`` compared; ``not_compared``: how many tensors
+        are not in all models in one shape, and the names of some.
 
     Raises:
-        VarmError: There is nothing to compare, a file is damaged, or the merged model holds NaN or Inf.
+        VarmError: There is nothing to compare, a file is damaged, or the merged model or the pivot holds NaN or
+            Inf.
     """
     try:
         loaders = [
@@ -84,8 +85,9 @@ def _compared(loaders: Sequence[LazyTensorLoader], targets: Sequence[str], quiet
             left_out.add(name)
             continue
         found = _of_tensor(loaded[0], loaded[1], loaded[2:])
-        if not math.isfinite(found.merged + found.pivot + sum(found.targets)):
-            raise VarmError(f"NaN or Inf in the tensor `{name}` of the merged model, its pivot or a target")
+        for which, total in (("pivot", found.pivot), ("model", found.merged)):
+            if not math.isfinite(total):
+                raise VarmError(f"NaN or Inf in the tensor `{name}` of the {which}")
         sums.add(found)
         tensors, elements = tensors + 1, elements + loaded[0].numel()
     if not tensors:
@@ -126,7 +128,7 @@ def _of_target(sums: _Sums, number: int) -> Iterator[tuple[str, float | None]]:
 
 
 def _ratio(one: float, other: float) -> float | None:
-    return one / other if other else None
+    return one / other if other and math.isfinite(one / other) else None
 
 
 def moved_layers(recipe: Mapping[str, Any], layers: int | None) -> str | None:

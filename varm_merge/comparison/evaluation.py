@@ -6,8 +6,8 @@ template and tokenizer, so that all models are asked the same.
 
 import hashlib
 import json
+import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from varm_merge.comparison.programs import Program
-from varm_merge.comparison.steps import Contents
+from varm_merge.comparison.steps import Contents, write
 from varm_merge.errors import VarmError
 
 __all__ = ["HeldOut", "Scorers", "Tasks", "environment"]
@@ -27,6 +27,8 @@ MOST_TOKENS, LEAST_TOKENS = 2048, 16
 """Of the pivot in a block of held-out text; less where its context is shorter."""
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
 HARNESS = "lm-eval"
+LOADING = ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
+"""What transformers imports to load a model."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,10 @@ class Scorers:
     def __init__(self, folder: Path, device: str | None, trust_remote_code: bool) -> None:
         self.folder, self.device, self.trust_remote_code = folder, device, trust_remote_code
         around = environment(device)
-        self._trainer = Program("fusion_trainer", ["fusion_trainer.prepare", "fusion_trainer.evaluate"], around)
-        self._harness = Program("lm_eval", ["lm_eval.evaluator", "lm_eval.models.huggingface"], around)
+        trainer = ["fusion_trainer.prepare", "fusion_trainer.evaluate", *LOADING]
+        harness = ["lm_eval.evaluator", "lm_eval.models.huggingface", *LOADING]
+        self._trainer = Program("fusion_trainer", trainer, around)
+        self._harness = Program("varm_merge.comparison.harness", harness, around)
 
     def prepare(self, held_out: HeldOut, pivot: Path, about: Mapping[str, Any], log: Path) -> Path:
         """Render and split held-out data; the folder of the dialogues.
@@ -150,38 +154,45 @@ class Scorers:
         return folder
 
     def held_out(self, model: Path, dialogues: Path, log: Path) -> dict[str, Any]:
-        """Loss per byte and exact matches by group of conversations, ``all`` first."""
+        """Loss per byte and exact matches by group of conversations, ``all`` first.
+
+        Raises:
+            CommandError: It cannot be scored.
+            VarmError: The loss is not finite.
+        """
         output = self.folder / "scores.json"
         output.unlink(missing_ok=True)
         where = ["--model", str(model), "--dialogues", str(dialogues), "--output", str(output)]
         self._trainer.run(["evaluate", *where, *self._trust("--trust-remote-code")], log)
         found = json.loads(output.read_text(encoding="utf-8"))
         output.unlink()
+        if not math.isfinite(found["groups"]["all"]["nats"]):
+            raise VarmError("the loss is not finite: are there NaN or Inf in the weights?")
         return {"groups": found["groups"]}
 
     def task(self, tasks: Tasks, task: str, model: Path, log: Path) -> dict[str, Any]:
-        """What the harness measures of a task (or of a group or tag of tasks)."""
-        output = self.folder / "harness"
-        shutil.rmtree(output, ignore_errors=True)
-        output.mkdir(parents=True)
-        settings = {
-            "model": "hf",
-            "model_args": {"pretrained": str(model), "trust_remote_code": self.trust_remote_code},
-            "tasks": [task],
+        """What the harness measures of a task (or of a group or tag of tasks).
+
+        Raises:
+            CommandError: The harness failed.
+            VarmError: A number is not finite.
+        """
+        settings, output = self.folder / "task.json", self.folder / "measures.json"
+        output.unlink(missing_ok=True)
+        asked = {
+            "task": str(Path(task).absolute()) if task.endswith(".yaml") else task,
             "include_path": str(tasks.include_path) if tasks.include_path else None,
+            "model_args": {"pretrained": str(model), "trust_remote_code": self.trust_remote_code},
             "num_fewshot": tasks.num_fewshot,
             "limit": tasks.limit,
             "batch_size": tasks.batch_size,
-            "apply_chat_template": tasks.chat_template or None,
+            "apply_chat_template": tasks.chat_template,
             "device": self.device,
-            "output_path": str(output / "found.json"),
         }
-        config = output / "config.yaml"
-        config.write_text(yaml.safe_dump({name: value for name, value in settings.items() if value is not None}))
-        self._harness.run(["run", "--config", str(config)], log)
-        (written,) = output.glob("found*.json")
-        found = json.loads(written.read_text(encoding="utf-8"))
-        shutil.rmtree(output)
+        write(settings, json.dumps(asked))
+        self._harness.run([str(settings), str(output)], log)
+        found = json.loads(output.read_text(encoding="utf-8"))
+        output.unlink()
         return {"measures": list(_measures(found))}
 
     def close(self) -> None:
@@ -212,12 +223,14 @@ def _measures(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             metric, comma, which = name.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
+            if not math.isfinite(value):
+                raise VarmError(f"{metric} is not finite: are there NaN or Inf in the weights?")
             error = metrics.get(f"{metric}_stderr,{which}")
             yield {
                 "task": task,
                 "metric": metric if which == "none" else f"{metric} ({which})",
                 "value": value,
-                "standard_error": error if isinstance(error, (int, float)) else None,
+                "standard_error": error if isinstance(error, (int, float)) and math.isfinite(error) else None,
                 "higher_is_better": bool(better.get(metric, True)),
                 "samples": (found.get("n-samples", {}).get(task) or {}).get("effective"),
                 "group": task in (found.get("groups") or {}),

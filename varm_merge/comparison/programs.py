@@ -48,7 +48,7 @@ class Program:
             with log.open("rb") as file:
                 file.seek(begun)
                 tail = file.read().decode("utf-8", "replace").splitlines()[-5:]
-            raise CommandError("\n".join([f"`{self.module} {arguments[0]}` exited {code}:", *tail]))
+            raise CommandError("\n".join([f"`python -m {self.module}` exited {code}:", *tail]))
 
     def close(self) -> None:
         """End its process."""

@@ -29,6 +29,8 @@ __all__ = ["FORMAT", "Settings", "compare"]
 
 FORMAT, VERSION = "varm-merge comparison", 1
 OURS, MODELS = ".lock", "models"
+PLAIN = ("--quiet", "--no-write-model-card")
+"""Without the card: for it mergekit asks the Hub after each model."""
 SPARE = 1.02
 """Of the disk: a model's other files."""
 
@@ -217,7 +219,7 @@ class _Comparison:
         cache = ["--transformers-cache", settings.cache_dir] if settings.cache_dir else []
         trust = ["--trust-remote-code"] if settings.trust_remote_code else []
         device = ["--cuda"] if settings.device == "cuda" else []
-        return ["--quiet", "--random-seed", str(settings.seed), *device, *cache, *trust, *settings.mergekit]
+        return [*PLAIN, "--random-seed", str(settings.seed), *device, *cache, *trust, *settings.mergekit]
 
     def _record(self, row: Row) -> dict[str, Any]:
         """The runs of a merge so far, and the fingerprint of what it wrote."""
@@ -252,6 +254,7 @@ class _Comparison:
             try:
                 run = measured(_headed(command, log), log=log, environment=environment(None))
                 if not self._is_there(row, record):
+                    (temporary / "mergekit_config.yml").write_text(row.entry.text, encoding="utf-8")
                     record["model"] = self._put(temporary, row.folder)
             except (CommandError, OSError) as error:
                 row.problems.append(f"mergekit-yaml: {_reason(str(error))} ({log})")
