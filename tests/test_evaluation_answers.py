@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from varm_merge.cli import main
 from varm_merge.errors import VarmError
+from varm_merge.evaluation.journal import Journal
 from varm_merge.evaluation.local import LocalModel, Sampler
 from varm_merge.evaluation.questions import Answer, Prompt
 
@@ -293,7 +294,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(llama: Path, questions: Path, tm
     began = json.loads((tmp_path / "killed.jsonl.settings.json").read_text())["began"]
     assert {row["tstamp"] for row in rows(killed)} == {began}
     unbroken = [row | {"tstamp": began} for row in rows(whole)]
-    assert killed.read_text() == "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in unbroken)
+    assert killed.read_text() == "".join(json.dumps(row) + "\n" for row in unbroken)
     assert not partial.exists()
     again = asked(llama, questions, killed, *more)
     assert again.exit_code == 0
@@ -327,8 +328,25 @@ def test_another_model_or_setting_under_the_same_file_is_refused(
     assert output.read_bytes() == before
     foreign = tmp_path / "foreign.jsonl"
     foreign.write_text("mine\n")
-    assert "is there, and not made by this program" in asked(llama, questions, foreign).output
+    assert (
+        "is there, without foreign.jsonl.settings.json; give another --output"
+        in asked(llama, questions, foreign).output
+    )
     assert foreign.read_text() == "mine\n"
+
+
+def test_two_processes_do_not_write_the_same_file(llama: Path, questions: Path, tmp_path: Path) -> None:
+    output = tmp_path / "tiny.jsonl"
+    with Journal(output, {"by": "another"}) as journal:
+        done = asked(llama, questions, output)
+        assert done.exit_code == 1
+        assert f"`{output}.partial` is being written by another process" in done.output
+        journal.add(81, [["said"]])
+    assert "`tiny.jsonl` was begun with other settings" in asked(llama, questions, output).output.replace(
+        f"{tmp_path}/", ""
+    )
+    with Journal(output, {"by": "another"}) as journal:
+        assert journal.records == {81: [["said"]]}
 
 
 def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(
@@ -341,7 +359,8 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(
     assert done.exit_code == 1
     assert "cannot be written: No space left on device" in done.output
     small_disk(1 << 20)
-    assert asked(llama, questions, output, "--batch-size", 1).exit_code == 0
+    done = asked(llama, questions, output, "--batch-size", 1)
+    assert done.exit_code == 0, done.output
     assert len(rows(output)) == len(QUESTIONS)
 
 

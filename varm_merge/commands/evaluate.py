@@ -196,7 +196,8 @@ def answers(
         raise click.UsageError(
             "--num-choices is for MT-Bench: AlpacaEval's file has one output for an instruction"
         )
-    asking = Asking(name or Path(model.rstrip("/")).name, max_new_tokens, num_choices, temperature, seed)
+    called = name or (Path(model).resolve() if Path(model).is_dir() else Path(model)).name
+    asking = Asking(called, max_new_tokens, num_choices, temperature, seed)
     if url is None:
         from varm_merge.evaluation.local import LocalModel
 

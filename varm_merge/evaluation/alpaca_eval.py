@@ -176,7 +176,7 @@ def annotate(
                 bar.update()
         if not outcome.failed:
             rows = [_annotation(pair, journal.records.get(pair.number), endpoint.model) for pair in pairs]
-            journal.finish(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+            journal.finish(json.dumps(rows, indent=2) + "\n")
             outcome.unrated = _unrated(output)
     return outcome
 
@@ -204,7 +204,7 @@ def there(pairs: Sequence[Pair], prompt: Any, judge: str, seed: int, output: Pat
 
 
 def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _unrated(output: Path) -> int:
@@ -241,21 +241,22 @@ def _annotation(pair: Pair, told: Mapping[str, Any] | None, annotator: str) -> d
     }
 
 
-def win_rate(annotations: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
+def win_rate(annotations: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """In percent, with its standard error; annotations without a preference are left out, and counted.
 
     Returns:
         ``win_rate``, ``standard_error``, ``discrete_win_rate``, ``n_wins``, ``n_wins_base``, ``n_draws``,
-        ``n_total``, as alpaca_eval calls them; ``n_unrated``, and ``avg_length`` of the model's outputs.
+        ``n_total``, as alpaca_eval calls them; ``n_unrated``, and ``avg_length`` of the model's outputs. What
+        cannot be computed is None.
     """
     shares = [float(row["preference"]) - 1 for row in annotations if row["preference"] is not None]
     wins, losses = sum(share > 0.5 for share in shares), sum(share < 0.5 for share in shares)
     draws = len(shares) - wins - losses
-    spread = statistics.stdev(shares) / math.sqrt(len(shares)) if len(shares) > 1 else math.nan
+    spread = statistics.stdev(shares) if len(shares) > 1 else None
     return {
-        "win_rate": 100 * statistics.fmean(shares) if shares else math.nan,
-        "standard_error": 100 * spread,
-        "discrete_win_rate": 100 * (wins + draws / 2) / len(shares) if shares else math.nan,
+        "win_rate": 100 * statistics.fmean(shares) if shares else None,
+        "standard_error": 100 * spread / math.sqrt(len(shares)) if spread is not None else None,
+        "discrete_win_rate": 100 * (wins + draws / 2) / len(shares) if shares else None,
         "n_wins": wins,
         "n_wins_base": losses,
         "n_draws": draws,

@@ -33,6 +33,7 @@ TEMPERATURES = {
     "reasoning": 0.0,
     "stem": 0.1,
     "humanities": 0.1,
+    "arena-hard-200": 0.0,
 }
 """Of MT-Bench's categories, as FastChat has them."""
 OTHER_TEMPERATURE = 0.7
@@ -212,19 +213,19 @@ def _finish(journal: Journal, questions: Questions, asking: Asking) -> None:
     if questions.benchmark == "MT-Bench":
         ordered = sorted(questions.questions, key=lambda one: by_id(one.id))
         rows = [_mt_bench_row(one, journal.records[one.id], asking, journal.began) for one in ordered]
-        journal.finish("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        journal.finish("".join(json.dumps(row) + "\n" for row in rows))
     else:
         rows = [
             {**one.row, "output": journal.records[one.id][0][0], "generator": asking.name}
             for one in questions.questions
         ]
-        journal.finish(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+        journal.finish(json.dumps(rows, indent=2) + "\n")
 
 
 def _mt_bench_row(
     question: Question, choices: Sequence[Sequence[str]], asking: Asking, began: float
 ) -> dict[str, Any]:
-    said = json.dumps([asking.name, question.id, choices], ensure_ascii=False)
+    said = json.dumps([asking.name, question.id, choices])
     return {
         "question_id": question.id,
         "answer_id": hashlib.sha256(said.encode()).hexdigest()[:22],

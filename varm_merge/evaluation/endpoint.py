@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -50,7 +50,7 @@ class Load:
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    uncounted: int = field(default=0)
+    uncounted: int = 0
     """Requests whose tokens the endpoint did not tell."""
 
     def add(self, messages: Sequence[Message], max_tokens: int) -> None:
@@ -76,7 +76,10 @@ class Judged:
 
 def estimated_tokens(messages: Sequence[Message]) -> int:
     """Of a prompt, a token for every four bytes."""
-    return sum(len(message["content"].encode()) // BYTES_PER_TOKEN + BYTES_PER_TOKEN for message in messages)
+    return sum(
+        len(message["content"].encode(errors="replace")) // BYTES_PER_TOKEN + BYTES_PER_TOKEN
+        for message in messages
+    )
 
 
 class _Pace:
@@ -159,10 +162,6 @@ class Endpoint:
             base_url=self.url, api_key=self._key or NO_KEY, timeout=self._timeout, max_retries=0
         )
 
-    def redacted(self, text: str) -> str:
-        """A text without the key."""
-        return text.replace(self._key, "[key]") if self._key else text
-
     def ask(self, messages: Sequence[Message], max_tokens: int, **settings: Any) -> Reply:
         """An answer; tried again after what may pass.
 
@@ -200,16 +199,20 @@ class Endpoint:
         except openai.APITimeoutError:
             return "no answer in time", None
         except openai.APIStatusError as error:
-            told = self.redacted(f"{error.status_code} {_short(error.body or error.message)}")
+            told = f"{error.status_code} {self._told(error.body or error.message)}"
             if error.status_code in (401, 403, 404) or error.code == "insufficient_quota":
                 raise VarmError(f"{self.url} takes no request for `{self.model}`: {told}") from None
             if error.status_code not in (408, 409, 425, 429) and error.status_code < 500:
                 raise Failed(told) from None
             return told, _retry_after(error.response.headers)
         except (openai.APIError, ValueError, AttributeError, TypeError, LookupError) as error:
-            return self.redacted(
-                f"{type(error).__name__}: {_short(error)}"
-            ), None  # no connection, or a broken reply
+            return f"{type(error).__name__}: {self._told(error)}", None  # no connection, or a broken reply
+
+    def _told(self, message: Any) -> str:
+        """What went wrong, on a line, and without the key."""
+        text = str(message.get("message", message) if isinstance(message, dict) else message)
+        line = " ".join((text.replace(self._key, "[key]") if self._key else text).split())
+        return line if len(line) <= 200 else f"{line[:200]}…"
 
     def _read(self, reply: Any, seconds: float) -> Reply:
         choice = reply.choices[0].model_dump()
@@ -217,12 +220,12 @@ class Endpoint:
         used = reply.usage
         with self._lock:
             self.used.requests += 1
-            self.used.prompt_tokens += used.prompt_tokens if used else 0
-            self.used.completion_tokens += used.completion_tokens if used else 0
+            self.used.prompt_tokens += (used and used.prompt_tokens) or 0
+            self.used.completion_tokens += (used and used.completion_tokens) or 0
             self.used.uncounted += used is None
         if not isinstance(text, str):
             raise ValueError("an answer without text")
-        return Reply(text, choice, used.total_tokens if used else 0, seconds)
+        return Reply(text, choice, (used and used.total_tokens) or 0, seconds)
 
 
 def _sound(url: str) -> str:
@@ -232,12 +235,6 @@ def _sound(url: str) -> str:
     if parts.username or parts.password or parts.query:
         raise VarmError("the endpoint's URL has a key in it; set it in the environment, where nothing prints it")
     return url
-
-
-def _short(told: Any) -> str:
-    text = told if isinstance(told, str) else str(told.get("message", told) if isinstance(told, dict) else told)
-    line = " ".join(text.split())
-    return line if len(line) <= 200 else f"{line[:200]}…"
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from varm_merge.errors import VarmError
 
@@ -63,7 +63,7 @@ class Lines:
         self.path = path
         with _written_to(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[bytes] = path.open("a+b")
+            self._file = path.open("a+b", buffering=0)
         try:
             self._lock()
             self.rows = self._read()
@@ -92,11 +92,17 @@ class Lines:
         return rows
 
     def add(self, row: Any) -> None:
-        """Append a line; it is on the disk when this returns."""
+        """Append a line; it is on the disk when this returns, and no part of it if the disk refuses."""
+        line = memoryview(json.dumps(row).encode() + b"\n")
         with _written_to(self.path):
-            self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            size = self.path.stat().st_size
+            try:
+                while line:
+                    line = line[self._file.write(line) :]
+                os.fsync(self._file.fileno())
+            except OSError:
+                self._file.truncate(size)
+                raise
 
     def close(self) -> None:
         """Close the file; one that is empty is removed."""
@@ -157,17 +163,24 @@ class Journal:
         self._settings = output.with_name(f"{output.name}.settings.json")
         self._partial = output.with_name(f"{output.name}.partial")
         self.finished = output.exists()
-        self.began = self._agreed(about)
-        self._lines: Lines | None = None
+        self._lines = None if self.finished else Lines(self._partial)
+        try:
+            self.began = self._agreed(about)
+        except BaseException:
+            self._close()
+            raise
+        if self._lines is not None:
+            self.records = {_key(key): record for key, record in self._lines.rows}
 
     def _agreed(self, about: Mapping[str, Any]) -> float:
         """When the records that are there were begun; they are of what ``about`` says."""
-        if not self.finished and (not self._partial.exists() or not self._partial.stat().st_size):
+        if self._lines is not None and not self._lines.rows:
             began = time.time()  # or a run that has made nothing
             write_whole(self._settings, json.dumps({"began": began, **about}, indent=1, ensure_ascii=False) + "\n")
             return began
         if not self._settings.exists():
-            raise VarmError(f"`{self.output}` is there, and not made by this program; give another --output")
+            there = self.output if self.finished else self._partial
+            raise VarmError(f"`{there}` is there, without {self._settings.name}; give another --output")
         try:
             found = json.loads(self._settings.read_text(encoding="utf-8"))
             began = float(found.pop("began"))
@@ -183,9 +196,6 @@ class Journal:
         return began
 
     def __enter__(self) -> "Journal":
-        if not self.finished:
-            self._lines = Lines(self._partial)
-            self.records = {_key(key): record for key, record in self._lines.rows}
         return self
 
     def add(self, key: Hashable, record: Any) -> None:
@@ -203,10 +213,13 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._lines is not None:
-            self._lines.close()
+        self._close()
         if not self.finished and not self.records:
             self._settings.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
 
 
 def _key(key: Any) -> Hashable:

@@ -229,7 +229,7 @@ class LocalModel:
             num_beams=1,
             num_return_sequences=1,
             return_dict_in_generate=False,
-            eos_token_id=sorted(self.stops),
+            eos_token_id=sorted(self.stops) or None,
             pad_token_id=pad,
         )
         said = self.model.generate(

@@ -74,6 +74,11 @@ def games(questions: Questions, answers: Sequence[Path], prompts: Path, referenc
     Raises:
         VarmError: All that is missing in the files.
     """
+    names = [path.stem for path in answers]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise VarmError(
+            f"several files of answers have the name {', '.join(twice)}, by which models are told apart"
+        )
     if questions.benchmark != "MT-Bench":
         raise VarmError("these are AlpacaEval's questions; judge their answers by `evaluate judge alpaca-eval`")
     templates = _templates(prompts)

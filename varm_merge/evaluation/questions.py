@@ -60,7 +60,7 @@ class Questions:
     def sha256(self) -> str:
         """Of what is asked; other keys of the rows do not change it."""
         asked = [[one.id, one.category, list(one.turns)] for one in self.questions]
-        return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

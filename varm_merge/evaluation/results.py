@@ -82,8 +82,8 @@ def _rows(judgments: Sequence[Path]) -> list[dict[str, Any]]:
     for path in judgments:
         for where, row in rows_of(path):
             try:
-                float(row["score"])
-                found[row["model"], row["question_id"], row["turn"], row["judge"][0]] = row
+                key = row["model"], row["question_id"], row["turn"], row["judge"][0]
+                found[key] = {**row, "score": float(row["score"])}
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 raise VarmError(f"`{path}`, {where}: no judgment as FastChat writes it: {error!r}") from error
     judges = {judge for *_, judge in found}
@@ -120,11 +120,12 @@ def alpaca_eval(annotations: Iterable[Path]) -> dict[str, Any]:
         rows = [row for _, row in rows_of(path)]
         try:
             name, reference = rows[0]["generator_2"], rows[0]["generator_1"]
-            if name in models:
-                raise VarmError(f"two files have annotations of `{name}`")
-            models[name] = {**win_rate(rows), "reference": reference, "judge": rows[0]["annotator"]}
+            found = {**win_rate(rows), "reference": reference, "judge": rows[0]["annotator"]}
         except (KeyError, TypeError, ValueError) as error:
             raise VarmError(f"`{path}` has no annotations as alpaca_eval writes them: {error!r}") from error
+        if name in models:
+            raise VarmError(f"two files have annotations of `{name}`")
+        models[name] = found
     return {"benchmark": "AlpacaEval", "models": models}
 
 
@@ -147,8 +148,8 @@ def tables(found: Mapping[str, Any]) -> Iterator[Table]:
         rows = [
             [
                 name,
-                f"{of['win_rate']:.2f}",
-                f"{of['standard_error']:.2f}",
+                _number(of["win_rate"]),
+                _number(of["standard_error"]),
                 *(str(of[key]) for key in ("n_wins", "n_wins_base", "n_draws", "n_unrated", "avg_length")),
                 of["reference"],
                 of["judge"],
@@ -158,12 +159,16 @@ def tables(found: Mapping[str, Any]) -> Iterator[Table]:
         yield "AlpacaEval 2", header, rows
 
 
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
 def _cell(model: Mapping[str, Any], name: str) -> str:
     score = model["scores"].get(name)
     if score is None:
         return "–"
     change = model.get("improvement", {}).get(name)
-    return f"{score:.2f}" + (f" {change:+.2f}%" if change is not None else "")
+    return _number(score) + (f" {change:+.2f}%" if change is not None else "")
 
 
 def remarks(found: Mapping[str, Any]) -> Iterator[str]:
