@@ -27,7 +27,7 @@ pytest_plugins = ["browser"]
 Found = dict[str, Any]
 QUIET = MergeOptions(quiet=True)
 HOSTILE = [
-    "</script><script>alert(1)</script>",
+    "</script ><script>alert(1)</script>",
     "\"><img src=x onerror=alert(2)> \\u2028 \u2028 ' & {{ 7 * 7 }}",
     "модель-名前-😀" + "long" * 60,
 ]
