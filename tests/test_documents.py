@@ -4,6 +4,7 @@ The models the documents name are tiny ones of the same architectures, on a Hub 
 or SLURM is put in other words, or named below with the test that runs it.
 """
 
+import json
 import os
 import re
 import shutil
@@ -11,9 +12,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 import hub_server
+import judge_server
 import pytest
 import tiny_sources
 import torch
@@ -29,6 +32,7 @@ DOCUMENTS = [
     "README.md",
     *(f"docs/{name}.md" for name in ("fusing", "merging", "formats", "scaling", "differences")),
 ]
+JUDGE = "http://localhost:8000/v1"
 PIVOT, SOLAR = "openchat/openchat_3.5", "NousResearch/Nous-Hermes-2-SOLAR-10.7B"
 TARGETS = ("FuseAI/OpenChat-3.5-7B-Mixtral", "FuseAI/OpenChat-3.5-7B-Solar")
 
@@ -43,6 +47,8 @@ INSTEAD = {
     "examples/accelerate/fsdp_8gpu.yaml": "examples/accelerate/cpu.yaml",
     "examples/accelerate/ddp_8gpu.yaml": "examples/accelerate/cpu.yaml",
     "--models demo_out/sharegpt": "--models demo_out/sharegpt --conversations 60",
+    "--methods varm,varm:layer,ties,linear": "--methods varm,linear",
+    "--methods varm,sce,ties,dare_linear": "--methods dare_linear",
 }
 """What stands in for what, where a machine like this has no such thing."""
 
@@ -62,6 +68,11 @@ def commands(document: str) -> Iterator[str]:
                 yield shown
 
 
+def judged(body: dict[str, Any]) -> str | dict[str, float]:
+    """What a judge says: a rating, or where it is asked for probabilities, which of two is better."""
+    return {"M": 0.75, "m": 0.25} if body.get("logprobs") else "A fair answer. Rating: [[7]]"
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return save_models(tmp_path_factory.mktemp("models"))
@@ -71,13 +82,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def environment(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -> Iterator[dict[str, str]]:
     """Programs that start at once, and a Hub that has the models."""
     folder = tmp_path_factory.mktemp("hub")
-    with hub_server.serving() as hub:
+    with hub_server.serving() as hub, judge_server.serving(judged) as judge:
         for name, model in models.items():
             hub.add(name, {path.name: path.read_bytes() for path in model.iterdir()})
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "0",
             "HF_ENDPOINT": hub.url,
+            "JUDGE": judge.url,
             "HF_HOME": str(folder / "home"),
             "HF_TOKEN": hub_server.TOKEN,
             "HF_HUB_DISABLE_XET": "1",
@@ -123,7 +135,43 @@ class Reader:
         chats = tiny_sources.made_up_chats(150, seed=3, words=8, turns=1)
         tiny_sources.write_sharegpt(folder / "chats.jsonl", chats)
         tiny_sources.write_sharegpt(folder / "held_out.jsonl", tiny_sources.made_up_chats(6, seed=4))
+        self.has_the_benchmarks()
         self.has_run_the_demo(models)
+
+    def has_the_benchmarks(self) -> None:
+        """Questions and prompts in the formats of FastChat and alpaca_eval."""
+        question = {"question_id": 81, "category": "writing", "turns": ["sort 3 1 2", "and now the words"]}
+        (self.folder / "question.jsonl").write_text(json.dumps(question) + "\n")
+        fields = {
+            "v1": ("question", "answer"),
+            "v1-multi-turn": ("question_1", "answer_1", "question_2", "answer_2"),
+        }
+        reference = {"v1": ("ref_answer_1",), "v1-multi-turn": ("ref_answer_1", "ref_answer_2")}
+        prompts = [
+            {
+                "name": f"single-{kind}{turns}",
+                "type": "single",
+                "system_prompt": "You judge.",
+                "prompt_template": "\n".join(
+                    f"{{{one}}}" for one in (*fields[turns], *(reference[turns] if kind else ()))
+                ),
+                "description": "",
+                "category": "general",
+                "output_format": "[[rating]]",
+            }
+            for kind in ("", "math-")
+            for turns in fields
+        ]
+        (self.folder / "judge_prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in prompts))
+        choices = [{"index": 0, "turns": ["1 2 3", "hello please"]}]
+        right = {"question_id": 81, "answer_id": "a", "model_id": "gpt-4", "choices": choices, "tstamp": 0.0}
+        (self.folder / "reference_answer").mkdir()
+        (self.folder / "reference_answer" / "gpt-4.jsonl").write_text(json.dumps(right) + "\n")
+        asked = {"instruction": "add 1 2", "dataset": "made up", "generator": "gpt-4", "output": "3"}
+        for name in ("alpaca_eval.json", "alpaca_eval_gpt4_baseline.json"):
+            (self.folder / name).write_text(json.dumps([asked]))
+        clf = "<|im_start|>user\n{instruction}\nm: {output_1}\nM: {output_2}\n<|im_end|>"
+        (self.folder / "alpaca_eval_clf.txt").write_text(clf)
 
     def has_run_the_demo(self, models: Mapping[str, Path]) -> None:
         """What ``make demo`` leaves behind, as far as the tour uses it."""
@@ -150,6 +198,7 @@ class Reader:
 
     def does(self, script: str) -> str:
         environment = dict(self.environment)
+        script = script.replace(JUDGE, environment["JUDGE"])
         if script == "varm-merge doctor":  # looks at what stands on PATH
             environment["PATH"] = environment["PATH"].partition(":")[2]
         done = subprocess.run(
