@@ -22,6 +22,7 @@ What all pages share (``pages/look.css``, ``pages/look.js``):
 - ``section`` is a card, ``p.note`` a remark, ``p.warning`` one that matters, ``td`` a number unless ``td.text``.
 - Colours are the variables at the head of ``look.css``; each has a light and a dark value. ``.heat`` with
   ``style="--share: 0.4"`` is a cell between the neutral colour (0) and the ends of the scale (-1, 1).
+- ``{{ name | breakable }}`` may be broken after the points and underscores of its name.
 - Write tables with all their rows: they stay where scripts do not run or have failed. ``.needs-script`` is hidden
   there and ``.without-script`` shown; the block ``without_script`` says what is missing.
 """
@@ -29,6 +30,7 @@ What all pages share (``pages/look.css``, ``pages/look.js``):
 import hashlib
 import json
 import os
+import re
 from base64 import b64encode
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,7 @@ def render(template: str, **data: Any) -> str:
         source, _, _ = pages.get_source(environment, name)
         return Markup(source)
 
-    environment.filters |= {"json": _json, "hash": _hash}
+    environment.filters |= {"json": _json, "hash": _hash, "breakable": _breakable}
     environment.globals |= {"inline": inline, "version": __version__, "data": {}}
     return str(environment.get_template(template).render(**data))
 
@@ -89,6 +91,10 @@ def _json(value: Any) -> Markup:
     """JSON that is safe inside ``<script>``: nothing in it can end the element or open a comment."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", r"\u0026").replace("<", r"\u003c").replace(">", r"\u003e"))
+
+
+def _breakable(name: str) -> Markup:
+    return Markup("<wbr>").join(re.split(r"(?<=[._/])", name))
 
 
 def _hash(script: str) -> str:

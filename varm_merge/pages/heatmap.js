@@ -12,6 +12,13 @@ function made(tag, className = "", text = "", attributes = {}) {
   return element;
 }
 
+/** The header of a row, whose name may be broken after points and underscores. */
+function rowHead(className, name) {
+  const head = made("th", className, "", { scope: "row" });
+  head.append(...name.split(/(?<=[._/])/).flatMap((part) => [part, made("wbr")]));
+  return head;
+}
+
 /** A number in three digits, as the tables have them. */
 function brief(value) {
   return value !== 0 && Math.abs(value) < 1e-4 ? value.toExponential(2) : String(Number(value.toPrecision(3)));
@@ -40,9 +47,7 @@ function heatMap(granularity, target) {
   const body = table.createTBody();
   for (const row of [...rows.keys()].sort((a, b) => a - b)) {
     const line = body.insertRow();
-    const label = made("th", "", "", { scope: "row" });
-    label.append(...data.rows[row].split(/(?<=[._])/).flatMap((part) => [part, made("wbr")]));
-    line.append(label);
+    line.append(rowHead("", data.rows[row]));
     const ofRow = new Map(rows.get(row).map((unit) => [unit[COLUMN], unit]));
     if (ofRow.has(-1)) {
       const cell = mapCell(ofRow.get(-1), target);

@@ -34,7 +34,7 @@ function fillUnits() {
     const numbers = unit[NUMBERS];
     const wrong = typeof numbers === "string";
     const remark = wrong ? numbers : unit[MOVED] ? "" : "no target moved: the pivot is kept";
-    line.append(made("th", "name", unit[NAME], { scope: "row" }), made("td", "", unit[ELEMENTS].toLocaleString("en")));
+    line.append(rowHead("name", unit[NAME]), made("td", "", unit[ELEMENTS].toLocaleString("en")));
     for (const target of data.targets.keys()) {
       line.append(made("td", "", wrong || numbers[target] === null ? "–" : numbers[target][0].toFixed(3)));
     }

@@ -21,16 +21,18 @@ const mark = (index, x, y) => drawn("path", {
   fill: index % 6 < 4 ? `var(--line-${(index % 6) + 1})` : "none", "stroke-width": 2, class: "mark",
 });
 
-/** Ticks of a logarithmic axis: powers of ten, and 2 and 5 of each where there are few. */
-function logTicks(least, greatest) {
+/** Ticks of a logarithmic axis around the values: powers of ten, and 2 and 5 of each where there are few. */
+function logTicks(values) {
+  const [least, greatest] = [Math.min(...values), Math.max(...values)];
   const decades = Math.log10(greatest / least);
   const factors = decades < 3 ? [1, 2, 5] : [1];
   const every = Math.max(1, Math.ceil(decades / 8));
   const ticks = [];
-  for (let power = Math.floor(Math.log10(least)); power <= Math.ceil(Math.log10(greatest)); power += 1) {
+  for (let power = Math.floor(Math.log10(least)) - every; power <= Math.ceil(Math.log10(greatest)) + every; power += 1) {
     if (power % every === 0) ticks.push(...factors.map((factor) => Number(`${factor}e${power}`)));
   }
-  return ticks.filter((tick) => tick >= least && tick <= greatest);
+  const [first, last] = [ticks.findLastIndex((tick) => tick < least), ticks.findIndex((tick) => tick > greatest)];
+  return ticks.slice(first, last + 1);
 }
 
 /** Draw the plot and keep it as wide as its place; the slider and the pointer choose the block that is read out. */
@@ -42,7 +44,8 @@ function startPlot(place, blocks, targets) {
     document.getElementById("depth").textContent = "No target moved any block.";
     return;
   }
-  const [least, greatest] = [Math.min(...values) / 1.25, Math.max(...values) * 1.25];
+  const ticks = logTicks(values);
+  const [least, greatest] = [ticks[0], ticks.at(-1)];
   const left = 52;
   let step = 1;
   const x = (index) => left + step * (index + 0.5);
@@ -53,7 +56,7 @@ function startPlot(place, blocks, targets) {
     const y = (value) => 8 + (bottom - 8) * (1 - Math.log(value / least) / Math.log(greatest / least));
     step = (width - left - 8) / blocks.length;
     const svg = drawn("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Mean squared delta by block; the table below has its numbers" });
-    for (const tick of logTicks(least, greatest)) {
+    for (const tick of ticks) {
       svg.append(drawn("line", { x1: left, x2: width, y1: y(tick), y2: y(tick), class: "grid" }));
       svg.append(drawn("text", { x: left - 6, y: y(tick) + 4, "text-anchor": "end" }, tick.toExponential()));
     }
