@@ -137,17 +137,16 @@ def test_blocks_moved_as_far_as_their_elements_on_average(
             assert float(told_mean[1]) == pytest.approx(mean, rel=5e-3)
     assert page.get_attribute("#block", "aria-valuetext") == told
     lines = page.locator("#plot path:not(.mark)")
-    styles = [lines.nth(index).evaluate("(one) => [one.getAttribute('stroke-dasharray')]") for index in range(3)]
-    assert len({str(style) for style in styles}) == 3  # not told apart by colour alone
-    heights = [
-        [float(y) for y in re.findall(r" ([\d.]+)", lines.nth(i).get_attribute("d") or "")] for i in range(3)
-    ]
-    means = [
-        [block["means"][i] for block in inspection_page._depth(found["tensors"], found["targets"])]
-        for i in range(3)
-    ]
-    flat, drawn = np.ravel(means), np.ravel(heights)
-    assert list(np.argsort(flat)) == list(np.argsort(-drawn))
+    dashes = [line.get_attribute("stroke-dasharray") for line in lines.all()]
+    assert len({*dashes}) == 3  # not told apart by colour alone
+    paths = [line.get_attribute("d") or "" for line in lines.all()]
+    heights_KB = np.array([[float(y) for y in re.findall(r" ([\d.]+)", path)] for path in paths])
+    means_BK = page.locator("#depth-table tbody tr").evaluate_all(
+        "(rows) => rows.map((row) => [...row.cells].slice(1).map((cell) => Number(cell.dataset.value)))"
+    )
+    assert list(np.argsort(np.ravel(means_BK))) == list(np.argsort(-heights_KB.T.ravel()))
+    ticks = [float(tick) for tick in page.locator("#plot text[text-anchor=end]").all_text_contents()]
+    assert ticks[0] <= np.min(means_BK) <= np.max(means_BK) <= ticks[-1]
 
 
 def test_agreement_is_told_of_each_pair(found: Found, written: Callable[[Found], Path], visit: Visit) -> None:
@@ -302,6 +301,8 @@ def test_a_finger_reads_what_a_pointer_reads(found: Found, written: Callable[[Fo
     cell = page.locator("#maps figure").nth(2).locator("td[tabindex]").nth(3)
     cell.tap()
     assert "target_3: weight" in page.inner_text("#readout")
+    page.keyboard.press("ArrowDown")  # goes on in the column that was tapped
+    assert page.inner_text("#readout").startswith("model.layers.1.mlp.gate_proj")
     box = page.locator("#readout").bounding_box()
     assert box is not None
     assert box["y"] + box["height"] <= 740  # in view, wherever the finger is

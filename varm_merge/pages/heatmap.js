@@ -154,9 +154,7 @@ function startWalking(maps) {
     next.scrollIntoView({ block: "nearest", inline: "nearest" });
   });
   maps.addEventListener("click", ({ target: cell }) => {
-    if (!cell.unit) return;
-    if (cell.colSpan === 1) wanted = cell.cellIndex;
-    cell.focus();
+    if (cell.unit && cell.colSpan === 1) wanted = cell.cellIndex;
   });
 }
 
