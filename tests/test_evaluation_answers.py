@@ -147,6 +147,7 @@ def test_samples_do_not_depend_on_the_batch(batch_size: int, llama: Path, tmp_pa
     expected = tmp_path / "expected.jsonl"
     assert asked(llama, reversed_, expected, *more, "--batch-size", 5).exit_code == 0
     assert said(found) == said(expected)
+    assert [row["question_id"] for row in rows(expected)] == [81, 82, 83, 84]
     for choices in said(found).values():
         assert len({tuple(turns) for turns in choices}) == 3
     other = tmp_path / "other.jsonl"

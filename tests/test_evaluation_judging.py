@@ -594,7 +594,7 @@ def test_results_have_the_papers_form(bench: Bench) -> None:
     shown = CliRunner().invoke(main, command)
     assert shown.exit_code == 0, shown.output
     _, title, header, *table = shown.output.splitlines()
-    assert title == "MT-Bench, judged by j, in percent of CLM"
+    assert title == "MT-Bench, judged by j, with the improvement over CLM"
     assert header.split() == ["CLM", "VaRM"]
     assert [line.split() for line in table] == [
         ["Writing", "4.00", "5.00", "+25.00%"],
@@ -639,6 +639,7 @@ def test_win_rates_of_several_models_are_side_by_side(alpaca: Alpaca) -> None:
     better.write_text(json.dumps([{**row, "generator_2": "better", "preference": 2} for row in rows]))
     shown = CliRunner().invoke(main, ["evaluate", "results", str(alpaca.output), str(better)])
     assert shown.exit_code == 0, shown.output
+    assert shown.output.splitlines()[1] == "AlpacaEval 2, against theirs, judged by the-judge"
     ours, best = (line.split() for line in shown.output.splitlines()[-2:])
     shares = [50 if n == 4 else 5 + 7 * n for n in range(12)]
     assert ours[:6] == [
@@ -649,4 +650,8 @@ def test_win_rates_of_several_models_are_side_by_side(alpaca: Alpaca) -> None:
     ]
     assert best[:6] == ["better", "100.00", "0.00", "12", "0", "0"]
     both = CliRunner().invoke(main, ["evaluate", "results", str(better), str(better)])
-    assert "two files have annotations of `better`" in both.output
+    assert both.output == "Error: two files have annotations of `better`\n"
+    better.write_text(json.dumps([{**row, "generator_2": "better", "annotator": "another"} for row in rows[1:]]))
+    unlike = CliRunner().invoke(main, ["evaluate", "results", str(alpaca.output), str(better)])
+    assert "different judges, and are no fair comparison: the-judge, another" in unlike.output
+    assert "different numbers of pairs, and are no fair comparison: 12, 11" in unlike.output

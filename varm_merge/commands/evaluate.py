@@ -57,7 +57,7 @@ def through_endpoint(prefix: str) -> Callable[[Command], Command]:
             f"--{prefix}key-env",
             "key_variable",
             metavar="NAME",
-            help="Environment variable with the endpoint's key. [default: OPENAI_API_KEY]",
+            help="Environment variable with the endpoint's key.  [default: OPENAI_API_KEY]",
         ),
         click.option(
             "--timeout",
@@ -299,8 +299,9 @@ def judge_alpaca_eval(
     OUTPUT, if that has all 805 instructions in their order:
 
     \b
-      python -c 'import pandas; from alpaca_eval.metrics import get_length_controlled_winrate as lc;
-      print(lc(pandas.read_json("annotations.json"), save_weights_dir=None))'
+      python -c "import pandas, alpaca_eval.metrics as metrics; \\
+        annotations = pandas.read_json('VaRM/annotations.json'); \\
+        print(metrics.get_length_controlled_winrate(annotations, save_weights_dir=None))"
 
     \b
     Example:

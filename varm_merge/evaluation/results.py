@@ -137,26 +137,29 @@ def tables(found: Mapping[str, Any]) -> Iterator[Table]:
     """What ``mt_bench`` or ``alpaca_eval`` has found, for a terminal."""
     models = found["models"]
     if found["benchmark"] == "MT-Bench":
-        against = f", in percent of {found['baseline']}" if found["baseline"] else ""
+        against = f", with the improvement over {found['baseline']}" if found["baseline"] else ""
         names = next(iter(models.values()))["scores"]
         rows = [
             [NAMES.get(name, name.capitalize()), *(_cell(of, name) for of in models.values())] for name in names
         ]
         yield f"MT-Bench, judged by {found['judge']}{against}", ["", *models], rows
     else:
-        header = ["", "win rate, %", "± error", "wins", "losses", "draws", "unrated", "length", "against", "judge"]
+        header = ["", "win rate, %", "± error", "wins", "losses", "draws", "unrated", "length"]
         rows = [
             [
                 name,
                 _number(of["win_rate"]),
                 _number(of["standard_error"]),
                 *(str(of[key]) for key in ("n_wins", "n_wins_base", "n_draws", "n_unrated", "avg_length")),
-                of["reference"],
-                of["judge"],
             ]
             for name, of in models.items()
         ]
-        yield "AlpacaEval 2", header, rows
+        judge, reference = (" and ".join(_different(models, key)) for key in ("judge", "reference"))
+        yield f"AlpacaEval 2, against {reference}, judged by {judge}", header, rows
+
+
+def _different(models: Mapping[str, Any], key: str) -> list[str]:
+    return list(dict.fromkeys(str(of[key]) for of in models.values()))
 
 
 def _number(value: float | None) -> str:
@@ -175,6 +178,13 @@ def remarks(found: Mapping[str, Any]) -> Iterator[str]:
     """What one should know of the numbers."""
     models = found["models"]
     if found["benchmark"] == "AlpacaEval":
+        for key, what in (
+            ("judge", "judges"),
+            ("reference", "reference outputs"),
+            ("n_total", "numbers of pairs"),
+        ):
+            if len(some := _different(models, key)) > 1:
+                yield f"the models have different {what}, and are no fair comparison: {', '.join(some)}"
         return
     for name, of in models.items():
         if of["unrated"]:
