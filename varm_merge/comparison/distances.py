@@ -124,7 +124,8 @@ def _of_tensor(pivot: Tensor, merged: Tensor, targets: Sequence[Tensor]) -> _Sum
 def _of_target(sums: _Sums, number: int) -> Iterator[tuple[str, float | None]]:
     yield "distance", _ratio(math.sqrt(sums.apart[number]), math.sqrt(sums.pivot))
     yield "cosine", _ratio(sums.products[number], math.sqrt(sums.merged) * math.sqrt(sums.targets[number]))
-    yield "sign_agreement", _ratio(sums.same_sign[number], sums.moved[number])
+    is_number = math.isfinite(sums.targets[number])
+    yield "sign_agreement", _ratio(sums.same_sign[number], sums.moved[number]) if is_number else None
 
 
 def _ratio(one: float, other: float) -> float | None:

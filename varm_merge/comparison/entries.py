@@ -159,6 +159,8 @@ def check(entry: Entry, cache_dir: str | None) -> None:
     problems = recipe.check(entry.text, every=True, looked=looked, cache_dir=cache_dir)
     entry.bytes = looked.estimate.get("written_bytes", 0)
     entry.problems = [f"line {problem.line}: {problem.message}" for problem in problems]
+    if entry.method == "nuslerp" and "base_model" not in entry.content and len(entry.models) != 2:
+        entry.problems.append(f"nuslerp merges exactly 2 models, not {len(entry.models)}")
     if entry.method == "slerp":
         more = "; multislerp and karcher merge more than two"
         entry.problems = [one + more if "merges exactly 2" in one else one for one in entry.problems]

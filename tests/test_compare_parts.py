@@ -1,0 +1,360 @@
+"""The parts of ``varm-merge compare``: recipes of methods, distances, records, measuring, the command line."""
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mergekit.merge
+import numpy as np
+import pytest
+import tiny_models
+import torch
+import yaml
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import registered_methods
+from mergekit.options import MergeOptions
+from runs import checkpoint
+from tiny_models import Family
+
+import varm_merge.method  # noqa: F401  registers varm
+from varm_merge import measure
+from varm_merge.cli import main
+from varm_merge.comparison import programs
+from varm_merge.comparison.distances import distances, moved_layers
+from varm_merge.comparison.entries import Entry, check, entries, family, short_names
+from varm_merge.comparison.evaluation import Tasks
+from varm_merge.comparison.steps import Contents, Steps, locked, write
+from varm_merge.errors import VarmError
+from varm_merge.measure import CommandError, measured
+
+METHODS = sorted(one.spec.name for one in registered_methods())
+OF_TWO_MODELS = {"slerp", "nearswap", "arcee_fusion"}
+FITS = {
+    1: {*METHODS} - {"nuslerp", "model_stock"},
+    2: {*METHODS} - {"passthrough"},
+    3: {*METHODS} - {"passthrough", "nuslerp", *OF_TWO_MODELS},
+}
+"""The methods that merge so many targets, by mergekit's contracts."""
+
+
+# Recipes of methods
+
+
+def of_methods(methods: list[str], base: Path, targets: list[Path], folder: Path) -> list[Entry]:
+    found = entries([], methods, str(base), [str(target) for target in targets], folder)
+    for entry in found:
+        check(entry, None)
+    return found
+
+
+@pytest.mark.parametrize("targets", [1, 2, 3])
+def test_every_method_that_fits_gets_a_sound_recipe_and_the_others_a_reason(
+    targets: int, family: Callable[..., Family], tmp_path: Path
+) -> None:
+    members = family("llama", targets=3)
+    found = of_methods(METHODS, members.pivot, list(members.targets[:targets]), tmp_path)
+    assert {entry.name for entry in found if not entry.problems} == FITS[targets]
+    for entry in found:
+        assert entry.path.read_text() == entry.text
+        assert all("merges" in problem for problem in entry.problems), entry.problems
+    if targets == 3:
+        (slerp,) = [entry for entry in found if entry.name == "slerp"]
+        assert slerp.problems[0].endswith("not 4; multislerp and karcher merge more than two")
+
+
+@pytest.mark.parametrize("method", sorted(FITS[2]))
+def test_the_published_settings_merge_two_targets(
+    method: str, family: Callable[..., Family], tmp_path: Path
+) -> None:
+    members = family("llama", targets=3)
+    (entry,) = of_methods([method], members.pivot, list(members.targets[:2]), tmp_path)
+    options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
+    out = tmp_path / "out"
+    mergekit.merge.run_merge(MergeConfiguration.model_validate(entry.content), str(out), options=options)
+    assert all(np.isfinite(tensor).all() for tensor in checkpoint(out).values())
+
+
+def test_a_recipes_models_and_its_other_keys_are_taken_for_methods(mistral: Family, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    models = [{"model": str(target)} for target in mistral.targets]
+    content = {"merge_method": "varm", "base_model": str(mistral.pivot), "models": models, "dtype": "bfloat16"}
+    recipe.write_text(yaml.safe_dump(content))
+    found = entries([recipe], ["ties", "varm:layer"], None, [], tmp_path / "recipes")
+    assert [entry.name for entry in found] == ["mine", "ties", "varm-layer"]
+    ties, layer = found[1].content, found[2].content
+    assert (ties["base_model"], ties["models"], ties["dtype"]) == (str(mistral.pivot), models, "bfloat16")
+    assert ties["parameters"] == {"weight": 1.0, "density": 0.2}
+    assert layer["parameters"] == {"granularity": "layer"}
+
+
+def entry(tmp_path: Path, name: str, **content: Any) -> Path:
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_the_pivot_is_the_base_model_that_is_not_merged_itself(tmp_path: Path) -> None:
+    models = [{"model": "a"}, {"model": "b"}]
+    slerp = entry(tmp_path, "slerp", merge_method="slerp", base_model="a", models=models)
+    varm = entry(tmp_path, "varm", merge_method="varm", base_model="p", models=models)
+    sliced = entry(
+        tmp_path, "s", merge_method="linear", slices=[{"sources": [{"model": "c", "layer_range": [0, 1]}]}]
+    )
+    both = entries([slerp, varm, sliced], [], None, [], tmp_path)
+    assert (family(both).pivot, family(both).targets) == ("p", ("a", "b", "c"))
+    assert family(both[:1]).pivot == "a"
+    assert family(both, "b").targets == ("a", "c")
+    other = entries([varm, entry(tmp_path, "o", base_model="q", models=models)], [], None, [], tmp_path)
+    with pytest.raises(VarmError, match="the pivot is one of p or q: say with --base"):
+        family(other)
+    with pytest.raises(VarmError, match="name no base_model: say with --base"):
+        family(both[2:])
+
+
+def test_two_names_of_one_folder_are_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("p", "a"):
+        Path(name).mkdir()
+    one = entry(tmp_path, "one", base_model="./p", models=[{"model": "a"}, {"model": "p"}])
+    two = entry(tmp_path, "two", base_model="./p", models=[{"model": "./a/"}])
+    found = entries([one, two], [], None, [], tmp_path)
+    assert family(found).targets == ("a",)
+
+
+def test_models_are_told_apart_by_as_little_of_their_paths_as_is_enough() -> None:
+    assert short_names(["x/a", "x/b/"]) == ["a", "b"]
+    assert short_names(["x/a", "y/a", "b"]) == ["x/a", "y/a", "b"]
+    assert short_names(["x/ties", "x/b"], taken=["ties"]) == ["x/ties", "x/b"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told", "code"),
+    [
+        ([], "nothing to compare: give recipes, or --methods with --base and --models", 1),
+        (["--methods", "tiess", "--base", "p", "--models", "a"], "mergekit knows no method `tiess`", 1),
+        (["--methods", "varm:layers", "--base", "p", "--models", "a"], "`varm:layers` is no method", 1),
+        (["--methods", "ties", "--models", "a"], "--models needs --base", 1),
+        (["--methods", "ties"], "--methods needs models", 1),
+        (["--models", "a"], "--models goes with --methods", 2),
+        (["--template", "chatml"], "--template goes with --held-out", 2),
+        (["nowhere.yaml"], "'nowhere.yaml' does not exist", 2),
+        (["--quiet", "--verbose"], "exclude each other", 2),
+    ],
+)
+def test_what_cannot_be_begun_is_a_sentence(arguments: list[str], told: str, code: int, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["compare", "--out", str(tmp_path / "out"), *arguments])
+    assert told in done.output
+    assert done.exit_code == code
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    done = CliRunner().invoke(main, ["compare", "--out", str(tmp_path), "--methods", "ties"])
+    assert "is not empty and holds no comparison" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_two_comparisons_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path),
+        pytest.raises(VarmError, match="another `varm-merge compare` works in"),
+        locked(tmp_path),
+    ):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("varm_merge.comparison.evaluation.find_spec", lambda _name: None)
+    with pytest.raises(VarmError, match=r"pip install 'varm-merge\[eval\]'"):
+        Tasks(("arc",)).demand()
+
+
+def test_a_tasks_fingerprint_covers_its_data_and_runs_none_of_its_code(tmp_path: Path) -> None:
+    data, folder = tmp_path / "data.jsonl", tmp_path / "tasks"
+    folder.mkdir()
+    data.write_text("{}\n")
+    (folder / "mine.yaml").write_text(
+        f"task: mine\nprocess: !function utils.x\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+    )
+    (folder / "utils.py").write_text("raise SystemExit\n")
+
+    def about() -> dict[str, Any]:
+        return Tasks(("mine",), folder).about(Contents(tmp_path / "contents.json"), "mine")
+
+    first = about()
+    assert about() == first
+    data.write_text("{}\n{}\n")
+    assert about() != first
+
+
+# Distances
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distances_are_exact_over_shards_and_dtypes(
+    dtype: torch.dtype, family: Callable[..., Family], tmp_path: Path
+) -> None:
+    members = family("mistral", targets=3, dtype=dtype)
+    merged = tiny_models.resave(members.targets[2], tmp_path / "merged", shard_size="5KB")
+    assert len(list(merged.glob("*.safetensors"))) > 1
+    found = distances(merged, members.pivot, {"a": members.targets[0], "same": members.targets[2]})
+    arrays = [checkpoint(folder) for folder in (members.pivot, merged, members.targets[0])]
+    pivot, model, target = (np.concatenate([one[name].ravel() for name in arrays[0]]) for one in arrays)
+    size, moved = np.linalg.norm(pivot), target != pivot
+    assert found["pivot"] == pytest.approx(np.linalg.norm(model - pivot) / size, rel=1e-12)
+    assert found["targets"]["a"]["distance"] == pytest.approx(np.linalg.norm(model - target) / size, rel=1e-12)
+    agree = np.sign((model - pivot)[moved]) == np.sign((target - pivot)[moved])
+    assert found["targets"]["a"]["sign_agreement"] == np.mean(agree)
+    assert found["targets"]["same"] == {"distance": 0.0, "cosine": pytest.approx(1.0), "sign_agreement": 1.0}
+    assert found["not_compared"] == {"tensors": 0, "some": []}
+
+
+def test_the_pivot_itself_has_no_direction_and_other_shapes_are_counted(mistral: Family, tmp_path: Path) -> None:
+    found = distances(mistral.pivot, mistral.pivot, {"t": mistral.targets[0]})
+    assert found["pivot"] == 0
+    assert found["targets"]["t"]["cosine"] is None
+    assert found["targets"]["t"]["sign_agreement"] == 0
+    longer = tmp_path / "longer"
+    tiny_models.resave(mistral.targets[0], longer)
+    embeddings = "model.embed_tokens.weight"
+
+    def lengthen(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[embeddings] = torch.cat([tensors[embeddings], torch.ones(1, 16)])
+        tensors["new"] = torch.ones(1)
+
+    tiny_models.edit(longer, lengthen)
+    found = distances(longer, mistral.pivot, {})
+    assert found["not_compared"] == {"tensors": 2, "some": [embeddings, "new"]}
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=4), st.integers(0, 2))
+def test_slices_are_comparable_only_where_each_layer_keeps_its_place(sizes: list[int], shift: int) -> None:
+    ends = np.cumsum([0, *sizes]).tolist()
+    ranges = [[first + shift, last + shift] for first, last in itertools.pairwise(ends)]
+    recipe = {"slices": [{"sources": [{"model": "p", "layer_range": one}] * 2} for one in ranges]}
+    assert (moved_layers(recipe, ends[-1]) is None) == (shift == 0)
+    if not shift:
+        assert f"it has {ends[-1]} layers, the pivot {ends[-1] + 1}" == moved_layers(recipe, ends[-1] + 1)
+    assert moved_layers({"models": []}, 3) is None
+
+
+# Records
+
+
+def test_a_record_counts_only_for_what_it_depends_on(tmp_path: Path) -> None:
+    steps = Steps(tmp_path)
+    steps.save("merge", "a/b", {"recipe": "x", "inputs": ["1"]}, {"runs": [1]})
+    assert steps.found("merge", "a/b", {"recipe": "x", "inputs": ["1"]}) == {"runs": [1]}
+    assert steps.found("merge", "a/b", {"recipe": "y", "inputs": ["1"]}) is None
+    assert steps.changed("merge", "a/b", {"recipe": "y", "inputs": ["1"]}) == ["recipe"]
+    path = steps.path("merge", "a/b")
+    for half in (path.read_text()[:-20], "[]", "", '{"about": 1, "result": 2}'):
+        path.write_text(half)
+        assert steps.found("merge", "a/b", {"recipe": "x", "inputs": ["1"]}) is None
+
+
+def test_contents_are_read_once_and_again_when_they_change(tmp_path: Path) -> None:
+    file, known = tmp_path / "a.bin", tmp_path / "known.json"
+    file.write_bytes(b"one")
+    first = Contents(known).fingerprint([file])
+    again = Contents(known)
+    assert again.fingerprint([file]) == first
+    assert not again.read
+    file.write_bytes(b"two, longer")
+    assert Contents(known).fingerprint([file]) != first
+    known.write_text("broken")
+    assert Contents(known).fingerprint([file]) != first
+    with pytest.raises(VarmError, match="cannot be read: No such file"):
+        Contents(known).fingerprint([tmp_path / "nowhere"])
+
+
+def test_a_full_disk_leaves_no_half_file(small_disk: Callable[[int], Path]) -> None:
+    folder = small_disk(1 << 16)
+    write(folder / "a.json", "old")
+    with pytest.raises(VarmError, match=r"a.json` cannot be written: No space left"):
+        write(folder / "a.json", "x" * (1 << 20))
+    assert [path.name for path in folder.iterdir()] == ["a.json"]
+    assert (folder / "a.json").read_text() == "old"
+
+
+# Measuring
+
+ALLOCATE = "import time; x = bytearray({} << 20); time.sleep(0.3)"
+
+
+@pytest.mark.parametrize("linux", [True, False] if measure.LINUX else [False])
+def test_the_peak_is_that_of_a_command_and_its_children(linux: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``linux`` false as it is measured elsewhere, by psutil."""
+    monkeypatch.setattr(measure, "LINUX", linux)
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ALLOCATE.format(100)!r}])"
+    run = measured([sys.executable, "-c", child])
+    assert 100 < run.anonymous_mib < 200
+    assert run.wall_s > 0.3
+    assert run.cpu_s < run.wall_s * 4
+
+
+def test_a_mapped_file_is_no_anonymous_memory(tmp_path: Path) -> None:
+    file = tmp_path / "large"
+    file.write_bytes(bytes(200 << 20))
+    mapped = f"import mmap, time; f = open({str(file)!r}, 'rb'); m = mmap.mmap(f.fileno(), 0, prot=1)"
+    read = f"{mapped}; sum(m[::4096]); time.sleep(0.2)"
+    assert measured([sys.executable, "-c", read]).anonymous_mib < 60
+
+
+def test_a_command_that_fails_says_its_last_words(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("before\n")
+    with pytest.raises(CommandError, match=r"exited 3:\nlast words$"):
+        measured([sys.executable, "-c", "print('last words'); raise SystemExit(3)"], log=log)
+    assert log.read_text() == "before\nlast words\n"
+    with pytest.raises(CommandError, match=r"was ended by signal 9 \(killed; was memory short\?\)"):
+        measured([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    with pytest.raises(CommandError, match="`/nowhere` cannot be started: No such file"):
+        measured(["/nowhere"])
+
+
+@pytest.mark.parametrize("linux", [True, False] if measure.LINUX else [False])
+def test_a_program_runs_many_times_and_each_run_fails_alone(
+    linux: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``linux`` false each run is a process of its own."""
+    monkeypatch.setattr(programs, "LINUX", linux)
+    (tmp_path / "told.py").write_text(
+        "import sys, os\nprint('said', *sys.argv[1:])\nif 'kill' in sys.argv: os.kill(os.getppid(), 9)\n"
+        "if 'fail' in sys.argv: raise ValueError('no')\n"
+    )
+    program = programs.Program("told", ["json"], {"PYTHONPATH": str(tmp_path), "PATH": ""})
+    log = tmp_path / "log.txt"
+    program.run(["a b"], log)
+    with pytest.raises(CommandError, match="ValueError: no"):
+        program.run(["fail"], log)
+    if linux:
+        program._process.kill()  # type: ignore[union-attr]  # by whoever ends processes for memory
+    program.run(["c"], log)
+    program.close()
+    assert [line for line in log.read_text().splitlines() if line.startswith("said")] == [
+        "said a b",
+        "said fail",
+        "said c",
+    ]
+
+
+def test_the_benchmarks_measure_by_the_package() -> None:
+    folder = Path(__file__).parents[1] / "benchmarks"
+    told = "import measure, varm_merge.measure as own; print(measure.measured is own.measured)"
+    done = subprocess.run([sys.executable, "-c", told], cwd=folder, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_the_help_has_an_example_for_each_use() -> None:
+    told = CliRunner().invoke(main, ["compare", "--help"]).output
+    for use in ("--methods varm,varm:layer", "--no-keep", "--tasks hellaswag,mine", "--repeat 5", "--json >"):
+        assert use in told
