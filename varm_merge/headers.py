@@ -76,14 +76,15 @@ def read_model(place: Place) -> Model:
 
 
 def _tensors(place: Place) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
-    folder = place.folder()
-    if folder is None or not weight_files(folder):
-        yield from _tensors_on_the_hub(place) if not Path(place.path).is_dir() else ()
-        return
-    for name in weight_files(folder):
-        if not (folder / name).is_file():
-            raise ValueError(f"`{folder / name}` is named in the index and is not there")
-        with safe_open(folder / name, "pt") as file:
+    here = Path(place.path)
+    if here.is_dir():
+        for name in weight_files(here):
+            if not (here / name).is_file():
+                raise ValueError(f"`{here / name}` is named in the index and is not there")
+    if not (weights := place.weights()):
+        yield from _tensors_on_the_hub(place) if not here.is_dir() else ()
+    for path in weights:
+        with safe_open(path, "pt") as file:
             for tensor in file.keys():  # noqa: SIM118  no mapping
                 part = file.get_slice(tensor)
                 yield tensor, (tuple(part.get_shape()), part.get_dtype())
@@ -91,7 +92,7 @@ def _tensors(place: Place) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
 
 def _tensors_on_the_hub(place: Place) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
     try:
-        found = huggingface_hub.get_safetensors_metadata(place.path, revision=place.revision)
+        found = huggingface_hub.HfApi().get_safetensors_metadata(place.path, revision=place.revision)
     except NotASafetensorsRepoError:
         return
     except Exception as error:  # whatever the HTTP client raises without a network

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import yaml
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-__all__ = ["Place", "foreign_targets", "weight_files", "weights_fingerprint"]
+__all__ = ["Place", "base_models_told", "foreign_targets", "weight_files", "weights_fingerprint"]
 
 FUSION, INDEX, WHOLE = "fusion.json", "model.safetensors.index.json", "model.safetensors"
+CARD = "README.md"
 SHA256_LENGTH = 64
 CHUNK_BYTES = 1 << 20
 
@@ -46,7 +48,11 @@ class Place:
             return None
 
     def file(self, name: str) -> Path | None:
-        """One of its files, from the Hub if need be; None if it has none of this name."""
+        """One of its files, from the Hub if need be; None if it has none of this name, or the Hub cannot be asked.
+
+        Raises:
+            OSError: The Hub refuses it.
+        """
         if Path(self.path).is_dir():
             local = Path(self.path) / name
             return local if local.is_file() else None
@@ -54,8 +60,20 @@ class Place:
             return Path(
                 huggingface_hub.hf_hub_download(self.path, name, revision=self.revision, cache_dir=self.cache_dir)
             )
-        except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError):
+        except LocalEntryNotFoundError as error:
+            if isinstance(error.__cause__, HfHubHTTPError):
+                raise OSError(_first_line(error.__cause__)) from error
             return None
+        except EntryNotFoundError:
+            return None
+        except HfHubHTTPError as error:
+            raise OSError(_first_line(error)) from error
+
+    def weights(self) -> list[Path]:
+        """Its safetensors files, if all of them are here."""
+        folder = self.folder()
+        found = [folder / name for name in weight_files(folder)] if folder else []
+        return found if all(path.is_file() for path in found) else []
 
 
 def foreign_targets(pivot: Place, targets: Sequence[Place]) -> Iterator[tuple[int, str]]:
@@ -73,6 +91,21 @@ def foreign_targets(pivot: Place, targets: Sequence[Place]) -> Iterator[tuple[in
         found = found or weights_fingerprint(pivot)
         if found != pivot_of_target["weights"]:
             yield number, str(pivot_of_target["model"])
+
+
+def base_models_told(place: Place) -> list[str]:
+    """The base models that a model's card names in its metadata; empty if it names none that can be read."""
+    try:
+        path = place.file(CARD)
+        metadata = huggingface_hub.metadata_load(path) if path else None
+    except (ValueError, OSError, yaml.YAMLError):
+        return []
+    named = (metadata or {}).get("base_model") or []
+    return [str(one) for one in (named if isinstance(named, list) else [named])]
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n\n")[0].split())
 
 
 def _pivot_told(path: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from mergekit.tokenizer.config import TokenizerConfig
 
 from varm_merge import headers
 from varm_merge.errors import VarmError
-from varm_merge.lineage import FUSION, Place, foreign_targets
+from varm_merge.lineage import FUSION, Place, base_models_told, foreign_targets
 from varm_merge.method import METHOD_NAME, SPEC
 
 __all__ = ["KINDS", "Looked", "Problem", "check", "refuse", "uses_varm"]
@@ -68,11 +68,13 @@ class Looked:
         models: The header of each model.
         remarks: Differences that a merge survives.
         estimate: Bytes read, written, held (``headers.estimate``); empty if a header could not be read.
+        width: How many models are merged at most, base included.
     """
 
     models: dict[ModelReference, headers.Model] = field(default_factory=dict)
     remarks: list[Problem] = field(default_factory=list)
     estimate: dict[str, Any] = field(default_factory=dict)
+    width: int = 0
 
 
 class _Family(NamedTuple):
@@ -175,6 +177,8 @@ class _Checker:
                 self._pivots(cache_dir)
                 if self.looked is not None:
                     self._headers(cache_dir, self.looked)
+                    if not self.problems:
+                        self._cards(cache_dir, self.looked)
 
     def _method(self) -> None:
         """Find what mergekit knows of the method."""
@@ -352,6 +356,7 @@ class _Checker:
         if self.families and (found := looked.models.get(self.families[0].base)) is not None:
             dtype = self.document.get("out_dtype") or self.document.get("dtype")
             looked.estimate = headers.estimate(list(looked.models.values()), found, dtype)
+            looked.width = max(len(dict.fromkeys([one.base, *one.models])) for one in self.families)
 
     def _at(self, path: _Path) -> Any:
         node: Any = self.document
@@ -403,6 +408,26 @@ class _Checker:
                     )
             except (ValueError, OSError) as error:
                 self.add(path, f"whether the targets come from `{base.path}` cannot be told: {error}")
+
+    def _cards(self, cache_dir: str | None, looked: "Looked") -> None:
+        """Remark on targets without a fusion.json whose cards name another base model.
+
+        No problem: a card may name the base of the base, or the pivot by another name; weights are not compared.
+        """
+        for path, pivot, models, has_pivot in self.families:
+            known = {_last(pivot.model.path)}
+            for index, model in enumerate(models if has_pivot and self.spec is SPEC else ()):
+                place = Place(model.model.path, model.model.revision, cache_dir)
+                if model == pivot or model.model.path in self.names or place.file(FUSION) is not None:
+                    continue
+                named = base_models_told(place)
+                if named and not known & {_last(one) for one in named}:
+                    told = ", ".join(f"`{one}`" for one in named)
+                    message = (
+                        f"the card of `{model}` says that it comes from {told}, and the base_model is `{pivot}`: "
+                        "varm needs the model that the target was fine-tuned from"
+                    )
+                    looked.remarks.append(Problem(message, self.lines.get((*path, index), 1)))
 
     def _models(self, cache_dir: str | None) -> None:
         seen: set[str] = set()
@@ -525,7 +550,12 @@ def _why_missing(path: str, revision: str | None, wanted: str, cache_dir: str | 
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return f"{missing}, and it is not in the Hub cache (HF_HUB_OFFLINE is set)"
     try:
-        huggingface_hub.HfApi().model_info(path, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+        api = huggingface_hub.HfApi()
+        info = api.model_info(path, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+        if info.gated:
+            api.auth_check(path)  # all may read about it, and not all its files
+        if info.siblings is not None and all(file.rfilename != wanted for file in info.siblings):
+            return f"`{path}` on the Hub has no {wanted}"
     except GatedRepoError:
         return f"`{path}` is gated: accept its conditions on the Hub, then run `hf auth login`"
     except RevisionNotFoundError:
@@ -535,6 +565,11 @@ def _why_missing(path: str, revision: str | None, wanted: str, cache_dir: str | 
     except Exception as error:  # whatever the HTTP client raises without a network
         return f"{missing}, and the Hub could not be asked ({type(error).__name__})"
     return None
+
+
+def _last(name: str) -> str:
+    """A model's name without its owner or folder, which differ between copies."""
+    return name.rstrip("/").rpartition("/")[2].lower()
 
 
 def _near(path: str) -> str:

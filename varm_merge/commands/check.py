@@ -2,10 +2,14 @@
 
 import json
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
+
+from varm_merge.commands.style import talks
 
 __all__ = ["check"]
 
@@ -15,30 +19,50 @@ __all__ = ["check"]
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--cache-dir", type=click.Path(file_okay=False), help="Of models from the Hub.")
 @click.option("--offline", is_flag=True, help="Look at the recipe alone, not at its models.")
-def check(recipe: Path, as_json: bool, cache_dir: str | None, offline: bool) -> None:
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where the merge will be written: is there room, how fast is it?",
+)
+@talks
+def check(
+    recipe: Path, as_json: bool, cache_dir: str | None, offline: bool, out: Path | None, quiet: bool
+) -> None:
     """Find all that is wrong with a recipe of any merge method, before weights are read or downloaded.
 
-    Of the models only configs and safetensors headers are read; of a model on the Hub by HTTP ranges.
-    Exit code 0 if it can be merged, 1 if not.
+    Of the models only configs, cards and safetensors headers are read; of a model on the Hub by HTTP ranges. What
+    the merge would take is estimated: memory by a formula, time by a second of measurements on this machine. Exit
+    code 0 if it can be merged, 1 if not.
 
     \b
     Examples:
       varm-merge check recipe.yaml
+      varm-merge check recipe.yaml --out /data/out
+      varm-merge check recipe.yaml --offline
       varm-merge check recipe.yaml --json
     """
-    from varm_merge.recipe import Looked
+    begun = time.perf_counter()
+    from varm_merge.recipe import Looked, Problem
     from varm_merge.recipe import check as problems_of
 
+    start_s = time.perf_counter() - begun
     looked = None if offline else Looked()
     text = recipe.read_text(encoding="utf-8", errors="replace")
     problems = problems_of(text, models=not offline, cache_dir=cache_dir, every=True, looked=looked)
     remarks = sorted(looked.remarks, key=lambda one: one.line) if looked else []
-    estimate = looked.estimate if looked else {}
+    found: dict[str, Any] = looked.estimate if looked else {}
+    if looked and found and not problems:
+        import yaml
+
+        from varm_merge import estimate
+
+        found = estimate.estimate(yaml.safe_load(text), looked, start_s, out, cache_dir)
+        remarks += [Problem(one, 1) for one in estimate.shortages(found, out)]
     if as_json:
         told = {
             name: [asdict(one) for one in some] for name, some in (("problems", problems), ("remarks", remarks))
         }
-        click.echo(json.dumps({"recipe": str(recipe), **told, "estimate": estimate}, indent=1))
+        click.echo(json.dumps({"recipe": str(recipe), **told, "estimate": found}, indent=1))
     else:
         for mark, colour, some in (("✗", "red", problems), ("!", "yellow", remarks)):
             for one in some:
@@ -46,9 +70,34 @@ def check(recipe: Path, as_json: bool, cache_dir: str | None, offline: bool) -> 
         if not problems:
             verdict = "is sound; its models were not looked at" if offline else "can be merged"
             click.secho(f"✓ {recipe} {verdict}", fg="green")
-        if estimate:
-            sizes = {name: f"{value / 1e9:.3g} GB" for name, value in estimate.items() if name.endswith("bytes")}
-            click.echo(f"if as large as its base: {estimate['parameters']:,} parameters")
-            click.echo(f"reads {sizes['read_bytes']}, writes {sizes['written_bytes']}")
-            click.echo(f"the largest tensor of all models takes {sizes['largest_tensor_bytes']}")
+        for line in _told(found):
+            click.echo(line)
     sys.exit(1 if problems else 0)
+
+
+def _told(found: dict[str, Any]) -> list[str]:
+    """The estimate, a sentence a line."""
+    if not found:
+        return []
+    sizes = {name: f"{value / 1e9:.3g} GB" for name, value in found.items() if name.endswith("bytes")}
+    lines = [
+        f"if as large as its base: {found['parameters']:,} parameters",
+        f"reads {sizes['read_bytes']}, writes {sizes['written_bytes']}",
+        f"the largest tensor of all models takes {sizes['largest_tensor_bytes']}",
+    ]
+    if found.get("download_bytes"):
+        lines[1] += f", downloads {sizes['download_bytes']} first"
+    if "memory_bytes" in found:
+        lines.append(f"holds about {sizes['memory_bytes']} in memory at the peak")
+    if seconds := found.get("seconds"):
+        parts = ", ".join(f"{name} {_rounded(seconds[name])}" for name in ("start", "read", "merge", "write"))
+        lines.append(f"takes about {_rounded(seconds['total'])} on this CPU ({parts})")
+    elif "seconds" in found:
+        lines.append("how long it takes could not be measured")
+    return lines
+
+
+def _rounded(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"
