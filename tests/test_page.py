@@ -2,6 +2,7 @@
 
 import copy
 import re
+import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,31 @@ def test_names_are_shown_and_never_run(found: Found, written: Callable[[Found], 
     assert HOSTILE[0] in page.inner_text("#maps")
     page.locator("#maps tr", has_text="onerror").locator("td").last.focus()
     assert page.inner_text("#readout").count("onerror") == 1
+
+
+def test_a_page_runs_and_loads_nothing_that_came_later(
+    found: Found, written: Callable[[Found], Path], browser: Browser
+) -> None:
+    page, said = browser.new_page(), []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(written(found).as_uri())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        page.evaluate(
+            """async (url) => {
+              const script = Object.assign(document.createElement("script"), { textContent: "window.intruder = 1" });
+              document.body.append(script);
+              document.body.insertAdjacentHTML("beforeend", `<img src="${url}" onerror="window.intruder = 2">`);
+              await fetch(url).catch(() => {});
+            }""",
+            f"http://127.0.0.1:{server.getsockname()[1]}/",
+        )
+        page.wait_for_timeout(200)
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()  # nobody has called
+    assert page.evaluate("window.intruder") is None
+    assert sum("Content Security Policy" in text for text in said) >= 3
+    page.close()
 
 
 def test_without_scripts_the_tables_stay(

@@ -18,6 +18,15 @@ __all__ = ["draw", "render"]
 
 Unit = Mapping[str, Any]
 
+MEANINGS = {
+    "model": "one weight of each target for all tensors",
+    "layer": "a block at a time",
+    "module": "attention, MLP and each norm of a block",
+    "matrix": "a tensor at a time",
+    "parameter": "an element at a time",
+}
+"""What a unit of each granularity is."""
+
 
 def draw(found: Mapping[str, Any], path: Path) -> None:
     """Write the page.
@@ -49,7 +58,7 @@ def render(found: Mapping[str, Any]) -> str:
         bounds=_bounds(found["units"].values()),
         own=[_row(unit, targets) for unit in found["units"][RECIPE]],
         remarks=list(_remarks(found, targets)),
-        effects=[_effect(granularities[key], units, targets, names) for key, units in found["units"].items()],
+        effects=[_effect(key, units, targets, names) for key, units in found["units"].items()],
         tensors=sorted(tensors, key=lambda one: -one["greatest"]),
         depth=depth,
         agreement=_agreement(found, targets, names),
@@ -195,7 +204,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def _effect(label: str, units: Sequence[Unit], targets: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+def _effect(key: str, units: Sequence[Unit], targets: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
     """What a granularity would do, in numbers and words."""
     sound = [unit for unit in units if unit["targets"]]
     elements = sum(unit["elements"] for unit in sound)
@@ -210,7 +219,8 @@ def _effect(label: str, units: Sequence[Unit], targets: Sequence[str], names: Se
     leads = Counter(_leader(unit) for unit in sound if unit.get("moved", True))
     told = [f"{names[targets.index(target)]} {count:,}" for target, count in leads.most_common()]
     return {
-        "label": label,
+        "label": _label(key, units),
+        "meaning": MEANINGS.get(key, ""),
         "units": len(units),
         "spread": spread,
         "apart": apart / elements if elements else None,
