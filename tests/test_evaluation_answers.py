@@ -484,6 +484,19 @@ def test_an_endpoint_is_asked_turn_by_turn_and_again_for_what_is_missing(questio
     assert {row["model_id"] for row in rows(output)} == {"served"}
 
 
+def test_options_that_nothing_would_read_are_refused(questions: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    for more, message in (
+        (("--url", "http://127.0.0.1:1/v1", "--dtype", "float16"), "--dtype: it is of no use with --url"),
+        (("--concurrency", 4), "--concurrency: it is for --url alone"),
+        (("--key-env", "NAME"), "--key-env: it is for --url alone"),
+    ):
+        done = asked("nowhere", questions, output, *more)
+        assert done.exit_code == 2
+        assert message in done.output
+    assert list(tmp_path.iterdir()) == [questions]
+
+
 def test_ctrl_c_does_not_wait_for_the_endpoint(questions: Path, tmp_path: Path) -> None:
     hanging = [judge_server.Fault(trick="sleep")] * 100
     with judge_server.serving(echo, hanging, hanging=30) as server:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from varm_merge.commands.style import talks
 from varm_merge.tables import show
@@ -191,6 +192,7 @@ def answers(
     from varm_merge.evaluation.answers import Asking, answer_at_endpoint, answer_locally
     from varm_merge.evaluation.questions import read_questions
 
+    _refuse_unread(LOCAL if url else REMOTE, "it is of no use with --url" if url else "it is for --url alone")
     read = read_questions(questions)
     if num_choices > 1 and read.benchmark == "AlpacaEval":
         raise click.UsageError(
@@ -201,13 +203,11 @@ def answers(
     if url is None:
         from varm_merge.evaluation.local import LocalModel
 
-        keys = ("revision", "device", "dtype", "batch_size", "trust_remote_code")
         local = LocalModel(
             model,
-            template=options["chat_template"],
             max_new_tokens=max_new_tokens,
             say=lambda text: click.secho(f"! {text}", fg="yellow", err=True),
-            **{key: options[key] for key in keys},
+            **{key: options[key] for key in LOCAL},
         )
         outcome = answer_locally(read, asking, local, output, quiet)
     else:
@@ -226,6 +226,20 @@ def answers(
         if not outcome.failed:
             click.secho(f"✓ {output}", fg="green")
     sys.exit(1 if outcome.failed else 0)
+
+
+LOCAL = ("revision", "device", "dtype", "batch_size", "chat_template", "trust_remote_code")
+CLIENT = ("key_variable", "timeout", "max_retries", "requests_per_minute", "tokens_per_minute")
+REMOTE = (*CLIENT, "concurrency")
+"""Options of a model on this machine, of the client of an endpoint, and of how an endpoint is asked."""
+
+
+def _refuse_unread(names: tuple[str, ...], why: str) -> None:
+    context = click.get_current_context()
+    for option in context.command.params:
+        given = context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+        if given and option.name in names:
+            raise click.BadOptionUsage(str(option.name), f"{option.opts[0]}: {why}")
 
 
 ENDS = {
@@ -416,8 +430,7 @@ def _tell_failures(failed: dict[str, str]) -> None:
 def _endpoint(url: str, model: str, **options: Any) -> "Endpoint":
     from varm_merge.evaluation.endpoint import Endpoint
 
-    keys = ("key_variable", "timeout", "max_retries", "requests_per_minute", "tokens_per_minute")
-    return Endpoint(url, model, **{key: options[key] for key in keys})
+    return Endpoint(url, model, **{key: options[key] for key in CLIENT})
 
 
 @evaluate.command()

@@ -49,7 +49,7 @@ class LocalModel:
     Args:
         name: The folder or Hub id.
         revision: Of a model on the Hub.
-        template: A file with a chat template to use in place of the model's own.
+        chat_template: A file with a chat template to use in place of the model's own.
         device: As torch writes it; ``auto`` takes the accelerators that are there.
         dtype: Of the weights; ``auto`` as they are stored.
         batch_size: Most rows at a time; halved when memory does not suffice.
@@ -66,7 +66,7 @@ class LocalModel:
         name: str,
         *,
         revision: str | None = None,
-        template: Path | None = None,
+        chat_template: Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
         batch_size: int = 16,
@@ -79,11 +79,11 @@ class LocalModel:
         self.code = trust_remote_code
         self.folder = _folder(name, revision)
         self.tokenizer = self._loaded(transformers.AutoTokenizer, "tokenizer")
-        if template is not None:
+        if chat_template is not None:
             try:
-                self.tokenizer.chat_template = template.read_text(encoding="utf-8")
+                self.tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise VarmError(f"`{template}` cannot be read: {error}") from error
+                raise VarmError(f"`{chat_template}` cannot be read: {error}") from error
         if not self.tokenizer.chat_template:
             raise VarmError(f"`{name}` has no chat template; give one by --chat-template FILE")
 
