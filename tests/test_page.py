@@ -378,7 +378,8 @@ def test_a_page_runs_and_loads_nothing_that_came_later(
     with socket.create_server(("127.0.0.1", 0)) as server:
         page.evaluate(
             """async (url) => {
-              const script = Object.assign(document.createElement("script"), { textContent: "window.intruder = 1" });
+              const script = document.createElement("script");
+              script.textContent = "window.intruder = 1";
               document.body.append(script);
               document.body.insertAdjacentHTML("beforeend", `<img src="${url}" onerror="window.intruder = 2">`);
               await fetch(url).catch(() => {});
