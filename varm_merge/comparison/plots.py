@@ -12,7 +12,7 @@ WIDTH = 360
 """In units of text 11 high: as wide as a telephone."""
 BOTTOM = 300.0
 """Of the plane of a scatter plot."""
-LETTER, LINE = 6.2, 13.0
+LETTER, LINE = 7.0, 13.0
 NAME = 18
 """Most letters of a name."""
 COLOURS = {"pivot": "var(--text)", "target": "var(--line-2)", "merge": "var(--line-1)"}
@@ -73,7 +73,7 @@ def bars(title: str, values: Sequence[Bar]) -> Plot:
 
 def scatter(title: str, across: str, up: str, points: Sequence[Point]) -> Plot:
     """Points with their names."""
-    left, right, top, bottom = 44.0, WIDTH - 10.0, 10.0, BOTTOM
+    left, right, top, bottom = 44.0, WIDTH - 18.0, 10.0, BOTTOM
     x_ticks, y_ticks = _ticks([point.x for point in points]), _ticks([point.y for point in points])
 
     def place(value: float, ticks: Sequence[float], start: float, end: float) -> float:
