@@ -350,12 +350,14 @@ def test_only_what_has_changed_is_sent(here: Hub, out: Path) -> None:
     push(out)
     large = here.count("PUT", "/large/")
     report = out.parent / "report.md"
-    report.write_text("# Comparison\n\n## Skills\n\n| | letters |\n|---|---|\n| fused | 45.8 |\n")
+    report.write_text(
+        "# Comparison\n\n## Skills\n\n```sh\n# a comment\n```\n\n| | letters |\n|---|---|\n| fused | 45.8 |\n"
+    )
     found = pushed(out, "--comparison", str(report))
     assert [one["path"] for one in found["files"] if one["state"] != "same"] == ["README.md"]
     assert here.count("PUT", "/large/") == large
     card = here.repositories[ME].files()["README.md"].decode()
-    assert "\n## Comparison\n\n#### Skills\n\n| | letters |" in card
+    assert "\n## Comparison\n\n### Skills\n\n```sh\n# a comment\n```\n\n| | letters |" in card
     assert commits(here) == 2
 
 

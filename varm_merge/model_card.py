@@ -6,7 +6,9 @@ theirs.
 """
 
 import hashlib
+import itertools
 import json
+import operator
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -303,13 +305,18 @@ def comparison_of(path: Path) -> str:
         lines = path.read_text(encoding="utf-8").strip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise VarmError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    fenced, deeper = False, []
-    for line in lines:
-        fenced ^= line.lstrip().startswith("```")
-        deeper.append(f"##{line}" if re.match(r"#{1,4} ", line) and not fenced else line)
-    if deeper and deeper[0].startswith("###"):
-        del deeper[0]  # its title; the card has one
-    return "\n".join(deeper).strip()
+    if lines and lines[0].startswith("# "):
+        del lines[0]  # its title; the card has one
+    fences = itertools.accumulate((line.lstrip().startswith("```") for line in lines), operator.xor, initial=False)
+    levels = [0 if fenced else _level(line) for line, fenced in zip(lines, fences, strict=False)]
+    deeper = "#" * max(0, 3 - min(filter(None, levels), default=3))
+    return "\n".join(deeper + line if level else line for line, level in zip(lines, levels, strict=True)).strip()
+
+
+def _level(line: str) -> int:
+    """Of a heading; 0 if it is none."""
+    found = re.match(r"(#{1,6}) ", line)
+    return len(found[1]) if found else 0
 
 
 # What the card says
