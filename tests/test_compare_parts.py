@@ -153,6 +153,17 @@ def test_what_cannot_be_begun_is_a_sentence(arguments: list[str], told: str, cod
     assert done.exit_code == code
 
 
+def test_where_no_recipe_can_be_merged_each_is_told(tmp_path: Path) -> None:
+    bad, typo = tmp_path / "bad.yaml", tmp_path / "typo.yaml"
+    bad.write_text("merge_method: [\n")
+    typo.write_text("merge_method: tiess\nmodels: []\n")
+    done = CliRunner().invoke(main, ["compare", str(bad), str(typo), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "bad: line 2: not valid YAML" in done.output
+    assert "typo: line 1: mergekit knows no method `tiess`" in done.output
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     done = CliRunner().invoke(main, ["compare", "--out", str(tmp_path), "--methods", "ties"])

@@ -69,7 +69,7 @@ def compare(
       varm-merge compare *.yaml --out report/ --tasks hellaswag,mine --include-path tasks/ --limit 200
       varm-merge compare *.yaml --out report/ --repeat 5 --device cuda --json > numbers.json
     """
-    from varm_merge.comparison.entries import entries, family
+    from varm_merge.comparison.entries import entries, family, sound
     from varm_merge.comparison.evaluation import HeldOut, Tasks
     from varm_merge.comparison.report import problems, terminal, write_report
     from varm_merge.comparison.run import Settings, demand_folder, locked
@@ -95,7 +95,8 @@ def compare(
     with locked(out):
         found_entries = entries(recipes, methods, base, models, out / "recipes")
         command = shlex.join(["varm-merge", *sys.argv[1:]])
-        report = run(found_entries, family(found_entries, base), settings, command)
+        models_of = family(sound(found_entries, settings.cache_dir), base)
+        report = run(found_entries, models_of, settings, command)
         text = json.dumps(report, indent=1, allow_nan=False) + "\n"
         write_report(report, out, text)
     if as_json:

@@ -16,7 +16,7 @@ from varm_merge.errors import VarmError
 from varm_merge.method import METHOD_NAME
 from varm_merge.weights import Granularity
 
-__all__ = ["PUBLISHED", "Entry", "Family", "check", "entries", "family", "short_names"]
+__all__ = ["PUBLISHED", "Entry", "Family", "check", "entries", "family", "short_names", "sound"]
 
 
 @dataclass
@@ -164,6 +164,21 @@ def check(entry: Entry, cache_dir: str | None) -> None:
     if entry.method == "slerp":
         more = "; multislerp and karcher merge more than two"
         entry.problems = [one + more if "merges exactly 2" in one else one for one in entry.problems]
+
+
+def sound(found: Sequence[Entry], cache_dir: str | None) -> list[Entry]:
+    """Check all entries; those that can be merged.
+
+    Raises:
+        VarmError: None can.
+    """
+    for entry in found:
+        check(entry, cache_dir)
+    mergeable = [entry for entry in found if not entry.problems]
+    if not mergeable:
+        told = "\n".join(f"  {entry.name}: {problem}" for entry in found for problem in entry.problems)
+        raise VarmError(f"no recipe can be merged:\n{told}")
+    return mergeable
 
 
 def family(found: Sequence[Entry], base: str | None = None) -> Family:

@@ -17,7 +17,7 @@ import psutil
 from mergekit.common import ModelReference
 
 from varm_merge.comparison.distances import distances, moved_layers
-from varm_merge.comparison.entries import Entry, Family, check, short_names
+from varm_merge.comparison.entries import Entry, Family, short_names
 from varm_merge.comparison.evaluation import HeldOut, Scorers, Tasks, environment
 from varm_merge.comparison.steps import Contents, Steps, locked, model_files
 from varm_merge.errors import VarmError
@@ -87,7 +87,7 @@ def compare(entries: Sequence[Entry], family: Family, settings: Settings, comman
     """Do all that was not done before; what came of all of it.
 
     Args:
-        entries: The recipes.
+        entries: The recipes, checked.
         family: The pivot and all targets.
         settings: How.
         command: By which it was asked for.
@@ -114,8 +114,6 @@ class _Comparison:
         self.rows: list[Row] = []
 
     def run(self) -> dict[str, Any]:
-        for entry in self.merges:
-            check(entry, self.settings.cache_dir)
         for abandoned in self.models.glob(".*.tmp"):
             shutil.rmtree(abandoned)
         self.rows = [*self._input_rows(), *(self._merge_row(entry) for entry in self.merges)]
