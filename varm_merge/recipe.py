@@ -8,47 +8,34 @@ they are merged; ``varm-merge check`` asks for them as well.
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-import huggingface_hub
 import pydantic
 import yaml
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from mergekit import merge_methods
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import (
     ConditionalParameter,
-    InputModelDefinition,
-    InputSliceDefinition,
     MergeConfiguration,
-    OutputModuleDefinition,
-    OutputSliceDefinition,
 )
 from mergekit.merge_methods import BasePolicy, MergeMethodSpec
 from mergekit.merge_methods.base import ParameterScope
-from mergekit.tokenizer.config import TokenizerConfig
 
 from varm_merge import headers
 from varm_merge.errors import VarmError
 from varm_merge.lineage import FUSION, Place, base_models_told, foreign_targets
 from varm_merge.method import METHOD_NAME, SPEC
+from varm_merge.presence import near, why_missing
+from varm_merge.recipe_tree import DEFINITIONS, DUPLICATE, TOP, lines_of, nodes
+from varm_merge.recipe_tree import Path as TreePath
 
 __all__ = ["KINDS", "Looked", "Problem", "check", "refuse", "uses_varm"]
 
 KINDS = {"run_yaml": "yaml", "multimerge": "multi", "merge_raw_pytorch": "raw"}
 """The kind of recipe that each of mergekit's programs reads, by the module of the program."""
-
-HUB_TIMEOUT_SECONDS = 10
-
-_Path = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
@@ -83,7 +70,7 @@ class _Family(NamedTuple):
     ``has_pivot``: that model is the pivot; for a method without one it is the first.
     """
 
-    path: _Path
+    path: TreePath
     base: ModelReference
     models: list[ModelReference]
     has_pivot: bool
@@ -109,7 +96,7 @@ def check(
     try:
         roots = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
         documents = list(yaml.safe_load_all(text))
-        lines = [_lines(root) for root in roots]
+        lines = [lines_of(root) for root in roots]
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if not every and not re.search(rf"merge_method:\s*['\"]?{METHOD_NAME}\b", text):
             return []
@@ -149,7 +136,7 @@ def refuse(problems: Sequence[Problem], path: Path | None = None, ended: str = "
 @dataclass
 class _Checker:
     document: dict[str, Any]
-    lines: Mapping[_Path, int]
+    lines: Mapping[TreePath, int]
     kind: str
     names: set[str]
     problems: list[Problem] = field(default_factory=list)
@@ -160,14 +147,14 @@ class _Checker:
     def run(self, models: bool, cache_dir: str | None) -> None:
         self._method()
         for path in self.lines:
-            if path and path[-1] == _DUPLICATE:
+            if path and path[-1] == DUPLICATE:
                 self.add(path, f"`{path[-2]}` is written twice; YAML would keep the last")
-        for path, node, what in _nodes(self.document):
+        for path, node, what in nodes(self.document):
             self._known_keys(path, node, self._keys_of(what), what)
             self._parameters((*path, "parameters"), node.get("parameters"), what)
         self._dtypes()
         if self._structure():
-            for path, node, what in _nodes(self.document):
+            for path, node, what in nodes(self.document):
                 key = "sources" if what == "key of a slice" else "models"
                 if node.get(key) is not None:
                     self._inputs((*path, key), node[key], node.get("base_model") if key == "sources" else None)
@@ -193,14 +180,14 @@ class _Checker:
                 ("merge_method",), f"mergekit knows no method `{method}`{_suggest(str(method), tuple(known))}"
             )
 
-    def add(self, path: _Path, message: str) -> None:
+    def add(self, path: TreePath, message: str) -> None:
         while path and path not in self.lines:
             path = path[:-1]
         self.problems.append(Problem(message, self.lines.get(path, 1), path))
 
     def _keys_of(self, what: str) -> tuple[str, ...]:
-        if what != _TOP:
-            return tuple(_DEFINITIONS[what].model_fields)
+        if what != TOP:
+            return tuple(DEFINITIONS[what].model_fields)
         keys = tuple(self._configuration().model_fields)
         return (*keys, "name") if self.kind == "multi" else keys
 
@@ -216,12 +203,12 @@ class _Checker:
         """A model as mergekit will read it: mergekit-pytorch takes a file's path as it stands."""
         return ModelReference.model_validate({"model": {"path": value}} if self.kind == "raw" else value)
 
-    def _known_keys(self, path: _Path, mapping: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
+    def _known_keys(self, path: TreePath, mapping: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
         for key in mapping:
             if key not in known:
                 self.add((*path, key), f"unknown {what} `{key}`{_suggest(str(key), known)}")
 
-    def _parameters(self, path: _Path, parameters: Any, what: str) -> None:
+    def _parameters(self, path: TreePath, parameters: Any, what: str) -> None:
         if self.spec.name != self.document.get("merge_method"):
             return  # unknown, and told
         specs = {spec.name: spec for spec in self.spec.parameters}
@@ -239,7 +226,7 @@ class _Checker:
             else:
                 self._setting(where, specs[name], setting)
 
-    def _setting(self, path: _Path, spec: Any, setting: Any) -> None:
+    def _setting(self, path: TreePath, spec: Any, setting: Any) -> None:
         if isinstance(setting, list):
             if not setting:
                 self.add(path, f"`{spec.name}` has an empty list")
@@ -281,7 +268,7 @@ class _Checker:
             return False
         return True
 
-    def _inputs(self, path: _Path, entries: Sequence[Mapping[str, Any]], slice_base: Any) -> None:
+    def _inputs(self, path: TreePath, entries: Sequence[Mapping[str, Any]], slice_base: Any) -> None:
         """A pivot, at least one target, no model twice, one length: in one list of models that are merged."""
         base, contract = slice_base or self.document.get("base_model"), self.spec.contract
         models = [self._reference(entry["model"]) for entry in entries]
@@ -311,7 +298,7 @@ class _Checker:
                 self.add(path, "the layer_ranges of the sources have different lengths")
 
     def _required(
-        self, path: _Path, entries: Sequence[Mapping[str, Any]], models: Sequence[Any], base: Any
+        self, path: TreePath, entries: Sequence[Mapping[str, Any]], models: Sequence[Any], base: Any
     ) -> None:
         """Every parameter without a default is given, for the whole or for each model."""
         above = [self.document, *(self._at(path[:depth]) for depth in range(1, len(path)))]
@@ -358,13 +345,13 @@ class _Checker:
             looked.estimate = headers.estimate(list(looked.models.values()), found, dtype)
             looked.width = max(len(dict.fromkeys([one.base, *one.models])) for one in self.families)
 
-    def _at(self, path: _Path) -> Any:
+    def _at(self, path: TreePath) -> Any:
         node: Any = self.document
         for part in path:
             node = node[part]
         return node
 
-    def _counts(self, path: _Path, models: Sequence[Any], base: Any) -> None:
+    def _counts(self, path: TreePath, models: Sequence[Any], base: Any) -> None:
         """As many models as the method takes."""
         contract, others = self.spec.contract, {str(model) for model in models}
         if contract.base is BasePolicy.IGNORED or base is None:
@@ -431,7 +418,7 @@ class _Checker:
 
     def _models(self, cache_dir: str | None) -> None:
         seen: set[str] = set()
-        for path, node, _ in _nodes(self.document):
+        for path, node, _ in nodes(self.document):
             for key in ("base_model", "model"):
                 try:
                     reference = self._reference(node[key])
@@ -443,75 +430,11 @@ class _Checker:
                     seen.add(str(part))
                     if self.kind == "raw":
                         found = Path(part.path).is_file()
-                        message = None if found else f"no checkpoint file `{part.path}`{_near(part.path)}"
+                        message = None if found else f"no checkpoint file `{part.path}`{near(part.path)}"
                     else:
-                        message = _why_missing(part.path, part.revision, wanted, cache_dir)
+                        message = why_missing(part.path, part.revision, wanted, cache_dir)
                     if message:
                         self.add((*path, key), message)
-
-
-_TOP = "top-level key"
-_DEFINITIONS: dict[str, type[pydantic.BaseModel]] = {
-    "key of a model": InputModelDefinition,
-    "key of a slice": OutputSliceDefinition,
-    "key of a source": InputSliceDefinition,
-    "key of a module": OutputModuleDefinition,
-    "key of the tokenizer": TokenizerConfig,
-}
-_CHILDREN = {
-    _TOP: {
-        "models": "key of a model",
-        "slices": "key of a slice",
-        "modules": "key of a module",
-        "tokenizer": "key of the tokenizer",
-    },
-    "key of a module": {"models": "key of a model", "slices": "key of a slice"},
-    "key of a slice": {"sources": "key of a source"},
-}
-"""What mergekit reads under which key; whatever else is nested in a recipe is an unknown key and left alone."""
-
-
-def _nodes(mapping: Any, path: _Path = (), what: str = _TOP) -> Iterator[tuple[_Path, dict[str, Any], str]]:
-    """(path, mapping, what its keys are) of a recipe and every model, slice, source and module in it."""
-    if not isinstance(mapping, dict):
-        return
-    yield path, mapping, what
-    for key, child_what in _CHILDREN.get(what, {}).items():
-        child = mapping.get(key)
-        if isinstance(child, list):
-            children: list[tuple[_Path, Any]] = [((*path, key, index), item) for index, item in enumerate(child)]
-        elif key == "modules" and isinstance(child, dict):
-            children = [((*path, key, name), item) for name, item in child.items()]
-        else:
-            children = [((*path, key), child)]
-        for child_path, item in children:
-            yield from _nodes(item, child_path, child_what)
-
-
-_DUPLICATE = "<duplicate>"
-
-
-def _lines(root: yaml.Node) -> dict[_Path, int]:
-    """The line (from 1) of every key and item of a YAML tree, by its path."""
-    lines: dict[_Path, int] = {(): root.start_mark.line + 1}
-
-    def walk(path: _Path, node: yaml.Node) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                here: _Path = (*path, key.value)
-                if here in lines and key.value != "<<":
-                    second: _Path = (*here, _DUPLICATE)
-                    lines[second] = key.start_mark.line + 1
-                lines[here] = key.start_mark.line + 1
-                walk(here, value)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, value in enumerate(node.value):
-                item: _Path = (*path, index)
-                lines[item] = value.start_mark.line + 1
-                walk(item, value)
-
-    walk((), root)
-    return lines
 
 
 def _why_invalid(spec: Any, value: Any) -> str | None:
@@ -533,51 +456,9 @@ def _why_invalid(spec: Any, value: Any) -> str | None:
     return None
 
 
-def _why_missing(path: str, revision: str | None, wanted: str, cache_dir: str | None) -> str | None:
-    """Why mergekit could not load the folder or Hub id ``path``, whose ``wanted`` file says what it is."""
-    folder = Path(path)
-    if folder.is_dir():
-        return None if (folder / wanted).is_file() else f"the folder `{path}` has no {wanted}"
-    missing = f"no {'adapter' if wanted.startswith('adapter') else 'model'} folder `{path}`{_near(path)}"
-    try:
-        huggingface_hub.utils.validate_repo_id(path)  # type: ignore[attr-defined]
-    except HFValidationError:
-        return missing
-    if isinstance(
-        huggingface_hub.try_to_load_from_cache(path, wanted, cache_dir=cache_dir, revision=revision), str
-    ):
-        return None
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return f"{missing}, and it is not in the Hub cache (HF_HUB_OFFLINE is set)"
-    try:
-        api = huggingface_hub.HfApi()
-        info = api.model_info(path, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
-        if info.gated:
-            api.auth_check(path)  # all may read about it, and not all its files
-        if info.siblings is not None and all(file.rfilename != wanted for file in info.siblings):
-            return f"`{path}` on the Hub has no {wanted}"
-    except GatedRepoError:
-        return f"`{path}` is gated: accept its conditions on the Hub, then run `hf auth login`"
-    except RevisionNotFoundError:
-        return f"`{path}` has no revision `{revision}` on the Hub"
-    except RepositoryNotFoundError:
-        return f"{missing}, and no such model on the Hub (if it is private, run `hf auth login`)"
-    except Exception as error:  # whatever the HTTP client raises without a network
-        return f"{missing}, and the Hub could not be asked ({type(error).__name__})"
-    return None
-
-
 def _last(name: str) -> str:
     """A model's name without its owner or folder, which differ between copies."""
     return name.rstrip("/").rpartition("/")[2].lower()
-
-
-def _near(path: str) -> str:
-    """A hint at what is there, where the last part of a path seems misspelt."""
-    parent = Path(path).parent
-    siblings = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-    close = difflib.get_close_matches(Path(path).name, siblings, n=1)
-    return f" (did you mean `{parent / close[0]}`?)" if close else ""
 
 
 def _suggest(word: str, known: Sequence[str], *, list_known: bool = True) -> str:
