@@ -274,6 +274,15 @@ def test_a_hub_that_falls_silent_is_not_waited_for_forever(
     arrived(here, out)
 
 
+def test_a_large_folder_is_made_sure_of_group_by_group_and_is_one_commit(
+    here: Hub, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("varm_merge.hub.GROUP_BYTES", 8000)
+    assert push(out).exit_code == 0
+    arrived(here, out)
+    assert (here.count("POST", "/preupload/") > 3, commits(here)) == (True, 1)
+
+
 def test_files_in_parts_arrive_whole(here: Hub, out: Path) -> None:
     here.part_bytes = 3000
     here.faults = [Fault("PUT", "/part/1", status=None, after=500)]
@@ -359,6 +368,18 @@ def test_only_what_has_changed_is_sent(here: Hub, out: Path) -> None:
     card = here.repositories[ME].files()["README.md"].decode()
     assert "\n## Comparison\n\n### Skills\n\n```sh\n# a comment\n```\n\n| | letters |" in card
     assert commits(here) == 2
+
+
+def test_a_change_that_leaves_the_size_is_sent(here: Hub, out: Path) -> None:
+    add("notes.txt", "one")(out)
+    push(out)
+    assert here.repositories[ME].private
+    shard = out / "model-00001-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + bytes([shard.read_bytes()[-1] ^ 1]))
+    add("notes.txt", "two")(out)
+    changed = [one["path"] for one in pushed(out)["files"] if one["state"] == "changed"]
+    assert changed == [shard.name, "notes.txt"]
+    arrived(here, out)
 
 
 def test_old_weights_do_not_stay_beside_the_new(here: Hub, out: Path, merge: Path) -> None:
@@ -475,9 +496,16 @@ def test_licences_that_disagree_or_are_unknown_are_asked_for(here: Hub, out: Pat
         "license_name": "mine",
         "license_link": "x",
     }
-    assert "must be one of" in push(out, "--license", "nonsense").output
     assert push(out, "--license", "mit").exit_code == 0
     assert metadata(here)["license"] == "mit"
+
+
+def test_a_card_that_the_hub_does_not_take_is_told_before_anything_is_sent(here: Hub, out: Path) -> None:
+    done = push(out, "--license", "nonsense")
+    assert done.exit_code == 1
+    assert '"license" must be one of' in done.output
+    assert ME not in here.repositories
+    assert here.count("PUT", "/large/") == 0
 
 
 OWN = "---\nlicense: mit\ntags:\n- mine\n---\n# My own words\n\nEvery *one* of them.\n"
@@ -660,6 +688,11 @@ def test_names_with_spaces_and_of_other_alphabets_arrive(here: Hub, out: Path) -
     assert push(out).exit_code == 0
     arrived(here, out)
     assert "nothing to do" in push(out).output
+
+
+def test_a_token_of_another_form_is_told_neither(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "eyJh.of-a-job.c2ln")
+    assert redact("sent eyJh.of-a-job.c2ln to host") == "sent <token> to host"
 
 
 @given(st.text(), st.text(), st.sampled_from(["", "Bearer ", "https://user:", "?token="]))
