@@ -1,6 +1,8 @@
 """The parts of ``varm-merge compare``: recipes of methods, distances, records, measuring, the command line."""
 
 import itertools
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from varm_merge.comparison.entries import Entry, check, entries, family, short_n
 from varm_merge.comparison.evaluation import Tasks
 from varm_merge.comparison.steps import Contents, Steps, locked, write
 from varm_merge.errors import VarmError
+from varm_merge.lineage import Place, weights_fingerprint
 from varm_merge.measure import CommandError, measured
 
 METHODS = sorted(one.spec.name for one in registered_methods())
@@ -66,6 +69,17 @@ def test_every_method_that_fits_gets_a_sound_recipe_and_the_others_a_reason(
     if targets == 3:
         (slerp,) = [entry for entry in found if entry.name == "slerp"]
         assert slerp.problems[0].endswith("not 4; multislerp and karcher merge more than two")
+
+
+def test_targets_that_tell_their_pivot_may_be_interpolated_without_it(mistral: Family, tmp_path: Path) -> None:
+    pivot = {"model": str(mistral.pivot), "weights": weights_fingerprint(Place(str(mistral.pivot)))}
+    targets = [shutil.copytree(target, tmp_path / target.name) for target in mistral.targets]
+    for target in targets:
+        (target / "fusion.json").write_text(json.dumps({"pivot": pivot}))
+    found = of_methods(["slerp", "ties"], mistral.pivot, targets, tmp_path)
+    assert [entry.problems for entry in found] == [[], []]
+    foreign = of_methods(["ties"], mistral.targets[0], targets, tmp_path)
+    assert "was fine-tuned from" in foreign[0].problems[0]
 
 
 @pytest.mark.parametrize("method", sorted(FITS[2]))

@@ -13,6 +13,7 @@ from mergekit.merge_methods import BasePolicy, MergeMethodSpec
 from varm_merge import recipe
 from varm_merge.comparison.steps import write
 from varm_merge.errors import VarmError
+from varm_merge.lineage import FUSION
 from varm_merge.method import METHOD_NAME
 from varm_merge.weights import Granularity
 
@@ -158,6 +159,8 @@ def check(entry: Entry, cache_dir: str | None) -> None:
     looked = recipe.Looked()
     problems = recipe.check(entry.text, every=True, looked=looked, cache_dir=cache_dir)
     entry.bytes = looked.estimate.get("written_bytes", 0)
+    if entry.method in {one.spec.name for one in merge_methods.registered_methods() if _is_of_two(one.spec)}:
+        problems = [problem for problem in problems if FUSION not in problem.message]  # its base_model is no pivot
     entry.problems = [f"line {problem.line}: {problem.message}" for problem in problems]
     if entry.method == "nuslerp" and "base_model" not in entry.content and len(entry.models) != 2:
         entry.problems.append(f"nuslerp merges exactly 2 models, not {len(entry.models)}")
@@ -263,11 +266,13 @@ def _inputs(spec: MergeMethodSpec, base: str, models: Sequence[str]) -> dict[str
     """The models as a method takes them: one of exactly two merges the only two targets, without the pivot."""
     listed = [{"model": model} for model in models]
     content: dict[str, Any] = {"merge_method": spec.name, "models": listed}
-    contract = spec.contract
-    if contract.base in (BasePolicy.IGNORED, BasePolicy.FORBIDDEN) or spec.name in WITHOUT_BASE:
+    if spec.contract.base in (BasePolicy.IGNORED, BasePolicy.FORBIDDEN) or spec.name in WITHOUT_BASE:
         return content
-    of_two = contract.min_inputs == contract.max_inputs == 2
-    return {**content, "base_model": models[0] if of_two and len(models) == 2 else base}
+    return {**content, "base_model": models[0] if _is_of_two(spec) and len(models) == 2 else base}
+
+
+def _is_of_two(spec: MergeMethodSpec) -> bool:
+    return bool(spec.contract.min_inputs == spec.contract.max_inputs == 2)
 
 
 def _models(content: Any) -> Iterator[str]:
