@@ -223,11 +223,12 @@ def test_what_does_not_fit_the_context_is_cut_and_told(llama: Path, tmp_path: Pa
         expected = oracle.tokenizer.decode(oracle.ids(text, limit), skip_special_tokens=True).strip()
         assert said(output)[row["question_id"]] == [[expected]]
     told = {
-        line.rpartition(": ")[0]: int(line.rpartition(": ")[2]) for line in done.output.splitlines() if "!" in line
+        line.rpartition(": ")[0]: int(line.rpartition(": ")[2]) for line in done.stdout.splitlines() if "!" in line
     }
     assert told["! empty answers, where the question fills the model's context"] == sum(
         length >= middle + 2 for length in lengths
     )
+    assert done.stderr.count("are made one at a time; a lower --max-new-tokens makes them together") == 1
     assert told["! answers cut where the model's context ends"] >= 1
 
 

@@ -359,7 +359,7 @@ def test_the_key_is_in_no_output(bench: Bench, caplog: pytest.LogCaptureFixture)
         assert done.returncode == 1
         assert "Incorrect API key provided: Bearer [key]" in done.stderr
     with serving(rated, [Fault(400, body={"error": {"message": "x" * 190 + KEY}})], key=KEY) as server:
-        with_failure = bench.judged(server.url)
+        with_failure = bench.judged(server.url, "--concurrency", 1)
         assert f"✗ CLM, question 101, turn 1: 400 {'x' * 190}[key]" in with_failure.output
     written = "".join(path.read_text() for path in bench.folder.rglob("*") if path.is_file())
     for text in (done.stdout, done.stderr, with_failure.output, written, caplog.text):

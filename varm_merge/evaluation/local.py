@@ -77,6 +77,7 @@ class LocalModel:
         self.name, self.device, self.dtype = name, device, dtype
         self.batch_size, self.max_new_tokens, self.say = batch_size, max_new_tokens, say
         self.code = trust_remote_code
+        self._alone_told = False
         self.folder = _folder(name, revision)
         self.tokenizer = self._loaded(transformers.AutoTokenizer, "tokenizer")
         if chat_template is not None:
@@ -185,12 +186,21 @@ class LocalModel:
             if room <= 0:
                 answers[number] = Answer("", "no room")
             elif room < self.max_new_tokens:  # alone: no row of a batch is continued beyond its context
+                self._tell_alone()
                 (answers[number],) = self._in_batches([row], [prompts[number]], room)
             else:
                 together.append(number)
         chosen = [rows[number] for number in together], [prompts[number] for number in together]
         answers |= dict(zip(together, self._in_batches(*chosen, self.max_new_tokens), strict=True))
         return [answers[number] for number in range(len(prompts))]
+
+    def _tell_alone(self) -> None:
+        if not self._alone_told:
+            self.say(
+                f"{self.name} reads {self.context} tokens: answers that could go beyond are made one at a time; a "
+                "lower --max-new-tokens makes them together"
+            )
+        self._alone_told = True
 
     def _in_batches(self, rows: Sequence[list[int]], prompts: Sequence[Prompt], limit: int) -> list[Answer]:
         answers: list[Answer] = []
