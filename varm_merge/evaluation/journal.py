@@ -92,17 +92,12 @@ class Lines:
         return rows
 
     def add(self, row: Any) -> None:
-        """Append a line; it is on the disk when this returns, and no part of it if the disk refuses."""
+        """Append a line; it is on the disk when this returns."""
         line = memoryview(json.dumps(row).encode() + b"\n")
         with _written_to(self.path):
-            size = self.path.stat().st_size
-            try:
-                while line:
-                    line = line[self._file.write(line) :]
-                os.fsync(self._file.fileno())
-            except OSError:
-                self._file.truncate(size)
-                raise
+            while line:
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; one that is empty is removed."""
