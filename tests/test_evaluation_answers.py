@@ -45,21 +45,21 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A tiny chat model of a layout, made once."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A tiny chat model of a layout, with a tokenizer of a kind, made once."""
     folder = tmp_path_factory.mktemp("sources")
 
-    def get(layout: str) -> Path:
-        path = folder / layout
+    def get(layout: str, kind: str = "byte_level_bpe") -> Path:
+        path = folder / f"{layout}-{kind}"
         if not path.exists():
-            tiny_sources.save_source(path, layout, "byte_level_bpe", special=[END_OF_TURN], template=TEMPLATE)
+            tiny_sources.save_source(path, layout, kind, special=[END_OF_TURN], template=TEMPLATE)
         return path
 
     return get
 
 
 @pytest.fixture(scope="module")
-def llama(source: Callable[[str], Path]) -> Path:
+def llama(source: Callable[..., Path]) -> Path:
     return source("llama")
 
 
@@ -118,14 +118,25 @@ class Oracle:
 # What is answered
 
 
-@pytest.mark.parametrize("layout", ["llama", "gemma2", "gpt_neox", "mixtral", "mpt", "qwen2"])
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        ("llama", "byte_level_bpe"),
+        ("gemma2", "unigram"),
+        ("gpt_neox", "byte_level_bpe"),
+        ("mixtral", "sentencepiece_bpe"),
+        ("mpt", "byte_level_bpe"),
+        ("qwen2", "byte_level_bpe"),
+    ],
+)
 def test_both_turns_are_what_one_question_at_a_time_gives(
-    layout: str, source: Callable[[str], Path], questions: Path, tmp_path: Path
+    layout: str, kind: str, source: Callable[..., Path], questions: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "model_answer" / "tiny.jsonl"
-    done = asked(source(layout), questions, output, "--batch-size", 4, "--name", "tiny")
+    model = source(layout, kind)
+    done = asked(model, questions, output, "--batch-size", 4, "--name", "tiny")
     assert done.exit_code == 0, done.output
-    oracle = Oracle(source(layout))
+    oracle = Oracle(model)
     assert said(output) == {row["question_id"]: [oracle.says(row["turns"])] for row in QUESTIONS}
     for row in rows(output):
         assert list(row) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
@@ -313,7 +324,7 @@ def test_another_model_or_setting_under_the_same_file_is_refused(
     tensors = load_file(other / "model.safetensors")
     tensors["lm_head.weight"][0, 0] += 1
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    name = ("--name", "llama")
+    name = ("--name", llama.name)
     fewer = write_lines(tmp_path / "fewer.jsonl", QUESTIONS[:3])
     for arguments, what in (
         ((other, questions, output, *name), "weights: "),
