@@ -99,6 +99,8 @@ def test_shards_and_revisions_on_the_hub_are_read(hub: Hub, tmp_path: Path, mist
     assert found == []
     sizes = [model.bytes for model in looked.models.values()]
     assert sizes[0] == sizes[1]
+    assert Place("org/one", "small", str(tmp_path / "c")).file("model.safetensors.index.json")
+    assert told(recipe(models=[{"model": "org/one@small"}]), tmp_path / "c") == []  # its shards are still away
     (problem,) = told(recipe(models=[{"model": "org/one@smal"}]), tmp_path / "c")
     assert problem == "4: `org/one` has no revision `smal` on the Hub"
 

@@ -380,6 +380,9 @@ def test_a_change_that_leaves_the_size_is_sent(here: Hub, out: Path) -> None:
     changed = [one["path"] for one in pushed(out)["files"] if one["state"] == "changed"]
     assert changed == [shard.name, "notes.txt"]
     arrived(here, out)
+    here.asked.clear()
+    push(out)
+    assert {one.method for one in here.asked} == {"GET"}
 
 
 def test_old_weights_do_not_stay_beside_the_new(here: Hub, out: Path, merge: Path) -> None:
@@ -487,6 +490,8 @@ def test_licences_that_disagree_or_are_unknown_are_asked_for(here: Hub, out: Pat
     assert done.exit_code == 1
     told = "✗ the licence is not clear (org/pivot: apache-2.0; org/one: mine; org/two: unknown): say yours"
     assert told in done.output
+    here.add("org/two", {"README.md": b"---\nlicense: mit\n---\n"})
+    assert "✗ the licence is not clear (org/pivot: apache-2.0; org/one: mine; org/two: mit)" in push(out).output
     assert ME not in here.repositories
     for name in ("pivot", "one", "two"):
         here.add(f"org/{name}", {"README.md": b"---\nlicense: other\nlicense_name: mine\nlicense_link: x\n---\n"})

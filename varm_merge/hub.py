@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +293,9 @@ def _sentence(repository: str, error: Exception) -> str:
     if isinstance(error, ValueError):
         return f"`{repository}`: {error}"
     endpoint = huggingface_hub.constants.ENDPOINT
-    return f"the connection to {endpoint} failed ({type(chain[-1]).__name__}: {chain[-1]}): {AGAIN}"
+    by_xet = find_spec("hf_xet") is not None and not huggingface_hub.constants.HF_HUB_DISABLE_XET
+    without = "; HF_HUB_DISABLE_XET=1 sends without hf_xet" if by_xet else ""
+    return f"the connection to {endpoint} failed ({type(chain[-1]).__name__}: {chain[-1]}): {AGAIN}{without}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
