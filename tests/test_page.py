@@ -150,6 +150,17 @@ def test_blocks_moved_as_far_as_their_elements_on_average(
     assert ticks[0] <= np.min(means_BK) <= np.max(means_BK) <= ticks[-1]
 
 
+def test_a_line_is_broken_where_its_target_did_not_move(
+    found: Found, written: Callable[[Found], Path], visit: Visit
+) -> None:
+    found = large(found, 4)
+    for tensor in found["tensors"]:
+        if tensor["block"] == "model.layers.1":
+            tensor["targets"][found["targets"][1]]["mean_squared_delta"] = 0.0
+    lines = visit(written(found)).locator("#plot path:not(.mark)").all()
+    assert [re.sub(r"[\d. ]", "", line.get_attribute("d") or "") for line in lines] == ["MLLL", "MML", "MLLL"]
+
+
 def test_agreement_is_told_of_each_pair(found: Found, written: Callable[[Found], Path], visit: Visit) -> None:
     page = visit(written(found))
     cosine, conflicts = page.locator("table.matrix").all()
@@ -382,7 +393,7 @@ def test_a_page_runs_and_loads_nothing_that_came_later(
               script.textContent = "window.intruder = 1";
               document.body.append(script);
               document.body.insertAdjacentHTML("beforeend", `<img src="${url}" onerror="window.intruder = 2">`);
-              await fetch(url).catch(() => {});
+              await fetch(url, { signal: AbortSignal.timeout(1000) }).catch(() => {});
             }""",
             f"http://127.0.0.1:{server.getsockname()[1]}/",
         )
