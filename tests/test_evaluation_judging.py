@@ -157,8 +157,8 @@ def test_each_turn_is_judged_with_the_prompt_of_its_category(bench: Bench) -> No
         ("[[7.0]]", 7),
         ("Rating: 7", -1),
         ("[[seven]]", -1),
-        ("[[11]]", -1),
-        ("[[0]]", -1),
+        ("[[11]]", 11),
+        ("[[0]]", 0),
         ("[[-3]]", -1),
         ("", -1),
         ("[[7/10]] or [[ 7 ]]", -1),
@@ -634,6 +634,13 @@ def test_results_that_are_no_fair_comparison_say_so(bench: Bench) -> None:
         "line 1: no judgment as FastChat writes it"
         in CliRunner().invoke(main, ["evaluate", "results", str(path)]).output
     )
+
+
+def test_ratings_that_no_scale_has_count_and_are_told(bench: Bench) -> None:
+    path = write_lines(bench.folder / "judged.jsonl", judgments({"CLM": lambda n, t: 12 if n else 0}))
+    shown = CliRunner().invoke(main, ["evaluate", "results", str(path)])
+    assert shown.output.splitlines()[-2].split() == ["Average", "9.00"]
+    assert "! CLM: 8 ratings are not from 1 to 10; they count, as with FastChat" in shown.output
 
 
 def test_win_rates_of_several_models_are_side_by_side(alpaca: Alpaca) -> None:

@@ -269,8 +269,8 @@ def judge_mt_bench(
 
     ANSWERS are files of answers, one for each model, named after it. Questions of math, reasoning and coding are
     judged beside a reference answer. OUTPUT has FastChat's keys, and grows by lines: what it has is not asked
-    again. As with FastChat, a judgment without [[rating]] (or [rating]) from 1 to 10 is kept with the score -1 and
-    in no average; it is counted, and asked again when its line is removed.
+    again. As with FastChat, a judgment without [[rating]] (or [rating]) is kept with the score -1 and in no
+    average; it is counted, and asked again when its line is removed.
 
     \b
     Examples:

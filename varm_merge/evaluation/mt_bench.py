@@ -53,11 +53,11 @@ class Game:
 
 
 def rating(judgment: str) -> float:
-    """The rating in a judgment: ``[[7]]``, else ``[7]``; -1 if there is none from 1 to 10."""
+    """The rating in a judgment as FastChat reads it: ``[[7]]``, else ``[7]``, whatever the number; -1 for none."""
     for pattern in RATINGS:
         if found := pattern.search(judgment):
             value = float(found[1])
-            return (int(value) if value.is_integer() else value) if 1 <= value <= 10 else NO_RATING
+            return int(value) if value.is_integer() else value
     return NO_RATING
 
 

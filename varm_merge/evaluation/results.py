@@ -44,8 +44,8 @@ def mt_bench(judgments: Sequence[Path], questions: Path | None, baseline: str | 
 
     Returns:
         JSON: ``judge``, ``baseline``, ``models``: for each model ``scores`` by category, turn and on the
-        whole (None where nothing was rated), ``improvement`` over the baseline in percent, ``judgments`` and
-        ``unrated``.
+        whole (None where nothing was rated), ``improvement`` over the baseline in percent, ``judgments``,
+        how many of them are ``unrated``, and how many rate ``outside`` 1 to 10.
 
     Raises:
         VarmError: The files have judgments of several judges, or none of the baseline.
@@ -70,6 +70,7 @@ def mt_bench(judgments: Sequence[Path], questions: Path | None, baseline: str | 
             "scores": {name: fmean(scores) if scores else None for name, scores in groups.items()},
             "judgments": len(own),
             "unrated": len(own) - len(rated),
+            "outside": sum(not 1 <= row["score"] <= 10 for row in rated),
         }
     if baseline is not None:
         _compare(models, baseline)
@@ -189,6 +190,8 @@ def remarks(found: Mapping[str, Any]) -> Iterator[str]:
     for name, of in models.items():
         if of["unrated"]:
             yield f"{name}: {of['unrated']} of {of['judgments']} judgments have no rating and are in no average"
+        if of["outside"]:
+            yield f"{name}: {of['outside']} ratings are not from 1 to 10; they count, as with FastChat"
     if len({of["judgments"] for of in models.values()}) > 1:
         counts = ", ".join(f"{name} {of['judgments']}" for name, of in models.items())
         yield f"the models have different numbers of judgments, and are no fair comparison: {counts}"
