@@ -192,7 +192,7 @@ def test_what_each_granularity_would_do_is_counted(
         sizes_U = np.array([unit["elements"] for unit in units])
         apart = np.average(np.abs(weights_UK - 1 / 3).sum(1) / 2, weights=sizes_U)
         assert float(row[5].rstrip("%")) / 100 == pytest.approx(apart, abs=6e-4)
-        leads = dict(part.rsplit(" ", 1) for part in row[6].split(", "))
+        leads = dict(part.rsplit(None, 1) for part in row[6].split(", "))
         won = np.bincount(weights_UK.argmax(1), minlength=3)
         assert leads == {f"target_{i + 1}": str(won[i]) for i in range(3) if won[i]}
 

@@ -19,7 +19,7 @@ __all__ = ["draw", "render"]
 Unit = Mapping[str, Any]
 
 MEANINGS = {
-    "model": "one weight of each target for all tensors",
+    "model": "all tensors at once",
     "layer": "a block at a time",
     "module": "attention, MLP and each norm of a block",
     "matrix": "a tensor at a time",
@@ -217,7 +217,7 @@ def _effect(key: str, units: Sequence[Unit], targets: Sequence[str], names: Sequ
         weights = [of["weight"] for unit in sound if (of := unit["targets"].get(target))]
         spread.append((min(weights), median(weights), max(weights)) if weights else None)
     leads = Counter(_leader(unit) for unit in sound if unit.get("moved", True))
-    told = [f"{names[targets.index(target)]} {count:,}" for target, count in leads.most_common()]
+    told = [f"{names[targets.index(target)]}\N{NO-BREAK SPACE}{count:,}" for target, count in leads.most_common()]
     return {
         "label": _label(key, units),
         "meaning": MEANINGS.get(key, ""),
