@@ -1,6 +1,5 @@
 """The page of ``varm-merge inspect``, in a real browser: it tells what ``inspect`` has found, to everybody."""
 
-import copy
 import re
 import socket
 from collections.abc import Callable, Iterable
@@ -12,6 +11,7 @@ import pytest
 import runs
 from browser import PHONE, Visit, contrasts
 from click.testing import CliRunner
+from inspected import Found, large, renamed
 from mergekit.options import MergeOptions
 from playwright.sync_api import Browser, Page
 from tiny_models import Family
@@ -25,7 +25,6 @@ from varm_merge.report import natural_order
 
 pytest_plugins = ["browser"]
 
-Found = dict[str, Any]
 QUIET = MergeOptions(quiet=True)
 HOSTILE = [
     "</script ><script>alert(1)</script>",
@@ -442,38 +441,6 @@ def test_a_large_model_is_a_small_file_that_answers_at_once(
       });
     }""")
     assert sorted(milliseconds)[3] < 300, milliseconds  # under 100 on an idle machine; tests share it
-
-
-def renamed(found: Found, names: list[str]) -> Found:
-    """What was found, of targets with other names."""
-    new = dict(zip(found["targets"], names, strict=True))
-
-    def of(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {new.get(key, key): of(item) for key, item in value.items()}
-        return [of(item) for item in value] if isinstance(value, list) else new.get(value, value)
-
-    renamed_found: Found = of({**found, "recipe": {**found["recipe"], "content": {}}})
-    return renamed_found
-
-
-def large(found: Found, blocks: int) -> Found:
-    """What would be found of the same model with more blocks: its last one again and again."""
-    grown = copy.deepcopy(found)
-    grown["units"] = {key: _grown(units, "unit", blocks) for key, units in grown["units"].items()}
-    grown["tensors"] = _grown(grown["tensors"], "tensor", blocks)
-    return grown
-
-
-def _grown(items: list[Found], key: str, blocks: int) -> list[Found]:
-    last = "model.layers.1"
-    more = [
-        copy.deepcopy({**item, key: item[key].replace(last, (block := f"model.layers.{number}")), "block": block})
-        for number in range(2, blocks)
-        for item in items
-        if item[key].startswith(last)
-    ]
-    return [*items, *more]
 
 
 # The command and its file
