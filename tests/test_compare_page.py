@@ -95,6 +95,10 @@ def test_every_number_of_the_tables_is_on_the_page_and_the_best_is_marked(
             assert line.locator("td").all_inner_texts() == [cell.text for cell in cells]
             best = line.locator("td.best").all_inner_texts()
             assert best == [cell.text for cell in cells if cell.best]
+    rows = page.locator("section:has(h2#side-by-side) tbody tr")
+    fastest = rows.filter(has=page.locator("td.best", has_text="7.5"))
+    assert fastest.locator("th").inner_text() == "merge-3"
+    assert rows.filter(has_text="pivot").locator("td.best").all_inner_texts() == ["0.2000", "50.0%"]
     body = page.locator("body").inner_text()
     for told in (f"line 3: {HOSTILE} cannot", "stacked is not compared", "larger than the memory", "a machine"):
         assert told in body
