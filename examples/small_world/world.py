@@ -297,6 +297,7 @@ def make_model(name: str, folder: Path, steps: int, seed: int) -> str:
         tokenizer_object=of.tokenizer(seen, of.pieces),
         eos_token="</s>",
         pad_token="</s>",
+        chat_template=TEMPLATE.read_text(encoding="utf-8"),
         **({} if of.tokenizer is byte_level else {"bos_token": "<s>", "unk_token": "<unk>"}),
     )
     tokenizer.save_pretrained(folder)
