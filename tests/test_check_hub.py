@@ -246,6 +246,20 @@ def test_the_memory_is_near_what_a_merge_was_seen_to_take() -> None:
         assert told_mib == pytest.approx(seen_mib, rel=0.75)
 
 
+def test_slices_with_a_base_of_their_own_are_measured(mistral: Family) -> None:
+    pivot, target = str(mistral.pivot), str(mistral.targets[0])
+    sources = [{"model": one, "layer_range": [0, 2]} for one in (pivot, target)]
+    content = {
+        "merge_method": "slerp",
+        "slices": [{"sources": sources, "base_model": pivot}],
+        "parameters": {"t": [{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}]},
+        "dtype": "float32",
+    }
+    looked = Looked()
+    assert check(yaml.safe_dump(content), every=True, looked=looked) == []
+    assert estimate._merge_s(content, looked) > 0
+
+
 def test_a_method_that_cannot_be_measured_is_no_problem(mistral: Family, tmp_path: Path, monkeypatch: Any) -> None:
     path = tmp_path / "recipe.yaml"
     models = [{"model": str(one)} for one in mistral.targets]

@@ -526,6 +526,8 @@ def test_a_persons_card_keeps_its_words_and_gets_metadata(here: Hub, out: Path) 
     assert metadata(here)["tags"] == ["mine", "mergekit", "merge", "varm"]
     assert metadata(here)["base_model"] == ["org/pivot", "org/one", "org/two"]
     assert "nothing to do" in push(out).output
+    push(out, "--license", "apache-2.0")
+    assert metadata(here)["license"] == "apache-2.0"
     assert push(out, "--overwrite-card").exit_code == 0
     assert here.repositories[ME].files()["README.md"].startswith(b"---\nbase_model:")
     assert b"own words" not in here.repositories[ME].files()["README.md"]

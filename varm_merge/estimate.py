@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 from mergekit import merge_methods
-from mergekit.merge_methods import BasePolicy, merge_state_dicts
+from mergekit.merge_methods import merge_state_dicts
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -35,9 +35,9 @@ COPIES = {"varm": 0.25, "linear": 1.0, "task_arithmetic": 1.0, "passthrough": 1.
 """Of the largest tensor, for every model and the output; measured with mergekit 0.1.5."""
 OTHER_COPIES = 4.0
 """ties, sce and their kin work in float32, with masks."""
-READ_BYTES, WRITE_BYTES, SIDE = 32_000_000, 32_000_000, 1024
-REPEATS = 3
-"""Of a measurement that takes less than a second: the shortest counts."""
+READ_BYTES, WRITE_BYTES, SIDE = 32_000_000, 32_000_000, 2048
+REPEATS, ENOUGH_S = 5, 2.0
+"""Of the merge of random tensors: the shortest counts, since what else the machine does only makes it longer."""
 NAMES = ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -149,7 +149,6 @@ def _merge_s(recipe: Mapping[str, Any], looked: Looked) -> float:
         (pivot + 0.01 * number * torch.randn(SIDE, SIDE, generator=generator)).to(dtype)
         for number in range(looked.width)
     ]
-    has_base = recipe.get("base_model") is not None and method.spec.contract.base is not BasePolicy.IGNORED
     parameters = _parameters(recipe, method.spec)
 
     def merge(side: int) -> float:
@@ -157,12 +156,12 @@ def _merge_s(recipe: Mapping[str, Any], looked: Looked) -> float:
         models = [dict(zip(NAMES, (tensor[:half], tensor[half:side]), strict=True)) for tensor in tensors]
         begun = time.perf_counter()
         with torch.no_grad():
-            merge_state_dicts(models, method, parameters=parameters, base=0 if has_base else None)
+            merge_state_dicts(models, method, parameters=parameters, base=0 if looked.has_base else None)
         return time.perf_counter() - begun
 
     merge(16)
     took = [merge(SIDE)]
-    while len(took) < REPEATS and sum(took) < 1:
+    while len(took) < REPEATS and sum(took) < ENOUGH_S:
         took.append(merge(SIDE))
     return min(took) / SIDE**2
 

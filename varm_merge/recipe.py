@@ -56,12 +56,14 @@ class Looked:
         remarks: Differences that a merge survives.
         estimate: Bytes read, written, held (``headers.estimate``); empty if a header could not be read.
         width: How many models are merged at most, base included.
+        has_base: Whether one of them is a base to the method.
     """
 
     models: dict[ModelReference, headers.Model] = field(default_factory=dict)
     remarks: list[Problem] = field(default_factory=list)
     estimate: dict[str, Any] = field(default_factory=dict)
     width: int = 0
+    has_base: bool = False
 
 
 class _Family(NamedTuple):
@@ -343,6 +345,7 @@ class _Checker:
         if self.families and (found := looked.models.get(self.families[0].base)) is not None:
             dtype = self.document.get("out_dtype") or self.document.get("dtype")
             looked.estimate = headers.estimate(list(looked.models.values()), found, dtype)
+            looked.has_base = self.families[0].has_pivot
             looked.width = max(len(dict.fromkeys([one.base, *one.models])) for one in self.families)
 
     def _at(self, path: TreePath) -> Any:
