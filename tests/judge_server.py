@@ -37,6 +37,7 @@ class Judge:
     key: str | None = None
     hanging: float = 3.0
     usage: bool = True
+    newer: bool = False
     asked: list[dict[str, Any]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     at_once: int = 0
@@ -95,6 +96,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(404, {"error": {"message": "no such path"}})
             elif judge.key and (sent := self.headers.get("authorization")) != f"Bearer {judge.key}":
                 self._send(401, {"error": {"message": f"Incorrect API key provided: {sent}"}})
+            elif judge.newer and "max_tokens" in body:
+                told = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+                self._send(400, {"error": {"message": told, "code": "unsupported_parameter"}})
             elif fault.status != 200:
                 self._send(fault.status, fault.body, fault.headers)
             else:

@@ -272,6 +272,16 @@ def test_whatever_goes_wrong_once_is_asked_again(bench: Bench) -> None:
     assert -1 not in bench.scores().values()
 
 
+def test_a_model_that_wants_the_newer_limit_is_given_it(bench: Bench) -> None:
+    with serving(rated, newer=True) as server:
+        done = bench.judged(server.url, "--concurrency", 4)
+        assert done.exit_code == 0, done.output
+        asked = [body for body in server.asked if "max_tokens" not in body]
+        assert [body["max_completion_tokens"] for body in asked] == [2048] * 16
+        assert len(server.asked) <= 16 + 4
+    assert len(bench.scores()) == 16
+
+
 def test_what_fails_is_told_the_others_go_on_and_the_next_run_asks_it_alone(bench: Bench) -> None:
     def never_math(body: dict[str, Any]) -> str | None:
         if "said VaRM 1 to math" in body["messages"][-1]["content"]:

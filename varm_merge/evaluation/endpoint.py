@@ -22,6 +22,8 @@ __all__ = ["DEFAULT_KEY", "OPENAI", "Endpoint", "Failed", "Judged", "Load", "Rep
 OPENAI, DEFAULT_KEY = "https://api.openai.com/v1", "OPENAI_API_KEY"
 NO_KEY = "none"
 """What is sent to an endpoint that wants no key."""
+NEW_LIMIT = "max_completion_tokens"
+"""What OpenAI's newer models want in place of ``max_tokens``, which all others know; they say so."""
 LONGEST_BACKOFF_SECONDS, LONGEST_WAIT_SECONDS = 60.0, 600.0
 """Between two tries; and what a server may ask for."""
 BYTES_PER_TOKEN = 4
@@ -143,6 +145,7 @@ class Endpoint:
         self._client: Any = None
         self._pace = _Pace(requests_per_minute, tokens_per_minute)
         self._lock = threading.Lock()
+        self._limit = "max_tokens"
         self.used = Load()
 
     def open(self) -> None:
@@ -191,15 +194,18 @@ class Endpoint:
         import openai
 
         try:
-            began = time.monotonic()
+            began, limit = time.monotonic(), self._limit
             reply = self._client.chat.completions.create(
-                model=self.model, messages=list(messages), max_tokens=max_tokens, **settings
+                model=self.model, messages=list(messages), **{limit: max_tokens}, **settings
             )
             return self._read(reply, time.monotonic() - began), None
         except openai.APITimeoutError:
             return "no answer in time", None
         except openai.APIStatusError as error:
             told = f"{error.status_code} {self._told(error.body or error.message)}"
+            if error.status_code == 400 and NEW_LIMIT in told and limit != NEW_LIMIT:
+                self._limit = NEW_LIMIT
+                return told, None
             if error.status_code in (401, 403, 404) or error.code == "insufficient_quota":
                 raise VarmError(f"{self.url} takes no request for `{self.model}`: {told}") from None
             if error.status_code not in (408, 409, 425, 429) and error.status_code < 500:
