@@ -270,7 +270,8 @@ def test_a_method_that_cannot_be_measured_is_no_problem(mistral: Family, tmp_pat
     assert "how long it takes could not be measured" in done.output
 
 
-def test_every_method_is_measured(mistral: Family) -> None:
+def test_every_method_is_measured(mistral: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "SIDE", 256)
     for method in METHODS:
         looked, content = Looked(), recipe_of(method, mistral)
         assert check(yaml.safe_dump(content), every=True, looked=looked) == []
