@@ -74,6 +74,7 @@ def compare(
     from varm_merge.comparison.report import problems, terminal, write_report
     from varm_merge.comparison.run import Settings, demand_folder, locked
     from varm_merge.comparison.run import compare as run
+    from varm_merge.errors import VarmError
 
     base, models = options.pop("base"), options.pop("models")
     held_out = HeldOut(found, options["template"]) if (found := options.pop("held_out")) else None
@@ -96,7 +97,10 @@ def compare(
         found_entries = entries(recipes, methods, base, models, out / "recipes")
         command = shlex.join(["varm-merge", *sys.argv[1:]])
         models_of = family(sound(found_entries, settings.cache_dir), base)
-        report = run(found_entries, models_of, settings, command)
+        try:
+            report = run(found_entries, models_of, settings, command)
+        except OSError as error:  # a file that was there when it began
+            raise VarmError(f"`{error.filename}`: {error.strerror or error}") from error
         text = json.dumps(report, indent=1, allow_nan=False) + "\n"
         write_report(report, out, text)
     if as_json:

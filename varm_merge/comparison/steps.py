@@ -50,20 +50,19 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("w") as file:
-            if sys.platform != "win32":
-                import fcntl
-
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    message = (
-                        f"another `varm-merge compare` works in `{folder}`; wait for it, or give another --out"
-                    )
-                    raise VarmError(message) from error
-            yield
+        file = (folder / ".lock").open("w")
     except OSError as error:
         raise VarmError(f"`{folder}` cannot be written: {error.strerror or error}") from error
+    with file:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                message = f"another `varm-merge compare` works in `{folder}`; wait for it, or give another --out"
+                raise VarmError(message) from error
+        yield
 
 
 class Steps:
