@@ -264,6 +264,15 @@ class _Handler(BaseHTTPRequestHandler):
             }
         )
 
+    def tree(self, repo: str, rev: str, **_: Any) -> Answer:
+        found = self._repository(repo, revision=rev)
+        told = []
+        for path, data in found.files(self._shas(found).get(rev, rev)).items():
+            hashes = _hashes(path, data)
+            large = {"lfs": {**hashes["lfs"], "oid": hashes["lfs"]["sha256"]}} if "lfs" in hashes else {}
+            told.append({"type": "file", "path": path, "size": len(data), "oid": hashes["blobId"], **large})
+        return _json(told)
+
     def access(self, repo: str, **_: Any) -> Answer:
         self._read(self._repository(repo))
         return _json({})
@@ -391,6 +400,7 @@ _ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("POST", "/api/validate-yaml", _Handler.validate),
     ("GET", rf"/api/models/{_REPO}", _Handler.info),
     ("GET", rf"/api/models/{_REPO}/revision/(?P<rev>.+)", _Handler.info),
+    ("GET", rf"/api/models/{_REPO}/tree/(?P<rev>[^/]+)", _Handler.tree),
     ("GET", rf"/api/models/{_REPO}/auth-check", _Handler.access),
     ("POST", rf"/api/models/{_REPO}/branch/(?P<name>.+)", _Handler.branch),
     ("POST", rf"/api/models/{_REPO}/preupload/(?P<rev>.+)", _Handler.preupload),

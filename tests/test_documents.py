@@ -109,22 +109,6 @@ def readers(
     return {name: Reader(tmp_path_factory.mktemp(name), environment, models) for name in ("readme", "docs")}
 
 
-def _tree(self, repo, rev, **_):  # TEMPORARY
-    found = self._repository(repo, revision=rev)
-    files = found.files(self._shas(found).get(rev, rev))
-    told = []
-    for path, data in files.items():
-        h = hub_server._hashes(path, data)
-        one = {"type": "file", "path": path, "size": len(data), "oid": h["blobId"]}
-        if "lfs" in h:
-            one["lfs"] = {"oid": h["lfs"]["sha256"], "size": len(data), "pointerSize": 130}
-        told.append(one)
-    return hub_server._json(told)
-
-
-hub_server._ROUTES.append(("GET", rf"/api/models/{hub_server._REPO}/tree/(?P<rev>[^/]+)", _tree))
-
-
 class Reader:
     """Someone with the repository and chat data."""
 

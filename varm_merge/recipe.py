@@ -358,7 +358,7 @@ class _Checker:
         """As many models as the method takes."""
         contract, others = self.spec.contract, {str(model) for model in models}
         if contract.base is BasePolicy.IGNORED or base is None:
-            total, without = len(others), None
+            total = without = len(others)
         else:
             pivot = str(self._reference(base))
             total, without = len(others | {pivot}), len(others - {pivot})
@@ -366,9 +366,9 @@ class _Checker:
             return  # told below, in the words of this method
         for count, least, most, what in (
             (total, contract.min_inputs, contract.max_inputs, "models, base_model included"),
-            (without, contract.min_non_base, contract.max_non_base, "models beside the base_model"),
+            (without, contract.min_non_base, contract.max_non_base, "models beside a base_model"),
         ):
-            if count is not None and not (least or 0) <= count <= (math.inf if most is None else most):
+            if not (least or 0) <= count <= (math.inf if most is None else most):
                 limits = (
                     f"exactly {least}"
                     if least == most
@@ -379,7 +379,9 @@ class _Checker:
                 self.add(path, f"{self.spec.name} merges {limits} {what}, not {count}")
 
     def _pivots(self, cache_dir: str | None) -> None:
-        """Targets that tell their pivot must tell this one."""
+        """Targets that tell their pivot must tell this one, unless the base_model is one of two to merge."""
+        if self.spec is not None and self.spec.contract.max_inputs == 2:
+            return
         for path, pivot, models, has_pivot in self.families:
             known = [i for i, m in enumerate(models) if m.model.path not in self.names and m != pivot]
             if pivot.model.path in self.names or not has_pivot:

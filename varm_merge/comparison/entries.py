@@ -13,7 +13,6 @@ from mergekit.merge_methods import BasePolicy, MergeMethodSpec
 from varm_merge import recipe
 from varm_merge.comparison.steps import write
 from varm_merge.errors import VarmError
-from varm_merge.lineage import FUSION
 from varm_merge.method import METHOD_NAME
 from varm_merge.weights import Granularity
 
@@ -159,11 +158,7 @@ def check(entry: Entry, cache_dir: str | None) -> None:
     looked = recipe.Looked()
     problems = recipe.check(entry.text, every=True, looked=looked, cache_dir=cache_dir)
     entry.bytes = looked.estimate.get("written_bytes", 0)
-    if entry.method in {one.spec.name for one in merge_methods.registered_methods() if _is_of_two(one.spec)}:
-        problems = [problem for problem in problems if FUSION not in problem.message]  # its base_model is no pivot
     entry.problems = [f"line {problem.line}: {problem.message}" for problem in problems]
-    if entry.method == "nuslerp" and "base_model" not in entry.content and len(entry.models) != 2:
-        entry.problems.append(f"nuslerp merges exactly 2 models, not {len(entry.models)}")
     if entry.method == "slerp":
         more = "; multislerp and karcher merge more than two"
         entry.problems = [one + more if "merges exactly 2" in one else one for one in entry.problems]
