@@ -47,7 +47,8 @@ INSTEAD = {
     "examples/accelerate/fsdp_8gpu.yaml": "examples/accelerate/cpu.yaml",
     "examples/accelerate/ddp_8gpu.yaml": "examples/accelerate/cpu.yaml",
     "--models demo_out/sharegpt": "--models demo_out/sharegpt --conversations 60",
-    "--methods varm,varm:layer,ties,linear": "--methods varm,linear",
+    "--methods varm:layer,ties,linear": "--methods linear",
+    "--methods varm:layer,sce,ties,linear": "--methods linear",
     "--methods varm,sce,ties,dare_linear": "--methods dare_linear",
 }
 """What stands in for what, where a machine like this has no such thing."""
