@@ -22,7 +22,7 @@ from tiny_models import Family
 from varm_merge import picture, tensor_math
 from varm_merge.cli import main
 from varm_merge.errors import VarmError
-from varm_merge.inspection import inspect
+from varm_merge.inspection import inspect, tables
 
 GRANULARITIES = ["model", "layer", "module", "matrix", "parameter"]
 QUIET = MergeOptions(quiet=True)
@@ -136,7 +136,7 @@ def refused(path: Path) -> str:
 
 
 def test_what_cannot_be_inspected_is_told(mistral: Family, tmp_path: Path) -> None:
-    assert "varm_weights.json` cannot be read: No such file" in refused(tmp_path)
+    assert "has no varm_weights.json: it was not merged by varm" in refused(tmp_path)
     path = tmp_path / "varm_weights.json"
     path.write_text("{}")
     assert "is no varm_weights.json of a merge by varm" in refused(path)
@@ -234,7 +234,7 @@ def test_on_a_terminal_the_tables_are_drawn_and_a_mistake_is_a_sentence(mistral:
     assert "─" in text
     done = subprocess.run([BIN / "varm-merge", "inspect", tmp_path], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"Error: `{tmp_path}/varm_weights.json` cannot be read")
+    assert done.stderr.startswith(f"Error: `{tmp_path}` has no varm_weights.json")
 
 
 def test_the_picture_has_a_cell_for_each_unit(family: Callable[..., Family], tmp_path: Path) -> None:
@@ -255,3 +255,26 @@ def test_the_picture_has_a_cell_for_each_unit(family: Callable[..., Family], tmp
     done = CliRunner().invoke(main, [*arguments[:-1], str(tmp_path / "nowhere" / "weights.png")])
     assert done.exit_code == 1
     assert "weights.png` cannot be written" in done.output
+
+
+def test_what_cannot_be_inspected_is_told_in_a_sentence(mistral: Family, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    for text, flags, told in (
+        (
+            runs.recipe(mistral),
+            ["--device", "cudaa"],
+            "nothing can be measured on the device `cudaa`: Expected one of",
+        ),
+        (runs.recipe(mistral).replace("varm", "tise"), [], "`varm-merge check` tells"),
+    ):
+        recipe.write_text(text)
+        done = CliRunner().invoke(main, ["inspect", str(recipe), *flags])
+        assert (done.exit_code, told in done.stderr) == (1, True), done.stderr
+    done = CliRunner().invoke(main, ["inspect", str(mistral.pivot)])
+    assert "has no varm_weights.json: it was not merged by varm" in done.stderr
+
+
+def test_a_granularity_is_told_once(mistral: Family, tmp_path: Path) -> None:
+    found = told(runs.recipe(mistral), tmp_path)
+    titles = [title.partition(":")[0] for title, *_ in tables(found) if title.startswith("weights")]
+    assert titles == [f"weights, {g}" + ", as the recipe says" * (g == "matrix") for g in GRANULARITIES]

@@ -1,5 +1,9 @@
 """The ``varm-merge`` program."""
 
+import errno
+import os
+from typing import Any
+
 import click
 
 from varm_merge.commands.check import check
@@ -15,7 +19,21 @@ from varm_merge.version import __version__
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Program(click.Group):
+    """Obeys NO_COLOR, and says what keeps it from printing."""
+
+    def invoke(self, context: click.Context) -> Any:
+        if os.environ.get("NO_COLOR"):
+            context.color = False
+        try:
+            return super().invoke(context)
+        except OSError as error:
+            if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EFBIG):
+                raise
+            raise click.ClickException(f"standard output cannot be written: {error.strerror}") from error
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="varm-merge")
 def main() -> None:
     """Merge LLMs by Variation Ratio Merge (VaRM), inside stock mergekit.

@@ -64,6 +64,10 @@ def inspect(path: Path, options: MergeOptions, granularities: Sequence[str] = ()
         VarmError: The recipe cannot be merged; all that is wrong with it is told.
     """
     if path.is_dir():
+        if not (path / FILE_NAME).exists():
+            raise VarmError(
+                f"`{path}` has no {FILE_NAME}: it was not merged by varm; give a recipe, or such a folder"
+            )
         path = path / FILE_NAME
     try:
         text = path.read_text(encoding="utf-8")
@@ -76,7 +80,11 @@ def inspect(path: Path, options: MergeOptions, granularities: Sequence[str] = ()
     problems = recipe.check(text, cache_dir=options.transformers_cache, looked=recipe.Looked())
     recipe.refuse(problems, path, "cannot be inspected")
     if not recipe.uses_varm(text):
-        raise VarmError(f"{path} does not merge by `varm`: weights are given for `merge_method: varm` alone")
+        raise VarmError(
+            f"{path} does not merge by `varm`: weights are given for `merge_method: varm` alone. `varm-merge check` "
+            "tells what there is to say of other methods, and of misspelt ones"
+        )
+    _demand_device(options.device)
     content = yaml.safe_load(text)
     config = MergeConfiguration.model_validate(content)
     tensors = planner.planned_tensors(config, options)
@@ -100,6 +108,14 @@ def inspect(path: Path, options: MergeOptions, granularities: Sequence[str] = ()
         "tensors": [_described(one) for one in measured],
         "agreement": _agreement(measured, targets),
     }
+
+
+def _demand_device(device: str | None) -> None:
+    try:
+        torch.empty(0, device=device or "cpu")
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise VarmError(f"nothing can be measured on the device `{device}`: {reason}") from error
 
 
 def _of_a_merge(path: Path, text: str) -> dict[str, Any]:
@@ -276,9 +292,14 @@ def tables(found: Mapping[str, Any], top: int = 5) -> Iterator[Table]:
             both = " – ".join(names[targets.index(target)] for target in pair["targets"])
             pairs.append([both, f"{pair['cosine']:.3f}", f"{pair['sign_conflicts']:.1%}"])
         yield "agreement", ["targets", "cosine", "sign conflicts"], pairs
+    own = list(dict.fromkeys(unit["granularity"] for unit in found["units"][RECIPE]))
     for granularity, units in found["units"].items():
-        if granularity == RECIPE and len(found["units"]) > 2:
-            granularity = f"{RECIPE} ({', '.join(dict.fromkeys(unit['granularity'] for unit in units))})"
+        if granularity == RECIPE and len(found["units"]) > 1:
+            if len(own) == 1 and own[0] in found["units"]:
+                continue  # told under its own name
+            granularity = f"{RECIPE} ({', '.join(own)})"
+        elif own == [granularity]:
+            granularity += ", as the recipe says"
         if len(units) > MANY_UNITS:
             yield f"weights, {granularity}: {len(units)} units", ["", *names], _spread(units, targets)
         else:

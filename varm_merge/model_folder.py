@@ -89,7 +89,7 @@ def look(folder: Path, exclude: Sequence[str] = (), allow_pickle: bool = False) 
     for name, path in contents.files.items():
         contents.problems += _problems_of(name, path, folder, allow_pickle)
     contents.problems += _weights(folder, contents)
-    if not contents.problems:
+    if "config.json" in contents.files:
         _loads(folder, contents)
     return contents
 

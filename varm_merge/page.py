@@ -29,7 +29,6 @@ What all pages share (``pages/look.css``, ``pages/look.js``):
 
 import hashlib
 import json
-import os
 import re
 from base64 import b64encode
 from pathlib import Path
@@ -38,7 +37,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from varm_merge.errors import VarmError
+from varm_merge.files import write_whole
 from varm_merge.version import __version__
 
 __all__ = ["render", "write"]
@@ -74,17 +73,7 @@ def write(path: Path, html: str) -> None:
     Raises:
         VarmError: It cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(html.encode("utf-8", "replace"))  # a path may hold bytes that are no text
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise VarmError(f"`{path}` cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, html.encode("utf-8", "replace"))  # a path may hold bytes that are no text
 
 
 def _json(value: Any) -> Markup:

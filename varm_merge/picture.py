@@ -1,11 +1,13 @@
 """The weights of a merge as a picture: for each target a heat map, blocks by the parts of a block."""
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from varm_merge.errors import VarmError
+from varm_merge.files import write_whole
 from varm_merge.report import natural_order
 
 __all__ = ["draw", "grid"]
@@ -62,7 +64,6 @@ def draw(found: Mapping[str, Any], granularity: str, path: Path) -> None:
         axes.set_xticks(range(len(columns)), blocks + ["–"] * (len(columns) - len(blocks)))
         axes.set_yticks(range(len(rows)), rows)
     figure.colorbar(image, ax=list(all_axes), label=f"weight, {granularity}")
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise VarmError(f"`{path}` cannot be written: {error}") from error
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=120, format="png")
+    write_whole(path, drawn.getvalue())

@@ -124,7 +124,13 @@ def judged(command: Command) -> Command:
 @click.option("--questions", required=True, type=READ, help="MT-Bench's question.jsonl or AlpacaEval's JSON.")
 @click.option("--output", "-o", required=True, type=WRITTEN, help="The file of answers.")
 @click.option("--name", help="What the model is called in the file.  [default: the last part of MODEL]")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=1024,
+    show_default=True,
+    help="Most tokens of an answer.",
+)
 @click.option(
     "--num-choices",
     type=click.IntRange(min=1),
@@ -379,7 +385,7 @@ def _judge(
     if load.requests:
         endpoint.open()
         if not yes:
-            click.confirm("Start?", abort=True, err=True)
+            click.confirm("Start? (--yes does not ask)", abort=True, err=True)
     outcome = work(endpoint)
     if as_json:
         told |= {**vars(outcome), "used": vars(endpoint.used)}

@@ -69,10 +69,10 @@ def inspect(
 
     from varm_merge import inspection, inspection_page, picture
     from varm_merge.errors import VarmError
+    from varm_merge.files import demand_place
 
     for path in filter(None, (html, png)):  # known before hours of measuring
-        if not path.parent.is_dir():
-            raise VarmError(f"`{path}` cannot be written: there is no folder `{path.parent}`")
+        demand_place(path)
     options = MergeOptions(
         device=device, transformers_cache=cache_dir, trust_remote_code=trust_remote_code, quiet=quiet
     )

@@ -29,10 +29,10 @@ def talks(command: Command) -> Command:
             raise click.UsageError("--quiet and --verbose exclude each other")
         if quiet:
             os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        if quiet or verbose:
-            os.environ["TRANSFORMERS_VERBOSITY"] = "info" if verbose else "error"
+        os.environ["TRANSFORMERS_VERBOSITY"] = "info" if verbose else "error"  # what matters we say ourselves
         level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
         logging.basicConfig(level=level, format="%(name)s: %(message)s", force=True)
+        logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
         command(*arguments, quiet=quiet, **options)
 
     return talking

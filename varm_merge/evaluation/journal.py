@@ -15,8 +15,9 @@ from types import TracebackType
 from typing import Any
 
 from varm_merge.errors import VarmError
+from varm_merge.files import write_whole
 
-__all__ = ["Journal", "Lines", "rows_in", "write_whole"]
+__all__ = ["Journal", "Lines", "rows_in"]
 
 
 @contextmanager
@@ -25,25 +26,6 @@ def _written_to(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise VarmError(f"`{path}` cannot be written: {error.strerror or error}") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all; its folder is made.
-
-    Raises:
-        VarmError: The disk is full, or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with _written_to(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 class Lines:

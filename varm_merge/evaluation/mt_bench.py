@@ -185,12 +185,15 @@ def _there(output: Path, rows: Sequence[Any]) -> dict[Key, str]:
     problems, found = [], {}
     for number, row in enumerate(rows, 1):
         try:
-            key = (row["model"], row["question_id"], row["turn"], tuple(row["judge"]))
-            found[key] = str(row["user_prompt"])
+            found[_key_of(row)] = str(row["user_prompt"])
         except (KeyError, TypeError) as error:
             problems.append(f"judgment {number} is none as FastChat writes it: {error!r}")
     refuse(output, problems)
     return found
+
+
+def _key_of(row: Mapping[str, Any]) -> Key:
+    return row["model"], row["question_id"], row["turn"], tuple(row["judge"])
 
 
 def _key(game: Game, judge: str) -> Key:
@@ -214,7 +217,9 @@ def judge(games: Sequence[Game], endpoint: Endpoint, output: Path, threads: int,
     lines = Lines(output)
     try:
         asked = missing(games, endpoint.model, output, lines.rows)
-        outcome = Judged(len(games) - len(asked), 0, 0, {})
+        own = {_key(game, endpoint.model) for game in games}
+        unrated = sum(row["score"] == NO_RATING for row in lines.rows if _key_of(row) in own)
+        outcome = Judged(len(games) - len(asked), 0, unrated, {})
         with tqdm(total=len(games), initial=outcome.there, unit="judgment", disable=quiet) as bar:
             for game, reply in in_parallel(
                 lambda game: endpoint.ask(game.messages, MAX_TOKENS, temperature=0), asked, threads
