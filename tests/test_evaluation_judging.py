@@ -194,9 +194,10 @@ def test_a_judgment_without_rating_is_kept_as_minus_one_and_told(bench: Bench) -
         return "I would rather not say." if "math" in body["messages"][-1]["content"] else "[[4]]"
 
     with serving(sometimes) as server:
-        done = bench.judged(server.url)
-    assert done.exit_code == 0
+        done, again = bench.judged(server.url), bench.judged(server.url)
+    assert (done.exit_code, again.exit_code) == (0, 0)
     assert "! judgments without a rating, which are in no average: 4" in done.output
+    assert "! judgments without a rating, which are in no average: 4" in again.output
     assert [score for score in bench.scores().values() if score == -1] == [-1] * 4
     shown = CliRunner().invoke(main, ["evaluate", "results", str(bench.output)])
     assert "! VaRM: 2 of 8 judgments have no rating and are in no average" in shown.output

@@ -81,8 +81,8 @@ def inspect(path: Path, options: MergeOptions, granularities: Sequence[str] = ()
     recipe.refuse(problems, path, "cannot be inspected")
     if not recipe.uses_varm(text):
         raise VarmError(
-            f"{path} does not merge by `varm`: weights are given for `merge_method: varm` alone. `varm-merge check` "
-            "tells what there is to say of other methods, and of misspelt ones"
+            f"{path} does not merge by `varm`: weights are given for `merge_method: varm` alone. "
+            "`varm-merge check` tells what there is to say of other methods, and of misspelt ones"
         )
     _demand_device(options.device)
     content = yaml.safe_load(text)
