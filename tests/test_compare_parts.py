@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -30,9 +31,10 @@ from varm_merge.cli import main
 from varm_merge.comparison import programs
 from varm_merge.comparison.distances import distances, moved_layers
 from varm_merge.comparison.entries import Entry, check, entries, family, short_names
-from varm_merge.comparison.evaluation import Tasks
-from varm_merge.comparison.steps import Contents, Steps, locked, write
+from varm_merge.comparison.evaluation import Scorers, Tasks
+from varm_merge.comparison.steps import Contents, Steps, amount, locked
 from varm_merge.errors import VarmError
+from varm_merge.files import write_whole
 from varm_merge.lineage import Place, weights_fingerprint
 from varm_merge.measure import CommandError, measured
 
@@ -152,6 +154,8 @@ def test_models_are_told_apart_by_as_little_of_their_paths_as_is_enough() -> Non
     [
         ([], "nothing to compare: give recipes, or --methods with --base and --models", 1),
         (["--methods", "tiess", "--base", "p", "--models", "a"], "mergekit knows no method `tiess`", 1),
+        (["--methods", "linaer", "--base", "p", "--models", "a"], "no method `linaer`; did you mean `linear`?", 1),
+        (["--methods", "xyz", "--base", "p", "--models", "a"], "no method `xyz`; it knows arcee_fusion, ", 1),
         (["--methods", "varm:layers", "--base", "p", "--models", "a"], "`varm:layers` is no method", 1),
         (["--methods", "ties", "--models", "a"], "--models needs --base", 1),
         (["--methods", "ties"], "--methods needs models", 1),
@@ -218,6 +222,76 @@ def test_a_tasks_fingerprint_covers_its_data_and_runs_none_of_its_code(tmp_path:
     assert about() == first
     data.write_text("{}\n{}\n")
     assert about() != first
+
+
+CHATS = [{"conversations": [{"from": "human", "value": "fox?"}, {"from": "gpt", "value": "the fox jumps"}]}] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--held-out", "nosuch.jsonl"], "--held-out: no file `nosuch.jsonl`"),
+        (["--held-out", "chats.jsonl", "--template", "chatmll"], "--held-out: .*`chatmll`"),
+        (["--held-out", "chats.jsonl"], "--held-out: .*template"),
+        (
+            ["--tasks", "mine,mien", "--include-path", "tasks"],
+            r"--tasks: .* no task `mien` \(did you mean `mine`\?\)",
+        ),
+    ],
+)
+def test_what_no_model_could_be_scored_on_ends_it_before_the_first_merge(
+    options: list[str], told: str, mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_models.train_tokenizer(shutil.copytree(mistral.pivot, Path("pivot")), "the fox jumps over fox?")
+    Path("chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
+    Path("tasks").mkdir()
+    Path("tasks/mine.yaml").write_text("task: mine\ndataset_path: json\noutput_type: multiple_choice\n")
+    targets = [part for target in mistral.targets for part in ("--models", str(target))]
+    command = ["compare", "--methods", "linear", "--base", "pivot", *targets, "--out", "out", *options]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 1
+    (error,) = [line for line in done.output.splitlines() if line.startswith("Error: ")]
+    assert re.match(f"Error: {told}", error)
+    assert done.output.splitlines()[-1] == error
+    assert "merging" not in done.output
+    assert not Path("out/models").exists()
+
+
+class Unscored(Scorers):
+    """Cannot score a model for want of memory, and does not start what nobody needs."""
+
+    def prepare(self, *_arguments: Any) -> Path:
+        raise AssertionError("prepared")
+
+    def demand(self, *_arguments: Any) -> None:
+        pass
+
+    def task(self, *_arguments: Any) -> dict[str, Any]:
+        raise CommandError("CUDA out of memory")
+
+
+def test_a_model_that_was_not_measured_wholly_stays_without_keep(
+    mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("varm_merge.comparison.run.Scorers", Unscored)
+    targets = [part for target in mistral.targets for part in ("--models", str(target))]
+    base, out = str(mistral.pivot), tmp_path / "out"
+    command = ["compare", "--methods", "linear", "--base", base, *targets, "--out", str(out), "--no-keep"]
+    done = CliRunner().invoke(main, [*command, "--tasks", "mine"])
+    assert done.exit_code == 1
+    assert f"linear: kept in {out / 'models' / 'linear'}, for it was not measured wholly" in done.output
+    assert (out / "models" / "linear" / "model.safetensors").is_file()
+    done = CliRunner().invoke(main, command)
+    assert (done.exit_code, "merging" in done.output) == (0, False), done.output
+    assert not (out / "models" / "linear").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "told"), [(0, "0 B"), (1_250_000, "1.25 MB"), (999_600, "1 MB"), (92e7, "920 MB")]
+)
+def test_sizes_are_told_in_the_unit_that_fits(size: float, told: str) -> None:
+    assert amount(size) == told
 
 
 # Distances
@@ -303,9 +377,9 @@ def test_contents_are_read_once_and_again_when_they_change(tmp_path: Path) -> No
 
 def test_a_full_disk_leaves_no_half_file(small_disk: Callable[[int], Path]) -> None:
     folder = small_disk(1 << 16)
-    write(folder / "a.json", "old")
+    write_whole(folder / "a.json", "old")
     with pytest.raises(VarmError, match=r"a.json` cannot be written: No space left"):
-        write(folder / "a.json", "x" * (1 << 20))
+        write_whole(folder / "a.json", "x" * (1 << 20))
     assert [path.name for path in folder.iterdir()] == ["a.json"]
     assert (folder / "a.json").read_text() == "old"
 

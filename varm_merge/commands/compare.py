@@ -59,7 +59,8 @@ def compare(
     much disk as so many checkpoints: --no-keep removes each once it is measured. With --methods every method gets
     its published settings; with one recipe and no --models, the recipe's models.
 
-    Exit code 1 if a recipe could not be merged or measured: that is told, and the others go on.
+    Exit code 1 if a recipe could not be merged or measured: that is told, and the others go on. Held-out data
+    or a task that cannot be used ends it before the first merge.
 
     \b
     Examples:

@@ -1,5 +1,6 @@
 """What is compared: recipes from files, and recipes written for merge methods by their published settings."""
 
+import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,8 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods import BasePolicy, MergeMethodSpec
 
 from varm_merge import recipe
-from varm_merge.comparison.steps import write
 from varm_merge.errors import VarmError
+from varm_merge.files import write_whole
 from varm_merge.method import METHOD_NAME
 from varm_merge.weights import Granularity
 
@@ -238,7 +239,9 @@ def _of_method(method: str, base: str, models: Sequence[str], kept: Mapping[str,
     name, _, granularity = method.partition(":")
     known = {one.spec.name: one.spec for one in merge_methods.registered_methods()}
     if name not in known:
-        raise VarmError(f"mergekit knows no method `{name}`; it knows {', '.join(sorted(known))}")
+        near = difflib.get_close_matches(name, known, n=1)
+        told = f"did you mean `{near[0]}`?" if near else f"it knows {', '.join(sorted(known))}"
+        raise VarmError(f"mergekit knows no method `{name}`; {told}")
     if granularity and (name != METHOD_NAME or granularity not in get_args(Granularity)):
         raise VarmError(
             f"`{method}` is no method: a granularity is given as varm:LEVEL, "
@@ -253,7 +256,7 @@ def _of_method(method: str, base: str, models: Sequence[str], kept: Mapping[str,
     path = folder / f"{_file_name(method)}.yaml"
     if published.source:
         text = f"# {method}: {published.source}.\n{text}"
-    write(path, text)
+    write_whole(path, text)
     return Entry(_file_name(method), path, text, published.source)
 
 

@@ -18,8 +18,9 @@ from typing import Any
 import yaml
 
 from varm_merge.comparison.programs import Program
-from varm_merge.comparison.steps import Contents, write
+from varm_merge.comparison.steps import Contents
 from varm_merge.errors import VarmError
+from varm_merge.files import write_whole
 
 __all__ = ["HeldOut", "Scorers", "Tasks", "environment"]
 
@@ -170,6 +171,17 @@ class Scorers:
             raise VarmError("the loss is not finite: are there NaN or Inf in the weights?")
         return {"groups": found["groups"]}
 
+    def demand(self, tasks: Tasks, log: Path) -> None:
+        """See that the harness knows all tasks.
+
+        Raises:
+            CommandError: One it does not know.
+        """
+        settings, folder = self.folder / "tasks.json", tasks.include_path
+        asked = {"tasks": tasks.names, "include_path": str(folder) if folder else None}
+        write_whole(settings, json.dumps(asked))
+        self._harness.run([str(settings), os.devnull], log)
+
     def task(self, tasks: Tasks, task: str, model: Path, log: Path) -> dict[str, Any]:
         """What the harness measures of a task (or of a group or tag of tasks).
 
@@ -189,7 +201,7 @@ class Scorers:
             "apply_chat_template": tasks.chat_template,
             "device": self.device,
         }
-        write(settings, json.dumps(asked))
+        write_whole(settings, json.dumps(asked))
         self._harness.run([str(settings), str(output)], log)
         found = json.loads(output.read_text(encoding="utf-8"))
         output.unlink()

@@ -1,11 +1,15 @@
 """One model on one task of lm-evaluation-harness: ``python -m varm_merge.comparison.harness asked.json out.json``.
 
+With ``tasks`` in place of ``task`` it says which of them there are not, and asks no model.
+
 The harness's own program reads its 13 000 built-in task files at every start. Here they are read only for a task
 that is not one of the user's own.
 """
 
+import difflib
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +17,30 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-__all__ = ["main"]
+__all__ = ["main", "unknown"]
 
 KEPT = ("results", "groups", "higher_is_better", "n-samples")
+
+
+def unknown(tasks: Sequence[str], folder: str | None) -> Iterator[str]:
+    """Those of ``tasks`` that are no file and have no name in the harness or in ``folder``, with what is near."""
+    own = TaskManager(include_path=folder, include_defaults=False).all_tasks
+    others = [task for task in tasks if task not in own and not Path(task).is_file()]
+    known = TaskManager(include_path=folder).all_tasks if others else []
+    for task in others:
+        if task not in known:
+            near = difflib.get_close_matches(task, [*own, *known], n=1)
+            yield f"`{task}`" + (f" (did you mean `{near[0]}`?)" if near else "")
 
 
 def main(settings: Path, output: Path) -> None:
     """Evaluate as ``settings`` say: ``task``, ``include_path``, and arguments of ``lm_eval.simple_evaluate``."""
     asked = json.loads(settings.read_text(encoding="utf-8"))
-    task, folder = asked.pop("task"), asked.pop("include_path")
+    folder = asked.pop("include_path")
+    if "tasks" in asked:
+        missing = ", ".join(unknown(asked["tasks"], folder))
+        sys.exit(f"Error: lm-evaluation-harness knows no task {missing}" if missing else 0)
+    task = asked.pop("task")
     asked["device"] = asked["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     found = simple_evaluate(
         model="hf", tasks=[task], task_manager=_index(task, folder), log_samples=False, **asked

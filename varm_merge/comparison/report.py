@@ -9,7 +9,7 @@ from typing import Any
 
 from varm_merge import page
 from varm_merge.comparison import plots
-from varm_merge.comparison.steps import write
+from varm_merge.files import write_whole
 from varm_merge.measure import spread, table
 
 __all__ = ["Cell", "Table", "markdown", "tables", "terminal", "write_page", "write_report"]
@@ -354,8 +354,8 @@ def write_report(report: Mapping[str, Any], folder: Path, text: str) -> None:
     Raises:
         VarmError: They cannot be written.
     """
-    write(folder / "report.json", text)
-    write(folder / "report.md", markdown(report))
+    write_whole(folder / "report.json", text)
+    write_whole(folder / "report.md", markdown(report))
     write_page(report, folder / "report.html")
 
 

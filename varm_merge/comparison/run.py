@@ -19,7 +19,7 @@ from mergekit.common import ModelReference
 from varm_merge.comparison.distances import distances, moved_layers
 from varm_merge.comparison.entries import Entry, Family, short_names
 from varm_merge.comparison.evaluation import HeldOut, Scorers, Tasks, environment
-from varm_merge.comparison.steps import Contents, Steps, locked, model_files
+from varm_merge.comparison.steps import Contents, Steps, amount, locked, model_files
 from varm_merge.errors import VarmError
 from varm_merge.lineage import Place, weight_files
 from varm_merge.measure import MEMORY, CommandError, machine, measured
@@ -119,6 +119,7 @@ class _Comparison:
         self.rows = [*self._input_rows(), *(self._merge_row(entry) for entry in self.merges)]
         sound = [row for row in self._merged() if not row.problems]
         try:
+            self._demand_evaluations(sound)
             self._before(sound)
             for group in [sound] if self.settings.keep else [[row] for row in sound]:
                 for times in range(1, self.settings.repeat + 1):
@@ -184,6 +185,28 @@ class _Comparison:
     def _merged(self) -> list[Row]:
         return self.rows[len(self.inputs) :]
 
+    def _demand_evaluations(self, rows: Sequence[Row]) -> None:
+        """Find out before the merges what would fail for every model; not again once all are scored."""
+        held_out, tasks = self.settings.held_out, self.settings.tasks
+        log = self.out / "logs" / "evaluation.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        for row in rows:
+            row.fingerprint = self._record(row)["model"]
+        asked = [row for row in self._read() if row.fingerprint] + list(rows)
+        missing = {kind for row in asked for kind, _, found in self._measurements(row) if found is None}
+        known = {name: tasks.about(self.contents, name) for name in tasks.names} if tasks else {}
+        record = ("known", "tasks", known)
+        try:
+            option = "--held-out"
+            if held_out and "held-out" in missing:
+                self.scorers.prepare(held_out, self.rows[0].folder, self._about_text(held_out), log)
+            option = "--tasks"
+            if tasks and missing.difference(["distances", "held-out"]) and not self.steps.found(*record):
+                self.scorers.demand(tasks, log)
+                self.steps.save(*record, {"names": tasks.names})
+        except CommandError as error:
+            raise VarmError(f"{option}: {_reason(str(error))} ({log})") from error
+
     def _before(self, rows: Sequence[Row]) -> None:
         """See that the disk has room, and read the inputs once, if anything is to be merged."""
         due = [row for row in rows if self._is_due(row, self.settings.repeat)]
@@ -193,11 +216,11 @@ class _Comparison:
         if needed > free:
             advice = ", or --no-keep: one model at a time" if self.settings.keep else ""
             raise VarmError(
-                f"the merged models take about {needed / 1e9:.3g} GB, `{self.out}` has {free / 1e9:.3g} GB free; "
+                f"the merged models take about {amount(needed)}, `{self.out}` has {amount(free)} free; "
                 f"give an --out with more room{advice}"
             )
         if due and sizes:
-            self._tell(f"{len(due)} to merge; the models take about {needed / 1e9:.2g} GB in {self.models}")
+            self._tell(f"{len(due)} to merge; the models take about {amount(needed)} in {self.models}")
         if due:
             files = [file for row in self._read() if row.fingerprint for file in row.folder.iterdir()]
             self.contents.warm(
@@ -276,7 +299,7 @@ class _Comparison:
     # Measuring
 
     def _measure(self, row: Row) -> None:
-        """Distances and scores of a merged model, which is removed after unless it is kept."""
+        """Distances and scores of a merged model, which goes after unless it is kept or something failed."""
         record = self._record(row)
         if row.problems:
             return
@@ -284,10 +307,12 @@ class _Comparison:
         row.found["runs"] = record["runs"]
         self._distances(row)
         self._evaluate(row)
-        if not self.settings.keep:
-            shutil.rmtree(row.folder, ignore_errors=True)
-        else:
+        if self.settings.keep:
             row.found["bytes"] = sum(file.stat().st_size for file in row.folder.iterdir())
+        elif row.problems:
+            self._tell(f"{row.name}: kept in {row.folder}, for it was not measured wholly")
+        else:
+            shutil.rmtree(row.folder, ignore_errors=True)
 
     def _measurements(self, row: Row) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
         """Kind, what it depends on, and the result if it is there, of all that a merged model is asked."""
@@ -303,11 +328,13 @@ class _Comparison:
         """Kind, and what it depends on, of each evaluation."""
         same = {"model": row.fingerprint, "device": self.settings.device, "versions": versions()}
         if self.settings.held_out:
-            pivot = self.rows[0].fingerprint if self.rows else ""
-            yield "held-out", {**same, "pivot": pivot, **self.settings.held_out.about(self.contents)}
+            yield "held-out", {**same, **self._about_text(self.settings.held_out)}
         for task in self.settings.tasks.names if self.settings.tasks else ():
             assert self.settings.tasks
             yield f"task {task}", {**same, **self.settings.tasks.about(self.contents, task)}
+
+    def _about_text(self, held_out: HeldOut) -> dict[str, Any]:
+        return {"pivot": self.rows[0].fingerprint if self.rows else "", **held_out.about(self.contents)}
 
     def _distances(self, row: Row) -> None:
         if not row.fingerprint:
@@ -347,18 +374,18 @@ class _Comparison:
             if found is None:
                 self._tell(f"{row.name}: {kind}")
                 try:
-                    found = self._scored(row, kind, about, log)
+                    found = self._scored(row, kind, log)
                 except (CommandError, OSError, ValueError) as error:
                     row.problems.append(f"{kind}: {_reason(str(error))} ({log})")
                     continue
                 self.steps.save(kind, row.file, about, found)
             row.found[kind] = found
 
-    def _scored(self, row: Row, kind: str, about: Mapping[str, Any], log: Path) -> dict[str, Any]:
+    def _scored(self, row: Row, kind: str, log: Path) -> dict[str, Any]:
         settings = self.settings
         if kind == "held-out":
             assert settings.held_out
-            text = {name: value for name, value in about.items() if name not in ("model", "device", "versions")}
+            text = self._about_text(settings.held_out)
             dialogues = self.scorers.prepare(settings.held_out, self.rows[0].folder, text, log)
             return self.scorers.held_out(row.folder, dialogues, log)
         assert settings.tasks

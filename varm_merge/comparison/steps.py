@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -12,33 +11,13 @@ from typing import Any
 from tqdm import tqdm
 
 from varm_merge.errors import VarmError
+from varm_merge.files import write_whole
 
-__all__ = ["Contents", "Steps", "locked", "model_files", "write"]
+__all__ = ["Contents", "Steps", "amount", "locked", "model_files"]
 
 MODEL_FILES = {".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".tiktoken", ".py"}
 """Suffixes of the files that make a model what it is; not its README."""
 BLOCK_BYTES = 1 << 20
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all; its folder is made.
-
-    Raises:
-        VarmError: It cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(text.encode("utf-8", "surrogateescape"))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise VarmError(f"`{path}` cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -86,7 +65,7 @@ class Steps:
 
     def save(self, kind: str, name: str, about: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         text = json.dumps({"about": about, "result": result}, indent=1, allow_nan=False)
-        write(self.path(kind, name), text + "\n")
+        write_whole(self.path(kind, name), text + "\n")
 
     def _saved(self, kind: str, name: str) -> dict[str, Any] | None:
         try:
@@ -125,7 +104,7 @@ class Contents:
         except OSError as error:
             raise VarmError(f"`{error.filename}` cannot be read: {error.strerror}") from error
         if self._known != before:
-            write(self._path, json.dumps(self._known, indent=1))
+            write_whole(self._path, json.dumps(self._known, indent=1))
         return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
     def warm(self, files: Iterable[Path], quiet: bool) -> None:
@@ -147,6 +126,15 @@ class Contents:
 def model_files(folder: Path) -> list[Path]:
     """The files of a model: weights, config, tokenizer, code."""
     return sorted(file for file in folder.iterdir() if file.suffix in MODEL_FILES and file.is_file())
+
+
+def amount(size: float) -> str:
+    """Bytes in words: ``1.25 MB``."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.5 and len(units) > 1:
+        size /= 1000
+        del units[0]
+    return f"{size:.3g} {units[0]}"
 
 
 def _bar(file: Path, quiet: bool) -> Any:
