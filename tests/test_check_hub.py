@@ -204,7 +204,7 @@ def test_what_has_to_be_downloaded_is_told(hub: Hub, tmp_path: Path) -> None:
     found = checked(path, "--cache-dir", str(tmp_path / "c"))["estimate"]
     assert found["download_bytes"] == found["read_bytes"] > 3 * LARGE_BYTES
     done = CliRunner().invoke(main, ["check", str(path), "--cache-dir", str(tmp_path / "c")])
-    assert ", downloads 0.06" in done.output
+    assert ", downloads 60" in done.output
 
 
 def test_too_little_room_on_the_disk_or_in_memory_is_remarked(
@@ -219,11 +219,44 @@ def test_too_little_room_on_the_disk_or_in_memory_is_remarked(
     with monkeypatch.context() as patch:
         patch.setattr(psutil, "virtual_memory", lambda: free)
         (remark,) = checked(path)["remarks"]
-    assert "in memory, and 0.001 GB are free here; mergekit-yaml --out-shard-size" in remark["message"]
+    assert "in memory, and 1 MB are free here; mergekit-yaml --out-shard-size" in remark["message"]
     disk = small_disk(8192)
-    found = checked(path, "--out", str(disk / "out"))
-    assert "GB free, and the merge writes" in found["remarks"][0]["message"]
+    done = CliRunner().invoke(main, ["check", str(path), "--out", str(disk / "out"), "--json"])
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert done.exit_code == 1
+    assert "kB free, and the merge writes" in problem["message"]
     assert list(disk.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_a_problem(mistral: Family, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    models = [{"model": str(one)} for one in mistral.targets]
+    path.write_text(yaml.safe_dump(recipe(base_model=str(mistral.pivot), models=models)))
+    for out, reason in ((Path("/proc/out"), ""), (path / "out", "Not a directory")):
+        for options in ([], ["--offline"]):
+            done = CliRunner().invoke(main, ["check", str(path), "--out", str(out), *options])
+            assert done.exit_code == 1
+            assert f"✗ line 1: `{out}` cannot be written: `{out.parent}`: {reason}" in done.output
+            assert "✓" not in done.output
+
+
+def test_a_hub_that_refuses_is_asked_once_and_what_to_do_is_said(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    api = huggingface_hub.HfApi.model_info
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(
+        huggingface_hub.HfApi,
+        "model_info",
+        lambda *args, **kwargs: (asked.append(args[1]), api(*args, **kwargs))[1],
+    )
+    problems = told(recipe(), tmp_path / "c")
+    assert len(problems) == 3
+    assert all(
+        "Connection refused; `varm-merge check --offline` looks at the recipe alone" in one for one in problems
+    )
+    assert len(asked) == 1
 
 
 def test_a_slower_method_is_said_to_take_longer(mistral: Family) -> None:
@@ -267,7 +300,7 @@ def test_a_method_that_cannot_be_measured_is_no_problem(mistral: Family, tmp_pat
     monkeypatch.setattr(estimate, "merge_state_dicts", None)
     done = CliRunner().invoke(main, ["check", str(path)])
     assert done.exit_code == 0
-    assert "how long it takes could not be measured" in done.output
+    assert "how long it takes could not be measured: 'NoneType' object is not callable" in done.output
 
 
 def test_every_method_is_measured(mistral: Family, monkeypatch: pytest.MonkeyPatch) -> None:

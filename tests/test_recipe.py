@@ -1,6 +1,7 @@
 """A varm recipe with mistakes is refused before any weight is read: every mistake at once, each with its line."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_the_published_merges_are_shipped_at_every_granularity() -> None:
         ("parameters:\n  select_topk: 1.1", 7, "not a number in (0, 1]"),
         ("parameters:\n  erase_minority: 3", 7, "not true or false"),
         ("parameters:\n  weight: 0.3", 7, "unknown parameter `weight` of varm; known are granularity"),
-        ("dtype: bf16", 6, "`dtype` is `bf16`, not one of float16, bfloat16"),
+        ("dtype: bf16", 6, "float32, float64; did you mean `bfloat16`?"),
         ("base_model: org/other", 6, "`base_model` is written twice"),
         ("tokenizer:\n  sorce: union", 7, "unknown key of the tokenizer `sorce`; did you mean `source`?"),
     ],
@@ -120,6 +121,40 @@ def test_a_recipe_needs_a_pivot_a_target_and_no_model_twice() -> None:
     assert the_problem(SOUND.replace("org/b", "org/a")) == (5, "org/a is listed twice")
 
 
+def test_what_is_no_model_is_told_once_and_without_the_names_of_classes() -> None:
+    expected = "not a model: a folder or the id of one on the Hub"
+    assert problems(SOUND.replace("org/pivot", "5")) == [(2, f"`base_model` is `5`, {expected}")]
+    assert problems(SOUND.replace("org/b", "[1]")) == [(5, f"`models.1.model` is `[1]`, {expected}")]
+    assert problems("merge_method: varm\nbase_model: org/p\nmodels: 7\n") == [(3, "`models` is `7`, not a list")]
+    for text in ("{}\n", "merge_method: 5\n", f"{SOUND}dtype: 5\n"):
+        assert len(recipe.check(text, models=False, every=True)) == 1, text
+
+
+@pytest.mark.parametrize(("written", "meant"), [("fp16", "float16"), ("bf16", "bfloat16"), ("flaot32", "float32")])
+def test_a_short_name_of_a_dtype_is_understood(written: str, meant: str) -> None:
+    assert the_problem(f"{SOUND}out_dtype: {written}\n")[1].endswith(f"; did you mean `{meant}`?")
+
+
+def test_a_method_with_two_letters_swapped_is_the_nearest() -> None:
+    ((_, message),) = [
+        (one.line, one.message) for one in recipe.check(SOUND.replace("varm", "vram"), models=False, every=True)
+    ]
+    assert message == "mergekit knows no method `vram`; did you mean `varm`?"
+
+
+@pytest.mark.parametrize(("name", "sign"), [("a+b", "`+` an adapter"), ("a@b", "`@` a revision")])
+def test_a_folder_that_mergekit_reads_as_two_names_has_to_be_renamed(
+    name: str, sign: str, mistral: Family, tmp_path: Path
+) -> None:
+    folder = tmp_path / name
+    shutil.copytree(mistral.targets[0], folder)
+    text = runs.recipe(mistral).replace(str(mistral.targets[0]), str(folder))
+    (problem,) = recipe.check(text)
+    assert problem.message == (
+        f"`{folder}` is a folder, and in a model's name {sign} follows to mergekit: rename the folder"
+    )
+
+
 def test_slices_and_modules_are_checked_where_they_nest() -> None:
     text = """\
 merge_method: varm
@@ -138,7 +173,7 @@ modules:
 
 def test_a_structure_that_mergekit_refuses_is_refused_in_a_sentence() -> None:
     assert the_problem("merge_method: varm\nbase_model: org/pivot\n")[1].startswith("Exactly one of 'models'")
-    assert (5, "models.1.model: field required") in problems(SOUND.replace("- model: org/b", "- modl: org/b"))
+    assert (5, "no `model` in `models.1`") in problems(SOUND.replace("- model: org/b", "- modl: org/b"))
 
 
 def test_yaml_that_cannot_be_read_is_a_problem_of_a_varm_recipe_only() -> None:
@@ -175,7 +210,9 @@ def test_all_missing_models_are_named_with_what_is_there_instead(
     ]
     ((line, message),) = [(p.line, p.message) for p in recipe.check(text.replace(near, mistral.targets[0].name))]
     assert line == 5
-    assert message == "no model folder `org/b`, and it is not in the Hub cache (HF_HUB_OFFLINE is set)"
+    assert message == (
+        "no model folder `org/b`, and it is not in the Hub cache (HF_HUB_OFFLINE is set: unset it to ask the Hub)"
+    )
 
 
 def test_the_program_prints_every_problem_and_leaves_no_folder(mistral: Family, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ the recipe's method with its settings, and on one file written. On a busy machin
 the merge. Not in it: downloads, GPUs, and what grows with the number of tensors rather than with their size.
 """
 
+import os
 import shutil
 import tempfile
 import time
@@ -23,9 +24,10 @@ from safetensors.torch import save_file
 
 from varm_merge.lineage import Place
 from varm_merge.recipe import Looked
+from varm_merge.tables import size
 from varm_merge.weights import SPANNING
 
-__all__ = ["estimate", "shortages"]
+__all__ = ["estimate", "obstacles", "shortages"]
 
 START_BYTES = 310_000_000
 """Of Python with mergekit, torch and transformers."""
@@ -60,7 +62,8 @@ def estimate(
 
     Returns:
         ``looked.estimate``, and ``memory_bytes`` (anonymous, at the peak), ``download_bytes``, and ``seconds``:
-        ``start``, ``read``, ``merge``, ``write``, ``total``; None if it could not be measured.
+        ``start``, ``read``, ``merge``, ``write``, ``total``; None if it could not be measured,
+        for the reason in ``not_measured``.
     """
     sizes = looked.estimate
     copies = COPIES.get(str(recipe.get("merge_method")), OTHER_COPIES)
@@ -72,30 +75,45 @@ def estimate(
         for place, model, weights in zip(places, looked.models.values(), here, strict=True)
         if not weights and not Path(place.path).is_dir()
     ]
+    seconds = _seconds(recipe, looked, [weights for weights in here if weights], start_s, out)
     return {
         **sizes,
         "memory_bytes": START_BYTES + held + round(copies * sizes["largest_tensor_bytes"]),
         "download_bytes": sum(model.bytes for model in away),
-        "seconds": _seconds(recipe, looked, [weights for weights in here if weights], start_s, out),
+        "seconds": None if isinstance(seconds, str) else seconds,
+        **({"not_measured": seconds} if isinstance(seconds, str) else {}),
     }
 
 
-def shortages(found: Mapping[str, Any], out: Path | None) -> Iterator[str]:
-    """What this machine has less of than the merge needs."""
-    if out is not None:
-        free, needed = shutil.disk_usage(_existing(out)).free, found["written_bytes"]
+def obstacles(found: Mapping[str, Any], out: Path) -> Iterator[str]:
+    """Why the merge cannot be written to ``out``: the folder cannot be made or written, or has no room."""
+    nearest = _existing(out)
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=".varm-merge-"):
+            pass
+    except OSError as error:
+        yield f"`{out}` cannot be written: `{nearest}`: {error.strerror}"
+        return
+    if found:
+        free, needed = shutil.disk_usage(nearest).free, found["written_bytes"]
         if free < needed:
-            yield f"`{out}` has {free / 1e9:.3g} GB free, and the merge writes {needed / 1e9:.3g} GB"
+            yield f"`{out}` has {size(free)} free, and the merge writes {size(needed)}"
+
+
+def shortages(found: Mapping[str, Any]) -> Iterator[str]:
+    """What this machine has less of in memory than the merge needs; a merge survives it, slowly, or not."""
     available, needed = psutil.virtual_memory().available, found["memory_bytes"]
     if available < needed:
         yield (
-            f"the merge holds about {needed / 1e9:.3g} GB in memory, and {available / 1e9:.3g} GB are free here; "
+            f"the merge holds about {size(needed)} in memory, and {size(available)} are free here; "
             "mergekit-yaml --out-shard-size 1B holds less of the output"
         )
 
 
 def _existing(path: Path) -> Path:
-    return next(one for one in (path.resolve(), *path.resolve().parents) if one.is_dir())
+    """The folder itself, or the nearest above it that is there."""
+    here = Path(os.path.abspath(path))  # noqa: PTH100  a folder that cannot be entered is no error here
+    return next(one for one in (here, *here.parents) if os.path.lexists(one))
 
 
 # Time
@@ -103,14 +121,15 @@ def _existing(path: Path) -> Path:
 
 def _seconds(
     recipe: Mapping[str, Any], looked: Looked, weights: Sequence[Sequence[Path]], start_s: float, out: Path | None
-) -> dict[str, float] | None:
+) -> dict[str, float] | str:
+    """How long each part takes, or why that could not be measured."""
     sizes = looked.estimate
     try:
         read_s = sizes["read_bytes"] * _read_s(weights) * _passes(recipe, sizes["read_bytes"])
         merge_s = sizes["parameters"] * _merge_s(recipe, looked)
         write_s = sizes["written_bytes"] * _write_s(_existing(out) if out else None)
-    except Exception:  # a method that does not take a tensor of ours, a full disk: no estimate is no problem
-        return None
+    except Exception as error:  # a method that does not take a tensor of ours: no estimate is no problem
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
     parts = {"start": start_s, "read": read_s, "merge": merge_s, "write": write_s}
     return {**parts, "total": sum(parts.values())}
 

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
 from safetensors import SafetensorError, safe_open
 
 from varm_merge.lineage import Place, weight_files
+from varm_merge.presence import Hub
 
 __all__ = ["Difference", "Model", "differences", "estimate", "read_model"]
 
@@ -57,8 +58,8 @@ class Difference:
     harmless: bool
 
 
-def read_model(place: Place) -> Model:
-    """The header of a model.
+def read_model(place: Place, hub: Hub | None = None) -> Model:
+    """The header of a model; ``hub`` is asked if it answers.
 
     Raises:
         ValueError: A file of it is damaged, or the Hub does not answer.
@@ -70,19 +71,19 @@ def read_model(place: Place) -> Model:
             (text[key] for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if key in text), None
         )
         architecture = (config.get("architectures") or [""])[0]
-        return Model(place.path, architecture, layers, dict(_tensors(place)))
+        return Model(place.path, architecture, layers, dict(_tensors(place, hub or Hub())))
     except (SafetensorError, HfHubHTTPError, OSError, ValueError, AttributeError) as error:
         raise ValueError(f"the header of `{place.path}` cannot be read: {error}") from error
 
 
-def _tensors(place: Place) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+def _tensors(place: Place, hub: Hub) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
     here = Path(place.path)
     if here.is_dir():
         for name in weight_files(here):
             if not (here / name).is_file():
                 raise ValueError(f"`{here / name}` is named in the index and is not there")
     if not (weights := place.weights()):
-        yield from _tensors_on_the_hub(place) if not here.is_dir() else ()
+        yield from _tensors_on_the_hub(place, hub) if not here.is_dir() else ()
     for path in weights:
         with safe_open(path, "pt") as file:
             for tensor in file.keys():  # noqa: SIM118  no mapping
@@ -90,13 +91,15 @@ def _tensors(place: Place) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
                 yield tensor, (tuple(part.get_shape()), part.get_dtype())
 
 
-def _tensors_on_the_hub(place: Place) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+def _tensors_on_the_hub(place: Place, hub: Hub) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+    if hub.unreachable:
+        raise ValueError(f"the Hub could not be asked: {hub.unreachable}")
     try:
         found = huggingface_hub.HfApi().get_safetensors_metadata(place.path, revision=place.revision)
     except NotASafetensorsRepoError:
         return
     except Exception as error:  # whatever the HTTP client raises without a network
-        raise ValueError(f"the Hub could not be asked ({type(error).__name__})") from error
+        raise ValueError(f"the Hub could not be asked: {hub.why_not(error)}") from error
     for file in found.files_metadata.values():
         for name, tensor in file.tensors.items():
             yield name, (tuple(tensor.shape), tensor.dtype)

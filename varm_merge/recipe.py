@@ -28,14 +28,19 @@ from varm_merge import headers
 from varm_merge.errors import VarmError
 from varm_merge.lineage import FUSION, Place, base_models_told, foreign_targets
 from varm_merge.method import METHOD_NAME, SPEC
-from varm_merge.presence import near, why_missing
-from varm_merge.recipe_tree import DEFINITIONS, DUPLICATE, TOP, lines_of, nodes
+from varm_merge.presence import Hub, means_otherwise, near
+from varm_merge.recipe_tree import DEFINITIONS, DUPLICATE, TOP, lines_of, nodes, plainly
 from varm_merge.recipe_tree import Path as TreePath
 
 __all__ = ["KINDS", "Looked", "Problem", "check", "refuse", "uses_varm"]
 
 KINDS = {"run_yaml": "yaml", "multimerge": "multi", "merge_raw_pytorch": "raw"}
 """The kind of recipe that each of mergekit's programs reads, by the module of the program."""
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+TOLD_BEFORE = ("merge_method", "dtype", "out_dtype")
+"""Keys that are judged before mergekit's definition is asked."""
+NO_RECIPE = "no recipe: a recipe is a mapping with `merge_method`"
 
 
 @dataclass(frozen=True)
@@ -107,12 +112,15 @@ def check(
         return [Problem(f"not valid YAML: {reason}", mark.line + 1 if mark else 1)]
     names = {str(document["name"]) for document in documents if isinstance(document, dict) and "name" in document}
     problems: list[Problem] = []
+    if every and not documents:
+        problems.append(Problem(NO_RECIPE, 1))
+    hub = Hub()
     for document_lines, document in zip(lines, documents, strict=True):
         if every and not isinstance(document, dict):
-            problems.append(Problem("no recipe: a recipe is a mapping with `merge_method`", document_lines[()]))
+            problems.append(Problem(NO_RECIPE, document_lines[()]))
         elif isinstance(document, dict) and (every or document.get("merge_method") == METHOD_NAME):
             own_names = names if kind == "multi" else set()
-            checker = _Checker(document, document_lines, kind, own_names, looked=looked)
+            checker = _Checker(document, document_lines, kind, own_names, looked=looked, hub=hub)
             checker.run(models, cache_dir)
             problems += checker.problems
             if len(documents) > 1 and kind != "multi":
@@ -145,6 +153,7 @@ class _Checker:
     spec: MergeMethodSpec = SPEC
     looked: "Looked | None" = None
     families: list["_Family"] = field(default_factory=list)
+    hub: Hub = field(default_factory=Hub)
 
     def run(self, models: bool, cache_dir: str | None) -> None:
         self._method()
@@ -251,7 +260,9 @@ class _Checker:
             except (RuntimeError, AttributeError):
                 sound = False
             if not sound:
-                self.add((key,), f"`{key}` is `{value}`, not one of float16, bfloat16, float32, float64")
+                word = re.sub(r"^(b?)f(p?)(?=\d)", r"\1float", str(value).lower())  # bf16, fp32
+                hint = _suggest(word, FLOATS, list_known=False)
+                self.add((key,), f"`{key}` is `{value}`, not one of {', '.join(FLOATS)}{hint}")
 
     def _structure(self) -> bool:
         """Let mergekit's own definition judge the rest; whether the inputs can be walked at all."""
@@ -260,10 +271,9 @@ class _Checker:
             self._configuration().model_validate(content)
         except pydantic.ValidationError as error:
             for detail in error.errors(include_url=False):
-                path, message = tuple(detail["loc"]), detail["msg"]
-                if "parameters" not in path:
-                    where = ".".join(str(part) for part in path)
-                    self.add(path, f"{where}: {message[0].lower()}{message[1:]}")
+                path = tuple(detail["loc"])
+                if "parameters" not in path and path[0] not in TOLD_BEFORE:
+                    self.add(path, plainly(path, detail["type"], detail["msg"], detail["input"]))
             return False
         except (RuntimeError, TypeError) as error:
             self.add((), str(error))
@@ -328,7 +338,7 @@ class _Checker:
                     continue
                 place = Place(reference.model.path, reference.model.revision, cache_dir)
                 try:
-                    looked.models[reference] = headers.read_model(place)
+                    looked.models[reference] = headers.read_model(place, self.hub)
                 except ValueError as error:
                     where = (*path, models.index(reference)) if reference in models else ("base_model",)
                     self.add(where, str(error))
@@ -425,6 +435,12 @@ class _Checker:
         seen: set[str] = set()
         for path, node, _ in nodes(self.document):
             for key in ("base_model", "model"):
+                value = node.get(key)
+                if self.kind != "raw" and isinstance(value, str) and (otherwise := means_otherwise(value)):
+                    if value not in seen:
+                        self.add((*path, key), otherwise)
+                    seen.add(value)
+                    continue
                 try:
                     reference = self._reference(node[key])
                 except (KeyError, RuntimeError, ValueError):
@@ -437,7 +453,7 @@ class _Checker:
                         found = Path(part.path).is_file()
                         message = None if found else f"no checkpoint file `{part.path}`{near(part.path)}"
                     else:
-                        message = why_missing(part.path, part.revision, wanted, cache_dir)
+                        message = self.hub.why_missing(part.path, part.revision, wanted, cache_dir)
                     if message:
                         self.add((*path, key), message)
 
@@ -467,7 +483,8 @@ def _last(name: str) -> str:
 
 
 def _suggest(word: str, known: Sequence[str], *, list_known: bool = True) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
+    swapped = [name for name in known if sorted(name) == sorted(word)]
+    close = swapped or difflib.get_close_matches(word, known, n=1)
     if close:
         return f"; did you mean `{close[0]}`?"
     return f"; known are {', '.join(known)}" if list_known else ""

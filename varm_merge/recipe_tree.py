@@ -13,7 +13,7 @@ from mergekit.config import (
 )
 from mergekit.tokenizer.config import TokenizerConfig
 
-__all__ = ["DEFINITIONS", "DUPLICATE", "TOP", "Path", "lines_of", "nodes"]
+__all__ = ["DEFINITIONS", "DUPLICATE", "TOP", "Path", "lines_of", "nodes", "plainly"]
 
 Path = tuple[str | int, ...]
 """Of a key or an item."""
@@ -80,3 +80,29 @@ def lines_of(root: yaml.Node) -> dict[Path, int]:
 
     walk((), root)
     return lines
+
+
+KINDS = {
+    "list_type": "a list",
+    "tuple_type": "a list of two",
+    "dict_type": "a mapping",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+}
+"""What is expected, by pydantic's name for what is wrong."""
+
+
+def plainly(path: Path, kind: str, message: str, value: Any) -> str:
+    """What mergekit's definition of a recipe has against it, in words that do not need its source."""
+    where = ".".join(str(part) for part in path)
+    if kind == "missing":
+        return f"no `{path[-1]}`" + (f" in `{'.'.join(str(part) for part in path[:-1])}`" if path[1:] else "")
+    if kind.startswith(("model_", "dataclass_")):
+        a_model = path[-1] in ("model", "base_model", "ModelReference")
+        expected = "a model: a folder or the id of one on the Hub" if a_model else "a mapping"
+        return f"`{where}` is `{value}`, not {expected}"
+    if kind in KINDS:
+        return f"`{where}` is `{value}`, not {KINDS[kind]}"
+    return f"{where}: {message[0].lower()}{message[1:]}" if where else message

@@ -1,11 +1,11 @@
-"""Tables on a terminal, and as plain columns where a program or a file reads them."""
+"""Tables on a terminal, as plain columns where a program or a file reads them, and sizes in them."""
 
 import sys
 from collections.abc import Iterable, Sequence
 
 import click
 
-__all__ = ["show"]
+__all__ = ["show", "size"]
 
 
 def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -21,6 +21,15 @@ def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> No
     for first, *others in lines:
         cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
         click.echo("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+
+
+def size(number: float) -> str:
+    """A number of bytes in the unit that reads best."""
+    value, units = float(number), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value /= 1000
+        del units[0]
+    return f"{value:.3g} {units[0]}"
 
 
 def _rich(title: str, lines: Sequence[Sequence[str]]) -> None:

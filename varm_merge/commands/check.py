@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from varm_merge.commands.style import talks
+from varm_merge.tables import size
 
 __all__ = ["check"]
 
@@ -32,7 +33,7 @@ def check(
 
     Of the models only configs, cards and safetensors headers are read; of a model on the Hub by HTTP ranges. What
     the merge would take is estimated: memory by a formula, time by a second of measurements on this machine. Exit
-    code 0 if it can be merged, 1 if not.
+    code 0 if it can be merged (and, with --out, written there), 1 if not.
 
     \b
     Examples:
@@ -57,7 +58,11 @@ def check(
         from varm_merge import estimate
 
         found = estimate.estimate(yaml.safe_load(text), looked, start_s, out, cache_dir)
-        remarks += [Problem(one, 1) for one in estimate.shortages(found, out)]
+        remarks += [Problem(one, 1) for one in estimate.shortages(found)]
+    if out is not None:
+        from varm_merge import estimate
+
+        problems += [Problem(one, 1) for one in estimate.obstacles(found, out)]
     if as_json:
         told = {
             name: [asdict(one) for one in some] for name, some in (("problems", problems), ("remarks", remarks))
@@ -79,7 +84,7 @@ def _told(found: dict[str, Any]) -> list[str]:
     """The estimate, a sentence a line."""
     if not found:
         return []
-    sizes = {name: f"{value / 1e9:.3g} GB" for name, value in found.items() if name.endswith("bytes")}
+    sizes = {name: size(value) for name, value in found.items() if name.endswith("bytes")}
     lines = [
         f"if as large as its base: {found['parameters']:,} parameters",
         f"reads {sizes['read_bytes']}, writes {sizes['written_bytes']}",
@@ -93,7 +98,7 @@ def _told(found: dict[str, Any]) -> list[str]:
         parts = ", ".join(f"{name} {_rounded(seconds[name])}" for name in ("start", "read", "merge", "write"))
         lines.append(f"takes about {_rounded(seconds['total'])} on this CPU ({parts})")
     elif "seconds" in found:
-        lines.append("how long it takes could not be measured")
+        lines.append(f"how long it takes could not be measured: {found['not_measured']}")
     return lines
 
 

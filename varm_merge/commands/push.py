@@ -67,9 +67,9 @@ def push(folder: Path, repository: str, dry_run: bool, as_json: bool, quiet: boo
 
 def _show(plan: "Plan", dry_run: bool) -> None:
     """Files, card (of a dry run), remarks and problems."""
-    from varm_merge.tables import show
+    from varm_merge.tables import show, size
 
-    rows = [[one.path, _size(one.size), one.state] for one in plan.changes]
+    rows = [[one.path, size(one.size), one.state] for one in plan.changes]
     rows += [[path, "", f"left out: {why}"] for path, why in plan.left_out.items() if rows]
     show(f"{plan.repository}: files", ["file", "size", "on the Hub"], rows)
     if dry_run and plan.card:
@@ -80,19 +80,13 @@ def _show(plan: "Plan", dry_run: bool) -> None:
 
 
 def _verdict(plan: "Plan", commit: Any, dry_run: bool) -> None:
+    from varm_merge.tables import size
+
     sent = [one for one in plan.changes if one.state in ("new", "changed", "?")]
-    amount = f"{len(sent)} {'file' if len(sent) == 1 else 'files'}, {_size(sum(one.size for one in sent))}"
+    amount = f"{len(sent)} {'file' if len(sent) == 1 else 'files'}, {size(sum(one.size for one in sent))}"
     if plan.remote is not None and not plan.has_work:
         click.secho(f"✓ nothing to do: {plan.repository} has all of it", fg="green")
     elif dry_run:
         click.secho(f"✓ would send {amount}", fg="green")
     else:
         click.secho(f"✓ sent {amount}: {commit.pr_url or commit.commit_url}", fg="green")
-
-
-def _size(size: int) -> str:
-    value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.5 and len(units) > 1:
-        value /= 1000
-        del units[0]
-    return f"{value:.3g} {units[0]}"
