@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mergekit.merge
 import numpy as np
@@ -261,11 +261,13 @@ def test_what_no_model_could_be_scored_on_ends_it_before_the_first_merge(
 class Unscored(Scorers):
     """Cannot score a model for want of memory, and does not start what nobody needs."""
 
+    demanded: ClassVar[list[str]] = []
+
     def prepare(self, *_arguments: Any) -> Path:
         raise AssertionError("prepared")
 
     def demand(self, *_arguments: Any) -> None:
-        pass
+        self.demanded.append("tasks")
 
     def task(self, *_arguments: Any) -> dict[str, Any]:
         raise CommandError("CUDA out of memory")
@@ -282,6 +284,8 @@ def test_a_model_that_was_not_measured_wholly_stays_without_keep(
     assert done.exit_code == 1
     assert f"linear: kept in {out / 'models' / 'linear'}, for it was not measured wholly" in done.output
     assert (out / "models" / "linear" / "model.safetensors").is_file()
+    assert CliRunner().invoke(main, [*command, "--tasks", "mine"]).exit_code == 1
+    assert Unscored.demanded == ["tasks"]  # known from the first time
     done = CliRunner().invoke(main, command)
     assert (done.exit_code, "merging" in done.output) == (0, False), done.output
     assert not (out / "models" / "linear").exists()
