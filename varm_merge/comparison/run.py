@@ -19,11 +19,12 @@ from mergekit.common import ModelReference
 from varm_merge.comparison.distances import distances, moved_layers
 from varm_merge.comparison.entries import Entry, Family, short_names
 from varm_merge.comparison.evaluation import HeldOut, Scorers, Tasks, environment
-from varm_merge.comparison.steps import Contents, Steps, amount, locked, model_files
+from varm_merge.comparison.steps import Contents, Steps, locked, model_files
 from varm_merge.errors import VarmError
 from varm_merge.lineage import Place, weight_files
 from varm_merge.measure import MEMORY, CommandError, machine, measured
 from varm_merge.report import recipe_fingerprint, versions
+from varm_merge.tables import size
 
 __all__ = ["FORMAT", "Settings", "compare"]
 
@@ -216,11 +217,11 @@ class _Comparison:
         if needed > free:
             advice = ", or --no-keep: one model at a time" if self.settings.keep else ""
             raise VarmError(
-                f"the merged models take about {amount(needed)}, `{self.out}` has {amount(free)} free; "
+                f"the merged models take about {size(needed)}, `{self.out}` has {size(free)} free; "
                 f"give an --out with more room{advice}"
             )
         if due and sizes:
-            self._tell(f"{len(due)} to merge; the models take about {amount(needed)} in {self.models}")
+            self._tell(f"{len(due)} to merge; the models take about {size(needed)} in {self.models}")
         if due:
             files = [file for row in self._read() if row.fingerprint for file in row.folder.iterdir()]
             self.contents.warm(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from varm_merge.errors import VarmError
 from varm_merge.files import write_whole
 
-__all__ = ["Contents", "Steps", "amount", "locked", "model_files"]
+__all__ = ["Contents", "Steps", "locked", "model_files"]
 
 MODEL_FILES = {".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".tiktoken", ".py"}
 """Suffixes of the files that make a model what it is; not its README."""
@@ -126,15 +126,6 @@ class Contents:
 def model_files(folder: Path) -> list[Path]:
     """The files of a model: weights, config, tokenizer, code."""
     return sorted(file for file in folder.iterdir() if file.suffix in MODEL_FILES and file.is_file())
-
-
-def amount(size: float) -> str:
-    """Bytes in words: ``1.25 MB``."""
-    units = ["B", "kB", "MB", "GB", "TB"]
-    while size >= 999.5 and len(units) > 1:
-        size /= 1000
-        del units[0]
-    return f"{size:.3g} {units[0]}"
 
 
 def _bar(file: Path, quiet: bool) -> Any:
