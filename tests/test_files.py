@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from programs import BIN
 from tiny_models import Family
 
+from varm_merge import tables
 from varm_merge.cli import main
 from varm_merge.errors import VarmError
 from varm_merge.files import demand_place, write_whole
@@ -92,3 +93,12 @@ def test_no_color_is_obeyed(mistral: Family, tmp_path: Path, monkeypatch: pytest
     assert "\x1b[32m" in CliRunner().invoke(main, arguments, color=True).output
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in CliRunner().invoke(main, arguments, color=True).output
+
+
+def test_brackets_in_a_name_are_no_markup_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    tables.show("runs[/tmp]", ["", "model[v2]"], [["a[/b]", "1[red]"]])
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("runs[/tmp]", "model[v2]", "a[/b]", "1[red]"))

@@ -36,10 +36,11 @@ def _rich(title: str, lines: Sequence[Sequence[str]]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text  # in which brackets are no markup
 
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD)
     for number, name in enumerate(lines[0]):
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
+        table.add_column(Text(name), justify="right" if number else "left", overflow="fold")
     for line in lines[1:]:
-        table.add_row(*line)
+        table.add_row(*map(Text, line))
     Console().print(table)
