@@ -2,6 +2,8 @@
 
 import errno
 import os
+import sys
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -30,6 +32,8 @@ class Program(click.Group):
         except OSError as error:
             if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EFBIG):
                 raise
+            with suppress(OSError, ValueError):  # what is still buffered would fail once more when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise click.ClickException(f"standard output cannot be written: {error.strerror}") from error
 
 
