@@ -400,6 +400,29 @@ def test_old_weights_do_not_stay_beside_the_new(here: Hub, out: Path, merge: Pat
     assert commits(here) == 2
 
 
+def test_no_file_of_the_users_is_taken_for_old_weights(here: Hub, out: Path) -> None:
+    """And each kind of those goes, that transformers could load instead of the new."""
+    push(out)
+    repository = here.repositories[ME]
+    own = [
+        "model-lora/adapter_model.safetensors",
+        "model_ema.safetensors",
+        "models/v1/model.safetensors",
+        "pytorch_model_old/x.bin",
+    ]
+    old = [
+        "model-00001-of-00009.safetensors",
+        "model.safetensors",
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ]
+    files = {**repository.files(), **dict.fromkeys([*own, *old], b"x")}
+    repository.branches["main"].append(("theirs", files))
+    assert [one["path"] for one in pushed(out)["files"] if one["state"] == "removed"] == old
+    assert {name for name in files if name not in repository.files()} == set(old)
+
+
 def test_a_branch_is_made_and_a_pull_request_leaves_main_alone(here: Hub, out: Path) -> None:
     assert push(out, "--revision", "layer-level", "--message", "Layer level").exit_code == 0
     assert commits(here) == 0

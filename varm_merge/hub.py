@@ -5,7 +5,6 @@ that was cut off is made again by the same command: what has arrived is known by
 part of a file is, where ``hf_xet`` is not used). Readers of the repository see the old model or the new one.
 """
 
-import fnmatch
 import hashlib
 import logging
 import re
@@ -50,12 +49,10 @@ TIMEOUT_SECONDS = 10
 STALLED_SECONDS = 300
 """In which nothing at all is sent or answered before an upload counts as cut off; the client would wait on."""
 WEIGHTS = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model.bin.index.json",
+    r"model\.safetensors(\.index\.json)?|pytorch_model\.bin(\.index\.json)?"
+    r"|(model|pytorch_model)-\d{5}-of-\d{5}\.(safetensors|bin)"
 )
-"""Files from which transformers chooses what it loads: old ones beside the new would be another model."""
+"""Files from which transformers chooses what it loads: old ones beside the new would be another model. No others."""
 TOKENS = (
     r"hf_[A-Za-z0-9]{8,}|(?i:bearer) +[^\s'\"]+|(?<=://)[^/@\s]+@|(?<=[?&])[^\s'\"]*(?i:signature|token)=[^\s'\"]*"
 )
@@ -121,7 +118,7 @@ def compare(files: Mapping[str, Content], remote: Remote, quiet: bool = True) ->
     old = [
         Change(path, size, "removed")
         for path, (size, _, _) in sorted(remote.sums.items())
-        if path not in files and any(fnmatch.fnmatch(path, pattern) for pattern in WEIGHTS)
+        if path not in files and re.fullmatch(WEIGHTS, path)
     ]
     return changes + old
 
