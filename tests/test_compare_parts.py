@@ -149,6 +149,26 @@ def test_models_are_told_apart_by_as_little_of_their_paths_as_is_enough() -> Non
     assert short_names(["x/ties", "x/b"], taken=["ties"]) == ["x/ties", "x/b"]
 
 
+@pytest.mark.parametrize("name", ["...yaml", "..yaml", ".yaml", ".hidden.yaml", "a\\..\\b.yaml"])
+def test_a_recipe_whose_name_could_be_no_folders_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("merge_method: linear\n")
+    out = tmp_path / "out"
+    done = CliRunner().invoke(main, ["compare", str(tmp_path / name), "--out", str(out)])
+    assert done.exit_code == 1
+    assert "can be no folder of a merged model; rename the file" in done.output
+    assert not (out / "models").exists()
+
+
+def test_recipes_of_one_name_are_told_apart_by_their_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "b")
+    paths = [entry(folder, "a", merge_method="linear") for folder in (tmp_path, tmp_path / "b")]
+    found = entries([Path("../a.yaml"), Path("a.yaml")], [], None, [], tmp_path)
+    assert [one.name for one in found] == [f"{path.parent.name}-a" for path in paths]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told", "code"),
     [

@@ -226,9 +226,20 @@ def _read(path: Path) -> str:
 
 
 def _stems(recipes: Sequence[Path]) -> list[str]:
-    """The files' names, with their folders' where that is needed to tell them apart."""
-    names = short_names([str(path.with_suffix("")) for path in recipes]) if recipes else []
-    return [_file_name(name) for name in names]
+    """The files' names, with their folders' where that is needed to tell them apart.
+
+    Raises:
+        VarmError: A file has a name that can be no folder's below ``models``.
+    """
+    whole = [(path.parent.resolve() / path.name).with_suffix("") for path in recipes]
+    names = [_file_name(name) for name in short_names([str(path) for path in whole])] if recipes else []
+    for recipe_file, path, name in zip(recipes, whole, names, strict=True):
+        if not name or any(one.startswith(".") for one in (name, path.name)) or "\\" in name:
+            raise VarmError(
+                f"the recipe `{recipe_file}` would be called `{path.name}`, which can be no folder of a merged "
+                "model; rename the file so that its name begins with no dot and holds no backslash"
+            )
+    return names
 
 
 def _file_name(name: str) -> str:
