@@ -579,6 +579,33 @@ def test_a_card_that_was_edited_on_the_hub_is_kept(here: Hub, out: Path) -> None
     assert b"# The fused one" not in repository.files()["README.md"]
 
 
+@pytest.mark.parametrize(
+    "edited",
+    [
+        OWN.replace("words", "other words").encode(),
+        OWN.replace("- mine", "- mine\n- theirs").encode(),
+        OWN.replace("tags", "language: de\ntags").encode(),
+        OWN.replace("words", "größer").encode("latin-1"),
+    ],
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_a_persons_card_on_the_hub_is_kept_beside_a_persons_own_here(
+    own: bool, edited: bytes, here: Hub, out: Path
+) -> None:
+    if own:
+        (out / "README.md").write_text(OWN)
+    here.add(ME, {})
+    push(out)
+    repository = here.repositories[ME]
+    repository.branches["main"].append(("edit", {**repository.files(), "README.md": edited}))
+    done = push(out)
+    assert "! README.md was edited on the Hub and is kept" in done.output
+    assert "nothing to do" in done.output
+    assert repository.files()["README.md"] == edited
+    assert push(out, "--overwrite-card").exit_code == 0
+    assert repository.files()["README.md"].startswith(b"---\nbase_model:")
+
+
 def test_metadata_that_nobody_can_read_is_told(here: Hub, out: Path) -> None:
     (out / "README.md").write_text("---\nlicense: [\n---\n# Mine\n")
     assert "✗ the metadata of README.md cannot be read" in push(out).output

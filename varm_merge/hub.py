@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -27,7 +28,7 @@ from huggingface_hub.errors import (
 from tqdm import tqdm
 
 from varm_merge.errors import VarmError
-from varm_merge.model_card import README, Card, Parent, is_generated, license_in, local_parent
+from varm_merge.model_card import README, Card, Parent, is_generated, license_in, local_parent, only_renews
 
 __all__ = [
     "Change",
@@ -52,7 +53,7 @@ WEIGHTS = (
     r"model\.safetensors(\.index\.json)?|pytorch_model\.bin(\.index\.json)?"
     r"|(model|pytorch_model)-\d{5}-of-\d{5}\.(safetensors|bin)"
 )
-"""Files from which transformers chooses what it loads: old ones beside the new would be another model. No others."""
+"""Files from which transformers chooses what it loads: old ones beside the new would be another model."""
 TOKENS = (
     r"hf_[A-Za-z0-9]{8,}|(?i:bearer) +[^\s'\"]+|(?<=://)[^/@\s]+@|(?<=[?&])[^\s'\"]*(?i:signature|token)=[^\s'\"]*"
 )
@@ -144,12 +145,16 @@ def _chunks(content: Content) -> Iterator[bytes]:
 
 
 def card_is_edited(repository: str, remote: Remote, card: Card) -> bool:
-    """Whether the repository has a card that a person wrote or edited, and ``card`` is none."""
-    if not card.generated or README not in remote.sums or _same(card.text.encode(), remote.sums[README]):
+    """Whether the repository has a card that a person wrote or edited, and ``card`` would take something of it."""
+    if README not in remote.sums or _same(card.text.encode(), remote.sums[README]):
         return False
     with _told(repository):
-        path = HfApi().hf_hub_download(repository, README, revision=remote.commit)
-    return not is_generated(Path(path).read_text(encoding="utf-8-sig"))
+        content = Path(HfApi().hf_hub_download(repository, README, revision=remote.commit)).read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+        return not is_generated(text) and (card.generated or not only_renews(card.text, text))
+    except (ValueError, TypeError, yaml.YAMLError):  # no card that a push has sent
+        return True
 
 
 def parent_at(name: str, role: str, may_be_hub_id: bool, remarks: list[str]) -> Parent:

@@ -33,6 +33,7 @@ __all__ = [
     "comparison_of",
     "is_generated",
     "make",
+    "only_renews",
     "parents_of",
     "recipe_of",
 ]
@@ -50,6 +51,7 @@ OF_MERGEKIT = re.compile(
 """The whole of the card that mergekit writes: one with a sentence more is a person's."""
 MARK = re.compile(r"\n<!-- varm-merge card ([0-9a-f]{16}) -->\n*$")
 LICENSE = ("license", "license_name", "license_link")
+RENEWED = (*LICENSE, "base_model", "base_model_relation", "merge_method")
 CITATIONS = {
     "varm": "VaRM: *Knowledge Fusion of Chat LLMs: A Preliminary Technical Report*, Wan et al., 2024, "
     "[arXiv:2402.16107](https://arxiv.org/abs/2402.16107)",
@@ -291,6 +293,19 @@ def _merged(own: ModelCard, metadata: Mapping[str, Any]) -> str:
         elif given.get(key) in (None, [], "") or key in LICENSE:
             setattr(own.data, key, value)
     return str(own)
+
+
+def only_renews(text: str, old: str) -> bool:
+    """Whether a person's card has the words of the old one, and of its metadata all but what a push knows anew."""
+    new, had = ModelCard(text), ModelCard(old)
+    if new.text.strip().splitlines() != had.text.strip().splitlines():
+        return False
+    given = vars(new.data)
+    return all(
+        key in RENEWED or (set(value) <= set(given.get(key) or []) if key == "tags" else given.get(key) == value)
+        for key, value in vars(had.data).items()
+        if value not in (None, [], "")
+    )
 
 
 def comparison_of(path: Path) -> str:

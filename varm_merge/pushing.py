@@ -86,7 +86,12 @@ def prepare(folder: Path, repository: str, wishes: Wishes, *, dry_run: bool = Fa
     plan.changes = hub.compare(files, plan.remote, quiet) if files else []
     if files and not wishes.overwrite_card and hub.card_is_edited(repository, plan.remote, card):
         plan.changes = [replace(one, state="kept") if one.path == README else one for one in plan.changes]
-        plan.remarks.append(f"{README} was edited on the Hub and is kept; --overwrite-card writes over it")
+        way = (
+            "--overwrite-card writes over it"
+            if card.generated
+            else "copy it here, or --overwrite-card makes a new one"
+        )
+        plan.remarks.append(f"{README} was edited on the Hub and is kept; {way}")
     return plan
 
 
