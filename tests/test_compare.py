@@ -114,7 +114,7 @@ def stamps(folder: Path, *without: str) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files}
 
 
-REPORTS = ("report.json", "report.md", "report.html", ".lock", "contents.json")
+REPORTS = ("report.json", "report.md", "report.html", ".varm-merge-compare", "contents.json")
 
 
 # One comparison, of everything
@@ -280,6 +280,7 @@ def test_killed_in_a_merge_it_goes_on_and_takes_nothing_half_for_whole(world: Wo
     assert not Path("killed/report.json").exists()
     Path("killed/models/one").mkdir(parents=True)  # as if killed before the record was written
     shutil.copy("target_1/model.safetensors", "killed/models/one")
+    shutil.copy("one.yaml", "killed/models/one/mergekit_config.yml")
     code, said = world.compare("one.yaml", "--base", "pivot", "--out", "killed", "--no-keep")
     assert code == 0, said
     row = world.row("killed", "one")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ import pytest
 import tiny_models
 import torch
 import yaml
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
 from mergekit.config import MergeConfiguration
@@ -32,11 +33,11 @@ from varm_merge.comparison import programs
 from varm_merge.comparison.distances import distances, moved_layers
 from varm_merge.comparison.entries import Entry, check, entries, family, short_names
 from varm_merge.comparison.evaluation import Scorers, Tasks
-from varm_merge.comparison.steps import Contents, Steps, locked
+from varm_merge.comparison.steps import Contents, Steps, demand_folder, locked
 from varm_merge.errors import VarmError
 from varm_merge.files import write_whole
 from varm_merge.lineage import Place, weights_fingerprint
-from varm_merge.measure import CommandError, measured
+from varm_merge.measure import CommandError, Run, measured
 
 METHODS = sorted(one.spec.name for one in registered_methods())
 OF_TWO_MODELS = {"slerp", "nearswap", "arcee_fusion"}
@@ -207,6 +208,71 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> Non
     done = CliRunner().invoke(main, ["compare", "--out", str(tmp_path), "--methods", "ties"])
     assert "is not empty and holds no comparison" in done.output
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+@pytest.mark.parametrize("marker", [".lock", ".varm-merge-compare"])
+def test_only_the_marker_with_its_text_makes_a_folder_a_comparisons(marker: str, tmp_path: Path) -> None:
+    (tmp_path / marker).write_text("of another program")
+    (tmp_path / "thesis.md").write_text("mine")
+    done = CliRunner().invoke(main, ["compare", "--out", str(tmp_path), "--methods", "ties"])
+    assert "is not empty and holds no comparison" in done.output
+    (tmp_path / "thesis.md").rename(tmp_path.parent / "thesis.md")
+    (tmp_path / marker).unlink()
+    (tmp_path / ".varm-merge-compare").touch()  # as if killed before it was written
+    demand_folder(tmp_path)
+    with locked(tmp_path):
+        pass
+    (tmp_path / "report.json").touch()
+    demand_folder(tmp_path)
+
+
+@dataclass
+class Merging:
+    """Comparisons by ``linear``, or ``recipe``, whose merges copy the pivot in place of mergekit."""
+
+    members: Family
+    folder: Path
+    commands: list[list[str]] = field(default_factory=list)
+
+    def measured(self, command: list[str], **_options: Any) -> Run:
+        self.commands.append(command)
+        own = command.index("--quiet") - 1
+        shutil.copytree(self.members.pivot, command[own])
+        return Run(1.0, 1.0, 1.0)
+
+    def compare(self, *options: str, recipe: Path | None = None) -> Result:
+        """Merges, and the commands that it ran in ``commands``."""
+        self.commands.clear()
+        targets = [part for target in self.members.targets for part in ("--models", str(target))]
+        what = [str(recipe)] if recipe else ["--methods", "linear", *targets]
+        out = ["--base", str(self.members.pivot), "--out", str(self.folder)]
+        return CliRunner().invoke(main, ["compare", *what, *out, *options])
+
+
+@pytest.fixture
+def merging(mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Merging:
+    found = Merging(mistral, tmp_path / "out")
+    monkeypatch.setattr("varm_merge.comparison.run.measured", found.measured)
+    return found
+
+
+@pytest.mark.parametrize("options", [[], ["--no-keep"]])
+def test_a_folder_of_the_users_among_the_models_stays(options: list[str], merging: Merging) -> None:
+    with locked(merging.folder):
+        thesis = merging.folder / "models" / "linear" / "thesis.md"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("mine")
+    done = merging.compare(*options)
+    assert (done.exit_code, merging.commands) == (1, [])
+    assert f"`{thesis.parent}` holds no merged model; move it away, or give another --out" in done.output
+    assert thesis.read_text() == "mine"
+    thesis.rename(merging.folder / "thesis.md")
+    assert merging.compare("--no-keep").exit_code == 0
+    assert not thesis.parent.exists()
+    thesis.parent.mkdir()
+    thesis.write_text("mine")
+    merging.compare("--no-keep")
+    assert thesis.read_text() == "mine"
 
 
 def test_two_comparisons_do_not_write_into_one_folder(tmp_path: Path) -> None:

@@ -73,8 +73,9 @@ def compare(
     from varm_merge.comparison.entries import entries, family, sound
     from varm_merge.comparison.evaluation import HeldOut, Tasks
     from varm_merge.comparison.report import problems, terminal, write_report
-    from varm_merge.comparison.run import Settings, demand_folder, locked
+    from varm_merge.comparison.run import Settings
     from varm_merge.comparison.run import compare as run
+    from varm_merge.comparison.steps import demand_folder, locked
     from varm_merge.errors import VarmError
 
     base, models = options.pop("base"), options.pop("models")

@@ -19,7 +19,7 @@ from mergekit.common import ModelReference
 from varm_merge.comparison.distances import distances, moved_layers
 from varm_merge.comparison.entries import Entry, Family, short_names
 from varm_merge.comparison.evaluation import HeldOut, Scorers, Tasks, environment
-from varm_merge.comparison.steps import Contents, Steps, locked, model_files
+from varm_merge.comparison.steps import Contents, Steps, model_files
 from varm_merge.errors import VarmError
 from varm_merge.lineage import Place, weight_files
 from varm_merge.measure import MEMORY, CommandError, machine, measured
@@ -29,7 +29,7 @@ from varm_merge.tables import size
 __all__ = ["FORMAT", "Settings", "compare"]
 
 FORMAT, VERSION = "varm-merge comparison", 1
-OURS, MODELS = ".lock", "models"
+RECIPE, MODELS = "mergekit_config.yml", "models"
 PLAIN = ("--quiet", "--no-write-model-card")
 """Without the card: for it mergekit asks the Hub after each model."""
 SPARE = 1.02
@@ -266,6 +266,9 @@ class _Comparison:
         if changed := self.steps.changed("merge", row.file, about):
             self._tell(f"{row.name}: merged again, for other {' and '.join(changed)}")
         log = self.out / "logs" / f"{row.name}.txt"
+        if self._is_due(row, times) and not _is_a_merge(row.folder):
+            row.problems.append(f"`{row.folder}` holds no merged model; move it away, or give another --out")
+            self._tell(f"{row.name}: failed: {row.problems[-1]}")
         while not row.problems and self._is_due(row, times):
             record = self._record(row)
             self._tell(f"{row.name}: merging")
@@ -276,7 +279,7 @@ class _Comparison:
             try:
                 run = measured(_headed(command, log), log=log, environment=environment(None))
                 if not self._is_there(row, record):
-                    (temporary / "mergekit_config.yml").write_text(row.entry.text, encoding="utf-8")
+                    (temporary / RECIPE).write_text(row.entry.text, encoding="utf-8")
                     record["model"] = self._put(temporary, row.folder)
             except (CommandError, OSError) as error:
                 row.problems.append(f"mergekit-yaml: {_reason(str(error))} ({log})")
@@ -312,7 +315,7 @@ class _Comparison:
             row.found["bytes"] = sum(file.stat().st_size for file in row.folder.iterdir())
         elif row.problems:
             self._tell(f"{row.name}: kept in {row.folder}, for it was not measured wholly")
-        else:
+        elif _is_a_merge(row.folder):
             shutil.rmtree(row.folder, ignore_errors=True)
 
     def _measurements(self, row: Row) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
@@ -467,6 +470,11 @@ def _reason(message: str) -> str:
     return " ".join(line.strip() for line in lines[told[-1] :]).removeprefix("Error: ") if told else lines[-1]
 
 
+def _is_a_merge(folder: Path) -> bool:
+    """Whether a folder is one of ours to replace or remove: a merge with its recipe, empty, or not there."""
+    return not folder.exists() or (folder.is_dir() and ((folder / RECIPE).is_file() or not any(folder.iterdir())))
+
+
 def _layers(folder: Path) -> int | None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -478,18 +486,3 @@ def _layers(folder: Path) -> int | None:
 
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in model_files(folder))
-
-
-def demand_folder(folder: Path) -> None:
-    """Refuse a folder in which something else lies.
-
-    Raises:
-        VarmError: It holds files, and none that says that they are a comparison's.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise VarmError(f"`{folder}` is a file; --out is the folder of the report")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / OURS).exists():
-        raise VarmError(f"`{folder}` is not empty and holds no comparison; give another --out")
-
-
-__all__ += ["demand_folder", "locked"]

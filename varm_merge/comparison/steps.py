@@ -13,7 +13,11 @@ from tqdm import tqdm
 from varm_merge.errors import VarmError
 from varm_merge.files import write_whole
 
-__all__ = ["Contents", "Steps", "locked", "model_files"]
+__all__ = ["Contents", "Steps", "demand_folder", "locked", "model_files"]
+
+MARKER = ".varm-merge-compare"
+MARK = "A comparison by varm-merge compare lies in this folder: it writes, replaces and removes files here.\n"
+"""What the marker says, by which a comparison knows its folder again; it is the lock as well."""
 
 MODEL_FILES = {".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".tiktoken", ".py"}
 """Suffixes of the files that make a model what it is; not its README."""
@@ -29,7 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        file = (folder / MARKER).open("a", encoding="utf-8")
     except OSError as error:
         raise VarmError(f"`{folder}` cannot be written: {error.strerror or error}") from error
     with file:
@@ -41,7 +45,30 @@ def locked(folder: Path) -> Iterator[None]:
             except BlockingIOError as error:
                 message = f"another `varm-merge compare` works in `{folder}`; wait for it, or give another --out"
                 raise VarmError(message) from error
+        if not _is_marked(folder):
+            file.truncate(0)
+            file.write(MARK)
+            file.flush()
         yield
+
+
+def demand_folder(folder: Path) -> None:
+    """Refuse a folder in which something else lies.
+
+    Raises:
+        VarmError: It holds files, and no marker that says that they are a comparison's.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise VarmError(f"`{folder}` is a file; --out is the folder of the report")
+    if folder.is_dir() and not _is_marked(folder) and any(file.name != MARKER for file in folder.iterdir()):
+        raise VarmError(f"`{folder}` is not empty and holds no comparison; give another --out")
+
+
+def _is_marked(folder: Path) -> bool:
+    try:
+        return (folder / MARKER).read_text(encoding="utf-8") == MARK
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 class Steps:
