@@ -340,6 +340,31 @@ def test_somebody_elses_commit_is_not_written_over(here: Hub, out: Path) -> None
     assert "theirs.txt" in seen.files()
 
 
+@pytest.mark.parametrize("when", ["/repos/create", "/preupload/"])
+@pytest.mark.parametrize("options", [(), ("--revision", "layer-level")])
+def test_two_first_pushes_do_not_mix(when: str, options: tuple[str, ...], here: Hub, out: Path) -> None:
+    """The other one makes the repository after this one has looked, or fills it after this one has made it."""
+    theirs = {"model-00001-of-00002.safetensors": b"1", "README.md": OWN.encode()}
+    branch = options[1] if options else "main"
+
+    class Meanwhile(Fault):
+        def fits(self, method: str, path: str) -> bool:
+            if self.times > 0 and method == self.method and when in path:
+                self.times -= 1
+                made = here.repositories.get(ME) or here.add(ME, {}, private=True)
+                made.branches[branch] = [*made.branches["main"], ("theirs", theirs)]
+            return False
+
+    here.faults = [Meanwhile("POST", when)]
+    done = push(out, *options)
+    assert done.exit_code == 1
+    assert "somebody committed to `user/fused` while this ran: look at what came" in done.output
+    assert here.repositories[ME].files(branch) == theirs
+    again = push(out, *options)
+    assert "! README.md was edited on the Hub and is kept" in again.output
+    assert set(here.repositories[ME].files(branch)) == set(contents(out))
+
+
 def test_no_connection_is_told(here: Hub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     done = push(out, "--license", "mit")

@@ -57,6 +57,8 @@ WEIGHTS = (
 TOKENS = (
     r"hf_[A-Za-z0-9]{8,}|(?i:bearer) +[^\s'\"]+|(?<=://)[^/@\s]+@|(?<=[?&])[^\s'\"]*(?i:signature|token)=[^\s'\"]*"
 )
+GITATTRIBUTES = ".gitattributes"
+"""Which the Hub itself puts into what it makes."""
 CHUNK_BYTES = 1 << 20
 
 Content = Path | bytes
@@ -207,6 +209,8 @@ def upload(
             api.create_repo(repository, private=not public, exist_ok=True)
         if not remote.has_revision or (revision and not remote.exists and revision != "main"):
             api.create_branch(repository, branch=str(revision), exist_ok=True)
+        if not remote.exists or not remote.has_revision:
+            remote = _as_made(repository, revision, remote)
         for group in _groups(additions):
             api.preupload_lfs_files(
                 repository, additions=group, revision=revision, create_pr=create_pr, free_memory=False
@@ -220,6 +224,15 @@ def upload(
             create_pr=create_pr,
             parent_commit=None if create_pr else remote.commit,
         )
+
+
+def _as_made(repository: str, revision: str | None, before: Remote) -> Remote:
+    """A repository or branch that was just made; another push may have made it first, and filled it."""
+    made = look_at(repository, revision)
+    known, found = ({**one.sums, GITATTRIBUTES: None} for one in (before, made))
+    if known != found:
+        raise VarmError(ADVICE[412].format(repository))
+    return made
 
 
 def _plain(content: Content | None) -> str | bytes:
