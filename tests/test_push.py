@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import Family, train_tokenizer
 
 import varm_merge.method  # noqa: F401  registers varm
-from varm_merge import model_card
+from varm_merge import model_card, model_folder
 from varm_merge.cli import main
 from varm_merge.hub import redact
 
@@ -716,6 +716,58 @@ def test_what_nobody_meant_to_publish_is_told_and_nothing_is_sent(
     assert told in done.output
     assert SECRET not in done.output
     assert {one.method for one in here.asked} <= {"GET"}
+
+
+HEX = "0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        (TOKEN, "a Hugging Face token"),
+        (SECRET, "an API key"),
+        ("sk-" + HEX * 2, "an API key"),
+        ("sk-or-v1-" + HEX * 4, "an API key"),
+        ("AKIA" + "Q2W3" * 4, "an AWS key"),
+        ("aws_secret_access_key = " + "aB3/" * 10, "an AWS secret"),
+        ("ghp_" + "aB3" * 12, "a GitHub token"),
+        ("github_pat_" + "aB3" * 20, "a GitHub token"),
+        ("AIza" + "aB3d5" * 7, "a Google key"),
+        ("xoxb" + "-123456789012-abcdefABCDEF", "a Slack token"),
+        ("git clone https://user:" + "pass-w0rd@host/x.git", "a password in an address"),
+        ("postgres://user:" + "pass@10.0.0.1:5432/x", "a password in an address"),
+        ("export WANDB_API_KEY=" + HEX * 2 + "01234567", "a key that is set"),
+        ("CLIENT_SECRET = '" + "aB3" * 8 + "'", "a key that is set"),
+        ("-----BEGIN PRIVATE " + "KEY-----", "a private key"),
+    ],
+)
+def test_each_kind_of_secret_is_seen(text: str, kind: str) -> None:
+    assert list(model_folder.secrets_in(f"one\n{text}\n".encode())) == [(2, kind)]
+    in_json = json.dumps({"text": text}).encode()
+    assert bool(list(model_folder.secrets_in(in_json, is_json=True))) == (kind != "a key that is set")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sk-" + "learn-" * 8,
+        "https://<user>:<password>@host, https://$USER:$PASS@host, https://host:8080/a@b, git@host:x/y.git",
+        "WANDB_API_KEY=$WANDB_API_KEY TOKEN=none API_KEY = os.environ['API_KEY']",
+        "EOS_TOKEN = '<|end_of_text|>'; MASK_TOKEN=averylongnamewithoutanydigit",
+    ],
+)
+def test_what_is_no_secret_is_not_taken_for_one(text: str) -> None:
+    assert not list(model_folder.secrets_in(text.encode()))
+
+
+def test_a_harmless_tokenizer_config_is_pushed(here: Hub, out: Path) -> None:
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    config["chat_template"] = "{% set TOKEN='abcdefghij0123456789' %}{{ 'https://host/a:b@c xoxb- sk-' }}"
+    config["added"] = {str(n): f"<|reserved_special_token_{n}|>" for n in range(300)}
+    path.write_text(json.dumps(config))
+    assert push(out).exit_code == 0
+    arrived(here, out)
 
 
 def test_all_of_it_is_told_at_once(here: Hub, out: Path) -> None:

@@ -38,13 +38,20 @@ BOOKKEEPING = ("stage.json", "lock", "*.tmp", "*.lock", "*~", "__pycache__")
 """Of this project's pipeline and of others."""
 SECRETS = {
     "a Hugging Face token": rb"(?<![A-Za-z0-9_])hf_[A-Za-z0-9]{30,}",
-    "an API key": rb"(?<![A-Za-z0-9_-])sk-(?=[A-Za-z0-9_-]*[0-9])(?=[A-Za-z0-9_-]*[A-Z])[A-Za-z0-9_-]{32,}",
+    "an API key": rb"(?<![A-Za-z0-9_-])sk-(?:(?:or-v1-)?[0-9a-f]{32,}(?![A-Za-z0-9_-])"
+    rb"|(?=[A-Za-z0-9_-]*[0-9])(?=[A-Za-z0-9_-]*[A-Z])[A-Za-z0-9_-]{32,})",
     "an AWS key": rb"(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])",
     "an AWS secret": rb"(?i)aws_secret_access_key[\"' ]*[=:][\"' ]*[A-Za-z0-9/+]{40}",
     "a GitHub token": rb"(?<![A-Za-z0-9_])(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})",
     "a Google key": rb"(?<![A-Za-z0-9_-])AIza[A-Za-z0-9_-]{35}",
+    "a Slack token": rb"(?<![A-Za-z0-9])xox[bpars]-(?=[A-Za-z-]*[0-9])[A-Za-z0-9-]{10,}",
+    "a password in an address": rb"://[^\s/:@?#\"'<>{}$`]{1,100}:[^\s/:@\"'<>{}$`]{1,200}@[A-Za-z0-9\[]",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
+ASSIGNED = {
+    "a key that is set": rb"(?:KEY|TOKEN|SECRET)[\"']?[ \t]*=[ \t]*[\"']?(?=[A-Za-z]*[0-9])[A-Za-z0-9]{20,}",
+}
+"""Not looked for in JSON, which sets nothing so; a vocabulary may have anything."""
 TENSORS = (".safetensors", ".gguf", *(pattern.removeprefix("*") for pattern in PICKLES))
 TEXT_LIMIT_BYTES = 200_000_000
 
@@ -142,15 +149,15 @@ def _problems_of(name: str, path: Path, folder: Path, allow_pickle: bool) -> Ite
             "or --exclude it, or --allow-pickle"
         )
     elif not name.endswith(TENSORS) and path.stat().st_size < TEXT_LIMIT_BYTES:
-        for line, kind in secrets_in(path.read_bytes()):
+        for line, kind in secrets_in(path.read_bytes(), is_json=name.endswith(".json")):
             yield f"`{name}`, line {line}, has what looks like {kind}: take it out, and revoke it if it is one"
 
 
-def secrets_in(content: bytes) -> Iterator[tuple[int, str]]:
+def secrets_in(content: bytes, *, is_json: bool = False) -> Iterator[tuple[int, str]]:
     """Line and kind of what looks like a secret; a binary file has none."""
     if b"\0" in content[:8192]:
         return
-    for kind, pattern in SECRETS.items():
+    for kind, pattern in (SECRETS if is_json else SECRETS | ASSIGNED).items():
         for found in re.finditer(pattern, content):
             yield content.count(b"\n", 0, found.start()) + 1, kind
 
