@@ -40,6 +40,7 @@ class Judge:
     newer: bool = False
     asked: list[dict[str, Any]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
+    keys: set[str | None] = field(default_factory=set)
     at_once: int = 0
     most_at_once: int = 0
     url: str = ""
@@ -88,6 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
         with judge.lock:
             judge.asked.append(body)
             judge.times.append(time.monotonic())
+            judge.keys.add(self.headers["authorization"])
             judge.at_once += 1
             judge.most_at_once = max(judge.most_at_once, judge.at_once)
             fault = judge.faults.pop(0) if judge.faults else Fault()

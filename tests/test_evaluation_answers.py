@@ -215,6 +215,19 @@ def test_answers_end_at_the_generation_configs_tokens_and_at_the_templates(llama
     assert len(ids) < LIMIT
     assert model.answer(prompts) == [Answer(oracle.tokenizer.decode(ids).strip(), "stop")]
 
+    by_tokenizer = shutil.copytree(llama, tmp_path / "tokenizer")
+    tensors = load_file(by_tokenizer / "model.safetensors")
+    eos = oracle.tokenizer.eos_token_id
+    assert eos != end
+    tensors["lm_head.weight"][eos] = 2 * tensors["lm_head.weight"][stop]
+    save_file(tensors, by_tokenizer / "model.safetensors", metadata={"format": "pt"})
+    (by_tokenizer / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
+    model = LocalModel(str(by_tokenizer), max_new_tokens=LIMIT)
+    assert model.stops == {end, eos}
+    ids = Oracle(by_tokenizer).ids(text)
+    assert len(ids) < LIMIT
+    assert model.answer(prompts) == [Answer(oracle.tokenizer.decode(ids).strip(), "stop")]
+
 
 def test_what_does_not_fit_the_context_is_cut_and_told(llama: Path, tmp_path: Path) -> None:
     short = shutil.copytree(llama, tmp_path / "short")
@@ -326,11 +339,13 @@ def test_another_model_or_setting_under_the_same_file_is_refused(
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     name = ("--name", llama.name)
     fewer = write_lines(tmp_path / "fewer.jsonl", QUESTIONS[:3])
+    (template := tmp_path / "chat.jinja").write_text(TEMPLATE + " ")
     for arguments, what in (
         ((other, questions, output, *name), "weights: "),
         ((llama, questions, output, "--max-new-tokens", 9), "max_new_tokens: 10 then, 9 now"),
         ((llama, questions, output, "--seed", 3), "seed: 0 then, 3 now"),
         ((llama, fewer, output), "questions: "),
+        ((llama, questions, output, "--chat-template", template), "chat template: "),
     ):
         done = asked(*arguments)
         assert done.exit_code == 1
@@ -346,6 +361,30 @@ def test_another_model_or_setting_under_the_same_file_is_refused(
         in asked(llama, questions, foreign).output
     )
     assert foreign.read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("content", ["mine", "[1]", '{"began": 1.5}', '{"format": "varm-merge answers"}', ""])
+def test_settings_of_something_else_are_left_as_they_are(content: str, tmp_path: Path) -> None:
+    output, settings = tmp_path / "out.jsonl", tmp_path / "out.jsonl.settings.json"
+    settings.write_text(content)
+    with pytest.raises(VarmError, match=r"out\.jsonl\.settings\.json` is there, and is not of this program"):
+        Journal(output, {"format": "varm-merge answers"})
+    assert [path.read_text() for path in tmp_path.iterdir()] == [content]
+
+
+def test_what_is_half_written_is_cut_only_beside_settings(tmp_path: Path) -> None:
+    output, about = tmp_path / "out.jsonl", {"format": "varm-merge answers"}
+    partial, settings = tmp_path / "out.jsonl.partial", tmp_path / "out.jsonl.settings.json"
+    for content, message in ((b"my notes", "line 1: no JSON"), (b"[my notes", "is there, without out")):
+        partial.write_bytes(content)
+        with pytest.raises(VarmError, match=message):
+            Journal(output, about)
+        assert [path.read_bytes() for path in tmp_path.iterdir()] == [content]
+    settings.write_text(json.dumps({"began": 1.5, **about}))
+    with Journal(output, about) as journal:
+        assert partial.read_bytes() == b"[my notes"
+        journal.add(1, "said")
+    assert partial.read_bytes() == b'[1, "said"]\n'
 
 
 def test_two_processes_do_not_write_the_same_file(llama: Path, questions: Path, tmp_path: Path) -> None:
@@ -494,6 +533,11 @@ def test_an_endpoint_is_asked_turn_by_turn_and_again_for_what_is_missing(questio
         expected = [f"answer to {1 + 2 * turn}: {row['turns'][turn][:20].strip()}" for turn in (0, 1)]
         assert said(output)[row["question_id"]] == [expected] * 2
     assert {row["model_id"] for row in rows(output)} == {"served"}
+    with judge_server.serving(echo) as another:
+        done = asked("org/served", questions, output, "--url", another.url, "--num-choices", 2)
+        assert done.exit_code == 1
+        assert f"endpoint: {server.url} then, {another.url} now" in done.output
+        assert another.asked == []
 
 
 def test_options_that_nothing_would_read_are_refused(questions: Path, tmp_path: Path) -> None:

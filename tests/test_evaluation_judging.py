@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import statistics
 import subprocess
 import time
@@ -21,10 +22,13 @@ from judge_server import Fault, serving
 from programs import BIN
 
 from varm_merge.cli import main
+from varm_merge.errors import VarmError
 from varm_merge.evaluation import alpaca_eval, mt_bench
+from varm_merge.evaluation.endpoint import Endpoint
 from varm_merge.evaluation.questions import read_questions
 
 KEY = "sk-very-secret-0123456789"
+WITH_KEY = ("--judge-key-env", "JUDGE_KEY")
 CATEGORIES = ("writing", "math", "stem", "coding")
 QUESTIONS = [
     {"question_id": 101 + number, "category": category, "turns": [f"first of {category}?", "and {then}?"]}
@@ -90,7 +94,7 @@ class Bench:
 
     def judged(self, url: str, *more: object, key: str = KEY, **own: Any) -> Result:
         arguments = self.arguments(url, "--quiet", *more, *(() if own else ("--yes",)))
-        return CliRunner().invoke(main, arguments, env={"OPENAI_API_KEY": key}, **own)
+        return CliRunner().invoke(main, arguments, env={"OPENAI_API_KEY": key, "JUDGE_KEY": key}, **own)
 
     def scores(self) -> dict[tuple[str, int, int], float]:
         return {(row["model"], row["question_id"], row["turn"]): row["score"] for row in lines(self.output)}
@@ -111,7 +115,7 @@ def rated(body: dict[str, Any]) -> str:
 
 def test_each_turn_is_judged_with_the_prompt_of_its_category(bench: Bench) -> None:
     with serving(rated, key=KEY) as server:
-        done = bench.judged(server.url)
+        done = bench.judged(server.url, *WITH_KEY)
     assert done.exit_code == 0, done.output
     found = lines(bench.output)
     assert len(found) == len(MODELS) * len(QUESTIONS) * 2
@@ -229,6 +233,23 @@ def test_only_what_is_missing_is_asked(bench: Bench) -> None:
         assert bench.output.read_bytes() == before
 
 
+@pytest.mark.parametrize("content", [b"my notes", b'{"a": 1}\nmy notes', b"\xff\xfe", b'"text"', b"5", b""])
+def test_a_file_of_the_user_is_left_as_it_is(content: bytes, bench: Bench) -> None:
+    bench.output.parent.mkdir()
+    bench.output.write_bytes(content)
+    with serving(lambda body: None, [Fault(400)] * 99) as server:
+        done = bench.judged(server.url)
+        assert done.exit_code == 1
+        assert "Traceback" not in done.output
+        assert not content or f"`{bench.output}`" in done.output.replace("Error: ", "")
+        assert bool(server.asked) == (not content)
+    assert bench.output.read_bytes() == content
+    if content:
+        with pytest.raises(VarmError, match=re.escape(str(bench.output))):
+            mt_bench.judge([], Endpoint(server.url, "judge"), bench.output, 1, quiet=True)
+        assert bench.output.read_bytes() == content
+
+
 def test_what_is_missing_in_the_files_is_told_before_anything_is_asked(bench: Bench) -> None:
     with serving(rated) as server:
         for change, message in (
@@ -265,7 +286,7 @@ def test_whatever_goes_wrong_once_is_asked_again(bench: Bench) -> None:
     tricks = [Fault(trick=trick) for trick in ("sleep", "reset", "cut", "short", "no choices", "no text", "html")]
     statuses = [Fault(status) for status in (408, 409, 429, 500, 502, 503)]
     with serving(rated, [*tricks, *statuses], key=KEY) as server:
-        done = bench.judged(server.url, "--timeout", 0.7, "--concurrency", 8)
+        done = bench.judged(server.url, "--timeout", 0.7, "--concurrency", 8, *WITH_KEY)
         assert done.exit_code == 0, done.output
         assert len(server.asked) == 16 + len(tricks) + len(statuses)
         assert server.most_at_once <= 8
@@ -358,6 +379,15 @@ def test_rate_limits_hold_whatever_the_concurrency_and_the_failures(limit: str, 
     assert all(moment >= number * 0.1 for number, moment in enumerate(arrived)), arrived
 
 
+def test_the_tokens_of_prompts_are_paced_too() -> None:
+    with serving(rated) as server:
+        endpoint = Endpoint(server.url, "judge", tokens_per_minute=200_000)
+        endpoint.open()
+        for _ in range(2):
+            endpoint.ask([{"role": "user", "content": "word" * 1000}], 1)
+    assert server.times[1] - server.times[0] > 0.25  # 1000 tokens and one are 0.3 s
+
+
 def test_the_key_is_in_no_output(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     """Also where the server repeats it."""
     with serving(rated, key="another") as server:
@@ -370,7 +400,7 @@ def test_the_key_is_in_no_output(bench: Bench, caplog: pytest.LogCaptureFixture)
         assert done.returncode == 1
         assert "Incorrect API key provided: Bearer [key]" in done.stderr
     with serving(rated, [Fault(400, body={"error": {"message": "x" * 190 + KEY}})], key=KEY) as server:
-        with_failure = bench.judged(server.url, "--concurrency", 1)
+        with_failure = bench.judged(server.url, "--concurrency", 1, *WITH_KEY)
         assert f"✗ CLM, question 101, turn 1: 400 {'x' * 190}[key]" in with_failure.output
     written = "".join(path.read_text() for path in bench.folder.rglob("*") if path.is_file())
     for text in (done.stdout, done.stderr, with_failure.output, written, caplog.text):
@@ -388,6 +418,31 @@ def test_a_key_in_the_url_and_a_missing_key_are_refused_before_anything_is_asked
     assert "https://api.openai.com/v1 needs a key: set the environment variable OPENAI_API_KEY" in done.output
     done = bench.judged("http://127.0.0.1:1/v1", "--judge-key-env", "NO_SUCH_KEY")
     assert "needs a key: set the environment variable NO_SUCH_KEY" in done.output
+
+
+def test_openais_key_is_sent_to_openai_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(rated, key=KEY) as server:
+        done = bench.judged(server.url)
+        assert done.exit_code == 1
+        assert "No key was sent: OPENAI_API_KEY is for api.openai.com alone." in done.output
+        assert "by --judge-key-env, or by --key-env for answers" in done.output
+        assert server.keys == {"Bearer none"}
+        wrong = CliRunner().invoke(main, bench.arguments(server.url, "--yes", *WITH_KEY), env={"JUDGE_KEY": "k"})
+        assert "401" in wrong.output
+        assert "No key was sent" not in wrong.output
+    for url in (
+        "https://api.openai.com.example.org/v1",
+        "https://example.org/api.openai.com/v1",
+        "http://api.openai.com/v1",
+    ):
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        endpoint = Endpoint(url, "judge")
+        endpoint.open()
+        assert endpoint._client.api_key == "none"
+    for url in ("https://api.openai.com/v1", "https://API.openai.com/v1/"):
+        endpoint = Endpoint(url, "judge")
+        endpoint.open()
+        assert endpoint._client.api_key == KEY
 
 
 # What it costs
@@ -528,9 +583,39 @@ def test_win_rates_are_means_of_preferences(preferences: list[float | None]) -> 
         assert found["standard_error"] == pytest.approx(100 * deviation / math.sqrt(len(known)), abs=1e-6)
 
 
+def test_zero_is_a_draw_as_in_alpaca_evals_own_files() -> None:
+    found = alpaca_eval.win_rate([{"preference": one, "output_2": "abc"} for one in (1, 2, 0)])
+    assert found["win_rate"] == pytest.approx(50)
+    assert found["standard_error"] == pytest.approx(28.8675, abs=1e-4)
+    assert (found["n_wins"], found["n_wins_base"], found["n_draws"]) == (1, 1, 1)
+
+
+def test_preferences_that_are_none_are_unrated_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "annotations.json"
+    command = ["evaluate", "results", str(path), "--json"]
+
+    def shown(*preferences: object) -> Result:
+        row = {"generator_1": "theirs", "generator_2": "ours", "annotator": "judge", "output_2": "abc"}
+        path.write_text(json.dumps([{**row, "preference": one} for one in preferences]))
+        return CliRunner().invoke(main, command)
+
+    some, none = shown(2, math.nan, None), shown(math.nan)
+    assert (some.exit_code, none.exit_code) == (0, 0), some.output
+    assert "NaN" not in some.stdout + none.stdout
+    found = json.loads(some.stdout)["models"]["ours"]
+    assert (found["win_rate"], found["n_total"], found["n_unrated"]) == (100, 1, 2)
+    assert json.loads(none.stdout)["models"]["ours"]["win_rate"] is None
+    for wrong in (0.5, 2.01, -1, 3, math.inf, 10**400, "1", True, [1]):
+        done = shown(1, wrong)
+        assert done.exit_code == 1
+        assert done.output.startswith(f"Error: `{path}`, row 2: `preference` is {wrong!r}; it must be from 1 to 2")
+
+
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
+        ({"m": math.nan, "M": -0.1}, None),
+        ({"m": -math.inf, "M": -math.inf}, None),
         ({"m": -0.1, "M": -800.0}, 1.0),
         ({"m": -800.0, "M": -0.1}, 2.0),
         ({"m": -3.0}, 1.0),
@@ -640,6 +725,8 @@ def test_results_that_are_no_fair_comparison_say_so(bench: Bench) -> None:
         assert message in done.output
     write_lines(path, [*rows, {**rows[0], "judge": ["another", "p"]}])
     assert "several judges: another, j" in CliRunner().invoke(main, ["evaluate", "results", str(path)]).output
+    write_lines(path, [{**rows[0], "score": math.nan}])
+    assert "line 1: no judgment" in CliRunner().invoke(main, ["evaluate", "results", str(path)]).output
     write_lines(path, [{"score": 3}])
     assert (
         "line 1: no judgment as FastChat writes it"

@@ -58,7 +58,8 @@ def through_endpoint(prefix: str) -> Callable[[Command], Command]:
             f"--{prefix}key-env",
             "key_variable",
             metavar="NAME",
-            help="Environment variable with the endpoint's key.  [default: OPENAI_API_KEY]",
+            help="Environment variable with the endpoint's key.  [default: OPENAI_API_KEY for api.openai.com; no "
+            "other endpoint is sent a key]",
         ),
         click.option(
             "--timeout",

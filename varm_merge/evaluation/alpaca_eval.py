@@ -35,6 +35,8 @@ SETTINGS = {"temperature": 1, "logprobs": True, "top_logprobs": 5}
 MAX_TOKENS = 1
 EQUAL = 1.5
 """The preference of two outputs that are the same: 1 is the reference's, 2 the model's."""
+DRAW = 0
+"""A draw in the files of alpaca_eval's other annotators; it counts as ``EQUAL``."""
 PLACES = ("instruction", "output_1", "output_2")
 MESSAGE = re.compile(r"<\|im_start\|>(\w+)[^\n]*\n(.*?)<\|im_end\|>", re.DOTALL)
 
@@ -123,11 +125,13 @@ def preference(choice: Mapping[str, Any]) -> float | None:
     try:
         told = choice["logprobs"]["content"][0]["top_logprobs"]
         logprobs = {one["token"]: float(one["logprob"]) for one in told}
-    except (KeyError, IndexError, TypeError):
+    except (KeyError, IndexError, TypeError, ValueError):
         return None
     if FIRST not in logprobs and SECOND not in logprobs:
         return None
     odds = logprobs.get(SECOND, -math.inf) - logprobs.get(FIRST, -math.inf)
+    if math.isnan(odds):
+        return None
     return 2 - 1 / (1 + math.exp(min(odds, 700.0)))
 
 
@@ -241,6 +245,18 @@ def _annotation(pair: Pair, told: Mapping[str, Any] | None, annotator: str) -> d
     }
 
 
+def _rated(number: int, value: Any) -> float | None:
+    """A preference as it counts; None, and the NaN that pandas makes of it, is none."""
+    if value is None or value != value:
+        return None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if value == DRAW:
+            return EQUAL
+        if 1 <= value <= 2:
+            return float(value)
+    raise VarmError(f"row {number}: `preference` is {value!r}; it must be from 1 to 2, 0 (a draw), or null")
+
+
 def win_rate(annotations: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """In percent, with its standard error; annotations without a preference are left out, and counted.
 
@@ -248,8 +264,12 @@ def win_rate(annotations: Sequence[Mapping[str, Any]]) -> dict[str, float | None
         ``win_rate``, ``standard_error``, ``discrete_win_rate``, ``n_wins``, ``n_wins_base``, ``n_draws``,
         ``n_total``, as alpaca_eval calls them; ``n_unrated``, and ``avg_length`` of the model's outputs. What
         cannot be computed is None.
+
+    Raises:
+        VarmError: A preference is none.
     """
-    shares = [float(row["preference"]) - 1 for row in annotations if row["preference"] is not None]
+    rated = [_rated(number, row["preference"]) for number, row in enumerate(annotations, 1)]
+    shares = [one - 1 for one in rated if one is not None]
     wins, losses = sum(share > 0.5 for share in shares), sum(share < 0.5 for share in shares)
     draws = len(shares) - wins - losses
     spread = statistics.stdev(shares) if len(shares) > 1 else None

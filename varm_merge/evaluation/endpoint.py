@@ -22,6 +22,10 @@ __all__ = ["DEFAULT_KEY", "OPENAI", "Endpoint", "Failed", "Judged", "Load", "Rep
 OPENAI, DEFAULT_KEY = "https://api.openai.com/v1", "OPENAI_API_KEY"
 NO_KEY = "none"
 """What is sent to an endpoint that wants no key."""
+NO_KEY_SENT = (
+    f"\nNo key was sent: {DEFAULT_KEY} is for api.openai.com alone. Name the variable with this endpoint's key by "
+    "--judge-key-env, or by --key-env for answers."
+)
 NEW_LIMIT = "max_completion_tokens"
 """What OpenAI's newer models want in place of ``max_tokens``, which all others know; they say so."""
 LONGEST_BACKOFF_SECONDS, LONGEST_WAIT_SECONDS = 60.0, 600.0
@@ -114,8 +118,8 @@ class Endpoint:
     Args:
         url: Up to and without ``/chat/completions``.
         model: By its name there.
-        key_variable: The environment variable that has the key; by default ``OPENAI_API_KEY``, which only OpenAI
-            needs.
+        key_variable: The environment variable that has the key; by default ``OPENAI_API_KEY`` for OpenAI, which
+            alone is sent it, and none for others.
         timeout: Seconds for one try.
         max_retries: Tries after the first.
         requests_per_minute: At most; tries count.
@@ -141,7 +145,9 @@ class Endpoint:
     ) -> None:
         self.url, self.model, self.max_retries = _sound(url), model, max_retries
         self._key_variable, self._timeout = key_variable, timeout
-        self._key = os.environ.get(key_variable or DEFAULT_KEY, "").strip()
+        if key_variable is None and _is_openai(url):
+            self._key_variable = DEFAULT_KEY
+        self._key = os.environ.get(self._key_variable, "").strip() if self._key_variable else ""
         self._client: Any = None
         self._pace = _Pace(requests_per_minute, tokens_per_minute)
         self._lock = threading.Lock()
@@ -158,9 +164,8 @@ class Endpoint:
             import openai
         except ImportError as error:
             raise VarmError("endpoints need the openai package: pip install 'varm-merge[judge]'") from error
-        if not self._key and (self._key_variable or self.url == OPENAI):
-            variable = self._key_variable or DEFAULT_KEY
-            raise VarmError(f"{self.url} needs a key: set the environment variable {variable}")
+        if self._key_variable and not self._key:
+            raise VarmError(f"{self.url} needs a key: set the environment variable {self._key_variable}")
         self._client = openai.OpenAI(
             base_url=self.url, api_key=self._key or NO_KEY, timeout=self._timeout, max_retries=0
         )
@@ -207,7 +212,8 @@ class Endpoint:
                 self._limit = NEW_LIMIT
                 return told, None
             if error.status_code in (401, 403, 404) or error.code == "insufficient_quota":
-                raise VarmError(f"{self.url} takes no request for `{self.model}`: {told}") from None
+                hint = NO_KEY_SENT if error.status_code == 401 and not self._key else ""
+                raise VarmError(f"{self.url} takes no request for `{self.model}`: {told}{hint}") from None
             if error.status_code not in (408, 409, 425, 429) and error.status_code < 500:
                 raise Failed(told) from None
             return told, _retry_after(error.response.headers)
@@ -241,6 +247,11 @@ def _sound(url: str) -> str:
     if parts.username or parts.password or parts.query:
         raise VarmError("the endpoint's URL has a key in it; set it in the environment, where nothing prints it")
     return url
+
+
+def _is_openai(url: str) -> bool:
+    parts, own = urlsplit(url), urlsplit(OPENAI)
+    return (parts.scheme, parts.hostname) == (own.scheme, own.hostname)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

@@ -19,6 +19,8 @@ from varm_merge.files import write_whole
 
 __all__ = ["Journal", "Lines", "rows_in"]
 
+ROW_BEGINS = (b"{", b"[")
+
 
 @contextmanager
 def _written_to(path: Path) -> Iterator[None]:
@@ -32,10 +34,11 @@ class Lines:
     """A file of JSON lines that grows by whole ones, written by one process at a time.
 
     Args:
-        path: Of the file; a line that a killed run has left half written is removed.
+        path: Of the file; a line that a killed run has left half written is removed when the next is added.
 
     Attributes:
         rows: What was in it.
+        torn: The bytes of a line left half written.
 
     Raises:
         VarmError: It holds something else, another process writes it, or the disk refuses.
@@ -45,6 +48,7 @@ class Lines:
         self.path = path
         with _written_to(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._made = not os.path.lexists(path)
             self._file = path.open("a+b", buffering=0)
         try:
             self._lock()
@@ -67,14 +71,23 @@ class Lines:
         self._file.seek(0)
         content = self._file.read()
         rows, size = _parsed(self.path, content)
-        with _written_to(self.path):
-            self._file.truncate(size)
-            if size and content[size - 1 : size] != b"\n":
-                self._file.write(b"\n")
+        self.torn = len(content) - size
+        self._unended = size > 0 and content[size - 1 : size] != b"\n"
         return rows
+
+    def mend(self) -> None:
+        """Remove a line left half written, and end the last one: the file is known to be of this program."""
+        with _written_to(self.path):
+            if self.torn:
+                self._file.truncate(self.path.stat().st_size - self.torn)
+                self.torn = 0
+            if self._unended:
+                self._file.write(b"\n")
+                self._unended = False
 
     def add(self, row: Any) -> None:
         """Append a line; it is on the disk when this returns."""
+        self.mend()
         line = memoryview(json.dumps(row).encode() + b"\n")
         with _written_to(self.path):
             while line:
@@ -82,10 +95,10 @@ class Lines:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; one that is empty is removed."""
+        """Close the file; one that this process has made and left empty is removed."""
         with _written_to(self.path):
             self._file.close()
-            if self.path.exists() and not self.path.stat().st_size:
+            if self._made and self.path.exists() and not self.path.stat().st_size:
                 self.path.unlink()
 
 
@@ -93,7 +106,7 @@ def rows_in(path: Path) -> list[Any]:
     """The rows of a file that grows by lines, without a line left half written; none if it is not there.
 
     Raises:
-        VarmError: It cannot be read.
+        VarmError: It cannot be read, or has other lines than JSON.
     """
     try:
         return _parsed(path, path.read_bytes())[0]
@@ -104,7 +117,11 @@ def rows_in(path: Path) -> list[Any]:
 
 
 def _parsed(path: Path, content: bytes) -> tuple[list[Any], int]:
-    """The rows, and the bytes that they take; a last line without an end counts if it is whole."""
+    """The rows, and the bytes that they take; a last line without an end counts if it is whole.
+
+    Raises:
+        VarmError: A line is no JSON, and is not the beginning of a row at the end either.
+    """
     *lines, last = content.split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
@@ -114,7 +131,11 @@ def _parsed(path: Path, content: bytes) -> tuple[list[Any], int]:
             raise VarmError(f"`{path}`, line {number}: no JSON: {error}") from error
     try:
         return [*rows, json.loads(last)], len(content)
-    except ValueError:
+    except ValueError as error:
+        if not last.strip():
+            return rows, len(content)
+        if not last.startswith(ROW_BEGINS):
+            raise VarmError(f"`{path}`, line {len(lines) + 1}: no JSON: {error}") from error
         return rows, len(content) - len(last)
 
 
@@ -151,8 +172,11 @@ class Journal:
 
     def _agreed(self, about: Mapping[str, Any]) -> float:
         """When the records that are there were begun; they are of what ``about`` says."""
-        if self._lines is not None and not self._lines.rows:
+        foreign = self._lines is not None and self._lines.torn and not self._settings.exists()
+        if self._lines is not None and not self._lines.rows and not foreign:
             began = time.time()  # or a run that has made nothing
+            if os.path.lexists(self._settings) and not _is_settings(self._settings):
+                raise VarmError(f"`{self._settings}` is there, and is not of this program; give another --output")
             write_whole(self._settings, json.dumps({"began": began, **about}, indent=1, ensure_ascii=False) + "\n")
             return began
         if not self._settings.exists():
@@ -201,6 +225,19 @@ class Journal:
 
 def _key(key: Any) -> Hashable:
     return tuple(key) if isinstance(key, list) else key
+
+
+def _is_settings(path: Path) -> bool:
+    """Whether a run has written them, of whatever."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (
+        isinstance(found, dict)
+        and isinstance(found.get("began"), float)
+        and str(found.get("format")).startswith("varm-merge ")
+    )
 
 
 def _changes(found: Mapping[str, Any], asked: Mapping[str, Any]) -> Iterator[str]:

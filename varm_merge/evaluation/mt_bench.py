@@ -217,6 +217,7 @@ def judge(games: Sequence[Game], endpoint: Endpoint, output: Path, threads: int,
     lines = Lines(output)
     try:
         asked = missing(games, endpoint.model, output, lines.rows)
+        lines.mend()
         own = {_key(game, endpoint.model) for game in games}
         unrated = sum(row["score"] == NO_RATING for row in lines.rows if _key_of(row) in own)
         outcome = Judged(len(games) - len(asked), 0, unrated, {})

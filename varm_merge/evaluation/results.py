@@ -1,6 +1,7 @@
 """Judgments as tables: MT-Bench as the papers show it, AlpacaEval's win rates; several models side by side."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -85,6 +86,8 @@ def _rows(judgments: Sequence[Path]) -> list[dict[str, Any]]:
             try:
                 key = row["model"], row["question_id"], row["turn"], row["judge"][0]
                 found[key] = {**row, "score": float(row["score"])}
+                if not isfinite(found[key]["score"]):
+                    raise ValueError(f"score {row['score']}")
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 raise VarmError(f"`{path}`, {where}: no judgment as FastChat writes it: {error!r}") from error
     judges = {judge for *_, judge in found}
@@ -114,14 +117,17 @@ def alpaca_eval(annotations: Iterable[Path]) -> dict[str, Any]:
     """The win rates of the models of files with annotations.
 
     Raises:
-        VarmError: A file has none, or two are of the same model.
+        VarmError: A file has none or a preference that is none, or two are of the same model.
     """
     models: dict[str, Any] = {}
     for path in annotations:
         rows = [row for _, row in rows_of(path)]
         try:
-            name, reference = rows[0]["generator_2"], rows[0]["generator_1"]
-            found = {**win_rate(rows), "reference": reference, "judge": rows[0]["annotator"]}
+            keys = ("generator_2", "generator_1", "annotator")
+            name, reference, judge = (str(rows[0][key]) for key in keys)
+            found = {**win_rate(rows), "reference": reference, "judge": judge}
+        except VarmError as error:
+            raise VarmError(f"`{path}`, {error}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise VarmError(f"`{path}` has no annotations as alpaca_eval writes them: {error!r}") from error
         if name in models:
