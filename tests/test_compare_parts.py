@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import mergekit.merge
@@ -95,6 +96,11 @@ def test_the_published_settings_merge_two_targets(
     out = tmp_path / "out"
     mergekit.merge.run_merge(MergeConfiguration.model_validate(entry.content), str(out), options=options)
     assert all(np.isfinite(tensor).all() for tensor in checkpoint(out).values())
+
+
+def test_sce_is_given_the_share_of_elements_that_was_published(mistral: Family, tmp_path: Path) -> None:
+    (sce,) = of_methods(["sce"], mistral.pivot, list(mistral.targets), tmp_path)
+    assert sce.content["parameters"] == {"select_topk": 0.1}  # 10 % in FuseChat-7B v2
 
 
 def test_a_recipes_models_and_its_other_keys_are_taken_for_methods(mistral: Family, tmp_path: Path) -> None:
@@ -275,6 +281,77 @@ def test_a_folder_of_the_users_among_the_models_stays(options: list[str], mergin
     assert thesis.read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("told", "changed"),
+    [
+        ({"tokenizer_source": "{own}"}, "own/tokenizer.json"),
+        ({"tokenizer": {"source": "{own}"}}, "own/tokenizer.json"),
+        ({"tokenizer": {"tokens": {"x": {"source": "{own}"}}}}, "own/tokenizer.json"),
+        (
+            {"tokenizer": {"tokens": {"x": {"source": {"kind": "model_token", "model": "{own}", "token_id": 1}}}}},
+            "own/tokenizer.json",
+        ),
+        ({"slices": [{"base_model": "{base}"}]}, "base/config.json"),
+        ({"models": [{"model": "{pivot}+{own}"}]}, "own/adapter_config.json"),
+        ({"models": [{"model": {"model": "{pivot}", "lora": "{own}"}}]}, "own/adapter_config.json"),
+    ],
+)
+def test_a_merge_depends_on_every_model_that_its_recipe_names(
+    told: dict[str, Any], changed: str, merging: Merging, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("varm_merge.comparison.entries.recipe.check", lambda *_, **__: [])
+    pivot, target = (str(model) for model in (merging.members.pivot, merging.members.targets[0]))
+    (tmp_path / "own").mkdir()
+    for name in ("tokenizer.json", "adapter_config.json"):
+        (tmp_path / "own" / name).write_text("{}")
+    shutil.copytree(merging.members.targets[1], tmp_path / "base")
+    text = json.dumps(told).replace("{pivot}", pivot)
+    own = json.loads(text.replace("{own}", str(tmp_path / "own")).replace("{base}", str(tmp_path / "base")))
+    if "slices" in own:
+        own["slices"][0]["sources"] = [{"model": target, "layer_range": [0, 1]}]
+    content = {"merge_method": "linear", "base_model": pivot, "models": [{"model": target}], **own}
+    if "slices" in own:
+        del content["models"]
+    recipe = entry(tmp_path, "mine", **content)
+    for merges in (1, 0):
+        done = merging.compare(recipe=recipe)
+        assert len(merging.commands) == merges, done.output
+    with (tmp_path / changed).open("a") as file:
+        file.write("\n")
+    done = merging.compare(recipe=recipe)
+    assert "mine: merged again, for other inputs" in done.output
+    assert len(merging.commands) == 1
+
+
+def test_another_seed_is_told_to_mergekit_and_merges_again(merging: Merging) -> None:
+    for seed, merges in (("0", 1), ("0", 0), ("7", 1), ("7", 0)):
+        done = merging.compare("--seed", seed)
+        assert len(merging.commands) == merges, done.output
+        for command in merging.commands:
+            assert command[command.index("--random-seed") + 1] == seed
+    done = merging.compare("--seed", "7", "--mergekit", "--lazy-unpickle")
+    assert "linear: merged again, for other options" in done.output
+    assert "--lazy-unpickle" in merging.commands[0]
+
+
+@pytest.mark.parametrize(("options", "advice"), [([], ", or --no-keep: one model"), (["--no-keep"], "room\n")])
+def test_a_disk_without_room_for_the_models_ends_it_before_the_first_merge(
+    options: list[str], advice: str, merging: Merging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr("varm_merge.comparison.run.psutil.disk_usage", lambda _folder: free)
+        done = merging.compare(*options)
+        assert re.search(
+            r"Error: the merged models take about .*kB, `.*` has 1 kB free; give an --out", done.output
+        )
+        assert advice in done.output
+        assert (done.exit_code, merging.commands) == (1, [])
+        free.free = 1 << 30
+        assert merging.compare(*options).exit_code == 0
+    assert len(merging.commands) == 1
+
+
 def test_two_comparisons_do_not_write_into_one_folder(tmp_path: Path) -> None:
     with (
         locked(tmp_path),
@@ -308,6 +385,43 @@ def test_a_tasks_fingerprint_covers_its_data_and_runs_none_of_its_code(tmp_path:
     assert about() == first
     data.write_text("{}\n{}\n")
     assert about() != first
+
+
+@pytest.mark.parametrize(
+    ("told", "changed"),
+    [
+        ({"include": "../base/common.yaml"}, "base/common.yaml"),
+        ({"include": ["../base/common.yaml"]}, "base/utils.py"),
+        ({"include": "../base/common.yaml"}, "base/more.yaml"),
+        ({"include": "../base/common.yaml"}, "included.jsonl"),
+        ({"dataset_path": "data"}, "data/deep/test.jsonl"),
+        ({"dataset_kwargs": {"data_dir": "data"}}, "data/deep/test.jsonl"),
+        ({"dataset_kwargs": {"data_files": {"test": ["data/*/te*.jsonl"]}}}, "data/deep/test.jsonl"),
+        ({"dataset_kwargs": {"data_files": "data/**/*.jsonl"}}, "data/deep/test.jsonl"),
+        ({"group": "g", "task": [{"task": "x", "dataset_path": "data"}]}, "data/deep/test.jsonl"),
+    ],
+)
+def test_a_tasks_fingerprint_covers_includes_folders_and_patterns(
+    told: dict[str, Any], changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("tasks", "base", "data/deep"):
+        Path(folder).mkdir(parents=True)
+    Path("tasks/mine.yaml").write_text(yaml.safe_dump({"task": "mine", **told}))
+    Path("base/common.yaml").write_text("include: more.yaml\n")
+    data = "dataset_kwargs: {data_files: {test: included.jsonl}}"
+    Path("base/more.yaml").write_text(f"include: common.yaml\n{data}\n")  # in a circle
+    for file in ("base/utils.py", "included.jsonl", "data/deep/test.jsonl"):
+        Path(file).write_text("{}\n")
+
+    def about(task: str) -> dict[str, Any]:
+        return Tasks((task,), Path("tasks")).about(Contents(tmp_path / "contents.json"), task)
+
+    first = [about("mine"), about("tasks/mine.yaml")]
+    assert [about("mine"), about("tasks/mine.yaml")] == first
+    with Path(changed).open("a") as appended:
+        appended.write("# changed\n")
+    assert all(one != other for one, other in zip([about("mine"), about("tasks/mine.yaml")], first, strict=True))
 
 
 CHATS = [{"conversations": [{"from": "human", "value": "fox?"}, {"from": "gpt", "value": "the fox jumps"}]}] * 4

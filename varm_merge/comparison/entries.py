@@ -9,7 +9,9 @@ from typing import Any, get_args
 import yaml
 from mergekit import merge_methods
 from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import BasePolicy, MergeMethodSpec
+from pydantic import BaseModel
 
 from varm_merge import recipe
 from varm_merge.errors import VarmError
@@ -55,9 +57,19 @@ class Entry:
 
     @property
     def models(self) -> list[str]:
-        """All that it reads, its base_model first."""
+        """All whose weights it reads, the base_model of a slice as well; its own base_model first."""
         base = _named(self.content.get("base_model"))
-        return list(dict.fromkeys([*([] if base is None else [base]), *_models(self.content)]))
+        return list(dict.fromkeys([*([] if base is None else [base]), *_models(self.content, bases=True)]))
+
+    @property
+    def tokenizers(self) -> list[str]:
+        """The models beside them that its tokenizer, or the embedding of a token, is taken from."""
+        try:
+            config = MergeConfiguration.model_validate(self.content)
+        except (ValueError, RuntimeError):
+            return []
+        found = dict.fromkeys(map(str, _references([config.tokenizer_source, config.tokenizer])))
+        return [model for model in found if model not in self.models]
 
 
 @dataclass(frozen=True)
@@ -284,19 +296,30 @@ def _is_of_two(spec: MergeMethodSpec) -> bool:
     return bool(spec.contract.min_inputs == spec.contract.max_inputs == 2)
 
 
-def _models(content: Any) -> Iterator[str]:
-    """The models that a recipe merges, in slices and modules as well."""
+def _models(content: Any, bases: bool = False) -> Iterator[str]:
+    """The models that a recipe merges, in slices and modules as well; with ``bases`` the base models too."""
     if isinstance(content, dict):
         for key, value in content.items():
-            if key == "model" and (name := _named(value)) is not None:
+            if (key == "model" or (bases and key == "base_model")) and (name := _named(value)) is not None:
                 yield name
             elif key in ("models", "slices", "sources"):
-                yield from _models(value)
+                yield from _models(value, bases)
             elif key == "modules" and isinstance(value, dict):
-                yield from _models(list(value.values()))
+                yield from _models(list(value.values()), bases)
     elif isinstance(content, list):
         for item in content:
-            yield from _models(item)
+            yield from _models(item, bases)
+
+
+def _references(content: Any) -> Iterator[ModelReference]:
+    """Every model that a part of mergekit's configuration names."""
+    if isinstance(content, ModelReference):
+        yield content
+    elif isinstance(content, BaseModel):
+        yield from _references([getattr(content, name) for name in type(content).model_fields])
+    elif isinstance(content, (list, dict)):
+        for item in content.values() if isinstance(content, dict) else content:
+            yield from _references(item)
 
 
 def _named(model: Any) -> str | None:

@@ -4,6 +4,7 @@ Both are programs of their own, and are met in files. The text is rendered and s
 template and tokenizer, so that all models are asked the same.
 """
 
+import glob
 import hashlib
 import json
 import math
@@ -26,6 +27,8 @@ __all__ = ["HeldOut", "Scorers", "Tasks", "environment"]
 
 MOST_TOKENS, LEAST_TOKENS = 2048, 16
 """Of the pivot in a block of held-out text; less where its context is shorter."""
+DATA = ("dataset_path", "data_dir", "data_files")
+"""Keys of a task under which local data are named."""
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
 HARNESS = "lm-eval"
 LOADING = ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
@@ -78,8 +81,8 @@ class Tasks:
         own = Path(task) if task.endswith(".yaml") else None
         folders = [folder for folder in (self.include_path, own and own.parent) if folder]
         files = [file for folder in folders for file in sorted(folder.rglob("*")) if _is_of_a_task(file)]
-        data = [path for file in files if file.suffix in (".yaml", ".yml") for path in _data_files(file)]
-        local = contents.fingerprint([*files, *data]) if files else None
+        data = [path for file in files if file.suffix in (".yaml", ".yml") for path in _named_files(file)]
+        local = contents.fingerprint({file.resolve() for file in (*files, *data)}) if files else None
         return {"task": task, "local": local, "settings": settings, HARNESS: _version(HARNESS)}
 
 
@@ -87,19 +90,43 @@ def _is_of_a_task(file: Path) -> bool:
     return file.is_file() and "__pycache__" not in file.parts
 
 
-def _data_files(task: Path) -> Iterator[Path]:
-    """The local data that a task's file names."""
+def _named_files(task: Path, seen: frozenset[Path] = frozenset()) -> Iterator[Path]:
+    """What a task's file names here: data, and the files that it includes, with what those name."""
     try:
-        found = yaml.load(task.read_text(encoding="utf-8"), Loader=_TagsAsNothing)
-        stack = [found["dataset_kwargs"]["data_files"]]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        stack = [yaml.load(task.read_text(encoding="utf-8"), Loader=_TagsAsNothing)]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         return
+    seen |= {task.resolve()}
     while stack:
         one = stack.pop()
-        if isinstance(one, str) and Path(one).is_file():
-            yield Path(one)
-        elif isinstance(one, (dict, list)):
-            stack += one.values() if isinstance(one, dict) else one
+        if isinstance(one, list):
+            stack += one
+        elif isinstance(one, dict):
+            stack += one.values()
+            for key in DATA:
+                yield from _files(one.get(key))
+            for included in _strings(one.get("include")):
+                file = task.parent / Path(included).expanduser()
+                if file.is_file() and file.resolve() not in seen:
+                    yield from (file, *file.parent.glob("*.py"))  # code that it calls
+                    yield from _named_files(file, seen)
+
+
+def _files(named: Any) -> Iterator[Path]:
+    """The files that are meant by names, folders and patterns."""
+    for name in _strings(named):
+        patterned = glob.glob(name, recursive=True)  # noqa: PTH207  # a pattern may be absolute
+        for path in [Path(name)] if Path(name).exists() else map(Path, patterned):
+            found = path.rglob("*") if path.is_dir() else [path]
+            yield from (file for file in found if _is_of_a_task(file))
+
+
+def _strings(content: Any) -> Iterator[str]:
+    if isinstance(content, str):
+        yield from [content] if content else []
+    elif isinstance(content, (list, dict)):
+        for item in content.values() if isinstance(content, dict) else content:
+            yield from _strings(item)
 
 
 class _TagsAsNothing(yaml.SafeLoader):

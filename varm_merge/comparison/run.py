@@ -167,11 +167,18 @@ class _Comparison:
     def _fingerprint(self, model: str) -> str:
         """Of a model's files; of an adapter, those of the adapter and of what it adapts."""
         if model not in self._known:
-            base, *lora = model.split("+")
-            folders = [self._folder(base), *(path for one in lora if (path := Path(one)).is_dir())]
+            reference = ModelReference.model_validate(model)
+            folders = [self._folder(str(ModelReference(model=reference.model)))]
+            if reference.lora and (adapter := Path(reference.lora.path)).is_dir():
+                folders.append(adapter)
             files = [file for folder in folders for file in model_files(folder)]
             self._known[model] = self.contents.fingerprint(files, self.settings.quiet)
         return self._known[model]
+
+    def _tokenizer(self, model: str) -> str:
+        """Of the files of a folder whose weights are not read; of the Hub's, its name."""
+        folder = Path(ModelReference.model_validate(model).model.path)
+        return self.contents.fingerprint(model_files(folder)) if folder.is_dir() else model
 
     def _merge_row(self, entry: Entry) -> Row:
         row = Row(entry.name, "merge", self.models / entry.name, entry, problems=list(entry.problems))
@@ -233,6 +240,7 @@ class _Comparison:
     def _about_merge(self, row: Row) -> dict[str, Any]:
         assert row.entry
         inputs = {model: self._fingerprint(model) for model in row.entry.models}
+        inputs |= {model: self._tokenizer(model) for model in row.entry.tokenizers}
         content, options = recipe_fingerprint(row.entry.content), self._options()
         return {"recipe": content, "inputs": inputs, "options": options, "versions": versions()}
 
