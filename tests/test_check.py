@@ -91,6 +91,45 @@ def test_too_few_or_too_many_models_and_missing_parameters_are_what_mergekit_fai
         assert bool(found) == mergekit_fails(content, tmp_path / str(number)), (change, found)
 
 
+def sources(content: dict[str, Any], *spans: list[int]) -> dict[str, Any]:
+    """The same recipe, of slices of its models."""
+    entries = [{"model": content["base_model"]}] if content.get("base_model") else []
+    entries += [one for one in content["models"] if one not in entries]
+    parts = [one | {"layer_range": span} for one, span in zip(entries, spans * len(entries), strict=False)]
+    return {name: value for name, value in content.items() if name != "models"} | {"slices": [{"sources": parts}]}
+
+
+@pytest.mark.parametrize("method", ["linear", "karcher", "passthrough", "ties", "slerp", "nuslerp", "varm"])
+def test_models_layers_and_filters_are_judged_as_mergekit_judges_them(
+    method: str, mistral: Family, tmp_path: Path
+) -> None:
+    """For each method and changes of a sound recipe its verdict is mergekit's own."""
+    sound = recipe_of(method, mistral)
+    names = list(sound["parameters"])
+    filtered = [{"filter": "mlp", "value": 0.5}]
+    every = [{"filter": part, "value": 0.5} for part in ("attn", "mlp", "norm", "embed", "lm_head")]
+    weighed = [one | {"parameters": {"weight": 0.5}} for one in sound["models"]]
+    changes: list[dict[str, Any]] = [
+        sound,
+        sound | {"base_model": str(mistral.pivot)},
+        sound | {"models": [*sound["models"], sound["models"][0]]},
+        sources(sound, [0, 2]),
+        sources(sound, [0, 3]),
+        sources(sound, [1, 4]),
+        sources(sound, [-1, 1]),
+        sources(sound, [0, 1], [0, 2]),
+        *(sound | {"parameters": dict.fromkeys(names, value)} for value in (filtered, every) if names),
+        *(sound | {"parameters": {"weight": value}} for value in (True, False) if "weight" in names),
+        *(
+            {**sound, "models": weighed, "parameters": {}, "base_model": base}
+            for base in ([str(mistral.pivot)] if "weight" in names else [])
+        ),
+    ]
+    for number, content in enumerate(changes):
+        found = told(content, Looked())
+        assert bool(found) == mergekit_fails(content, tmp_path / str(number)), (content, found)
+
+
 WRONG = """\
 merge_method: ties
 base_modle: {pivot}

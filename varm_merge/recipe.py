@@ -6,7 +6,6 @@ they are merged; ``varm-merge check`` asks for them as well.
 """
 
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from mergekit.config import (
 from mergekit.merge_methods import BasePolicy, MergeMethodSpec
 from mergekit.merge_methods.base import ParameterScope
 
-from varm_merge import headers
+from varm_merge import headers, recipe_models
 from varm_merge.errors import VarmError
 from varm_merge.lineage import FUSION, Place, base_models_told, foreign_targets
 from varm_merge.method import METHOD_NAME, SPEC
@@ -288,47 +287,35 @@ class _Checker:
             needs = "the pivot that the targets were fine-tuned from" if self.spec is SPEC else "one"
             self.add(("merge_method",), f"no base_model: {self.spec.name} needs {needs}")
             return
-        self._required(path, entries, models, base)
-        self._counts(path, models, base)
-        has_pivot = base is not None and contract.base is not BasePolicy.IGNORED
+        pivot = None if base is None else self._reference(base)
+        if path[-1] == "models" and pivot is not None and self.spec is not SPEC and pivot not in models:
+            merged = [*models, pivot]  # as mergekit does, for methods that ignore a base, too
+        else:
+            merged = models
+        for where, message in (
+            *recipe_models.required(path, self.spec, merged, pivot, self._given(path, entries, len(merged))),
+            *(recipe_models.amounts(path, self.spec, merged, pivot) if self.spec is not SPEC else ()),
+            *recipe_models.repeated(path, models),
+        ):
+            self.add(where, message)
+        if path[-1] == "sources" and len({end - first for first, end in (e["layer_range"] for e in entries)}) > 1:
+            self.add(path, "the layer_ranges of the sources have different lengths")
+        has_pivot = pivot is not None and contract.base is not BasePolicy.IGNORED
         if has_pivot or models:
-            self.families.append(
-                _Family(path, self._reference(base) if has_pivot else models[0], models, has_pivot)
-            )
+            self.families.append(_Family(path, pivot if has_pivot and pivot else models[0], merged, has_pivot))
         if self.spec is not SPEC:
             return
-        pivot, references = str(self._reference(base)), [str(model) for model in models]
-        if not [reference for reference in references if reference != pivot]:
+        if not [model for model in models if model != pivot]:
             self.add(path, f"no target: list at least one model beside the base_model {pivot}")
-        for index, reference in enumerate(references):
-            if reference in references[:index]:
-                self.add((*path, index), f"{reference} is listed twice")
-        if path[-1] == "sources":
-            if pivot not in references:
-                self.add(path, f"the base_model {pivot} is not among the sources, so it has no layer_range")
-            if len({entry["layer_range"][1] - entry["layer_range"][0] for entry in entries}) > 1:
-                self.add(path, "the layer_ranges of the sources have different lengths")
+        if path[-1] == "sources" and pivot not in models:
+            self.add(path, f"the base_model {pivot} is not among the sources, so it has no layer_range")
 
-    def _required(
-        self, path: TreePath, entries: Sequence[Mapping[str, Any]], models: Sequence[Any], base: Any
-    ) -> None:
-        """Every parameter without a default is given, for the whole or for each model."""
-        above = [self.document, *(self._at(path[:depth]) for depth in range(1, len(path)))]
-        given = {
-            name for mapping in above if isinstance(mapping, dict) for name in mapping.get("parameters") or ()
-        }
-        pivot = None if base is None else self._reference(base)
-        for spec in self.spec.parameters:
-            if not spec.required or spec.name in given:
-                continue
-            if spec.scope is ParameterScope.SHARED:
-                self.add(path, f"{self.spec.name} needs the parameter `{spec.name}`")
-                continue
-            for index, (entry, model) in enumerate(zip(entries, models, strict=True)):
-                is_base = model == pivot and self.spec.contract.base is not BasePolicy.IGNORED
-                needs = spec.scope is ParameterScope.INPUT or not is_base
-                if needs and spec.name not in (entry.get("parameters") or {}):
-                    self.add((*path, index), f"{model} has no `{spec.name}`, which {self.spec.name} needs")
+    def _given(
+        self, path: TreePath, entries: Sequence[Mapping[str, Any]], count: int
+    ) -> list[recipe_models.Settings]:
+        """The settings that hold for each model of a list, the nearest first."""
+        above = [self._at(path[:depth]) for depth in range(len(path) - 1, -1, -1)]
+        return recipe_models.in_all(entries, above, count)
 
     def _headers(self, cache_dir: str | None, looked: "Looked") -> None:
         """Compare the models by their headers."""
@@ -352,41 +339,35 @@ class _Checker:
                         looked.remarks.append(Problem(difference.message, self.lines.get(where, 1)))
                     else:
                         self.add(where, difference.message)
+            self._reach(path, models, found)
         if self.families and (found := looked.models.get(self.families[0].base)) is not None:
             dtype = self.document.get("out_dtype") or self.document.get("dtype")
             looked.estimate = headers.estimate(list(looked.models.values()), found, dtype)
             looked.has_base = self.families[0].has_pivot
             looked.width = max(len(dict.fromkeys([one.base, *one.models])) for one in self.families)
 
+    def _reach(self, path: TreePath, models: Sequence[ModelReference], base: headers.Model | None) -> None:
+        """Filters let all tensors through, and layers are there."""
+        entries, looked = self._at(path), self.looked.models if self.looked else {}
+        if base is not None and models:
+            given = self._given(path, entries, len(models))
+            above = self._at(path[:-1]).get("base_model") or self.document.get("base_model")
+            pivot = None if above is None else self._reference(above)
+            for where, message in recipe_models.left_out(path, self.spec, models, pivot, given, [*base.tensors]):
+                self.add(where, message)
+        for index, entry in enumerate(entries if path[-1] == "sources" else ()):
+            if models[index] in looked:
+                name, layers = str(models[index]), looked[models[index]].layers
+                for where, message in recipe_models.layers_wrong(
+                    (*path, index), name, entry["layer_range"], layers
+                ):
+                    self.add(where, message)
+
     def _at(self, path: TreePath) -> Any:
         node: Any = self.document
         for part in path:
             node = node[part]
         return node
-
-    def _counts(self, path: TreePath, models: Sequence[Any], base: Any) -> None:
-        """As many models as the method takes."""
-        contract, others = self.spec.contract, {str(model) for model in models}
-        if contract.base is BasePolicy.IGNORED or base is None:
-            total = without = len(others)
-        else:
-            pivot = str(self._reference(base))
-            total, without = len(others | {pivot}), len(others - {pivot})
-        if self.spec is SPEC:
-            return  # told below, in the words of this method
-        for count, least, most, what in (
-            (total, contract.min_inputs, contract.max_inputs, "models, base_model included"),
-            (without, contract.min_non_base, contract.max_non_base, "models beside a base_model"),
-        ):
-            if not (least or 0) <= count <= (math.inf if most is None else most):
-                limits = (
-                    f"exactly {least}"
-                    if least == most
-                    else f"at least {least}"
-                    if most is None
-                    else f"{least} to {most}"
-                )
-                self.add(path, f"{self.spec.name} merges {limits} {what}, not {count}")
 
     def _pivots(self, cache_dir: str | None) -> None:
         """Targets that tell their pivot must tell this one, unless the base_model is one of two to merge."""
@@ -466,7 +447,7 @@ def _why_invalid(spec: Any, value: Any) -> str | None:
         hint = _suggest(str(value), choices, list_known=False)
         return f"`{spec.name}` is `{value}`, not one of {', '.join(choices)}{hint}"
     try:
-        if isinstance(value, bool) and spec.value_type is not bool:
+        if isinstance(value, bool) and spec.value_type is not bool and spec in SPEC.parameters:
             raise ValueError
         spec.validate(value)
     except ValueError:

@@ -1,0 +1,129 @@
+"""The models of one list that is merged: what mergekit takes of them, judged as it judges."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.merge_methods import BasePolicy, MergeMethodSpec
+from mergekit.merge_methods.base import ParameterScope, ParameterSpec
+
+from varm_merge.recipe_tree import Path as TreePath
+
+__all__ = ["amounts", "in_all", "layers_wrong", "left_out", "repeated", "required"]
+
+Found = Iterator[tuple[TreePath, str]]
+"""Places and what is wrong there."""
+Settings = Sequence[Mapping[str, Any] | None]
+"""The `parameters` that hold for a model, its own first."""
+
+
+def amounts(
+    path: TreePath, spec: MergeMethodSpec, models: Sequence[ModelReference], base: ModelReference | None
+) -> Found:
+    """As many models as the method takes."""
+    contract, others = spec.contract, set(models)
+    if contract.base is BasePolicy.IGNORED or base is None:
+        total = without = len(others)
+    else:
+        total, without = len(others | {base}), len(others - {base})
+    for count, least, most, what in (
+        (total, contract.min_inputs, contract.max_inputs, "models, base_model included"),
+        (without, contract.min_non_base, contract.max_non_base, "models beside a base_model"),
+    ):
+        if not (least or 0) <= count <= (math.inf if most is None else most):
+            limits = (
+                f"exactly {least}"
+                if least == most
+                else f"at least {least}"
+                if most is None
+                else f"{least} to {most}"
+            )
+            yield path, f"{spec.name} merges {limits} {what}, not {count}"
+
+
+def repeated(path: TreePath, models: Sequence[ModelReference]) -> Found:
+    """No model twice."""
+    for index, model in enumerate(models):
+        if model in models[:index]:
+            yield (*path, index), f"{model} is listed twice"
+
+
+def required(
+    path: TreePath,
+    spec: MergeMethodSpec,
+    models: Sequence[ModelReference],
+    base: ModelReference | None,
+    given: Sequence[Settings],
+) -> Found:
+    """Every parameter without a default is given, for the whole or for each model."""
+    for one, index in _needed(spec, models, base):
+        if index is None:
+            if not _settings(one, given[0][1:]):
+                yield path, f"{spec.name} needs the parameter `{one.name}`"
+        elif not _settings(one, given[index]):
+            told = "; it is the base_model, and is merged as well" if models[index] == base else ""
+            yield (*path, index), f"{models[index]} has no `{one.name}`, which {spec.name} needs{told}"
+
+
+def left_out(
+    path: TreePath,
+    spec: MergeMethodSpec,
+    models: Sequence[ModelReference],
+    base: ModelReference | None,
+    given: Sequence[Settings],
+    names: Sequence[str],
+) -> Found:
+    """The settings of every parameter without a default reach all tensors, ``names``."""
+    for one, index in _needed(spec, models, base):
+        settings = _settings(one, given[0][1:] if index is None else given[index])
+        lacking = [name for name in names if not any(_reaches(setting, name) for setting in settings)]
+        if lacking:
+            more = f" and {len(lacking) - 1} more tensors" if lacking[1:] else ""
+            yield (
+                path if index is None else (*path, index),
+                f"no filter of `{one.name}` lets `{lacking[0]}`{more} through; add an entry without a `filter`",
+            )
+
+
+def layers_wrong(path: TreePath, model: str, span: Sequence[int], layers: int | None) -> Found:
+    """A `layer_range` that the model has."""
+    first, end = span
+    if first < end and (first < 0 or end > (math.inf if layers is None else layers)):
+        told = "" if layers is None else f": it has {layers} layers, [0, {layers}]"
+        yield path, f"{model} has no layer_range [{first}, {end}]{told}"
+
+
+def in_all(entries: Sequence[Mapping[str, Any]], above: Iterable[Any], count: int) -> list[Settings]:
+    """The settings of each of ``count`` models, the last of which may have no entry of its own."""
+    whole = [mapping.get("parameters") for mapping in above if isinstance(mapping, dict)]
+    own = [entry.get("parameters") for entry in entries]
+    return [(one, *whole) for one in (*own, *[None] * (count - len(own)))] or [(None, *whole)]
+
+
+def _needed(
+    spec: MergeMethodSpec, models: Sequence[ModelReference], base: ModelReference | None
+) -> Iterator[tuple[ParameterSpec, int | None]]:
+    """Each parameter without a default, for each model (its number) that needs it, or for the whole (None)."""
+    for one in spec.parameters:
+        if not one.required:
+            continue
+        if one.scope is ParameterScope.SHARED:
+            yield one, None
+            continue
+        for index, model in enumerate(models):
+            if one.scope is ParameterScope.INPUT or model != base:
+                yield one, index
+
+
+def _settings(one: ParameterSpec, given: Settings) -> list[Any]:
+    return [mapping[one.name] for mapping in given if mapping and one.name in mapping]
+
+
+def _reaches(setting: Any, name: str) -> bool:
+    """Whether a setting has a value for the tensor ``name``."""
+    entries = setting if isinstance(setting, list) else [setting]
+    return any(
+        not isinstance(entry, dict) or entry.get("filter") in (None, "*") or entry["filter"] in name
+        for entry in entries
+    )
