@@ -130,6 +130,44 @@ def test_models_layers_and_filters_are_judged_as_mergekit_judges_them(
         assert bool(found) == mergekit_fails(content, tmp_path / str(number)), (content, found)
 
 
+def test_tokens_come_from_models_that_are_there_and_are_compared(mistral: Family, tmp_path: Path) -> None:
+    vocabulary = {"<unk>": 0, "a": 1, "b": 2, "c": 3}
+    family = []
+    for number, path in enumerate((mistral.pivot, *mistral.targets)):
+        family.append(changed(path, tmp_path / f"m{number}", lambda t: None))
+        added = [{"id": 4, "content": f"<{number // 2}>"}]
+        model = {"vocab": vocabulary | ({"b": 1, "a": 2} if number == 2 else {})}
+        (family[-1] / "tokenizer.json").write_text(json.dumps({"model": model, "added_tokens": added}))
+    pivot, *targets = family
+    sound = recipe_of("varm", Family(pivot, tuple(targets)))
+    looked = Looked()
+    assert told(sound, looked) == []
+    (remark,) = looked.remarks
+    assert (remark.line, remark.message.startswith(f"3 ids stand for other tokens in {targets[1]} than")) == (
+        4,
+        True,
+    )
+    outside = str(mistral.pivot)
+    for change, wrong in (
+        ({"tokenizer_source": "./nowhere"}, "no tokenizer folder `./nowhere`"),
+        ({"tokenizer": {"source": "./nowhere"}}, "no tokenizer folder `./nowhere`"),
+        ({"tokenizer": {"source": outside}}, f"the folder `{outside}` has no tokenizer"),
+        ({"tokenizer": {"tokens": {"a": {"source": outside}}}}, f"`{outside}` is not among the models"),
+        (
+            {"tokenizer": {"tokens": {"a": {"source": {"kind": "model_token", "model": outside, "token": "b"}}}}},
+            f"`{outside}` is not among the models",
+        ),
+        ({"tokenizer": {"source": str(pivot), "tokens": {"a": {"source": str(targets[0])}}}}, ""),
+        ({"tokenizer_source": "base"}, ""),
+    ):
+        looked = Looked()
+        problems = told(sound | change, looked)
+        assert [wrong in one for one in problems] == [True] * bool(wrong), problems
+        assert looked.remarks == []
+        if wrong:
+            assert mergekit_fails(sound | change, tmp_path / "out")
+
+
 WRONG = """\
 merge_method: ties
 base_modle: {pivot}

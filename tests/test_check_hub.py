@@ -279,6 +279,18 @@ def test_the_memory_is_near_what_a_merge_was_seen_to_take() -> None:
         assert told_mib == pytest.approx(seen_mib, rel=0.75)
 
 
+def test_the_memory_is_the_start_the_shard_and_a_share_of_the_largest_tensor(monkeypatch: Any) -> None:
+    monkeypatch.setattr(estimate, "_seconds", lambda *_: "not measured")
+    for method, written, expected in (
+        ("varm", 2_000_000_000, 310_000_000 + 2_000_000_000 + 100_000_000),
+        ("linear", 9_000_000_000, 310_000_000 + 5_000_000_000 + 400_000_000),
+        ("ties", 2_000_000_000, 310_000_000 + 2_000_000_000 + 1_600_000_000),
+    ):
+        sizes = {"written_bytes": written, "largest_tensor_bytes": 400_000_000}
+        found = estimate.estimate({"merge_method": method}, Looked(estimate=sizes), 0.0)
+        assert found["memory_bytes"] == expected
+
+
 def test_slices_with_a_base_of_their_own_are_measured(mistral: Family) -> None:
     pivot, target = str(mistral.pivot), str(mistral.targets[0])
     sources = [{"model": one, "layer_range": [0, 2]} for one in (pivot, target)]

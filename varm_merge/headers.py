@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from varm_merge.lineage import Place, weight_files
 from varm_merge.presence import Hub
 
-__all__ = ["Difference", "Model", "differences", "estimate", "read_model"]
+__all__ = ["Difference", "Model", "differences", "estimate", "other_tokens", "read_model"]
 
 STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 """Of an element, by safetensors' names of dtypes; all others are one byte wide."""
@@ -144,6 +144,27 @@ def differences(base: Model, other: Model, whole: bool = True) -> Iterator[Diffe
         yield Difference(
             f"{other.name} and {base.name} have the dtypes {told}; `dtype` says in which they meet", True
         )
+
+
+def other_tokens(base: str, other: str) -> int:
+    """How many ids stand for other tokens in one folder's tokenizer.json than in the other's; 0 without both."""
+    if base == other or (ours := _vocabulary(base)) is None or (theirs := _vocabulary(other)) is None:
+        return 0
+    return sum(theirs[number] != token for number, token in ours.items() if number in theirs)
+
+
+def _vocabulary(folder: str) -> dict[int, str] | None:
+    """The token of each id; None if there is no tokenizer.json, or none that tells."""
+    try:
+        content = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, dict):
+            tokens = {number: token for token, number in vocabulary.items()}
+        else:
+            tokens = {number: token for number, (token, _) in enumerate(vocabulary)}
+        return tokens | {added["id"]: added["content"] for added in content.get("added_tokens") or ()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _may_be_left_out(name: str) -> bool:

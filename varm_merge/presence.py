@@ -17,6 +17,14 @@ from huggingface_hub.errors import (
 __all__ = ["Hub", "means_otherwise", "near"]
 
 HUB_TIMEOUT_SECONDS = 10
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
 ALONE = "`varm-merge check --offline` looks at the recipe alone"
 
 
@@ -45,7 +53,8 @@ class Hub:
         folder = Path(path)
         if folder.is_dir():
             return None if (folder / wanted).is_file() else f"the folder `{path}` has no {wanted}"
-        missing = f"no {'adapter' if wanted.startswith('adapter') else 'model'} folder `{path}`{near(path)}"
+        what = next((one for one in ("adapter", "tokenizer") if wanted.startswith(one)), "model")
+        missing = f"no {what} folder `{path}`{near(path)}"
         try:
             huggingface_hub.utils.validate_repo_id(path)  # type: ignore[attr-defined]
         except HFValidationError:
@@ -67,6 +76,13 @@ class Hub:
         except Exception as error:  # whatever the HTTP client raises without a network
             return f"{missing}, and the Hub could not be asked: {self.why_not(error)}"
         return None
+
+    def why_no_tokenizer(self, path: str, revision: str | None, cache_dir: str | None) -> str | None:
+        """Why no tokenizer could be loaded from the folder or Hub id ``path``."""
+        if Path(path).is_dir():
+            found = any((Path(path) / name).is_file() for name in TOKENIZER_FILES)
+            return None if found else f"the folder `{path}` has no tokenizer"
+        return self.why_missing(path, revision, TOKENIZER_FILES[0], cache_dir)
 
 
 class _NotLoadableError(Exception):

@@ -340,6 +340,15 @@ class _Checker:
                     else:
                         self.add(where, difference.message)
             self._reach(path, models, found)
+            if found is not None and not (self.document.get("tokenizer") or self.document.get("tokenizer_source")):
+                for index, reference in enumerate(models):
+                    if other := headers.other_tokens(base.model.path, reference.model.path):
+                        message = (
+                            f"{other} {'id stands' if other == 1 else 'ids stand'} for other tokens in "
+                            f"{reference} than in {base}: rows of different tokens are merged; "
+                            "`tokenizer:` puts them in one order"
+                        )
+                        looked.remarks.append(Problem(message, self.lines.get((*path, index), 1)))
         if self.families and (found := looked.models.get(self.families[0].base)) is not None:
             dtype = self.document.get("out_dtype") or self.document.get("dtype")
             looked.estimate = headers.estimate(list(looked.models.values()), found, dtype)
@@ -437,6 +446,24 @@ class _Checker:
                         message = self.hub.why_missing(part.path, part.revision, wanted, cache_dir)
                     if message:
                         self.add((*path, key), message)
+        self._tokenizers(cache_dir)
+
+    def _tokenizers(self, cache_dir: str | None) -> None:
+        """Tokenizers are there, and rows of single tokens are those of models that are merged."""
+        merged = {model for family in self.families for model in (family.base, *family.models)}
+        for path, source, whole in recipe_models.tokenizers(self.document):
+            try:
+                reference = self._reference(source)
+            except (RuntimeError, ValueError):
+                continue  # reported with the structure
+            model = reference.model
+            if not whole:
+                if merged and reference not in merged:
+                    self.add(path, f"`{reference}` is not among the models, so it has no row for a token")
+            elif model.path not in self.names and (
+                message := self.hub.why_no_tokenizer(model.path, model.revision, cache_dir)
+            ):
+                self.add(path, message)
 
 
 def _why_invalid(spec: Any, value: Any) -> str | None:

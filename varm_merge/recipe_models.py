@@ -10,7 +10,7 @@ from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 
 from varm_merge.recipe_tree import Path as TreePath
 
-__all__ = ["amounts", "in_all", "layers_wrong", "left_out", "repeated", "required"]
+__all__ = ["amounts", "in_all", "layers_wrong", "left_out", "repeated", "required", "tokenizers"]
 
 Found = Iterator[tuple[TreePath, str]]
 """Places and what is wrong there."""
@@ -127,3 +127,23 @@ def _reaches(setting: Any, name: str) -> bool:
         not isinstance(entry, dict) or entry.get("filter") in (None, "*") or entry["filter"] in name
         for entry in entries
     )
+
+
+def tokenizers(recipe: Mapping[str, Any]) -> Iterator[tuple[TreePath, Any, bool]]:
+    """Models that a recipe takes tokens from: place, model, and whether all its tokens, not the row of one."""
+    tokenizer = recipe.get("tokenizer")
+    tokenizer = tokenizer if isinstance(tokenizer, dict) else {}
+    for path, source in (
+        (("tokenizer_source",), recipe.get("tokenizer_source")),
+        (("tokenizer", "source"), tokenizer.get("source")),
+    ):
+        if source not in (None, "union", "base"):
+            yield path, source, True
+    tokens = tokenizer.get("tokens")
+    for token, setting in tokens.items() if isinstance(tokens, dict) else ():
+        source = setting.get("source") if isinstance(setting, dict) else None
+        where: TreePath = ("tokenizer", "tokens", token, "source")
+        if isinstance(source, dict) and "kind" in source:
+            where, source = (*where, "model"), source.get("model")
+        if source is not None:
+            yield where, source, False
