@@ -19,7 +19,7 @@ from mergekit.common import ModelReference
 from varm_merge.comparison.distances import distances, moved_layers
 from varm_merge.comparison.entries import Entry, Family, short_names
 from varm_merge.comparison.evaluation import HeldOut, Scorers, Tasks, environment
-from varm_merge.comparison.steps import Contents, Steps, model_files
+from varm_merge.comparison.steps import RECIPE, Contents, Steps, is_a_merge, model_files, remove
 from varm_merge.errors import VarmError
 from varm_merge.lineage import Place, weight_files
 from varm_merge.measure import MEMORY, CommandError, machine, measured
@@ -29,7 +29,7 @@ from varm_merge.tables import size
 __all__ = ["FORMAT", "Settings", "compare"]
 
 FORMAT, VERSION = "varm-merge comparison", 1
-RECIPE, MODELS = "mergekit_config.yml", "models"
+MODELS = "models"
 PLAIN = ("--quiet", "--no-write-model-card")
 """Without the card: for it mergekit asks the Hub after each model."""
 SPARE = 1.02
@@ -274,7 +274,7 @@ class _Comparison:
         if changed := self.steps.changed("merge", row.file, about):
             self._tell(f"{row.name}: merged again, for other {' and '.join(changed)}")
         log = self.out / "logs" / f"{row.name}.txt"
-        if self._is_due(row, times) and not _is_a_merge(row.folder):
+        if self._is_due(row, times) and not is_a_merge(row.folder):
             row.problems.append(f"`{row.folder}` holds no merged model; move it away, or give another --out")
             self._tell(f"{row.name}: failed: {row.problems[-1]}")
         while not row.problems and self._is_due(row, times):
@@ -304,7 +304,7 @@ class _Comparison:
         for file in temporary.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         temporary.rename(folder)
         return self.contents.fingerprint(model_files(folder))
 
@@ -323,8 +323,8 @@ class _Comparison:
             row.found["bytes"] = sum(file.stat().st_size for file in row.folder.iterdir())
         elif row.problems:
             self._tell(f"{row.name}: kept in {row.folder}, for it was not measured wholly")
-        elif _is_a_merge(row.folder):
-            shutil.rmtree(row.folder, ignore_errors=True)
+        elif is_a_merge(row.folder):
+            remove(row.folder)
 
     def _measurements(self, row: Row) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
         """Kind, what it depends on, and the result if it is there, of all that a merged model is asked."""
@@ -476,11 +476,6 @@ def _reason(message: str) -> str:
     lines = [line for line in message.splitlines() if line.strip()]
     told = [number for number, line in enumerate(lines) if line.startswith("Error: ")]
     return " ".join(line.strip() for line in lines[told[-1] :]).removeprefix("Error: ") if told else lines[-1]
-
-
-def _is_a_merge(folder: Path) -> bool:
-    """Whether a folder is one of ours to replace or remove: a merge with its recipe, empty, or not there."""
-    return not folder.exists() or (folder.is_dir() and ((folder / RECIPE).is_file() or not any(folder.iterdir())))
 
 
 def _layers(folder: Path) -> int | None:

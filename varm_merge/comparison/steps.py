@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from varm_merge.errors import VarmError
 from varm_merge.files import write_whole
 
-__all__ = ["Contents", "Steps", "demand_folder", "locked", "model_files"]
+__all__ = ["RECIPE", "Contents", "Steps", "demand_folder", "is_a_merge", "locked", "model_files", "remove"]
 
 MARKER = ".varm-merge-compare"
 MARK = "A comparison by varm-merge compare lies in this folder: it writes, replaces and removes files here.\n"
@@ -22,6 +23,8 @@ MARK = "A comparison by varm-merge compare lies in this folder: it writes, repla
 MODEL_FILES = {".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".tiktoken", ".py"}
 """Suffixes of the files that make a model what it is; not its README."""
 BLOCK_BYTES = 1 << 20
+RECIPE = "mergekit_config.yml"
+"""Of a merged model, in its folder."""
 
 
 @contextmanager
@@ -153,6 +156,19 @@ class Contents:
 def model_files(folder: Path) -> list[Path]:
     """The files of a model: weights, config, tokenizer, code."""
     return sorted(file for file in folder.iterdir() if file.suffix in MODEL_FILES and file.is_file())
+
+
+def is_a_merge(folder: Path) -> bool:
+    """Whether a folder is one of ours to replace or remove: a merge with its recipe, empty, or not there."""
+    return not folder.exists() or (folder.is_dir() and ((folder / RECIPE).is_file() or not any(folder.iterdir())))
+
+
+def remove(folder: Path) -> None:
+    """Remove a merge; under another name first, so that one that was removed in half is not taken for a user's."""
+    if folder.exists():
+        aside = folder.with_name(f".{folder.name}.old.tmp")
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _bar(file: Path, quiet: bool) -> Any:
