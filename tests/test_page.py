@@ -19,9 +19,10 @@ from tiny_models import Family
 from varm_merge import inspection_page
 from varm_merge.cli import main
 from varm_merge.errors import VarmError
-from varm_merge.inspection import inspect, short_names
+from varm_merge.inspection import inspect
 from varm_merge.page import render
 from varm_merge.report import natural_order
+from varm_merge.tables import short_names
 
 pytest_plugins = ["browser"]
 

@@ -24,9 +24,10 @@ from tqdm import tqdm
 from varm_merge import method, planner, recipe, tensor_math
 from varm_merge.errors import VarmError
 from varm_merge.report import FILE_NAME, natural_order, recipe_fingerprint, versions
+from varm_merge.tables import short_names
 from varm_merge.weights import Granularity, Settings, UnitStatistics, submodule_of, unit_of
 
-__all__ = ["FORMAT", "RECIPE", "inspect", "short_names", "tables"]
+__all__ = ["FORMAT", "RECIPE", "inspect", "tables"]
 
 FORMAT, VERSION = "varm-merge inspection", 1
 RECIPE = "recipe"
@@ -323,12 +324,6 @@ def tables(found: Mapping[str, Any], top: int = 5) -> Iterator[Table]:
 
 MANY_UNITS = 24
 """More are told by their spread."""
-
-
-def short_names(targets: Sequence[str]) -> list[str]:
-    """The last parts of the targets' paths, if they tell them apart."""
-    short = [Path(target).name for target in targets]
-    return short if len(set(short)) == len(short) else list(targets)
 
 
 def _cells(unit: Mapping[str, Any], targets: Sequence[str]) -> list[str]:

@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from varm_merge import page
-from varm_merge.inspection import RECIPE, short_names
+from varm_merge.inspection import RECIPE
 from varm_merge.report import FILE_NAME, natural_order
+from varm_merge.tables import short_names
 
 __all__ = ["draw", "render"]
 

@@ -9,6 +9,7 @@ from typing import Any
 from varm_merge.errors import VarmError
 from varm_merge.files import write_whole
 from varm_merge.report import natural_order
+from varm_merge.tables import short_names
 
 __all__ = ["draw", "grid"]
 
@@ -51,7 +52,9 @@ def draw(found: Mapping[str, Any], granularity: str, path: Path) -> None:
     except ImportError as error:
         raise VarmError("a picture needs matplotlib: pip install 'varm-merge[plots]'") from error
     targets, units = found["targets"], found["units"][granularity]
-    rows, columns, _ = grid(units, targets[0])
+    names = dict(zip(targets, short_names(targets), strict=True))
+    told = [{**unit, "targets": {"any": {"weight": 0.0}}} for unit in units if unit["targets"]]
+    rows, columns, _ = grid(told, "any")
     size = (2.5 + len(targets) * max(1.5, 0.35 * len(columns)), 1.6 + 0.28 * len(rows))
     figure = Figure(figsize=size, layout="constrained")
     all_axes = figure.subplots(1, len(targets), sharey=True, squeeze=False)[0]
@@ -59,7 +62,7 @@ def draw(found: Mapping[str, Any], granularity: str, path: Path) -> None:
         cells = grid(units, target)[2]
         values = [[cells.get((row, column), float("nan")) for column in columns] for row in rows]
         image = axes.imshow(values, cmap="viridis", vmin=0.0, vmax=1.0, aspect="auto")
-        axes.set_title(Path(target).name)
+        axes.set_title(names[target])
         blocks = [column.rpartition(".")[2] for column in columns if column != OUTSIDE]
         axes.set_xticks(range(len(columns)), blocks + ["–"] * (len(columns) - len(blocks)))
         axes.set_yticks(range(len(rows)), rows)

@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import click
 
-__all__ = ["show", "size"]
+__all__ = ["short_names", "show", "size"]
 
 
 def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -30,6 +31,12 @@ def size(number: float) -> str:
         value /= 1000
         del units[0]
     return f"{value:.3g} {units[0]}"
+
+
+def short_names(targets: Sequence[str]) -> list[str]:
+    """The last parts of the targets' paths, if they tell them apart."""
+    short = [Path(target).name for target in targets]
+    return short if len(set(short)) == len(short) else list(targets)
 
 
 def _rich(title: str, lines: Sequence[Sequence[str]]) -> None:
