@@ -1,4 +1,7 @@
-"""Random checkpoints in Llama's layout: a pivot and two targets near it, written without building a model."""
+"""Random checkpoints of a pivot and two targets near it, written without building a model.
+
+Llama's layout has few and large tensors. Mixtral's, as on the Hub, has three small ones for each expert.
+"""
 
 import json
 import re
@@ -9,9 +12,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
-__all__ = ["MODELS", "checkpoints", "llama_config", "parameter_count"]
+__all__ = ["MODELS", "Config", "checkpoints", "llama_config", "mixtral_config", "parameter_count", "tensor_count"]
+
+Config = LlamaConfig | MixtralConfig
 
 MODELS = ("pivot", "target-a", "target-b")
 # σ of a target's deltas in the first block and, nearly, in the last: the targets' weights differ by layer.
@@ -39,13 +44,32 @@ def llama_config(params: float) -> LlamaConfig:
     return min(candidates, key=lambda config: abs(parameter_count(config) - params))
 
 
-def parameter_count(config: LlamaConfig) -> int:
+def mixtral_config(layers: int, experts: int) -> MixtralConfig:
+    """Small matrices: the names of the tensors cost time here, not their values."""
+    return MixtralConfig(
+        architectures=["MixtralForCausalLM"],
+        dtype="bfloat16",
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        num_local_experts=experts,
+        vocab_size=256,
+    )
+
+
+def parameter_count(config: Config) -> int:
     return sum(torch.Size(shape).numel() for shape in _shapes(config).values())
 
 
-def checkpoints(work: Path, config: LlamaConfig, seed: int) -> Path:
+def tensor_count(config: Config) -> int:
+    return len(_shapes(config))
+
+
+def checkpoints(work: Path, config: Config, seed: int) -> Path:
     """The folder of the three checkpoints; written if ``work`` does not hold it from an earlier call."""
-    folder = work / f"llama-{parameter_count(config)}-seed{seed}"
+    folder = work / f"{config.model_type}-{parameter_count(config)}-seed{seed}"
     if not folder.exists():
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -56,8 +80,8 @@ def checkpoints(work: Path, config: LlamaConfig, seed: int) -> Path:
     return folder
 
 
-def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    hidden, wide, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    hidden, vocab = config.hidden_size, config.vocab_size
     key_value = 64 * (config.num_key_value_heads or config.num_attention_heads)
     block = {
         "input_layernorm": (hidden,),
@@ -66,9 +90,7 @@ def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.v_proj": (key_value, hidden),
         "self_attn.o_proj": (hidden, hidden),
         "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (wide, hidden),
-        "mlp.up_proj": (wide, hidden),
-        "mlp.down_proj": (hidden, wide),
+        **_feed_forward_shapes(config),
     }
     layers = range(config.num_hidden_layers)
     return {
@@ -79,10 +101,24 @@ def _shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _write(folder: Path, config: LlamaConfig, seed: int) -> None:
+def _feed_forward_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    hidden, wide = config.hidden_size, config.intermediate_size
+    up, down = (wide, hidden), (hidden, wide)
+    if isinstance(config, LlamaConfig):
+        return {"mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": down}
+    matrices = {"w1": up, "w2": down, "w3": up}
+    experts = range(config.num_local_experts)
+    return {
+        "block_sparse_moe.gate": (len(experts), hidden),
+        **{f"block_sparse_moe.experts.{i}.{name}": shape for i in experts for name, shape in matrices.items()},
+    }
+
+
+def _write(folder: Path, config: Config, seed: int) -> None:
     """Write one checkpoint in bfloat16, holding one shard of it in memory."""
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
+    elements = 0
     files = (f"model-{number:05}.safetensors" for number in count(1))
 
     def flush() -> None:
@@ -92,16 +128,18 @@ def _write(folder: Path, config: LlamaConfig, seed: int) -> None:
         shard.clear()
 
     for name, tensor in _tensors(folder.name, config, seed):
-        if shard and sum(t.numel() for t in shard.values()) + tensor.numel() > SHARD_ELEMENTS:
+        if shard and elements + tensor.numel() > SHARD_ELEMENTS:
             flush()
+            elements = 0
         shard[name] = tensor
+        elements += tensor.numel()
     flush()
     config.save_pretrained(folder)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def _tensors(model: str, config: LlamaConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(model: str, config: Config, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
     """The model's tensors, bfloat16: Gaussian for the pivot, the pivot plus Gaussian deltas for a target."""
     for position, (name, shape) in enumerate(_shapes(config).items()):
         normals = torch.Generator().manual_seed((seed << 32) + len(MODELS) * position)

@@ -1,9 +1,11 @@
-"""Time and memory of `varm` against mergekit's own methods, on random Llama checkpoints.
+"""Time and memory of `varm` against mergekit's own methods, on random checkpoints.
 
 \b
   python benchmarks/merge.py                            1.1e9 parameters (TinyLlama's shape), all methods
   python benchmarks/merge.py --params 5e7 --rounds 2    the CPU-sized one: some minutes on two cores
   python benchmarks/merge.py --methods task_arithmetic,varm-matrix --rounds 9 --save
+  python benchmarks/merge.py --experts 32 --methods task_arithmetic,varm-matrix,varm-layer,varm-module,varm-model
+                                                        a Mixtral of 32 layers × 32 experts: 3,299 small tensors
 
 Each measurement is one run of the stock `mergekit-yaml` in a process of its own: start-up and planning
 count, as they do for a user. A round runs every method once, in an order that rotates from round to round,
@@ -14,6 +16,9 @@ Memory is the peak of RssAnon, sampled every 10 ms: mapped files are left out, b
 checkpoint stays mapped is the page cache's business, not the method's. mergekit keeps an output shard in
 memory until it is full (5 GB by default, which would hide everything else), so all methods write the same
 small shards.
+
+The checkpoints have Llama's layout. With --experts they have Mixtral's, small matrices stored expert by expert:
+there the time goes into the names of the tensors, which mergekit converts to those of transformers.
 """
 
 import json
@@ -31,7 +36,15 @@ from pathlib import Path
 
 import click
 import yaml
-from checkpoints import MODELS, checkpoints, llama_config, parameter_count
+from checkpoints import (
+    MODELS,
+    Config,
+    checkpoints,
+    llama_config,
+    mixtral_config,
+    parameter_count,
+    tensor_count,
+)
 from measure import CommandError, Run, machine, measured, spread, table, verdict
 
 Runs = dict[str, list[Run]]
@@ -197,6 +210,16 @@ def working_folder(given: Path | None) -> Iterator[Path]:
         yield given
 
 
+def described(config: Config) -> str:
+    blocks = f"{config.num_hidden_layers} blocks of width {config.hidden_size}"
+    experts = getattr(config, "num_local_experts", 0)
+    layout = f"{blocks}, each of {experts} experts stored one by one" if experts else blocks
+    return (
+        f"A pivot and two targets of {parameter_count(config):,} parameters in bfloat16 "
+        f"({config.model_type}: {layout}; {tensor_count(config):,} tensors)"
+    )
+
+
 def chosen(_context: click.Context, _option: click.Parameter, value: str) -> list[str]:
     methods = value.split(",")
     if unknown := [method for method in methods if method not in METHODS]:
@@ -205,16 +228,26 @@ def chosen(_context: click.Context, _option: click.Parameter, value: str) -> lis
 
 
 @click.command(help=__doc__)
-@click.option("--params", type=float, default=1.1e9, show_default=True, help="Parameters of a checkpoint.")
+@click.option("--params", type=float, default=1.1e9, show_default=True, help="Parameters of the Llama checkpoint.")
+@click.option(
+    "--experts",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Experts in each layer of a Mixtral checkpoint; 0: Llama.",
+)
+@click.option("--layers", type=click.IntRange(min=1), help="Layers of the Mixtral checkpoint.  [default: EXPERTS]")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds that count.")
 @click.option("--methods", default=",".join(METHODS), callback=chosen, help="A comma-separated subset.")
 @click.option("--out-shard-size", default="200M", show_default=True, help="mergekit's option; bytes.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the checkpoints.")
 @click.option("--work-dir", type=click.Path(path_type=Path), help="Keep the checkpoints here, and reuse them.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write OUT.json and OUT.md.")
-@click.option("--save", is_flag=True, help="Write benchmarks/results/YYYY-MM-DD-merge.md.")
+@click.option("--save", is_flag=True, help="Write benchmarks/results/YYYY-MM-DD-merge.md, or …-merge-experts.md.")
 def main(
     params: float,
+    experts: int,
+    layers: int | None,
     rounds: int,
     methods: list[str],
     out_shard_size: str,
@@ -223,18 +256,22 @@ def main(
     out: Path | None,
     save: bool,
 ) -> None:
-    config = llama_config(params)
+    if experts < 0 or experts == 1:
+        raise click.UsageError("--experts is 0 (Llama) or at least 2: a token of a Mixtral goes to two experts.")
+    if layers is not None and not experts:
+        raise click.UsageError("--layers needs --experts; a Llama's layers follow from --params.")
+    layers = layers or experts
+    config = mixtral_config(layers, experts) if experts else llama_config(params)
     startup = measure_startup()
     with working_folder(work_dir) as work:
         models = checkpoints(work, config, seed)
         runs = measure_rounds([BARE, *methods], rounds, lambda m: merge(m, models, work, out_shard_size))
-    options = f"--params {params:g} --rounds {rounds} --out-shard-size {out_shard_size} --seed {seed}"
+    checkpoint = f"--experts {experts} --layers {layers}" if experts else f"--params {params:g}"
+    options = f"{checkpoint} --rounds {rounds} --out-shard-size {out_shard_size} --seed {seed}"
     command = f"python benchmarks/merge.py {options} --methods {','.join(methods)}"
     setting = (
-        f"A pivot and two targets of {parameter_count(config):,} parameters in bfloat16 "
-        f"({config.num_hidden_layers} blocks of width {config.hidden_size}), output shards of {out_shard_size} "
-        f"bytes, rounds after one warm-up: {rounds}. Each cell: median [min – max]; budgets are judged by "
-        "the median."
+        f"{described(config)}, output shards of {out_shard_size} bytes, rounds after one warm-up: {rounds}. "
+        "Each cell: median [min – max]; budgets are judged by the median."
     )
     tables = report(runs, startup)
     text = f"# Merge benchmark, {date.today()}\n\n    {command}\n\n{machine()}\n\n{setting}\n\n{tables}\n"
@@ -247,7 +284,7 @@ def main(
     if save:
         results = Path(__file__).parent / "results"
         results.mkdir(exist_ok=True)
-        (results / f"{date.today()}-merge.md").write_text(text)
+        (results / f"{date.today()}-merge{'-experts' if experts else ''}.md").write_text(text)
 
 
 if __name__ == "__main__":

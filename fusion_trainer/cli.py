@@ -218,11 +218,14 @@ def train(config: Path | None, **flags: Any) -> None:
     """
     from accelerate import PartialState
 
+    from fusion_trainer.rounding import rounding_told
     from fusion_trainer.train import train as run
 
     target = run(read_config(TrainConfig, config, _given(flags)))
     if PartialState().is_main_process:
         click.echo(f"the target is in {target}")
+        if told := rounding_told(target):
+            click.echo(told)
 
 
 @main.command()

@@ -228,7 +228,8 @@ class TrainConfig(BaseModel):
         "float32", description="Of the weights while they are trained; mixed precision is bf16 in `training`."
     )
     output_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of the target's weights; auto is the pivot's."
+        "float32",
+        description="Of the target's weights; auto is the pivot's. 16 bits round most of a light fine-tune away.",
     )
     attention: str | None = Field(None, description="transformers' attn_implementation, for instance sdpa.")
     load_in: Literal["8bit", "4bit"] | None = Field(

@@ -1,12 +1,12 @@
 """Checkpoints: where they lie, what they are by hash, and how they are loaded to be asked."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from fusion_trainer.errors import FusionError
 from fusion_trainer.files import fingerprint, read_json, sha256_of
+from varm_common import checkpoints
 
 __all__ = [
     "TOKENIZER_FILES",
@@ -23,7 +23,6 @@ NOT_NEEDED = ("consolidated*", "*/*")
 """The same weights once more, as some repositories of the Hub have them."""
 NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 """Keys of a config that do not change what the model computes."""
-SHA256_LENGTH = 64
 
 
 def local_folder(
@@ -61,27 +60,29 @@ def weights_fingerprint(folder: Path, name: str) -> str:
     """SHA-256 over the names and contents of the weight files (a Hub download's names tell their content).
 
     Raises:
-        FusionError: There are none; pickled ones are not loaded.
+        FusionError: There are none, or it is not certain which they are; pickled ones are not loaded.
     """
-    files = weight_files(folder)
+    files = weight_files(folder, name)
     if not files:
-        pickled = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")])
+        raise FusionError(f"{name} has no .safetensors weights in `{folder}`, and no {checkpoints.INDEX}")
+    if pickled := [file.name for file in files if file.suffix != ".safetensors"]:
         raise FusionError(
-            f"{name} has no .safetensors weights in `{folder}`{f' but {pickled[0]}' if pickled else ''}; pickled "
-            "weights are not loaded: convert them, or name a --revision that has .safetensors"
+            f"{name} has no .safetensors weights in `{folder}` but {pickled[0]}; pickled weights are not loaded: "
+            "convert them, or name a --revision that has .safetensors"
         )
-    with ThreadPoolExecutor(4) as threads:
-        return fingerprint(list(zip((f.name for f in files), threads.map(_content, files), strict=True)))
+    return checkpoints.fingerprint(folder)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint that transformers reads."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        return sorted({folder / file for file in read_json(index)["weight_map"].values()})
-    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
+def weight_files(folder: Path, name: str | None = None) -> list[Path]:
+    """The weight files of a checkpoint that transformers reads.
+
+    Raises:
+        FusionError: It is not certain which they are, or one is missing.
+    """
+    chosen = checkpoints.weight_files(folder)
+    if chosen.problems:
+        raise FusionError(f"the weights of `{name or folder}`: {'; '.join(chosen.problems)}")
+    return [folder / file for file in chosen.names]
 
 
 def config_fingerprint(folder: Path, code: bool) -> str:
@@ -91,11 +92,6 @@ def config_fingerprint(folder: Path, code: bool) -> str:
     config = {key: value for key, value in config.items() if key not in NOT_OF_THE_MODEL}
     sources = {path.name: sha256_of(path) for path in sorted(folder.glob("*.py"))} if code else {}
     return fingerprint([config, sources])
-
-
-def _content(path: Path) -> str:
-    blob = path.resolve().name
-    return blob if path.is_symlink() and len(blob) == SHA256_LENGTH else sha256_of(path)
 
 
 def load_causal_lm(

@@ -48,8 +48,10 @@ def recipe(
         "base_model": _reference(first, pivot),
         "models": [{"model": _path(target)} for target in targets],
         "parameters": {"granularity": granularity},
-        "dtype": dtype or _dtype(targets),
+        "dtype": _dtype(targets),
     }
+    if dtype and dtype != content["dtype"]:
+        content["out_dtype"] = dtype  # `dtype` would round the targets before they are merged
     head = "# mergekit-yaml recipe.yaml out/\n# Targets, and what each was fused of:\n"
     for target, one in zip(targets, told, strict=True):
         sources = [store["model"] for store in one["stores"] if store.get("kind")]

@@ -47,6 +47,7 @@ from fusion_trainer.models import (
     weights_fingerprint,
 )
 from fusion_trainer.representations.store import ALIGNED, RepresentationStore
+from fusion_trainer.rounding import rounding
 from fusion_trainer.tokens import TextTokenizer, load_tokenizer
 from fusion_trainer.trainer import WRITING, FusionTrainer, last_checkpoint
 
@@ -470,9 +471,11 @@ def _finish(inputs: Inputs, trainer: FusionTrainer, about: dict[str, Any]) -> No
         making = inputs.output / RESULT
         with written_to(inputs.output):
             try:
-                _write_target(inputs, trainer, weights, making)
+                trained = _write_target(inputs, trainer, weights, making)
             except SafetensorError as error:
                 raise OSError(errno.EIO, str(error)) from error
+            if kept := rounding(inputs.folder, making, trained):
+                about = {**about, "rounding": kept}
             for path in sorted(making.iterdir()):
                 if path.is_dir():  # which cannot take the place of another
                     shutil.rmtree(inputs.output / path.name, ignore_errors=True)
@@ -493,7 +496,10 @@ def _trained_weights(trainer: FusionTrainer) -> dict[str, torch.Tensor]:
     return gathered
 
 
-def _write_target(inputs: Inputs, trainer: FusionTrainer, weights: dict[str, torch.Tensor], making: Path) -> None:
+def _write_target(
+    inputs: Inputs, trainer: FusionTrainer, weights: dict[str, torch.Tensor], making: Path
+) -> dict[str, torch.Tensor]:
+    """Write the target's files to ``making``; its weights as they were before they were rounded to its dtype."""
     config = inputs.config
     dtype = getattr(torch, inputs.output_dtype)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -502,15 +508,16 @@ def _write_target(inputs: Inputs, trainer: FusionTrainer, weights: dict[str, tor
         model = _merged(inputs, making / "adapter")
         weights = model.state_dict()
     tied = getattr(model, "all_tied_weights_keys", None) or {}  # each is there once, under another name
-    weights = {k: w.to(dtype) if w.is_floating_point() else w for k, w in weights.items() if k not in tied}
+    rounded = {k: w.to(dtype) if w.is_floating_point() else w for k, w in weights.items() if k not in tied}
     model.config.use_cache = True
-    model.save_pretrained(making, state_dict=weights)
+    model.save_pretrained(making, state_dict=rounded)
     model.config.dtype = dtype  # that of what was written, not of what was trained
     model.config.save_pretrained(making)
     inputs.tokenizer.tokenizer.save_pretrained(making)
     if (generation := inputs.folder / GENERATION_CONFIG_NAME).is_file():
         shutil.copyfile(generation, making / generation.name)
     sync_tree(making)
+    return weights
 
 
 def _merged(inputs: Inputs, adapter: Path) -> Any:

@@ -18,7 +18,7 @@ TENSORS = {  # name: shape, its layer, its module
     "model.embed_tokens.weight": ((13, 6), "embedding", "embedding"),
     "model.layers.0.self_attn.q_proj.weight": ((6, 6), "layer 0", "attention 0"),
     "model.layers.0.self_attn.o_proj.weight": ((3, 5), "layer 0", "attention 0"),
-    "model.layers.0.mlp.experts.gate_up_proj": ((2, 7, 6), "layer 0", "mlp 0"),
+    "model.layers.0.mlp.experts.gate_up_proj": ((2, 8, 6), "layer 0", "mlp 0"),  # gate above up, of two experts
     "model.layers.0.input_layernorm.weight": ((6,), "layer 0", "norm 0"),
     "model.layers.1.self_attn.q_proj.weight": ((6, 6), "layer 1", "attention 1"),
     "model.layers.1.mlp.down_proj.weight": ((6, 9), "layer 1", "mlp 1"),
@@ -28,8 +28,8 @@ TENSORS = {  # name: shape, its layer, its module
 }
 UNIT_OF: dict[Granularity, Callable[[str], str] | None] = {
     "model": lambda _: "model",
-    "layer": lambda name: TENSORS[name][1],
-    "module": lambda name: TENSORS[name][2],
+    "layer": lambda name: TENSORS[name.partition(" of ")[0]][1],
+    "module": lambda name: TENSORS[name.partition(" of ")[0]][2],
     "matrix": lambda name: name,
     "parameter": None,
 }
@@ -51,6 +51,19 @@ def family(targets: int = 3, dtype: torch.dtype = torch.float64) -> list[StateDi
         {name: tensor + step() * noise(tensor.shape) for name, tensor in pivot.items()} for _ in range(targets)
     ]
     return [{name: tensor.to(dtype) for name, tensor in model.items()} for model in (pivot, *tuned)]
+
+
+def apart(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict with the matrices of each expert taken apart: each is a unit at ``matrix`` granularity."""
+    result: dict[str, Any] = {}
+    for name, tensor in model.items():
+        if name.endswith("gate_up_proj"):
+            for expert in (0, 1):
+                result[f"{name} of gate {expert}"] = tensor[expert, :4]
+                result[f"{name} of up {expert}"] = tensor[expert, 4:]
+        else:
+            result[name] = tensor
+    return result
 
 
 def merge(models: Sequence[StateDict], method: str = "varm", **options: Any) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mergekit.merge_methods import TensorGroup
-from state_dicts import FLOATS, GRANULARITIES, HIGH, LOW, UNIT_OF, StateDict, all_bits, family, merge
+from state_dicts import FLOATS, GRANULARITIES, HIGH, LOW, UNIT_OF, StateDict, all_bits, apart, family, merge
 from torch import Tensor
 
 from varm_merge.method import UNIT, Unit, VarmMethod
@@ -19,8 +19,10 @@ from varm_merge.weights import Granularity
 
 
 def assert_merged_like_the_oracle(models: Sequence[StateDict], granularity: Granularity, **options: Any) -> None:
-    merged = merge(models, granularity=granularity, **options)
-    pivot, *targets = [{name: tensor.double().numpy() for name, tensor in model.items()} for model in models]
+    merged = apart(merge(models, granularity=granularity, **options))
+    pivot, *targets = [
+        {name: tensor.double().numpy() for name, tensor in apart(model).items()} for model in models
+    ]
     expected, _ = oracle.merge(pivot, targets, UNIT_OF[granularity], **options)
     assert list(merged) == list(expected)
     for name, tensor in merged.items():

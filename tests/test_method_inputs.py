@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 from mergekit.merge_methods import PerGroupValues, merge_state_dicts, merge_tensors
-from state_dicts import FLOATS, GRANULARITIES, HIGH, LOW, TENSORS, UNIT_OF, all_bits, family, merge
+from state_dicts import FLOATS, GRANULARITIES, HIGH, LOW, TENSORS, UNIT_OF, all_bits, apart, family, merge
 from torch import Tensor, nn
 
 from varm_merge.errors import VarmError
@@ -114,9 +114,12 @@ def test_a_bfloat16_pivot_and_float32_targets_merge_in_float32_without_rounding_
     pivot, *targets = family(2, torch.float32)
     models = [{name: tensor.bfloat16() for name, tensor in pivot.items()}, *targets]
     merged = merge(models, granularity=granularity)
-    expected, _ = oracle.merge(double(models[0]), [double(target) for target in targets], UNIT_OF[granularity])
-    for name, tensor in merged.items():
-        assert tensor.dtype == merge(models, "task_arithmetic", weight=1.0)[name].dtype == torch.float32
+    others = merge(models, "task_arithmetic", weight=1.0)
+    assert {name: tensor.dtype for name, tensor in merged.items()} == dict.fromkeys(others, torch.float32)
+    assert all(tensor.dtype == torch.float32 for tensor in others.values())
+    pivot_alone, *alone = (double(apart(model)) for model in models)
+    expected, _ = oracle.merge(pivot_alone, alone, UNIT_OF[granularity])
+    for name, tensor in apart(merged).items():
         torch.testing.assert_close(tensor, torch.from_numpy(np.asarray(expected[name])).float())
 
 

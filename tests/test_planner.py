@@ -171,18 +171,33 @@ def test_a_damaged_pivot_is_named_as_such(mistral: Family, tmp_path: Path) -> No
         runs.merge(runs.recipe(Family(pivot, mistral.targets), granularity="model"), tmp_path / "out")
 
 
-def test_a_failed_run_keeps_the_folder_that_was_there_but_not_its_weights_file(
-    mistral: Family, tmp_path: Path
-) -> None:
-    """A ``varm_weights.json`` beside half-written weights would describe a merge that is gone."""
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_failed_run_leaves_an_earlier_merge_as_it_was(mistral: Family, tmp_path: Path) -> None:
+    """mergekit writes under names of its own until it is done; those shards are removed."""
     out = tmp_path / "out"
     runs.merge(runs.recipe(mistral, granularity="layer"), out)
     (out / "notes.txt").write_text("mine")
+    before = contents(out)
     checkpoints = tiny_models.damaged(mistral, tmp_path / "damaged", "lm_head.weight", float("nan"))
     with pytest.raises(VarmError):
-        runs.merge(runs.recipe(checkpoints, granularity="layer"), out)
-    assert (out / "notes.txt").read_text() == "mine"
-    assert not (out / "varm_weights.json").exists()
+        runs.merge(runs.recipe(checkpoints, granularity="layer"), out, out_shard_size=2000)
+    assert contents(out) == before
+
+
+def test_a_finished_merge_leaves_no_weights_of_an_earlier_one(mistral: Family, tmp_path: Path) -> None:
+    """An index of old shards beside ``model.safetensors`` makes transformers and mergekit read different files."""
+    out = tmp_path / "out"
+    runs.merge(runs.recipe(mistral, granularity="layer"), out, out_shard_size=2000)
+    (out / "notes.txt").write_text("mine")
+    (out / "model-7.safetensors").write_text("of a merge that was killed")
+    for options in ({}, {"out_shard_size": 9000}, {"out_shard_size": 2000}):
+        merged = runs.merge(runs.recipe(mistral, granularity="matrix"), out, **options)
+        fresh = runs.merge(runs.recipe(mistral, granularity="matrix"), tmp_path / str(options), **options)
+        assert {*contents(out)} == {*contents(fresh.folder), "notes.txt"}
+        assert merged.tensors.keys() == fresh.tensors.keys()
 
 
 def test_what_fails_after_the_weights_does_not_cost_them(mistral: Family, tmp_path: Path) -> None:
@@ -209,6 +224,6 @@ def test_an_error_of_mergekit_leaves_no_folder_either(mistral: Family, tmp_path:
     incomplete = shutil.copytree(mistral.targets[1], tmp_path / "incomplete")
     tiny_models.edit(incomplete, lambda tensors: tensors.pop("model.norm.weight"))
     text = runs.recipe(Family(mistral.pivot, (mistral.targets[0], incomplete)), granularity="layer")
-    with pytest.raises(RuntimeError, match=r"model\.norm\.weight required but not present"):
+    with pytest.raises(VarmError, match=r"has no `model\.norm\.weight`, which mergekit needs"):
         runs.merge(text, tmp_path / "out")
     assert not (tmp_path / "out").exists()

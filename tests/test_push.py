@@ -674,7 +674,7 @@ WRONG: list[tuple[Callable[[Path], object], str]] = [
     (damage_shard, "`model-00002-of-00003.safetensors` is cut off or damaged"),
     (
         lambda out: (out / "model-00001-of-00003.safetensors").unlink(),
-        "is named in model.safetensors.index.json and",
+        "`model.safetensors.index.json` names `model-00001-of-00003.safetensors`, and that file is not there",
     ),
     (move_tensor, "`model-00002-of-00003.safetensors` lacks `"),
     (move_tensor, "`model-00001-of-00003.safetensors` has `"),

@@ -140,14 +140,18 @@ def test_no_secret_is_written(target: Path, fusion: World, tmp_path: Path) -> No
         assert not [name for name, text in content(folder).items() if b"SECRET" in text]
 
 
-@pytest.mark.parametrize(("asked", "written"), [("auto", "bfloat16"), ("float32", "float32")])
-def test_the_target_has_the_pivots_dtype_unless_another_is_asked_for(
-    asked: str, written: str, fusion: World, tmp_path: Path, trainers: list[FusionTrainer]
+@pytest.mark.parametrize(
+    ("asked", "written"),
+    [({}, "float32"), ({"output_dtype": "auto"}, "bfloat16"), ({"output_dtype": "float16"}, "float16")],
+    ids=lambda value: "",
+)
+def test_the_target_is_in_float32_unless_another_dtype_is_asked_for(
+    asked: dict[str, str], written: str, fusion: World, tmp_path: Path, trainers: list[FusionTrainer]
 ) -> None:
-    """Trained in float32, rounded once at the end."""
+    """Trained in float32, rounded once at the end if at all; ``auto`` is the pivot's dtype."""
     pivot = shutil.copytree(fusion.folder / "pivot", tmp_path / "pivot")
     AutoModelForCausalLM.from_pretrained(pivot, dtype=torch.bfloat16).save_pretrained(pivot)
-    train(fusion.config(tmp_path / "target", **CLM, pivot=str(pivot), output_dtype=asked))
+    train(fusion.config(tmp_path / "target", **CLM, pivot=str(pivot), **asked))
     ends = trainers[0].model.state_dict()
     dtype = getattr(torch, written)
     assert all(tensor.dtype == torch.float32 for tensor in ends.values())
@@ -367,6 +371,7 @@ def test_a_finished_target_is_left_as_it_is(target: Path, fusion: World) -> None
         ({"held_out": 0.3}, "held_out", "0.3", "0.25"),
         ({"fusion": "avg_ce"}, "fusion", "avg_ce", "min_ce"),
         ({"lora": {"r": 4}}, "lora", "{'r': 4}", "None"),
+        ({"output_dtype": "auto"}, "output_dtype", "auto", "float32"),
         ({"kind": "multi"}, "store 2", "", "None"),
         ({**CLM}, "store 0", "None", ""),
     ],

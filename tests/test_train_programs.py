@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -213,6 +214,26 @@ def test_adapters_are_shared_by_processes(programs: Programs, fusion: World, tmp
         for folder in (whole, tmp_path / "parts")
     )
     assert far_apart(one, other) < 1e-3
+
+
+def test_one_of_several_processes_says_what_16_bits_would_keep(
+    programs: Programs, fusion: World, tmp_path: Path
+) -> None:
+    """Of adapters that were shared, once they are merged into a pivot in bfloat16."""
+    pivot = shutil.copytree(fusion.folder / "pivot", tmp_path / "pivot")
+    AutoModelForCausalLM.from_pretrained(pivot, dtype=torch.bfloat16).save_pretrained(pivot)
+    lora = {"lora": {"r": 2, "target_modules": ["q_proj"]}, "training": {"per_device_train_batch_size": 2}}
+    settings = fusion.settings(tmp_path / "target", "none", clm_weight=1.0, pivot=str(pivot), **lora)
+    code, said = programs.run(
+        tmp_path, "train", written(tmp_path / "target.yaml", settings), environments=ranks(2)
+    )
+    assert code == 0, said
+    (name,) = (name for name in weights(pivot) if "q_proj" in name)
+    before, after = weights(pivot)[name], weights(tmp_path / "target")[name]
+    share = float((after.bfloat16() != before).double().mean())
+    assert 0 < share < 1
+    assert said.count("In bfloat16, the pivot's dtype, ") == said.count(f"dtype, {share:.1%} of the elements") == 1
+    assert json.loads((tmp_path / "target" / "fusion.json").read_text())["rounding"]["share"] == share
 
 
 def test_processes_that_would_each_train_alone_are_refused(

@@ -1,31 +1,45 @@
-"""What the models of a recipe are made of, by their configs and safetensors headers: no weight is read.
+"""What the models of a recipe are made of, by their configs and the headers of their weight files.
 
-Of a Hub model the headers come over HTTP ranges, a few kilobytes for each file.
+No weight is read. Of a Hub model the headers come over HTTP ranges, a few kilobytes for each file.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from varm_merge.lineage import Place, weight_files
+from varm_common.checkpoints import PICKLED, Tensors, read_header, some
+from varm_merge.lineage import Place, files_on_the_hub
 from varm_merge.presence import Hub
 
-__all__ = ["Difference", "Model", "differences", "estimate", "other_tokens", "read_model"]
+__all__ = ["Model", "estimate", "is_buffer", "other_dtypes", "other_tokens", "read_model", "why_quantised"]
 
 STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 """Of an element, by safetensors' names of dtypes; all others are one byte wide."""
-WRITTEN_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-"""Of an element, by the names that a recipe's `dtype` has."""
-VOCABULARY = ("embed_tokens", "lm_head", "embed_in", "embed_out", "wte", "shared", "word_embeddings")
-"""Parts of the names of tensors with a row for each token."""
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
+QUANTISED_NAMES = {
+    "qweight",
+    "qzeros",
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_inv",
+    "absmax",
+    "quant_map",
+    "SCB",
+}
+"""Last parts of the names of tensors that only a quantised checkpoint has."""
+DEQUANTISED = {
+    "fp8": "FineGrainedFP8Config(dequantize=True)",
+    "mxfp4": "Mxfp4Config(dequantize=True)",
+    "compressed-tensors": "CompressedTensorsConfig(run_compressed=False)",
+}
+"""How transformers loads a checkpoint in full precision, by the method that quantised it."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +48,24 @@ class Model:
 
     Attributes:
         name: The folder or Hub id.
-        architecture: Of its config; empty if it has none.
-        layers: Number of its transformer blocks; None if the config does not tell.
-        tensors: Shape and dtype (as safetensors writes them) by name; empty if it has no safetensors files.
+        config: Its config.json; empty if it has none.
+        tensors: Shape and dtype (as safetensors writes it) by name; empty if it has no weight files.
+        files: The file of each tensor; empty for a model on the Hub that is not in the cache.
+        remarks: Weight files that nothing reads.
     """
 
     name: str
-    architecture: str
-    layers: int | None
-    tensors: Mapping[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Tensors = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
+
+    @property
+    def layers(self) -> int | None:
+        """Number of its transformer blocks; None if the config does not tell."""
+        text = self.config.get("text_config") or self.config
+        names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+        return next((text[name] for name in names if name in text), None)
 
     @property
     def bytes(self) -> int:
@@ -50,100 +73,92 @@ class Model:
         return sum(math.prod(shape) * STORED_BYTES.get(dtype, 1) for shape, dtype in self.tensors.values())
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Something in which a model is not like the base; a merge fails of it if it is not ``harmless``."""
-
-    message: str
-    harmless: bool
-
-
 def read_model(place: Place, hub: Hub | None = None) -> Model:
     """The header of a model; ``hub`` is asked if it answers.
 
     Raises:
-        ValueError: A file of it is damaged, or the Hub does not answer.
+        ValueError: A file of it is damaged or missing, or the Hub does not answer.
     """
     try:
         config = json.loads(found.read_text(encoding="utf-8")) if (found := place.file("config.json")) else {}
-        text = config.get("text_config") or config
-        layers = next(
-            (text[key] for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if key in text), None
-        )
-        architecture = (config.get("architectures") or [""])[0]
-        return Model(place.path, architecture, layers, dict(_tensors(place, hub or Hub())))
+        if not isinstance(config, dict):
+            raise ValueError("config.json holds no mapping")
+        folder = Path(place.path) if Path(place.path).is_dir() else place.folder() if place.weights() else None
+        if folder is None:
+            return Model(place.path, config, _tensors_on_the_hub(place, hub or Hub()))
+        header = read_header(folder)
     except (SafetensorError, HfHubHTTPError, OSError, ValueError, AttributeError) as error:
         raise ValueError(f"the header of `{place.path}` cannot be read: {error}") from error
+    if header.problems:
+        raise ValueError(f"the weights of `{place.path}` cannot be read: {'; '.join(header.problems)}")
+    if not header.tensors:
+        raise ValueError(
+            f"`{place.path}` has no weights: no model.safetensors, no {PICKLED}, and no index of shards"
+        )
+    return Model(place.path, config, header.tensors, header.files, header.remarks)
 
 
-def _tensors(place: Place, hub: Hub) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
-    here = Path(place.path)
-    if here.is_dir():
-        for name in weight_files(here):
-            if not (here / name).is_file():
-                raise ValueError(f"`{here / name}` is named in the index and is not there")
-    if not (weights := place.weights()):
-        yield from _tensors_on_the_hub(place, hub) if not here.is_dir() else ()
-    for path in weights:
-        with safe_open(path, "pt") as file:
-            for tensor in file.keys():  # noqa: SIM118  no mapping
-                part = file.get_slice(tensor)
-                yield tensor, (tuple(part.get_shape()), part.get_dtype())
-
-
-def _tensors_on_the_hub(place: Place, hub: Hub) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+def _tensors_on_the_hub(place: Place, hub: Hub) -> Tensors:
     if hub.unreachable:
         raise ValueError(f"the Hub could not be asked: {hub.unreachable}")
     try:
-        found = huggingface_hub.HfApi().get_safetensors_metadata(place.path, revision=place.revision)
+        api = huggingface_hub.HfApi()
+        siblings = api.model_info(place.path, revision=place.revision).siblings or []
+        chosen = files_on_the_hub(place, {file.rfilename for file in siblings})
+        if chosen.problems:
+            raise ValueError("; ".join(chosen.problems))
+        found = api.get_safetensors_metadata(place.path, revision=place.revision)
     except NotASafetensorsRepoError:
-        return
+        return {}  # pickled: their headers are not known before they are downloaded
+    except ValueError:
+        raise
     except Exception as error:  # whatever the HTTP client raises without a network
         raise ValueError(f"the Hub could not be asked: {hub.why_not(error)}") from error
-    for file in found.files_metadata.values():
-        for name, tensor in file.tensors.items():
-            yield name, (tuple(tensor.shape), tensor.dtype)
+    return {
+        name: (tuple(tensor.shape), str(tensor.dtype))
+        for file in found.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
 
 
-def differences(base: Model, other: Model, whole: bool = True) -> Iterator[Difference]:
-    """In what a model is not like the base, as far as a merge cares.
+def why_quantised(model: Model) -> str | None:
+    """Why a model's tensors are codes and not weights, and what to do; None if they are weights."""
+    quantised = model.config.get("quantization_config") or {}
+    for part in model.config.values():
+        quantised = quantised or (part.get("quantization_config") if isinstance(part, dict) else None) or {}
+    method = str(quantised.get("quant_method") or "") if isinstance(quantised, dict) else "unknown"
+    codes = [
+        name
+        for name, (_, dtype) in model.tensors.items()
+        if dtype.startswith(("F8", "F4", "F6"))
+        or name.rpartition(".")[2] in QUANTISED_NAMES
+        or (name.endswith((".weight", "_blocks")) and dtype in ("I8", "U8", "I32", "U32"))
+    ]
+    if not quantised and not codes:
+        return None
+    what = f"quantised ({method or 'its config has a quantization_config'})" if quantised else "quantised"
+    shown = f": {some(codes)}" if codes else ""
+    if not codes:
+        shown = ". If its weights are in full precision all the same, remove that entry from its config.json"
+    how = f"quantization_config={DEQUANTISED[method]}" if method in DEQUANTISED else "then model.dequantize()"
+    return (
+        f"`{model.name}` is {what}{shown}. Codes cannot be merged as weights: merge the checkpoint it was made "
+        f"from, or load it with transformers in full precision ({how}) and save that"
+    )
 
-    Args:
-        base: The model to compare with.
-        other: The model.
-        whole: Whether all of their layers are merged one by one, and not slices of them.
-    """
-    if base.architecture != other.architecture:
-        yield Difference(
-            f"{other.name} is a {other.architecture or 'model without architecture'}, {base.name} a "
-            f"{base.architecture or 'model without one'}: mergekit merges models of one architecture",
-            False,
-        )
-        return
-    if not whole:
-        return
-    if base.layers != other.layers:
-        yield Difference(f"{other.name} has {other.layers} layers, {base.name} {base.layers}", False)
-    if not base.tensors or not other.tensors:
-        return
-    lacks = [name for name in base.tensors if name not in other.tensors and not _may_be_left_out(name)]
-    if lacks:
-        yield Difference(f"{other.name} has no {_some(lacks)}, which {base.name} has", False)
-    for name, (shape, _) in base.tensors.items():
-        if name not in other.tensors:
-            continue
-        other_shape, _ = other.tensors[name]
-        if shape != other_shape:
-            rows = _of_the_vocabulary(name) and shape[1:] == other_shape[1:]
-            what = f"`{name}` has the shape {list(other_shape)} in {other.name} and {list(shape)} in {base.name}"
-            advice = ": without `tokenizer:` mergekit cuts both to the smaller vocabulary" if rows else ""
-            yield Difference(what + advice, rows)
-    dtypes = {dtype for _, dtype in base.tensors.values()}, {dtype for _, dtype in other.tensors.values()}
-    if dtypes[0] != dtypes[1]:
-        told = " and ".join("/".join(sorted(some)) for some in reversed(dtypes))
-        yield Difference(
-            f"{other.name} and {base.name} have the dtypes {told}; `dtype` says in which they meet", True
-        )
+
+def other_dtypes(base: Model, other: Model) -> str | None:
+    """Remark on a model that is stored in other dtypes than the base."""
+    ours, theirs = ({dtype for _, dtype in model.tensors.values()} for model in (base, other))
+    if ours == theirs or not ours or not theirs:
+        return None
+    told = " and ".join("/".join(sorted(dtypes)) for dtypes in (theirs, ours))
+    return f"{other.name} and {base.name} have the dtypes {told}; `dtype` says in which they meet"
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is a buffer that older versions of transformers have saved and no model reads."""
+    return name.endswith(BUFFERS)
 
 
 def other_tokens(base: str, other: str) -> int:
@@ -167,33 +182,22 @@ def _vocabulary(folder: str) -> dict[int, str] | None:
         return None
 
 
-def _may_be_left_out(name: str) -> bool:
-    """Tied to another, or a buffer that older versions of transformers have saved and nobody reads."""
-    return _of_the_vocabulary(name) or name.endswith(BUFFERS)
+def estimate(models: Sequence[Model], outputs: Mapping[str, tuple[Sequence[int], int]]) -> dict[str, Any]:
+    """What a merge takes.
 
-
-def _of_the_vocabulary(name: str) -> bool:
-    return any(part in VOCABULARY for part in name.split("."))
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:3])
-    return shown + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")
-
-
-def estimate(models: Sequence[Model], base: Model, dtype: str | None) -> dict[str, Any]:
-    """What a merge takes whose output is as large as its base.
+    Args:
+        models: All that are read.
+        outputs: Shape and bytes of an element of every tensor that is written.
 
     Returns:
         ``parameters``, and in bytes: ``read_bytes``, ``written_bytes``, and ``largest_tensor_bytes``, the largest
         tensor of every model and of the output at once.
     """
-    elements = sum(math.prod(shape) for shape, _ in base.tensors.values())
-    largest = max((math.prod(shape) for shape, _ in base.tensors.values()), default=0)
-    width = WRITTEN_BYTES.get(dtype or "", base.bytes / elements if elements else 0)
+    sizes = [(math.prod(shape), width) for shape, width in outputs.values()]
     return {
-        "parameters": elements,
+        "parameters": sum(elements for elements, _ in sizes),
         "read_bytes": sum(model.bytes for model in models),
-        "written_bytes": round(elements * width),
-        "largest_tensor_bytes": round(largest * width * (len(models) + 1)),
+        "written_bytes": sum(elements * width for elements, width in sizes),
+        "largest_tensor_bytes": max((elements * width for elements, width in sizes), default=0)
+        * (len(models) + 1),
     }

@@ -8,8 +8,11 @@ elements.
 import itertools
 import json
 import math
+import operator
+import tempfile
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, get_args
@@ -17,11 +20,12 @@ from typing import Any, get_args
 import torch
 import yaml
 from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import TensorGroup
 from mergekit.options import MergeOptions
 from tqdm import tqdm
 
-from varm_merge import method, planner, recipe, tensor_math
+from varm_merge import method, planner, recipe, rounding, tensor_math
 from varm_merge.errors import VarmError
 from varm_merge.report import FILE_NAME, natural_order, recipe_fingerprint, versions
 from varm_merge.tables import short_names
@@ -36,9 +40,10 @@ RECIPE = "recipe"
 
 @dataclass(frozen=True)
 class _Measured:
-    """One tensor, reduced."""
+    """One tensor, or one expert's matrix (``name``), reduced."""
 
     tensor: planner.PlannedTensor
+    name: str
     elements: int
     targets: Sequence[Hashable]
     agreement: tensor_math.Agreement
@@ -46,20 +51,24 @@ class _Measured:
     element_weights: Sequence[float]
 
 
-def inspect(path: Path, options: MergeOptions, granularities: Sequence[str] = ()) -> dict[str, Any]:
+def inspect(
+    path: Path, options: MergeOptions, granularities: Sequence[str] = (), *, by_name: bool = False
+) -> dict[str, Any]:
     """Everything there is to tell about a recipe's weights, or about those of a finished merge.
 
     Args:
         path: A recipe; or a merged model's folder or its ``varm_weights.json``, which tells the units of that
             merge and nothing else.
-        options: Of mergekit: device, cache, whether code from the Hub may run.
+        options: Of mergekit: device, caches (one for adapters is made and removed if there is none), whether code
+            from the Hub may run.
         granularities: Those to show beside the recipe's own; default all five.
+        by_name: Whether tensors are merged by their names.
 
     Returns:
         JSON: ``base_model``, ``targets``; ``units`` by granularity, each with its tensors, elements and for each
         target the statistic and the weight; ``tensors`` with the mean squared delta of each target, and the
         ``agreement`` of the targets over all tensors (cosine of the task vectors, share of elements that two
-        targets moved in opposite directions).
+        targets moved in opposite directions), and ``remarks``.
 
     Raises:
         VarmError: The recipe cannot be merged; all that is wrong with it is told.
@@ -70,30 +79,37 @@ def inspect(path: Path, options: MergeOptions, granularities: Sequence[str] = ()
                 f"`{path}` has no {FILE_NAME}: it was not merged by varm; give a recipe, or such a folder"
             )
         path = path / FILE_NAME
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise VarmError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if path.suffix == ".json":
         if granularities:
             raise VarmError(f"`{path}` tells the weights of one merge; give its recipe to see other granularities")
-        return _of_a_merge(path, text)
-    problems = recipe.check(text, cache_dir=options.transformers_cache, looked=recipe.Looked())
-    recipe.refuse(problems, path, "cannot be inspected")
-    if not recipe.uses_varm(text):
-        raise VarmError(
-            f"{path} does not merge by `varm`: weights are given for `merge_method: varm` alone. "
-            "`varm-merge check` tells what there is to say of other methods, and of misspelt ones"
-        )
-    _demand_device(options.device)
-    content = yaml.safe_load(text)
-    config = MergeConfiguration.model_validate(content)
-    tensors = planner.planned_tensors(config, options)
-    measured = [
-        found
-        for tensor in tqdm(tensors, unit="tensor", desc="measure", disable=options.quiet)
-        if (found := _measure(tensor)) is not None
-    ]
+        return _of_a_merge(path, recipe.read(path))
+    text = recipe.read(path)
+    with ExitStack() as stack:
+        if options.lora_merge_cache is None:
+            cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="varm-merge-"))
+            options = options.model_copy(update={"lora_merge_cache": cache})
+        looked = recipe.Looked()
+        problems = recipe.check(text, options=options, by_name=by_name, path=path, looked=looked)
+        recipe.refuse(problems, path, "cannot be inspected")
+        if not recipe.uses_varm(text):
+            raise VarmError(
+                f"{path} does not merge by `varm`: weights are given for `merge_method: varm` alone. "
+                "`varm-merge check` tells what there is to say of other methods, and of misspelt ones"
+            )
+        _demand_device(options.device)
+        content = yaml.safe_load(text)
+        config = recipe.one_spelling(MergeConfiguration.model_validate(content))
+        if by_name:
+            stack.enter_context(planner.by_name())
+        stack.enter_context(planner.fast_conversion())
+        stack.enter_context(planner.swapped(LoaderCache, "loaders", {}))
+        tensors = planner.planned_tensors(config, options)
+        tally = rounding.Tally()
+        measured = [
+            part
+            for tensor in tqdm(tensors, unit="tensor", desc="measure", disable=options.quiet)
+            for part in _measure(tensor, tally)
+        ]
     if not measured:
         raise VarmError(f"{path}: no tensor of the output model is merged of two models or more")
     targets = list(dict.fromkeys(target for one in measured for target in one.targets))
@@ -108,6 +124,7 @@ def inspect(path: Path, options: MergeOptions, granularities: Sequence[str] = ()
         "units": {name: _units(measured, None if name == RECIPE else name) for name in wanted},
         "tensors": [_described(one) for one in measured],
         "agreement": _agreement(measured, targets),
+        "remarks": [remark.message for remark in looked.remarks] + tally.remarks(content, looked),
     }
 
 
@@ -154,17 +171,22 @@ def _expect_units(units: Sequence[Mapping[str, Any]], targets: Sequence[str]) ->
 # Measuring
 
 
-def _measure(tensor: planner.PlannedTensor) -> _Measured | None:
+def _measure(tensor: planner.PlannedTensor, tally: rounding.Tally) -> Iterator[_Measured]:
+    """The tensor, or each expert's matrix in it, reduced."""
     group = tensor.load()
     if group is None:
-        return None
-    assert group.base is not None
-    pivot, targets = group.base.tensor, [target.tensor for target in group.non_base]
-    with torch.no_grad():
-        statistics = method.tensor_statistics(group, tensor.settings)  # refuses NaN and Inf
-        agreement = tensor_math.agreement(pivot, targets)
-        weights = _element_weights(group, tensor.settings)
-    return _Measured(tensor, pivot.numel(), [one.id for one in group.non_base], agreement, statistics, weights)
+        return
+    tally.add(group)
+    settings = tensor.settings
+    for name, part, _ in method.parts_of(group, replace(settings, granularity="matrix"), tensor.layout):
+        assert part.base is not None
+        pivot, targets = part.base.tensor, [target.tensor for target in part.non_base]
+        with torch.no_grad():
+            statistics = method.tensor_statistics(part, settings)  # refuses NaN and Inf
+            agreement = tensor_math.agreement(pivot, targets)
+            weights = _element_weights(part, settings)
+        ids = [one.id for one in part.non_base]
+        yield _Measured(tensor, name, pivot.numel(), ids, agreement, statistics, weights)
 
 
 def _element_weights(group: TensorGroup, settings: Settings) -> list[float]:
@@ -175,7 +197,7 @@ def _element_weights(group: TensorGroup, settings: Settings) -> list[float]:
         pivot,
         targets,
         tensor_math.ElementWeights(*settings.weighting),
-        torch.empty_like(pivot),
+        torch.empty_like(pivot, memory_format=torch.contiguous_format),
         selection=method.selection_of(group, settings),
         erase_minority=settings.erase_minority,
     )
@@ -190,7 +212,8 @@ def _units(measured: Sequence[_Measured], granularity: Granularity | None) -> li
     members: dict[tuple[str, str], list[_Measured]] = {}
     for one in measured:
         chosen = granularity or one.tensor.settings.granularity
-        unit = unit_of(one.tensor.name, chosen, one.tensor.block)
+        name = one.name if chosen == "matrix" else one.tensor.name
+        unit = unit_of(name, chosen, one.tensor.block)
         members.setdefault((chosen, unit), []).append(one)
     return [_unit(unit, chosen, parts) for (chosen, unit), parts in members.items()]
 
@@ -203,14 +226,18 @@ def _unit(name: str, granularity: str, parts: Sequence[_Measured]) -> dict[str, 
     unit: dict[str, Any] = {
         "unit": name,
         "granularity": granularity,
-        "tensors": sorted((part.tensor.name for part in parts), key=natural_order),
+        "tensors": sorted({part.tensor.name for part in parts}, key=natural_order),
         "elements": max(statistics.elements.values()),
     }
     if message := method.conflict(name, {part.tensor.name: part.tensor.settings for part in parts}):
         return {**unit, "problem": message, "targets": {}}
     if granularity == "parameter":
-        (part,) = parts
-        weights = dict(zip(part.targets, part.element_weights, strict=True))
+        sizes = [part.elements for part in parts]
+        columns = zip(*(part.element_weights for part in parts), strict=True)
+        weights = {
+            target: sum(map(operator.mul, column, sizes)) / max(sum(sizes), 1)
+            for target, column in zip(parts[0].targets, columns, strict=True)
+        }
     else:
         weights = statistics.weights(settings)
     means: dict[Hashable, float] = statistics.means()
@@ -220,7 +247,7 @@ def _unit(name: str, granularity: str, parts: Sequence[_Measured]) -> dict[str, 
 
 
 def _described(one: _Measured) -> dict[str, Any]:
-    name, block, size = one.tensor.name, one.tensor.block, max(one.elements, 1)
+    name, block, size = one.name, one.tensor.block, max(one.elements, 1)
     return {
         "tensor": name,
         "block": block,

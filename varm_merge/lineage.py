@@ -5,10 +5,8 @@ the SHA-256 of the JSON list of [file name, SHA-256 of its content] of the safet
 The files of a Hub model are known by hash without being read.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +16,12 @@ import huggingface_hub
 import yaml
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-__all__ = ["Place", "base_models_told", "foreign_targets", "weight_files", "weights_fingerprint"]
+from varm_common.checkpoints import WeightFiles, choose_weight_files, fingerprint, fingerprint_of, weight_files
 
-FUSION, INDEX, WHOLE = "fusion.json", "model.safetensors.index.json", "model.safetensors"
+__all__ = ["Place", "base_models_told", "files_on_the_hub", "foreign_targets", "weights_fingerprint"]
+
+FUSION = "fusion.json"
 CARD = "README.md"
-SHA256_LENGTH = 64
-CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,10 @@ class Place:
             raise OSError(_first_line(error)) from error
 
     def weights(self) -> list[Path]:
-        """Its safetensors files, if all of them are here."""
+        """Its weight files, if all of them are here."""
         folder = self.folder()
-        found = [folder / name for name in weight_files(folder)] if folder else []
-        return found if all(path.is_file() for path in found) else []
+        chosen = weight_files(folder) if folder else WeightFiles([])
+        return [] if folder is None or chosen.problems else [folder / name for name in chosen.names]
 
 
 def foreign_targets(pivot: Place, targets: Sequence[Place]) -> Iterator[tuple[int, str]]:
@@ -117,51 +115,29 @@ def _pivot_told(path: Path) -> dict[str, Any]:
 
 
 def weights_fingerprint(place: Place) -> str:
-    """The fingerprint of a model's weight files; empty if it has none in safetensors."""
-    folder = Path(place.path)
-    sums = _sums_in(folder) if folder.is_dir() else _sums_on_the_hub(place)
-    text = json.dumps([list(one) for one in sums], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest() if sums else ""
+    """The fingerprint of a model's weight files; empty if it has none.
 
-
-def weight_files(folder: Path) -> list[str]:
-    """The safetensors files of a folder that transformers reads."""
-    return _weight_files({path.name for path in folder.glob("*.safetensors*")}, folder / INDEX)
-
-
-def _sums_in(folder: Path) -> list[tuple[str, str]]:
-    names = weight_files(folder)
-    with ThreadPoolExecutor(4) as threads:
-        return list(zip(names, threads.map(_sum, [folder / name for name in names]), strict=True))
-
-
-def _sums_on_the_hub(place: Place) -> list[tuple[str, str]]:
-    with suppress(OSError):  # parts of it are not in the cache
-        if (folder := place.folder()) is not None and (found := _sums_in(folder)):
+    Raises:
+        ValueError: It is not certain which files those are.
+    """
+    if Path(place.path).is_dir():
+        return fingerprint(Path(place.path))
+    with suppress(OSError, ValueError):  # parts of it are not in the cache
+        if (folder := place.folder()) is not None and (found := fingerprint(folder)):
             return found
     info = huggingface_hub.HfApi().model_info(place.path, revision=place.revision, files_metadata=True)
     known = {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}
-    names = {file.rfilename for file in info.siblings or [] if "/" not in file.rfilename}
-    index = place.file(INDEX) if INDEX in names else None
-    return [(name, known[name]) for name in _weight_files(names, index or Path(INDEX)) if name in known]
+    chosen = files_on_the_hub(place, {file.rfilename for file in info.siblings or []})
+    return fingerprint_of([(name, known[name]) for name in chosen.names if name in known])
 
 
-def _weight_files(names: set[str], index: Path) -> list[str]:
-    """The safetensors files transformers reads."""
-    if WHOLE in names:
-        return [WHOLE]
-    if INDEX in names and index.is_file():
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    return sorted(name for name in names if name.endswith(".safetensors") and not name.startswith("consolidated"))
+def files_on_the_hub(place: Place, names: set[str]) -> WeightFiles:
+    """The weight files of a model on the Hub that has the files ``names``; an index is downloaded."""
 
+    def read(name: str) -> bytes:
+        path = place.file(name)
+        if path is None:
+            raise OSError(f"`{name}` cannot be downloaded")
+        return path.read_bytes()
 
-def _sum(path: Path) -> str:
-    blob = path.resolve().name
-    if path.is_symlink() and len(blob) == SHA256_LENGTH:  # the Hub's cache names blobs by their hash
-        return blob
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            digest.update(buffer[:size])
-    return digest.hexdigest()
+    return choose_weight_files({name for name in names if "/" not in name}, read)

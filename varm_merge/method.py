@@ -6,9 +6,8 @@ unit, gathered by a pass of their own.
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -23,12 +22,14 @@ from mergekit.merge_methods import (
     ParameterScope,
     TensorEntry,
     TensorGroup,
+    TensorMetadata,
 )
 from mergekit.merge_methods.base import ParameterSpec
 from pydantic import Field
 
 from varm_merge import tensor_math
 from varm_merge.errors import VarmError
+from varm_merge.experts import PLAIN, Layout, layout_of, matrices
 from varm_merge.report import UnitRecord, WeightLog
 from varm_merge.weights import (
     SPANNING,
@@ -44,10 +45,14 @@ from varm_merge.weights import (
 __all__ = [
     "METHOD_NAME",
     "UNIT",
+    "DtypeError",
+    "NonFiniteError",
     "Unit",
     "VarmMethod",
     "conflict",
+    "parts_of",
     "refuse",
+    "refuse_overflow",
     "register",
     "selection_of",
     "tensor_statistics",
@@ -94,6 +99,31 @@ class Unit:
     statistics: UnitStatistics | None = None
     log: WeightLog | None = None
     settings_by_tensor: dict[str, Settings] = field(default_factory=dict)
+    layout: Layout = PLAIN
+
+
+class NonFiniteError(VarmError):
+    """An input has NaN or Inf.
+
+    Attributes:
+        model: Whose tensor it is.
+    """
+
+    def __init__(self, message: str, model: Hashable) -> None:
+        super().__init__(message)
+        self.model = model
+
+
+class DtypeError(VarmError):
+    """A value does not fit into a dtype of the recipe.
+
+    Attributes:
+        key: ``dtype`` or ``out_dtype``.
+    """
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class VarmMethod(GroupMergeMethod):  # type: ignore[misc]
@@ -155,28 +185,53 @@ class _Call:
         return cls(group, Settings(**named), parameters.get(UNIT), dtype)
 
     def merge(self, out_dtype: torch.dtype | None) -> torch.Tensor:
-        group, unit, settings = _narrowed(self.group, self.dtype), self.unit, self.settings
+        group, unit = _narrowed(self.group, self.dtype), self.unit
         pivot = group.base
+        assert pivot is not None
+        assert unit is not None
+        name = str(group.metadata.name)
+        out = torch.empty(pivot.tensor.shape, dtype=out_dtype or self.dtype, device=pivot.tensor.device)
+        parts = parts_of(group, self.settings, unit.layout)
+        merged = [self._merge_part(part, cut(out)) for _, part, cut in parts]
+        if unit.log is not None and unit.statistics is None:
+            if unit.granularity == "parameter":  # one record for the tensor
+                merged, parts = [_pooled(merged, parts)], [(unit.name, group, _whole)]
+            for (part_name, part, _), (statistics, weights) in zip(parts, merged, strict=True):
+                unit_name = part_name if len(parts) > 1 else unit.name
+                elements = part.entries[0].tensor.numel()
+                means: dict[Hashable, float] = statistics.means()
+                unit.log.add(UnitRecord(unit_name, unit.granularity, [name], elements, means, weights))
+        refuse_overflow(name, out, self.dtype)
+        return out
+
+    def _merge_part(self, group: TensorGroup, place: torch.Tensor) -> tuple[UnitStatistics, dict[Hashable, float]]:
+        """Merge a tensor, or one expert's matrix, into ``place``; its statistics and weights."""
+        unit, settings, pivot = self.unit, self.settings, group.base
         assert pivot is not None
         assert unit is not None
         ids = [target.id for target in group.non_base]
         tensors = [target.tensor for target in group.non_base]
-        out = torch.empty(pivot.tensor.shape, dtype=out_dtype or self.dtype, device=pivot.tensor.device)
         selection = selection_of(group, settings)
-        blend_elements = partial(
-            tensor_math.blend_elements,
-            pivot.tensor,
-            tensors,
-            out=out,
-            selection=selection,
-            erase_minority=settings.erase_minority,
-        )
+        out = place if place.is_contiguous() else torch.empty_like(place, memory_format=torch.contiguous_format)
+
+        def blend_elements(
+            weights: Sequence[float] | tensor_math.ElementWeights,
+        ) -> tuple[list[float], list[float]]:
+            return tensor_math.blend_elements(
+                pivot.tensor,
+                tensors,
+                weights,
+                out,
+                selection=selection,
+                erase_minority=settings.erase_minority,
+            )
+
         if unit.granularity == "parameter":
             statistic_sums, weight_sums = blend_elements(tensor_math.ElementWeights(*settings.weighting))
             statistics = _checked(group, statistic_sums)
             weights = {target: total / max(out.numel(), 1) for target, total in zip(ids, weight_sums, strict=True)}
         else:
-            statistics = unit.statistics or tensor_statistics(group, settings, selection)
+            statistics = unit.statistics or _part_statistics(group, settings, selection)
             weights = statistics.weights(settings, ids)
             if not any(statistics.sums.values()):
                 out.copy_(pivot.tensor)
@@ -184,22 +239,81 @@ class _Call:
                 tensor_math.blend(tensors, list(weights.values()), out)
             else:
                 blend_elements(list(weights.values()))
-        if unit.log is not None and unit.statistics is None:
-            name = str(group.metadata.name)
-            unit.log.add(UnitRecord(unit.name, unit.granularity, [name], out.numel(), statistics.means(), weights))
-        return out
+        if out is not place:
+            place.copy_(out)
+        return statistics, weights
 
 
-def tensor_statistics(
-    group: TensorGroup, settings: Settings, selection: tensor_math.Selection | None = None
-) -> UnitStatistics:
+Part = tuple[str, TensorGroup, Callable[[torch.Tensor], torch.Tensor]]
+"""Name, inputs, and place in the tensor."""
+
+
+def parts_of(group: TensorGroup, settings: Settings, layout: Layout) -> list[Part]:
+    """The matrices that a tensor consists of where it packs experts and that matters; else the tensor itself.
+
+    It matters at ``matrix`` granularity, and to the selection, which is made within one matrix.
+    """
+    name, shape = group.metadata.name, group.entries[0].tensor.shape
+    if settings.granularity != "matrix" and settings.select_topk >= 1:
+        return [(str(name), group, _whole)]
+    cuts = matrices(name, shape, layout)
+    if not cuts:
+        return [(str(name), group, _whole)]
+    return [(part_name, _cut(group, cut), cut) for part_name, cut in cuts]
+
+
+def _cut(group: TensorGroup, cut: Callable[[torch.Tensor], torch.Tensor]) -> TensorGroup:
+    entries = [TensorEntry(entry.id, cut(entry.tensor), entry.is_base) for entry in group.entries]
+    return TensorGroup(tuple(entries), TensorMetadata(name=group.metadata.name))
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _pooled(
+    merged: Sequence[tuple[UnitStatistics, dict[Hashable, float]]], parts: Sequence[Part]
+) -> tuple[UnitStatistics, dict[Hashable, float]]:
+    """The statistics and mean weights of a tensor at ``parameter`` granularity, from those of its parts."""
+    if len(merged) == 1:
+        return merged[0]
+    statistics, weights = UnitStatistics(), dict.fromkeys(merged[0][1], 0.0)
+    sizes = [part.entries[0].tensor.numel() for _, part, _ in parts]
+    for (own, own_weights), size in zip(merged, sizes, strict=True):
+        statistics.merge(own)
+        for target, weight in own_weights.items():
+            weights[target] += weight * size / max(sum(sizes), 1)
+    return statistics, weights
+
+
+def refuse_overflow(name: str, written: torch.Tensor, computed: torch.dtype) -> None:
+    """Raise ``DtypeError`` where a finite result did not fit into the dtype that is ``written``."""
+    if not written.is_floating_point() or torch.finfo(written.dtype).max >= torch.finfo(computed).max:
+        return
+    if not bool(torch.isfinite(written).all()):
+        dtype = str(written.dtype).removeprefix("torch.")
+        raise DtypeError(
+            f"the merged tensor `{name}` has values beyond {torch.finfo(written.dtype).max:g}, the largest of "
+            f"`out_dtype: {dtype}`; write it in bfloat16 or float32",
+            "out_dtype",
+        )
+
+
+def tensor_statistics(group: TensorGroup, settings: Settings, layout: Layout = PLAIN) -> UnitStatistics:
     """Σ Δ² (or Σ |Δ|) of one tensor, by target.
 
     Raises ``VarmError`` naming model and tensor where an input holds NaN or Inf.
     """
+    statistics = UnitStatistics()
+    for _, part, _ in parts_of(group, settings, layout):
+        statistics.merge(_part_statistics(part, settings, selection_of(part, settings)))
+    return statistics
+
+
+def _part_statistics(
+    group: TensorGroup, settings: Settings, selection: tensor_math.Selection | None
+) -> UnitStatistics:
     assert group.base is not None
-    if selection is None:
-        selection = selection_of(group, settings)
     targets = [target.tensor for target in group.non_base]
     return _checked(group, tensor_math.delta_sums(group.base.tensor, targets, settings.statistic, selection))
 
@@ -234,10 +348,12 @@ def refuse(reason: str) -> None:
 def _form_units(calls: Sequence[_Call]) -> None:
     """Give each tensor of one call of the method its unit, formed over the tensors that were given."""
     units: dict[tuple[str, str], Unit] = {}
+    names = [str(call.group.metadata.name) for call in calls]
+    layout = layout_of("gpt_oss" if any(name.endswith(".experts.gate_up_proj_bias") for name in names) else None)
     for call in calls:
         name, granularity = call.group.metadata.name, call.settings.granularity
         if granularity not in SPANNING:
-            call.unit = Unit(str(name), granularity)
+            call.unit = Unit(str(name), granularity, layout=layout)
             continue
         if len(calls) == 1 or name is None:
             raise VarmError(
@@ -247,7 +363,8 @@ def _form_units(calls: Sequence[_Call]) -> None:
                 "or use granularity `matrix`."
             )
         unit_name = unit_of(name, granularity, block_of(name))
-        call.unit = units.setdefault((granularity, unit_name), Unit(unit_name, granularity, UnitStatistics()))
+        unit = Unit(unit_name, granularity, UnitStatistics(), layout=layout)
+        call.unit = units.setdefault((granularity, unit_name), unit)
         call.unit.settings_by_tensor[name] = call.settings
     for unit in units.values():
         if message := conflict(unit.name, unit.settings_by_tensor):
@@ -255,12 +372,12 @@ def _form_units(calls: Sequence[_Call]) -> None:
     for call in calls:
         if call.unit is not None and call.unit.statistics is not None:
             group = _narrowed(call.group, call.dtype)
-            call.unit.statistics.merge(tensor_statistics(group, call.settings))
+            call.unit.statistics.merge(tensor_statistics(group, call.settings, layout))
 
 
 def _checked(group: TensorGroup, sums: Sequence[float]) -> UnitStatistics:
     if not all(math.isfinite(value) for value in sums):
-        raise VarmError(_explain_nonfinite(group))
+        raise _nonfinite(group)
     statistics = UnitStatistics()
     statistics.add(
         {target.id: value for target, value in zip(group.non_base, sums, strict=True)},
@@ -304,16 +421,17 @@ def _explain_inputs(input_ids: Sequence[Hashable], base_id: Hashable | None, gro
     return None
 
 
-def _explain_nonfinite(group: TensorGroup) -> str:
+def _nonfinite(group: TensorGroup) -> VarmError:
     for entry in group.entries:
         for chunk in entry.tensor.reshape(-1).split(tensor_math.ACCELERATOR_CHUNK):
             if not bool(torch.isfinite(chunk).all()):
                 kind = "NaN" if bool(torch.isnan(chunk).any()) else "Inf"
-                return (
+                return NonFiniteError(
                     f"{kind} in tensor `{group.metadata.name}` of {'the pivot' if entry.is_base else 'target'} "
-                    f"{entry.id}. Its checkpoint is damaged or its training diverged; varm does not merge it."
+                    f"{entry.id}. Its checkpoint is damaged or its training diverged; varm does not merge it.",
+                    entry.id,
                 )
-    return (
+    return VarmError(
         f"the deltas of tensor `{group.metadata.name}` are too large for float64 statistics; "
         "the checkpoints do not share a pivot."
     )

@@ -8,13 +8,13 @@ import fnmatch
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from varm_merge.lineage import INDEX, WHOLE
+from varm_common.checkpoints import INDEX, WHOLE, read_header, weight_files
+from varm_merge.loading import Unloadable, loaded, patterns
 
 __all__ = ["Contents", "look", "secrets_in"]
 
@@ -172,60 +172,18 @@ def _weights(folder: Path, contents: Contents) -> list[str]:
     if INDEX not in top and WHOLE not in shards:
         if any(name.endswith((".bin", ".pt", ".gguf")) for name in top):
             return []  # a problem of its own, or allowed
-        return [f"`{folder}` has no weights: neither {WHOLE} nor {INDEX}"]
-    if INDEX not in top:
-        found, problems = _headers(folder, [WHOLE])
-        others = [name for name in shards if name != WHOLE]
-        contents.remarks += [f"`{name}` is read by nobody beside {WHOLE}" for name in others]
-        return problems if found or problems else [f"`{WHOLE}` holds no tensor"]
-    if WHOLE in shards:
-        return [f"both {WHOLE} and {INDEX} are there, and transformers reads the first alone: remove one of them"]
-    try:
-        mapped = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        named = {str(tensor): str(shard) for tensor, shard in mapped.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"`{INDEX}` is no index of shards: {error!r}"]
-    wanted = sorted(set(named.values()))
-    missing = [name for name in wanted if name not in shards]
-    extra = [name for name in shards if name not in wanted]
-    found, problems = _headers(folder, [name for name in wanted if name in shards])
-    return [
-        *(f"`{name}` is named in {INDEX} and not there: merge again, or copy it once more" for name in missing),
-        *(f"`{name}` is not named in {INDEX}: remove it, or --exclude '{name}'" for name in extra),
-        *problems,
-        *_disagreements(named, found),
+        if not shards:
+            return [f"`{folder}` has no weights: neither {WHOLE} nor {INDEX}"]
+    header, chosen = read_header(folder), weight_files(folder)
+    if not header.tensors and not header.problems:
+        return [f"`{WHOLE}` holds no tensor"]
+    extra = [name for name in shards if name not in chosen.names]
+    if chosen.named is None:
+        contents.remarks += [f"`{name}` is read by nobody beside {WHOLE}" for name in extra if chosen.names]
+        return header.problems
+    return header.problems + [
+        f"`{name}` is not named in {INDEX}: remove it, or --exclude '{name}'" for name in extra
     ]
-
-
-def _headers(folder: Path, shards: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The tensors of each shard, and what is wrong with those that cannot be read."""
-    found: dict[str, list[str]] = {}
-    problems = []
-    for name in shards:
-        try:
-            with safe_open(folder / name, "pt") as file:
-                found[name] = list(file.keys())
-        except (SafetensorError, OSError) as error:
-            size = (folder / name).stat().st_size
-            problems.append(
-                f"`{name}` is cut off or damaged ({size:,} bytes; {error}): merge again, or copy it again"
-            )
-    return found, problems
-
-
-def _disagreements(named: Mapping[str, str], found: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    """Where index and headers differ, a sentence for each shard."""
-    for shard, tensors in found.items():
-        lacks = [name for name, where in named.items() if where == shard and name not in tensors]
-        foreign = [name for name in tensors if named.get(name) != shard]
-        if lacks:
-            yield f"`{shard}` lacks {_some(lacks)}, which {INDEX} puts there"
-        if foreign:
-            yield f"`{shard}` has {_some(foreign)}, which {INDEX} does not put there"
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"`{names[0]}`" + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
 
 
 # Loading
@@ -248,7 +206,8 @@ def _loads(folder: Path, contents: Contents) -> None:
         )
         return
     try:
-        transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        contents.problems += _missing(folder, config)
     except Exception as error:  # of whatever kind: a config is checked by the class it names
         contents.problems.append(f"`config.json` does not load: {_first_line(error)}")
     if not any(name in contents.files for name in TOKENIZER):
@@ -258,6 +217,22 @@ def _loads(folder: Path, contents: Contents) -> None:
         transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the same
         contents.problems.append(f"the tokenizer does not load: {_first_line(error)}")
+
+
+def _missing(folder: Path, config: Any) -> list[str]:
+    """Tensors that no weight file has and transformers would fill with random values."""
+    import torch
+
+    header = read_header(folder)
+    if header.problems or not header.tensors or getattr(config, "quantization_config", None):
+        return []  # problems of their own, and codes that only their quantizer knows
+    tensors = {name: torch.empty(shape, device="meta") for name, (shape, _) in header.tensors.items()}
+    try:
+        missing = loaded(config, tensors).missing
+    except Unloadable:
+        return []
+    told = f"the weight files lack {patterns(sorted(missing))}: transformers would load random weights there"
+    return [f"{told}; merge again (`varm-merge check` tells what a recipe loses)"] if missing else []
 
 
 def _first_line(error: Exception) -> str:

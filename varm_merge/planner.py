@@ -5,7 +5,7 @@ be measured before its first tensor is merged. After mergekit has planned, every
 ``varm`` is exchanged for a ``MergeTensor`` that also depends on the statistics of its unit:
 
     MeasureTensor ─┐
-    MeasureTensor ─┼─► MeasureUnit ─► MergeTensor ─► SaveTensor … FinalizeModel ─► WriteWeights
+    MeasureTensor ─┼─► MeasureUnit ─► MergeTensor ─► SaveTensor … FinalizeMerge
     MeasureTensor ─┘        gathered tensors ──┘
 
 A ``MeasureTensor`` loads, reduces and drops its tensors itself and returns K numbers. It must not depend on
@@ -17,34 +17,54 @@ and a unit's tree inside each of its N tensors' trees would make planning O(N²)
 
 import functools
 import inspect
+import logging
 import shutil
+import signal
+import tempfile
+import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import click
 import torch
 import yaml
 from mergekit import merge_methods
-from mergekit.common import ImmutableMap, ModelReference
+from mergekit.architecture import WeightInfo, conversion
+from mergekit.common import ImmutableMap, ModelReference, dtype_from_name
 from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.graph import Task
-from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor
+from mergekit.io.tasks import FinalizeModel, LoaderCache, LoadTensor, SaveTensor
 from mergekit.merge_methods import TensorGroup
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask, TensorDictWrapper
 from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from pydantic import BaseModel
 
+from varm_common.checkpoints import WEIGHT_FILE, weight_files
 from varm_merge import method, recipe
 from varm_merge.errors import VarmError
+from varm_merge.experts import Layout, layout_of
+from varm_merge.method import DtypeError, NonFiniteError
+from varm_merge.presence import TOKENIZER_FILES
 from varm_merge.report import FILE_NAME, UnitRecord, WeightLog, natural_order
 from varm_merge.weights import SPANNING, Granularity, Settings, UnitStatistics, block_of, unit_of
 
-__all__ = ["PlannedTensor", "attach", "planned_tensors"]
+__all__ = [
+    "Plan",
+    "PlannedTensor",
+    "attach",
+    "by_name",
+    "fast_conversion",
+    "new_plan",
+    "planned_tensors",
+    "swapped",
+]
 
 SUPPORTED_MERGEKIT = ">=0.1.5,<0.2"
 MEASURE_PRIORITY = 1_000_000
@@ -72,6 +92,7 @@ class MeasureTensor(_ByIdentity, Task[UnitStatistics], arbitrary_types_allowed=T
     label: str
     rank: int
     device: str | None
+    layout: Layout
 
     def arguments(self) -> dict[str, Task[Any]]:
         source = self.merge.gather_tensors
@@ -86,7 +107,10 @@ class MeasureTensor(_ByIdentity, Task[UnitStatistics], arbitrary_types_allowed=T
     def execute(self, tokenizer: Any = None) -> UnitStatistics:
         device = torch.get_default_device() if self.device is None else torch.device(self.device)
         group = _group(self.merge, tokenizer, device)
-        return UnitStatistics() if group is None else method.tensor_statistics(group, self.settings)
+        if group is None:
+            return UnitStatistics()
+        with _dtype_blamed(self.merge):
+            return method.tensor_statistics(group, self.settings, self.layout)
 
 
 class MeasureUnit(_ByIdentity, Task[UnitStatistics], arbitrary_types_allowed=True):  # type: ignore[misc,call-arg]
@@ -135,6 +159,8 @@ class MergeTensor(_ByIdentity, ExecuteMergeMethodTask, arbitrary_types_allowed=T
     granularity: Granularity
     measure: MeasureUnit | None
     log: WeightLog
+    layout: Layout
+    saved_dtype: str | None = None
 
     def arguments(self) -> dict[str, Task[Any]]:
         measured = {} if self.measure is None else {"statistics": self.measure}
@@ -144,10 +170,15 @@ class MergeTensor(_ByIdentity, ExecuteMergeMethodTask, arbitrary_types_allowed=T
         self, tensors: dict[Any, torch.Tensor], statistics: UnitStatistics | None = None, **_kwargs: Any
     ) -> torch.Tensor | None:
         self._refuse_lost(tensors)
-        unit = method.Unit(self.unit, self.granularity, statistics, self.log)
+        unit = method.Unit(self.unit, self.granularity, statistics, self.log, layout=self.layout)
         parameters = ImmutableMap({**dict(self.parameters.items()), method.UNIT: unit})
         bound = self.model_copy(update={"parameters": parameters})
-        result: torch.Tensor | None = ExecuteMergeMethodTask.execute(bound, tensors)
+        with _dtype_blamed(self):
+            result: torch.Tensor | None = ExecuteMergeMethodTask.execute(bound, tensors)
+        if result is not None and self.saved_dtype is not None and result.is_floating_point():
+            dtype = dtype_from_name(self.saved_dtype)
+            if torch.finfo(dtype).max < torch.finfo(result.dtype).max:
+                method.refuse_overflow(self.output_weight.name, result.to(dtype), result.dtype)
         return result
 
     def _refuse_lost(self, tensors: Mapping[Any, torch.Tensor | None]) -> None:
@@ -161,21 +192,32 @@ class MergeTensor(_ByIdentity, ExecuteMergeMethodTask, arbitrary_types_allowed=T
                 )
 
 
-class WriteWeights(_ByIdentity, Task[None], arbitrary_types_allowed=True):  # type: ignore[misc,call-arg]
-    """Leaves ``varm_weights.json`` beside the finished weights."""
+class FinalizeMerge(_ByIdentity, FinalizeModel, arbitrary_types_allowed=True):  # type: ignore[misc,call-arg]
+    """mergekit's last task; it also leaves ``varm_weights.json``, and no weights of an earlier merge."""
 
-    finalize: FinalizeModel
     log: WeightLog
-    out_path: str
 
-    def arguments(self) -> dict[str, Task[Any]]:
-        return {"finalized": self.finalize}
+    def execute(self, writer: Any, **_kwargs: Any) -> None:
+        folder = Path(writer.out_path)
+        (folder / FILE_NAME).unlink(missing_ok=True)  # it would describe weights that are about to be replaced
+        super().execute(writer)
+        written = {*writer.weight_map.values()} if writer.shards_written > 1 else set()
+        prefix, extension = writer._get_name_components()
+        written.add(f"{prefix}.{extension}.index.json" if written else f"{prefix}.{extension}")
+        for path in folder.iterdir():
+            if WEIGHT_FILE.fullmatch(path.name) and path.name not in written:
+                path.unlink()
+        self.log.write(folder)
 
-    def main_thread_only(self) -> bool:
-        return True
 
-    def execute(self, **_kwargs: Any) -> None:
-        self.log.write(Path(self.out_path))
+def _finalized(tasks: Sequence[Task[Any]], log: WeightLog) -> list[Task[Any]]:
+    """The tasks with mergekit's last one exchanged for ``FinalizeMerge``."""
+    return [
+        FinalizeMerge(tensor_save_tasks=task.tensor_save_tasks, writer_task=task.writer_task, log=log)
+        if isinstance(task, FinalizeModel)
+        else task
+        for task in tasks
+    ]
 
 
 def attach(module: ModuleType) -> None:
@@ -219,15 +261,19 @@ def _attach_to_planning(plan: ModuleType) -> None:
         pivot = self.config.base_model
         self._varm_log = WeightLog(None if pivot is None else str(pivot), content)
         device = None if self.options.multi_gpu else self.options.device
-        merges = _with_units([task for _, task in self._tensors], dict(_blocks(self)), device, self._varm_log)
-        self._tensors = [(weight, merge) for (weight, _), merge in zip(self._tensors, merges, strict=True)]
+        layout = layout_of(getattr(self.out_model_config, "model_type", None))
+        tasks = [task for _, task in self._tensors]
+        merges = _with_units(tasks, _planned_blocks(self), device, self._varm_log, layout)
+        self._tensors = [
+            (weight, merge.model_copy(update={"saved_dtype": weight.force_dtype or self.config.out_dtype}))
+            for (weight, _), merge in zip(self._tensors, merges, strict=True)
+        ]
 
     @functools.wraps(plan_to_disk)
     def _plan_to_disk(self: Any, out_path: str) -> list[Task[Any]]:
         tasks: list[Task[Any]] = plan_to_disk(self, out_path)
-        if self.config.merge_method == method.METHOD_NAME:
-            tasks.append(_write_weights(tasks, self._varm_log, out_path))
-        return tasks
+        is_varm = self.config.merge_method == method.METHOD_NAME
+        return _finalized(tasks, self._varm_log) if is_varm else tasks
 
     planner_class._plan = _plan
     planner_class.plan_to_disk = _plan_to_disk
@@ -236,20 +282,61 @@ def _attach_to_planning(plan: ModuleType) -> None:
 def _attach_to_run(merge: ModuleType) -> None:
     run_merge = merge.run_merge
     _expect(run_merge, "merge_config", "out_path", "options", "config_source")
+    _expect(LoadTensor._load_converted_tensor, "loader")
+    _expect_fields(vars(conversion), "_iter_transform_matches", "_expanded_target_keys")
 
     @functools.wraps(run_merge)
     def _run_merge(
         merge_config: MergeConfiguration, out_path: str, options: Any, config_source: str | None = None
     ) -> None:
-        if merge_config.merge_method != method.METHOD_NAME:
+        by_name = _state.by_name
+        if merge_config.merge_method != method.METHOD_NAME and not by_name:
             run_merge(merge_config, out_path, options, config_source)
             return
         text = config_source if config_source is not None else yaml.safe_dump(_content(merge_config))
-        recipe.refuse(recipe.check(text, cache_dir=options.transformers_cache))
-        with _no_remains(out_path):
-            run_merge(merge_config, out_path, options, config_source)
+        with _located(text), _clean_ending(Path(out_path), options), fast_conversion():
+            looked = recipe.Looked()
+            problems = recipe.check(
+                text,
+                every=by_name,
+                looked=looked,
+                options=options,
+                by_name=by_name,
+                path=_state.path,
+                out=Path(out_path),
+            )
+            recipe.refuse(problems, _state.path)
+            for remark in looked.remarks:
+                LOG.warning("line %d: %s", remark.line, remark.message)
+            if (
+                options.copy_tokenizer
+                and not merge_config.chat_template
+                and (folder := _without_tokenizer(merge_config))
+            ):
+                LOG.warning("`%s` has no tokenizer: none is copied beside the merge", folder)
+                options = options.model_copy(update={"copy_tokenizer": False})
+            run_merge(recipe.one_spelling(merge_config), out_path, options, config_source)
 
     merge.run_merge = _run_merge  # type: ignore[attr-defined]
+
+
+def _without_tokenizer(config: MergeConfiguration) -> Path | None:
+    """The local model whose tokenizer mergekit would copy, if it has none: mergekit would log a traceback."""
+    reference = config.base_model or config.referenced_models()[0]
+    folder = Path(reference.model.path)
+    lacks = folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES)
+    return folder if lacks else None
+
+
+class _State(threading.local):
+    """Of the run in this thread: the recipe's file, and whether tensors are merged by their names."""
+
+    path: Path | None = None
+    by_name: bool = False
+
+
+_state = _State()
+LOG = logging.getLogger("varm")
 
 
 def _attach_to_command(script: ModuleType) -> None:
@@ -263,12 +350,64 @@ def _attach_to_command(script: ModuleType) -> None:
         path = Path(arguments[argument])
         if not path.is_file():
             return callback(**arguments)
-        text = path.read_text(encoding="utf-8")
-        recipe.refuse(recipe.check(text, kind=kind, cache_dir=arguments.get("transformers_cache")), path)
-        with _no_remains(arguments["out_path"]) if kind == "raw" and recipe.uses_varm(text) else nullcontext():
-            return callback(**arguments)
+        with ExitStack() as stack:
+            text = recipe.read(path)
+            arguments[argument] = stack.enter_context(_as_utf8(path, text))
+            options = arguments.get("merge_options")
+            raw = kind == "raw"
+            out = Path(arguments["out_path"]) if raw else None
+            recipe.refuse(recipe.check(text, kind=kind, models=raw, options=options, out=out), path)
+            is_varm = recipe.uses_varm(text)
+            if out is not None and is_varm:
+                stack.enter_context(_located(text))
+                stack.enter_context(_clean_ending(out, options))
+            stack.enter_context(swapped(_state, "path", path))
+            try:
+                return callback(**arguments)
+            except (click.ClickException, click.exceptions.Exit, click.Abort):
+                raise
+            except Exception as error:
+                if not is_varm and not _state.by_name:
+                    raise
+                if getattr(options, "verbosity", 0):
+                    traceback.print_exc()
+                raise VarmError(f"{path} was not merged: {_told(error)}") from error
 
     command.callback = checked
+
+
+def _told(error: Exception) -> str:
+    """An error of mergekit or of what it calls, for the user."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"`{error.filename}`: " if error.filename else ""
+        return f"{where}{error.strerror}. Once that is mended, run the same command again"
+    reason = " ".join(str(error).split()) or "no reason given"
+    return f"{type(error).__name__}: {reason[:1000]} (-v shows where)"
+
+
+@contextmanager
+def _as_utf8(path: Path, text: str) -> Iterator[str]:
+    """The path of a recipe in UTF-8, which is all that mergekit reads: of a copy, if need be."""
+    try:
+        if path.read_bytes().decode() == text:
+            yield str(path)
+            return
+    except UnicodeDecodeError:
+        pass
+    with tempfile.TemporaryDirectory(prefix="varm-merge-") as folder:
+        copy = Path(folder) / path.name
+        copy.write_text(text, encoding="utf-8")
+        yield str(copy)
+
+
+@contextmanager
+def _located(text: str) -> Iterator[None]:
+    """Add the recipe's line to an error about its ``dtype`` or ``out_dtype``."""
+    try:
+        yield
+    except DtypeError as error:
+        where = f"{_state.path or 'the recipe'}, line {recipe.line_of(text, error.key)}"
+        raise VarmError(f"{where}: {error.message}") from error
 
 
 def _attach_to_raw_command(script: ModuleType) -> None:
@@ -289,10 +428,14 @@ def _attach_to_raw_command(script: ModuleType) -> None:
         _refuse_idle_filters(config, names)
         log = WeightLog(config.base_model, _content(config))
         blocks = {name: block_of(name) for name in names}
-        merges = _with_units([save.tensor_task for save in saves], blocks, bound.arguments["options"].device, log)
+        tasks = [save.tensor_task for save in saves]
+        layout = layout_of(
+            "gpt_oss" if any(name.endswith(".experts.gate_up_proj_bias") for name in names) else None
+        )
+        merges = _with_units(tasks, blocks, bound.arguments["options"].device, log, layout)
         saves = [save.model_copy(update={"tensor_task": merge}) for save, merge in zip(saves, merges, strict=True)]
         finalize = FinalizeModel(tensor_save_tasks=tuple(saves), writer_task=saves[0].writer_task)
-        return [*saves, finalize, _write_weights([finalize], log, out_path)]
+        return _finalized([*saves, finalize], log)
 
     script.plan_flat_merge = _plan_flat_merge  # type: ignore[attr-defined]
     _attach_to_command(script)
@@ -314,14 +457,45 @@ class PlannedTensor:
     name: str
     block: str | None
     settings: Settings
+    layout: Layout
     load: Callable[[], TensorGroup | None]
 
 
-def planned_tensors(config: MergeConfiguration, options: MergeOptions) -> list[PlannedTensor]:
-    """Every tensor that a ``varm`` recipe merges, to be loaded one by one as the merge itself would.
+@dataclass(frozen=True)
+class Plan:
+    """mergekit's plan of a merge.
+
+    Attributes:
+        config: The recipe, as mergekit has rewritten it.
+        out_config: The config of the output model.
+        tensors: Each output tensor and the task that merges it.
+        blocks: The transformer block of each tensor inside one.
+        tokenizer: The ``TokenizerInfo`` of the output model; None if the recipe has no ``tokenizer``.
+    """
+
+    config: MergeConfiguration
+    out_config: Any
+    tensors: list[tuple[WeightInfo, ExecuteMergeMethodTask]]
+    blocks: Mapping[str, str | None]
+    tokenizer: Any
+
+    @property
+    def architecture(self) -> str:
+        """The class of the output model."""
+        return str((getattr(self.out_config, "architectures", None) or ["model"])[0])
+
+
+def new_plan(config: MergeConfiguration, options: MergeOptions, *, dry: bool = False) -> Plan:
+    """Let mergekit plan a merge; no weight is read.
+
+    Args:
+        config: The recipe; mergekit rewrites it.
+        options: Of the run.
+        dry: Whether the plan's tensors are to be loaded without data, to torch's ``meta`` device.
 
     Raises:
         VarmError: The units contradict each other, or mergekit is another than this file knows.
+        Exception: Whatever mergekit has against the recipe.
     """
     import mergekit.merge as merge
     import mergekit.plan as plan
@@ -334,27 +508,178 @@ def planned_tensors(config: MergeConfiguration, options: MergeOptions) -> list[P
         _expect_fields(plan.MergePlanner.__annotations__, "_tokenizer_task")
     except (AttributeError, TypeError) as error:
         raise VarmError(
-            f"varm-merge inspect works with mergekit {SUPPORTED_MERGEKIT}, and the installed one is built "
+            f"varm-merge works with mergekit {SUPPORTED_MERGEKIT}, and the installed one is built "
             f'differently ({error}). Install a supported version: pip install "mergekit{SUPPORTED_MERGEKIT}"'
         ) from error
-    architecture = merge.get_architecture_info(config, options)
     LoaderCache().setup(options=options)
+    architecture = merge.get_architecture_info(config, options)
     out_config = merge._model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
+    if dry:  # only now: mergekit remembers the architecture that it inferred for a run with these options
+        options = options.model_copy(update={"device": "meta", "read_to_gpu": True, "multi_gpu": False})
     planner = plan.MergePlanner(config, architecture, options=options, out_model_config=out_config)
     planner._plan()
-    blocks = dict(_blocks(planner))
     tokenizer = planner._tokenizer_task.execute() if planner._tokenizer_task else None
-    tasks = {task.output_weight.name: task for _, task in planner._tensors}
+    tensors = list({weight.name: (weight, task) for weight, task in planner._tensors}.values())
+    return Plan(planner.config, out_config, tensors, _planned_blocks(planner), tokenizer)
+
+
+def planned_tensors(config: MergeConfiguration, options: MergeOptions) -> list[PlannedTensor]:
+    """Every tensor that a ``varm`` recipe merges, to be loaded one by one as the merge itself would.
+
+    Raises:
+        VarmError: The units contradict each other, or mergekit is another than this file knows.
+    """
+    plan = new_plan(config, options)
     device = torch.device(options.device or "cpu")
+    layout = layout_of(getattr(plan.out_config, "model_type", None))
     return [
         PlannedTensor(
-            name,
-            blocks.get(name),
+            weight.name,
+            plan.blocks.get(weight.name),
             Settings(**dict(task.parameters.items())),
-            functools.partial(_group, task, tokenizer, device),
+            layout,
+            functools.partial(_group, task, plan.tokenizer, device),
         )
-        for name, task in sorted(tasks.items(), key=lambda item: natural_order(item[0]))
+        for weight, task in sorted(plan.tensors, key=lambda one: natural_order(one[0].name))
     ]
+
+
+@contextmanager
+def by_name() -> Iterator[None]:
+    """Merge the base model's tensors by their names, whatever mergekit's definition of its architecture says."""
+    import mergekit.merge as merge
+
+    _expect_fields(vars(merge), "get_architecture_info")
+    with swapped(merge, "get_architecture_info", _names_as_architecture), swapped(_state, "by_name", True):
+        yield
+
+
+def _names_as_architecture(config: MergeConfiguration, options: MergeOptions) -> Any:
+    """An architecture without layers, of the tensors that the base model has; a target may lack some of them."""
+    from mergekit.architecture import auto
+    from mergekit.architecture import json_definitions as definitions
+    from mergekit.architecture.base import ModelArchitecture, ModuleDefinition
+
+    LoaderCache().setup(options=options)
+    references = config.referenced_models()
+    base = config.base_model or config.models[0].model
+    names = {model: LoaderCache().get(model).index.tensor_paths for model in references}
+    axes: Mapping[str, int] = {}
+    if config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings:
+        axes = auto.get_transformers_info(base, options)[2] or {}
+    weights = [
+        WeightInfo(
+            name=name,
+            optional=not all(name in own for own in names.values()),
+            vocabulary_axis=axes.get(name),
+        )
+        for name in sorted(names[base], key=natural_order)
+    ]
+    definition = definitions.JsonModuleArchDef(
+        model_type="",
+        architectures=[],
+        pre_weights=weights,
+        layer_templates=definitions.JsonLayerTemplates(weights=[]),
+        post_weights=[],
+        override_num_layers=0,
+    )
+    module = ModuleDefinition(architecture=definitions.JsonModuleArchitecture(definition=definition))
+    return ModelArchitecture(modules={"default": module}, architectures=[], model_type="", tagalong_files=TAGALONG)
+
+
+TAGALONG = [
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+]
+"""Files of the base model that belong to the merged one, beside its config and tokenizer."""
+
+
+@contextmanager
+def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an attribute another value inside the block."""
+    own = vars(owner).get(name, _NOTHING)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is _NOTHING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+_NOTHING = object()
+
+
+@contextmanager
+def fast_conversion() -> Iterator[None]:
+    """Find the tensors that a converted tensor is made of once for each checkpoint.
+
+    mergekit goes over all names of a checkpoint for every tensor that it converts (packs of experts), and again
+    whenever one is loaded a second time. The conversion itself stays mergekit's.
+    """
+
+    def load_converted(self: LoadTensor, loader: Any) -> torch.Tensor | None:
+        if (known := vars(loader).get("_varm_conversion")) is None:
+            model_type = self.model.config(trust_remote_code=LoaderCache().trust_remote_code).model_type
+            known = loader._varm_conversion = (
+                model_type,
+                _conversion_sources(model_type, loader.index.tensor_paths),
+            )
+        model_type, sources = known
+        device = self.device or "cpu"
+        for target in (self.tensor, *(self.aliases or ())):
+            tensors = {
+                name: functools.partial(loader.get_tensor, name, device=device) for name in sources.get(target, ())
+            }
+            tensor = conversion.convert_checkpoint_tensors(model_type, tensors, target) if tensors else None
+            if tensor is not None:
+                converted: torch.Tensor = tensor.to(device)
+                return converted
+        return None
+
+    with swapped(LoadTensor, "_load_converted_tensor", load_converted):
+        yield
+
+
+def _conversion_sources(model_type: str | None, names: Iterable[str]) -> dict[str, set[str]]:
+    """The checkpoint's tensors that each name of the model's layout can be made of."""
+    sources = {name: {name} for name in names}
+    for transform in conversion.get_checkpoint_conversion_mapping(model_type) or [] if model_type else []:
+        made: dict[str, set[str]] = {}
+        for match in conversion._iter_transform_matches(transform, sources):
+            targets = {match.renamed_key}
+            if not isinstance(transform, conversion.WeightRenaming):
+                targets = conversion._expanded_target_keys(match.renamed_key, transform.target_patterns)
+            for target in targets:
+                made.setdefault(target, set()).update(sources[match.source_key])
+        for target, own in made.items():
+            sources[target] = sources.get(target, set()) | own
+    return sources
+
+
+@contextmanager
+def _dtype_blamed(task: ExecuteMergeMethodTask) -> Iterator[None]:
+    """Tell an Inf that the recipe's ``dtype`` has made from one of the checkpoint."""
+    try:
+        yield
+    except NonFiniteError as error:
+        source = task.gather_tensors
+        loads = getattr(source, "gather_tensors", source).arguments().values()
+        for load in loads:
+            if load.dtype and str(load.model) == str(error.model):
+                raw = load.model_copy(update={"dtype": None}).execute()
+                if raw is not None and bool(torch.isfinite(raw).all()):
+                    largest = f"{raw.abs().max():g}"
+                    raise DtypeError(
+                        f"`{task.output_weight.name}` of {error.model} has values up to {largest}, which do "
+                        f"not fit into `dtype: {load.dtype}`; merge in bfloat16 or float32",
+                        "dtype",
+                    ) from error
+        raise
 
 
 def _group(merge: ExecuteMergeMethodTask, tokenizer: Any, device: torch.device) -> TensorGroup | None:
@@ -380,6 +705,7 @@ def _with_units(
     blocks: Mapping[str, str | None],
     device: str | None,
     log: WeightLog,
+    layout: Layout,
 ) -> list[MergeTensor]:
     """Exchange mergekit's task of each output tensor for one that knows the tensor's unit.
 
@@ -406,16 +732,25 @@ def _with_units(
             )
             label = ordered[0][0]
             parts = [
-                MeasureTensor(merge=tasks[i], settings=settings[i], label=label, rank=rank, device=device)
+                MeasureTensor(
+                    merge=tasks[i], settings=settings[i], label=label, rank=rank, device=device, layout=layout
+                )
                 for rank, (_, _, i) in enumerate(ordered)
             ]
             measure = MeasureUnit(unit=unit, settings=settings[members[0]], parts=tuple(parts), log=log)
         for i in members:
             fields = {name: getattr(tasks[i], name) for name in ExecuteMergeMethodTask.model_fields}
             merges[tasks[i].output_weight.name] = MergeTensor(
-                **fields, unit=unit, granularity=granularity, measure=measure, log=log
+                **fields, unit=unit, granularity=granularity, measure=measure, log=log, layout=layout
             )
     return [merges[task.output_weight.name] for task in planned]
+
+
+def _planned_blocks(planner: Any) -> dict[str, str | None]:
+    """The transformer block of every tensor: by the architecture, or by its name where that has no layers."""
+    if _state.by_name:
+        return {weight.name: block_of(weight.name) for weight, _ in planner._tensors}
+    return dict(_blocks(planner))
 
 
 def _blocks(planner: Any) -> Iterator[tuple[str, str]]:
@@ -471,26 +806,69 @@ def _evaluate(task: Task[Any], tokenizer: Any) -> Any:
     return task.execute(**{name: _evaluate(part, tokenizer) for name, part in task.arguments().items()})
 
 
-def _write_weights(tasks: Sequence[Task[Any]], log: WeightLog, out_path: str) -> WriteWeights:
-    (Path(out_path) / FILE_NAME).unlink(missing_ok=True)  # of an earlier merge that this one overwrites
-    finalize = next(task for task in tasks if isinstance(task, FinalizeModel))
-    return WriteWeights(finalize=finalize, log=log, out_path=out_path)
+@contextmanager
+def _clean_ending(out: Path, options: MergeOptions | None) -> Iterator[None]:
+    """A merge that fails or is stopped leaves nothing that was not there before; finished weights stay.
+
+    A signal that would end the process (SIGTERM, SIGHUP) ends the merge as Ctrl-C does.
+    """
+    cache = Path(options.lora_merge_cache) if options and options.lora_merge_cache else None
+    folders = [folder for folder in (out, cache) if folder is not None]
+    before = {folder: {*folder.iterdir()} if folder.is_dir() else set() for folder in folders}
+    new = next((path for path in reversed((out, *out.absolute().parents)) if not path.exists()), None)
+    weights = {path: path.stat().st_mtime_ns for path in before[out] if WEIGHT_FILE.fullmatch(path.name)}
+    try:
+        with _signals_raise():
+            yield
+    except BaseException:
+        if not _is_finished(out, weights):
+            for path in {*out.iterdir()} - before[out] if out.is_dir() else ():
+                _remove(path)
+            if new is not None:
+                _remove(new)
+        if cache is not None and cache.is_dir():
+            for path in {*cache.iterdir()} - before[cache]:
+                if path.is_dir() and (not (chosen := weight_files(path)).names or chosen.problems):
+                    _remove(path)
+        raise
+
+
+def _is_finished(out: Path, before: Mapping[Path, int]) -> bool:
+    """Whether the folder has whole weights that were not there before."""
+    if not out.is_dir():
+        return False
+    chosen = weight_files(out)
+    files = [out / name for name in chosen.names]
+    return bool(files) and not chosen.problems and all(before.get(f) != f.stat().st_mtime_ns for f in files)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 @contextmanager
-def _no_remains(out_path: str) -> Iterator[None]:
-    """Remove the output folder of a merge that fails, if this run made it: its shards can be of no use.
+def _signals_raise() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise ``SystemExit``, where nobody else handles or ignores them."""
 
-    Weights that are finished (``varm_weights.json`` is written right after them) stay, whatever fails later.
-    """
-    folder = Path(out_path)
-    was_there = folder.exists()
+    def stop(number: int, _frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handled = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
+    for number in handled:
+        signal.signal(number, stop)
     try:
         yield
-    except BaseException:
-        if not was_there and not (folder / FILE_NAME).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _content(value: Any) -> Any:

@@ -6,8 +6,10 @@ they are merged; ``varm-merge check`` asks for them as well.
 """
 
 import difflib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -22,8 +24,10 @@ from mergekit.config import (
 )
 from mergekit.merge_methods import BasePolicy, MergeMethodSpec
 from mergekit.merge_methods.base import ParameterScope
+from mergekit.options import MergeOptions
+from pydantic import BaseModel
 
-from varm_merge import headers, recipe_models
+from varm_merge import by_name, headers, recipe_models
 from varm_merge.errors import VarmError
 from varm_merge.lineage import FUSION, Place, base_models_told, foreign_targets
 from varm_merge.method import METHOD_NAME, SPEC
@@ -31,7 +35,17 @@ from varm_merge.presence import Hub, means_otherwise, near
 from varm_merge.recipe_tree import DEFINITIONS, DUPLICATE, TOP, lines_of, nodes, plainly
 from varm_merge.recipe_tree import Path as TreePath
 
-__all__ = ["KINDS", "Looked", "Problem", "check", "refuse", "uses_varm"]
+__all__ = [
+    "KINDS",
+    "Looked",
+    "Problem",
+    "check",
+    "line_of",
+    "one_spelling",
+    "read",
+    "refuse",
+    "uses_varm",
+]
 
 KINDS = {"run_yaml": "yaml", "multimerge": "multi", "merge_raw_pytorch": "raw"}
 """The kind of recipe that each of mergekit's programs reads, by the module of the program."""
@@ -57,8 +71,8 @@ class Looked:
 
     Attributes:
         models: The header of each model.
-        remarks: Differences that a merge survives.
-        estimate: Bytes read, written, held (``headers.estimate``); empty if a header could not be read.
+        remarks: What a merge survives.
+        estimate: Bytes read, written, held (``headers.estimate``); empty if there is a problem.
         width: How many models are merged at most, base included.
         has_base: Whether one of them is a base to the method.
     """
@@ -68,6 +82,11 @@ class Looked:
     estimate: dict[str, Any] = field(default_factory=dict)
     width: int = 0
     has_base: bool = False
+    lines: dict[ModelReference, int] = field(default_factory=dict)
+
+    def line_of(self, model: ModelReference) -> int:
+        """The line that first names a model."""
+        return self.lines.get(model, 1)
 
 
 class _Family(NamedTuple):
@@ -82,6 +101,24 @@ class _Family(NamedTuple):
     has_pivot: bool
 
 
+def read(path: Path) -> str:
+    """The text of a recipe, in any encoding that YAML allows (YAML 1.2, section 5.2).
+
+    Raises:
+        VarmError: It cannot be read, or is in another encoding.
+    """
+    try:
+        content = path.read_bytes()
+        return content.decode(json.detect_encoding(content))
+    except OSError as error:
+        raise VarmError(f"`{path}` cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        byte = f"the byte 0x{content[error.start]:02x} is no UTF-8"
+        refuse([Problem(f"{byte}: save the recipe as UTF-8", line)], path, "cannot be read")
+        raise AssertionError from error
+
+
 def check(
     text: str,
     *,
@@ -90,14 +127,28 @@ def check(
     cache_dir: str | None = None,
     every: bool = False,
     looked: Looked | None = None,
+    options: MergeOptions | None = None,
+    by_name: bool = False,
+    path: Path | None = None,
+    out: Path | None = None,
 ) -> list[Problem]:
     """All problems of the ``varm`` recipes in ``text`` (of ``every`` method's), in the order of their lines.
 
-    With ``looked`` the models' headers are read and compared, too, if nothing else is wrong.
+    If nothing else is wrong mergekit plans the merge, without reading a weight, and its plan is judged.
 
-    ``kind``: ``yaml`` (mergekit-yaml), ``multi`` (several named recipes, mergekit-multi) or ``raw``
-    (mergekit-pytorch). With ``models`` false nothing outside the text is looked at; otherwise model folders
-    must exist, and a Hub id must be in the cache (``cache_dir``) or answer on the Hub.
+    Args:
+        text: One recipe or several.
+        kind: ``yaml`` (mergekit-yaml), ``multi`` (several named recipes, mergekit-multi) or ``raw``
+            (mergekit-pytorch).
+        models: Whether to look at the models, too: their folders must exist, and a Hub id must be in the cache or
+            answer on the Hub.
+        cache_dir: Of models from the Hub; default that of ``options``.
+        every: Whether recipes of other methods are checked as well.
+        looked: Filled with what the headers of the models tell.
+        options: Of the run.
+        by_name: Whether tensors are merged by their names (``varm-merge yaml --by-name``).
+        path: The file of the recipe, for commands that are suggested.
+        out: Where the merge will be written.
     """
     try:
         roots = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
@@ -109,6 +160,7 @@ def check(
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         return [Problem(f"not valid YAML: {reason}", mark.line + 1 if mark else 1)]
+    options = options or MergeOptions(transformers_cache=cache_dir)
     names = {str(document["name"]) for document in documents if isinstance(document, dict) and "name" in document}
     problems: list[Problem] = []
     if every and not documents:
@@ -119,8 +171,19 @@ def check(
             problems.append(Problem(NO_RECIPE, document_lines[()]))
         elif isinstance(document, dict) and (every or document.get("merge_method") == METHOD_NAME):
             own_names = names if kind == "multi" else set()
-            checker = _Checker(document, document_lines, kind, own_names, looked=looked, hub=hub)
-            checker.run(models, cache_dir)
+            checker = _Checker(
+                document,
+                document_lines,
+                kind,
+                own_names,
+                looked=looked or Looked(),
+                hub=hub,
+                options=options,
+                by_name=by_name,
+                path=path,
+                out=out,
+            )
+            checker.run(models)
             problems += checker.problems
             if len(documents) > 1 and kind != "multi":
                 line = roots[1].start_mark.line + 1
@@ -128,10 +191,72 @@ def check(
     return sorted(dict.fromkeys(problems), key=lambda problem: problem.line)
 
 
+def line_of(text: str, key: str) -> int:
+    """The line of a top-level key of the first recipe in ``text``; 1 if it is not there."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    return lines_of(root).get((key,), 1) if root else 1
+
+
+def one_spelling(config: MergeConfiguration) -> MergeConfiguration:
+    """The recipe with one path for each folder, the base model's first: two paths to a folder are one model."""
+    known: dict[Any, ModelReference] = {}
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, ModelReference):
+            return known.setdefault(_identity(value), value)
+        if isinstance(value, BaseModel):
+            return value.model_copy(update={name: replaced(part) for name, part in value})
+        if isinstance(value, dict):
+            return {key: replaced(part) for key, part in value.items()}
+        return [replaced(part) for part in value] if isinstance(value, list) else value
+
+    if config.base_model is not None:
+        replaced(config.base_model)
+    result: MergeConfiguration = replaced(config)
+    return result
+
+
+def _identity(reference: ModelReference) -> tuple[Any, ...]:
+    """What a reference refers to, however it is spelled."""
+    parts = [reference.model, reference.lora]
+    return (
+        *((_real(part.path), part.revision) if part is not None else None for part in parts),
+        reference.override_architecture,
+    )
+
+
+def _real(path: str) -> str:
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
+def _overwritten(document: Mapping[str, Any], out: Path, raw: bool) -> Iterator[tuple[TreePath, str]]:
+    """Models that a merge into ``out`` would write over, or write into."""
+    place = out.resolve()
+    for path, value in _model_names(document):
+        for part in [value] if raw else value.split("+"):
+            here = Path(part if raw else part.split("@")[0])
+            model = here.resolve()
+            if here.exists() and (place in (model, *model.parents) or model in place.parents):
+                yield path, f"the merge would be written to `{out}`, where `{part}` lies: name another folder"
+
+
+def _model_names(document: Mapping[str, Any]) -> Iterator[tuple[TreePath, str]]:
+    """Every place of a recipe that names a model, and the name."""
+    for path, node, _ in nodes(document):
+        for key in ("base_model", "model"):
+            if isinstance(node.get(key), str):
+                yield (*path, key), node[key]
+    for path, source, _ in recipe_models.tokenizers(document):
+        if isinstance(source, str):
+            yield path, source
+
+
 def uses_varm(text: str) -> bool:
-    """Whether any recipe in ``text``, which is sound YAML, merges by ``varm``."""
-    documents = yaml.safe_load_all(text)
-    return any(isinstance(doc, dict) and doc.get("merge_method") == METHOD_NAME for doc in documents)
+    """Whether any recipe in ``text`` merges by ``varm``."""
+    with suppress(yaml.YAMLError, ValueError, RecursionError):
+        documents = yaml.safe_load_all(text)
+        return any(isinstance(doc, dict) and doc.get("merge_method") == METHOD_NAME for doc in documents)
+    return False
 
 
 def refuse(problems: Sequence[Problem], path: Path | None = None, ended: str = "was not merged") -> None:
@@ -150,11 +275,21 @@ class _Checker:
     names: set[str]
     problems: list[Problem] = field(default_factory=list)
     spec: MergeMethodSpec = SPEC
-    looked: "Looked | None" = None
+    looked: "Looked" = field(default_factory=lambda: Looked())
     families: list["_Family"] = field(default_factory=list)
     hub: Hub = field(default_factory=Hub)
+    options: MergeOptions = field(default_factory=MergeOptions)
+    by_name: bool = False
+    path: Path | None = None
+    out: Path | None = None
+    spelled: dict[tuple[Any, ...], ModelReference] = field(default_factory=dict)
 
-    def run(self, models: bool, cache_dir: str | None) -> None:
+    @property
+    def cache_dir(self) -> str | None:
+        folder: str | None = self.options.transformers_cache
+        return folder
+
+    def run(self, models: bool) -> None:
         self._method()
         for path in self.lines:
             if path and path[-1] == DUPLICATE:
@@ -168,14 +303,18 @@ class _Checker:
                 key = "sources" if what == "key of a slice" else "models"
                 if node.get(key) is not None:
                     self._inputs((*path, key), node[key], node.get("base_model") if key == "sources" else None)
+        if self.out is not None:
+            for path, message in _overwritten(self.document, self.out, self.kind == "raw"):
+                self.add(path, message)
+        if self.by_name:
+            for path, message in by_name.obstacles(self.document):
+                self.add(path, message)
         if models:
-            self._models(cache_dir)
-            if not self.problems and self.kind != "raw":
-                self._pivots(cache_dir)
-                if self.looked is not None:
-                    self._headers(cache_dir, self.looked)
-                    if not self.problems:
-                        self._cards(cache_dir, self.looked)
+            self._models()
+            steps = (self._headers, self._plan, self._pivots, self._tokens, self._cards)
+            for step in steps if self.kind != "raw" else ():
+                if not self.problems:
+                    step()
 
     def _method(self) -> None:
         """Find what mergekit knows of the method."""
@@ -213,6 +352,11 @@ class _Checker:
         """A model as mergekit will read it: mergekit-pytorch takes a file's path as it stands."""
         return ModelReference.model_validate({"model": {"path": value}} if self.kind == "raw" else value)
 
+    def _known(self, value: Any) -> ModelReference:
+        """A model, spelled as where the recipe names it first."""
+        reference = self._reference(value)
+        return self.spelled.setdefault(_identity(reference), reference)
+
     def _known_keys(self, path: TreePath, mapping: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
         for key in mapping:
             if key not in known:
@@ -242,7 +386,10 @@ class _Checker:
                 self.add(path, f"`{spec.name}` has an empty list")
             for index, item in enumerate(setting):
                 self._setting((*path, index), spec, item)
+            self._unreached(path, spec.name, setting)
         elif isinstance(setting, dict):
+            if not isinstance(setting.get("filter"), str | None):
+                self.add((*path, "filter"), f"the `filter` of `{spec.name}` is `{setting['filter']}`, not text")
             self._known_keys(path, setting, tuple(ConditionalParameter.model_fields), f"key of `{spec.name}`")
             if "value" in setting:
                 self._setting((*path, "value"), spec, setting["value"])
@@ -250,6 +397,33 @@ class _Checker:
                 self.add(path, f"this entry of `{spec.name}` has no `value`")
         elif message := _why_invalid(spec, setting):
             self.add(path, message)
+
+    def _unreached(self, path: TreePath, name: str, entries: Sequence[Any]) -> None:
+        """Entries whose tensors an earlier entry has taken: the first that fits is used."""
+        filters = [one.get("filter") if isinstance(one, dict) else "" for one in entries]
+        if not all(isinstance(one, dict) for one in entries):
+            return
+        for index, own in enumerate(filters):
+            for earlier, other in enumerate(filters[:index]):
+                if other in (None, "*") or (isinstance(own, str) and isinstance(other, str) and other in own):
+                    taken = "has no `filter`" if other in (None, "*") else f"has the filter `{other}`"
+                    message = (
+                        f"this entry of `{name}` is never used: entry {earlier + 1} {taken}; write it after this"
+                    )
+                    self.remark((*path, index), message)
+                    break
+
+    def tell(self, path: TreePath, message: str) -> None:
+        """A problem of a ``varm`` recipe; of another method's, which mergekit merges all the same, a remark."""
+        if self.spec is SPEC:
+            self.add(path, message)
+        else:
+            self.remark(path, message)
+
+    def remark(self, path: TreePath, message: str) -> None:
+        while path and path not in self.lines:
+            path = path[:-1]
+        self.looked.remarks.append(Problem(message, self.lines.get(path, 1), path))
 
     def _dtypes(self) -> None:
         for key in ("dtype", "out_dtype"):
@@ -271,23 +445,44 @@ class _Checker:
         except pydantic.ValidationError as error:
             for detail in error.errors(include_url=False):
                 path = tuple(detail["loc"])
-                if "parameters" not in path and path[0] not in TOLD_BEFORE:
+                if path[0] in TOLD_BEFORE or ("parameters" in path and self.problems):
+                    continue
+                if "layer_range" not in path or not self._wrong_range(path[: path.index("layer_range") + 1]):
                     self.add(path, plainly(path, detail["type"], detail["msg"], detail["input"]))
             return False
         except (RuntimeError, TypeError) as error:
             self.add((), str(error))
             return False
+        for path, _, what in nodes(self.document):
+            if what == "key of a source":
+                self._wrong_range((*path, "layer_range"))
+        return True
+
+    def _wrong_range(self, path: TreePath) -> bool:
+        """Whether a ``layer_range`` is none: [first, end), two numbers that count from 0."""
+        span = self._at(path)
+        if (
+            isinstance(span, list)
+            and len(span) == 2
+            and all(isinstance(number, int) and not isinstance(number, bool) for number in span)
+            and 0 <= span[0] < span[1]
+        ):
+            return False
+        message = (
+            f"`layer_range` is {span}, not [first, end): two whole numbers, the first from 0, the end above it"
+        )
+        self.tell(path, message)
         return True
 
     def _inputs(self, path: TreePath, entries: Sequence[Mapping[str, Any]], slice_base: Any) -> None:
         """A pivot, at least one target, no model twice, one length: in one list of models that are merged."""
         base, contract = slice_base or self.document.get("base_model"), self.spec.contract
-        models = [self._reference(entry["model"]) for entry in entries]
+        pivot = None if base is None else self._known(base)
+        models = [self._known(entry["model"]) for entry in entries]
         if base is None and contract.base is BasePolicy.REQUIRED:
             needs = "the pivot that the targets were fine-tuned from" if self.spec is SPEC else "one"
             self.add(("merge_method",), f"no base_model: {self.spec.name} needs {needs}")
             return
-        pivot = None if base is None else self._reference(base)
         if path[-1] == "models" and pivot is not None and self.spec is not SPEC and pivot not in models:
             merged = [*models, pivot]  # as mergekit does, for methods that ignore a base, too
         else:
@@ -298,7 +493,10 @@ class _Checker:
             *recipe_models.repeated(path, models),
         ):
             self.add(where, message)
-        if path[-1] == "sources" and len({end - first for first, end in (e["layer_range"] for e in entries)}) > 1:
+        if (
+            path[-1] == "sources"
+            and len({int(e["layer_range"][1]) - int(e["layer_range"][0]) for e in entries}) > 1
+        ):
             self.add(path, "the layer_ranges of the sources have different lengths")
         has_pivot = pivot is not None and contract.base is not BasePolicy.IGNORED
         if has_pivot or models:
@@ -317,60 +515,84 @@ class _Checker:
         above = [self._at(path[:depth]) for depth in range(len(path) - 1, -1, -1)]
         return recipe_models.in_all(entries, above, count)
 
-    def _headers(self, cache_dir: str | None, looked: "Looked") -> None:
-        """Compare the models by their headers."""
-        for path, base, models, _ in self.families:
-            for reference in dict.fromkeys([base, *models]):
-                if reference.model.path in self.names or reference in looked.models:
-                    continue
-                place = Place(reference.model.path, reference.model.revision, cache_dir)
-                try:
-                    looked.models[reference] = headers.read_model(place, self.hub)
-                except ValueError as error:
-                    where = (*path, models.index(reference)) if reference in models else ("base_model",)
-                    self.add(where, str(error))
-            found = looked.models.get(base)
-            for index, reference in enumerate(models):
-                if found is None or reference == base or reference not in looked.models:
-                    continue
-                for difference in headers.differences(found, looked.models[reference], path[-1] == "models"):
-                    where = (*path, index)
-                    if difference.harmless:
-                        looked.remarks.append(Problem(difference.message, self.lines.get(where, 1)))
-                    else:
-                        self.add(where, difference.message)
-            self._reach(path, models, found)
-            if found is not None and not (self.document.get("tokenizer") or self.document.get("tokenizer_source")):
-                for index, reference in enumerate(models):
-                    if other := headers.other_tokens(base.model.path, reference.model.path):
-                        message = (
-                            f"{other} {'id stands' if other == 1 else 'ids stand'} for other tokens in "
-                            f"{reference} than in {base}: rows of different tokens are merged; "
-                            "`tokenizer:` puts them in one order"
-                        )
-                        looked.remarks.append(Problem(message, self.lines.get((*path, index), 1)))
-        if self.families and (found := looked.models.get(self.families[0].base)) is not None:
-            dtype = self.document.get("out_dtype") or self.document.get("dtype")
-            looked.estimate = headers.estimate(list(looked.models.values()), found, dtype)
-            looked.has_base = self.families[0].has_pivot
-            looked.width = max(len(dict.fromkeys([one.base, *one.models])) for one in self.families)
+    def _headers(self) -> None:
+        """Read the headers of all models, the base's first."""
+        content = {key: value for key, value in self.document.items() if key != "name"}
+        config = one_spelling(MergeConfiguration.model_validate(content))
+        references = [family.base for family in self.families] + config.referenced_models()
+        for reference in dict.fromkeys(self._known(reference) for reference in references):
+            if reference.model.path in self.names:
+                continue
+            where = self._place_of(reference)
+            try:
+                place = Place(reference.model.path, reference.model.revision, self.cache_dir)
+                model = headers.read_model(place, self.hub)
+            except ValueError as error:
+                self.add(where, str(error))
+                continue
+            self.looked.models[reference] = model
+            self.looked.lines[reference] = self.lines.get(where, 1)
+            if message := headers.why_quantised(model):
+                self.tell(where, message)
+            for message in model.remarks:
+                self.remark(where, f"{message} (`{model.name}`)")
+            base = next(iter(self.looked.models.values()))
+            if message := headers.other_dtypes(base, model):
+                self.remark(where, message)
 
-    def _reach(self, path: TreePath, models: Sequence[ModelReference], base: headers.Model | None) -> None:
-        """Filters let all tensors through, and layers are there."""
-        entries, looked = self._at(path), self.looked.models if self.looked else {}
-        if base is not None and models:
-            given = self._given(path, entries, len(models))
-            above = self._at(path[:-1]).get("base_model") or self.document.get("base_model")
-            pivot = None if above is None else self._reference(above)
-            for where, message in recipe_models.left_out(path, self.spec, models, pivot, given, [*base.tensors]):
-                self.add(where, message)
-        for index, entry in enumerate(entries if path[-1] == "sources" else ()):
-            if models[index] in looked:
-                name, layers = str(models[index]), looked[models[index]].layers
-                for where, message in recipe_models.layers_wrong(
-                    (*path, index), name, entry["layer_range"], layers
-                ):
-                    self.add(where, message)
+    def _plan(self) -> None:
+        """Let mergekit plan the merge, and judge its plan."""
+        from varm_merge.dry_plan import dry_plan
+        from varm_merge.loading import patterns
+
+        models = self.looked.models
+        if self.names or not all(model.tensors for model in models.values()):
+            return  # made by another recipe of the file first, or pickled on the Hub: known when they are here
+        content = {key: value for key, value in self.document.items() if key != "name"}
+        config = one_spelling(MergeConfiguration.model_validate(content))
+        spelled = {_identity(reference): reference for reference in config.referenced_models()}
+        models = {spelled.get(_identity(reference), reference): model for reference, model in models.items()}
+        plan = dry_plan(config, self.options, models, by_name=self.by_name)
+        for finding in plan.problems:
+            self.add(self._place_of(finding.model), finding.message)
+        for finding in plan.remarks:
+            self.remark(self._place_of(finding.model), finding.message)
+        if plan.lost:
+            self.tell(
+                ("merge_method",),
+                f"mergekit's definition of {plan.architecture} leaves out {patterns(plan.lost)} of "
+                f"`{next(iter(models))}`; the merge would load with random weights there",
+            )
+        if (plan.lost or plan.problems) and not self.by_name and not [*by_name.obstacles(self.document)]:
+            other = dry_plan(config, self.options, models, by_name=True)
+            if not other.problems and not other.remarks and not plan.mixed:
+                self.tell(("merge_method",), by_name.next_step(self.document, models, self.path, self.out))
+        if not plan.problems:
+            self.looked.estimate = headers.estimate(list(models.values()), plan.outputs)
+            self.looked.has_base = self.families[0].has_pivot
+            self.looked.width = max(len(dict.fromkeys([one.base, *one.models])) for one in self.families)
+
+    def _place_of(self, model: ModelReference | None) -> TreePath:
+        """Where the recipe first names a model; its ``merge_method`` for none."""
+        for path, value in _model_names(self.document):
+            with suppress(RuntimeError, ValueError):
+                if model is not None and _identity(self._reference(value)) == _identity(model):
+                    return path
+        return ("merge_method",)
+
+    def _tokens(self) -> None:
+        """Remark on models whose ids stand for other tokens."""
+        if self.document.get("tokenizer") or self.document.get("tokenizer_source"):
+            return
+        for path, base, models, _ in self.families:
+            for index, reference in enumerate(models):
+                if other := headers.other_tokens(base.model.path, reference.model.path):
+                    ids = "id stands" if other == 1 else "ids stand"
+                    self.remark(
+                        (*path, index),
+                        f"{other} {ids} for other tokens in {reference} than in {base}: rows of different "
+                        "tokens are merged; `tokenizer:` puts them in one order",
+                    )
 
     def _at(self, path: TreePath) -> Any:
         node: Any = self.document
@@ -378,7 +600,7 @@ class _Checker:
             node = node[part]
         return node
 
-    def _pivots(self, cache_dir: str | None) -> None:
+    def _pivots(self) -> None:
         """Targets that tell their pivot must tell this one, unless the base_model is one of two to merge."""
         if self.spec is not None and self.spec.contract.max_inputs == 2:
             return
@@ -387,7 +609,7 @@ class _Checker:
             if pivot.model.path in self.names or not has_pivot:
                 continue
             base, *targets = (
-                Place(model.model.path, model.model.revision, cache_dir)
+                Place(model.model.path, model.model.revision, self.cache_dir)
                 for model in (pivot, *(models[index] for index in known))
             )
             try:
@@ -401,7 +623,7 @@ class _Checker:
             except (ValueError, OSError) as error:
                 self.add(path, f"whether the targets come from `{base.path}` cannot be told: {error}")
 
-    def _cards(self, cache_dir: str | None, looked: "Looked") -> None:
+    def _cards(self) -> None:
         """Remark on targets without a fusion.json whose cards name another base model.
 
         No problem: a card may name the base of the base, or the pivot by another name; weights are not compared.
@@ -409,7 +631,7 @@ class _Checker:
         for path, pivot, models, has_pivot in self.families:
             known = {_last(pivot.model.path)}
             for index, model in enumerate(models if has_pivot and self.spec is SPEC else ()):
-                place = Place(model.model.path, model.model.revision, cache_dir)
+                place = Place(model.model.path, model.model.revision, self.cache_dir)
                 if model == pivot or model.model.path in self.names or place.file(FUSION) is not None:
                     continue
                 named = base_models_told(place)
@@ -419,9 +641,9 @@ class _Checker:
                         f"the card of `{model}` says that it comes from {told}, and the base_model is `{pivot}`: "
                         "varm needs the model that the target was fine-tuned from"
                     )
-                    looked.remarks.append(Problem(message, self.lines.get((*path, index), 1)))
+                    self.remark((*path, index), message)
 
-    def _models(self, cache_dir: str | None) -> None:
+    def _models(self) -> None:
         seen: set[str] = set()
         for path, node, _ in nodes(self.document):
             for key in ("base_model", "model"):
@@ -443,12 +665,12 @@ class _Checker:
                         found = Path(part.path).is_file()
                         message = None if found else f"no checkpoint file `{part.path}`{near(part.path)}"
                     else:
-                        message = self.hub.why_missing(part.path, part.revision, wanted, cache_dir)
+                        message = self.hub.why_missing(part.path, part.revision, wanted, self.cache_dir)
                     if message:
                         self.add((*path, key), message)
-        self._tokenizers(cache_dir)
+        self._tokenizers()
 
-    def _tokenizers(self, cache_dir: str | None) -> None:
+    def _tokenizers(self) -> None:
         """Tokenizers are there, and rows of single tokens are those of models that are merged."""
         merged = {model for family in self.families for model in (family.base, *family.models)}
         for path, source, whole in recipe_models.tokenizers(self.document):
@@ -461,7 +683,7 @@ class _Checker:
                 if merged and reference not in merged:
                     self.add(path, f"`{reference}` is not among the models, so it has no row for a token")
             elif model.path not in self.names and (
-                message := self.hub.why_no_tokenizer(model.path, model.revision, cache_dir)
+                message := self.hub.why_no_tokenizer(model.path, model.revision, self.cache_dir)
             ):
                 self.add(path, message)
 

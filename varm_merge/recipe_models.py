@@ -10,7 +10,7 @@ from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 
 from varm_merge.recipe_tree import Path as TreePath
 
-__all__ = ["amounts", "in_all", "layers_wrong", "left_out", "repeated", "required", "tokenizers"]
+__all__ = ["amounts", "in_all", "repeated", "required", "tokenizers"]
 
 Found = Iterator[tuple[TreePath, str]]
 """Places and what is wrong there."""
@@ -66,34 +66,6 @@ def required(
             yield (*path, index), f"{models[index]} has no `{one.name}`, which {spec.name} needs{told}"
 
 
-def left_out(
-    path: TreePath,
-    spec: MergeMethodSpec,
-    models: Sequence[ModelReference],
-    base: ModelReference | None,
-    given: Sequence[Settings],
-    names: Sequence[str],
-) -> Found:
-    """The settings of every parameter without a default reach all tensors, ``names``."""
-    for one, index in _needed(spec, models, base):
-        settings = _settings(one, given[0][1:] if index is None else given[index])
-        lacking = [name for name in names if not any(_reaches(setting, name) for setting in settings)]
-        if lacking:
-            more = f" and {len(lacking) - 1} more tensors" if lacking[1:] else ""
-            yield (
-                path if index is None else (*path, index),
-                f"no filter of `{one.name}` lets `{lacking[0]}`{more} through; add an entry without a `filter`",
-            )
-
-
-def layers_wrong(path: TreePath, model: str, span: Sequence[int], layers: int | None) -> Found:
-    """A `layer_range` that the model has."""
-    first, end = span
-    if first < end and (first < 0 or end > (math.inf if layers is None else layers)):
-        told = "" if layers is None else f": it has {layers} layers, [0, {layers}]"
-        yield path, f"{model} has no layer_range [{first}, {end}]{told}"
-
-
 def in_all(entries: Sequence[Mapping[str, Any]], above: Iterable[Any], count: int) -> list[Settings]:
     """The settings of each of ``count`` models, the last of which may have no entry of its own."""
     whole = [mapping.get("parameters") for mapping in above if isinstance(mapping, dict)]
@@ -118,15 +90,6 @@ def _needed(
 
 def _settings(one: ParameterSpec, given: Settings) -> list[Any]:
     return [mapping[one.name] for mapping in given if mapping and one.name in mapping]
-
-
-def _reaches(setting: Any, name: str) -> bool:
-    """Whether a setting has a value for the tensor ``name``."""
-    entries = setting if isinstance(setting, list) else [setting]
-    return any(
-        not isinstance(entry, dict) or entry.get("filter") in (None, "*") or entry["filter"] in name
-        for entry in entries
-    )
 
 
 def tokenizers(recipe: Mapping[str, Any]) -> Iterator[tuple[TreePath, Any, bool]]:

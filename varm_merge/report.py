@@ -56,15 +56,19 @@ class WeightLog:
 
     def __init__(self, base_model: str | None, recipe: Mapping[str, Any]) -> None:
         self.base_model, self.recipe = base_model, recipe
-        self._records: dict[str, UnitRecord] = {}
+        self._records: dict[tuple[str, str], UnitRecord] = {}
         self._lock = threading.Lock()
 
     def add(self, record: UnitRecord) -> None:
         with self._lock:
-            self._records[record.tensors[0]] = record  # a task that an executor runs again adds nothing
+            self._records[record.unit, record.tensors[0]] = (
+                record  # a task that an executor runs again adds nothing
+            )
 
     def as_json(self) -> dict[str, Any]:
-        records = sorted(self._records.values(), key=lambda record: natural_order(record.tensors[0]))
+        records = sorted(
+            self._records.values(), key=lambda one: (natural_order(one.tensors[0]), natural_order(one.unit))
+        )
         targets = dict.fromkeys(str(target) for record in records for target in record.weights)
         return {
             "format": FORMAT,

@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
+from varm_merge.commands.flags import by_name_flag, merge_flags
 from varm_merge.commands.style import talks
 from varm_merge.tables import show
 from varm_merge.weights import Granularity
@@ -37,9 +38,9 @@ __all__ = ["inspect"]
     "--top", type=click.IntRange(min=0), default=5, show_default=True, help="Most and least moved tensors."
 )
 @click.option("--device", default="cpu", show_default=True, help="Where tensors are measured.")
-@click.option("--cache-dir", type=click.Path(file_okay=False), help="Of models from the Hub.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that the model repositories bring along.")
 @talks
+@by_name_flag
+@merge_flags
 def inspect(
     recipe: Path,
     granularities: tuple[str, ...],
@@ -48,8 +49,8 @@ def inspect(
     png: Path | None,
     top: int,
     device: str,
-    cache_dir: str | None,
-    trust_remote_code: bool,
+    by_name: bool,
+    options: Any,
     quiet: bool,
 ) -> None:
     """Show the weights that a `varm` recipe would give, without the merge.
@@ -65,19 +66,15 @@ def inspect(
       varm-merge inspect recipe.yaml --granularity module --png weights.png
       varm-merge inspect merged/ --html weights.html
     """
-    from mergekit.options import MergeOptions
-
     from varm_merge import inspection, inspection_page, picture
     from varm_merge.errors import VarmError
     from varm_merge.files import demand_place
 
     for path in filter(None, (html, png)):  # known before hours of measuring
         demand_place(path)
-    options = MergeOptions(
-        device=device, transformers_cache=cache_dir, trust_remote_code=trust_remote_code, quiet=quiet
-    )
+    options = options.model_copy(update={"device": device, "quiet": quiet})
     try:
-        found = inspection.inspect(recipe, options, granularities)
+        found = inspection.inspect(recipe, options, granularities, by_name=by_name)
         if png is not None:
             picture.draw(found, granularities[-1] if granularities else inspection.RECIPE, png)
         if html is not None:
@@ -89,3 +86,5 @@ def inspect(
         return
     for table in inspection.tables(found, top):
         show(*table)
+    for remark in found.get("remarks", ()):
+        click.secho(f"! {remark}", fg="yellow", err=True)

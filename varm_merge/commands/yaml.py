@@ -1,5 +1,7 @@
 """``varm-merge yaml``: mergekit-yaml where start-up files are forbidden."""
 
+from contextlib import nullcontext
+
 import click
 
 __all__ = ["yaml_command"]
@@ -17,12 +19,18 @@ __all__ = ["yaml_command"]
 def yaml_command(arguments: tuple[str, ...]) -> None:
     """Run mergekit-yaml with `varm` registered by import.
 
-    For environments where start-up files are forbidden. Takes what mergekit-yaml takes.
+    For environments where start-up files are forbidden. Takes what mergekit-yaml takes, and --by-name: the tensors
+    of the base model are then merged by their names, whatever mergekit knows of its architecture.
 
     \b
-    Example:
+    Examples:
       varm-merge yaml recipe.yaml out/ --cuda
+      varm-merge yaml --by-name recipe.yaml out/
     """
     from mergekit.scripts.run_yaml import main as mergekit_yaml  # importing varm_merge has set the hook
 
-    mergekit_yaml.main(list(arguments), prog_name="varm-merge yaml")
+    from varm_merge import planner
+
+    others = [argument for argument in arguments if argument != "--by-name"]
+    with planner.by_name() if len(others) < len(arguments) else nullcontext():
+        mergekit_yaml.main(others, prog_name="varm-merge yaml")

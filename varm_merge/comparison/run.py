@@ -16,12 +16,13 @@ import click
 import psutil
 from mergekit.common import ModelReference
 
+from varm_common.checkpoints import weight_files
 from varm_merge.comparison.distances import distances, moved_layers
 from varm_merge.comparison.entries import Entry, Family, short_names
 from varm_merge.comparison.evaluation import HeldOut, Scorers, Tasks, environment
 from varm_merge.comparison.steps import RECIPE, Contents, Steps, is_a_merge, model_files, remove
 from varm_merge.errors import VarmError
-from varm_merge.lineage import Place, weight_files
+from varm_merge.lineage import Place
 from varm_merge.measure import MEMORY, CommandError, machine, measured
 from varm_merge.report import recipe_fingerprint, versions
 from varm_merge.tables import size
@@ -155,7 +156,7 @@ class _Comparison:
             raise VarmError(f"{model} is an adapter on a model: merged, but not measured by itself")
         place = Place(reference.model.path, reference.model.revision, self.settings.cache_dir)
         folder = place.folder()
-        if folder is not None and (weight_files(folder) or any(folder.glob("*.bin"))):
+        if folder is not None and weight_files(folder).names:
             return folder
         if folder is not None and folder == Path(place.path):
             raise VarmError(f"the folder `{folder}` has no weights")

@@ -26,9 +26,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from varm_common.checkpoints import fingerprint, weight_files
 from varm_merge.errors import VarmError
 from varm_merge.evaluation.questions import Answer, Prompt
-from varm_merge.lineage import Place, weights_fingerprint
 
 __all__ = ["LocalModel", "Sampler"]
 
@@ -123,12 +123,14 @@ class LocalModel:
             path for path in self.folder.iterdir() if path.suffix in SMALL_FILES and "safetensors" not in path.name
         )
         sums = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
-        weights = weights_fingerprint(Place(str(self.folder)))
-        if not weights:
+        chosen = weight_files(self.folder)
+        if chosen.problems:
+            raise VarmError(f"the weights of `{self.name}`: {'; '.join(chosen.problems)}")
+        if not any(name.endswith(".safetensors") for name in chosen.names):
             raise VarmError(f"`{self.name}` has no weights in safetensors")
         template = self.tokenizer.chat_template
         return {
-            "weights": weights,
+            "weights": fingerprint(self.folder),
             "model's files": hashlib.sha256(json.dumps(sums).encode()).hexdigest(),
             "chat template": hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest(),
             "dtype": self.dtype,

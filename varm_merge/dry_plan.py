@@ -1,0 +1,377 @@
+"""mergekit's own plan of a merge, made and judged without reading a weight.
+
+The plan is mergekit's: its architectures, its planner, its tasks. Only the loaders are replaced: they know the
+headers of the weight files and give tensors without data (torch's ``meta`` device). So every task can gather its
+inputs, convert their names and check their shapes as in the real run; the method itself is not called. What the
+finished merge would lack is told by transformers, which loads the plan's outputs, again without data.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import MergeConfiguration
+from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge_methods import MergeMethod
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from mergekit.tokenizer import PermutedVocabulary
+from safetensors import safe_open
+
+from varm_common.checkpoints import DTYPES
+from varm_merge import planner
+from varm_merge.errors import VarmError
+from varm_merge.headers import Model, is_buffer
+from varm_merge.loading import Unloadable, loaded, numberless, patterns
+
+__all__ = ["DryPlan", "Finding", "dry_plan"]
+
+TORCH_DTYPES = {stored: getattr(torch, name) for name, stored in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence about a plan, and the model of the recipe that it is about, if it is about one."""
+
+    message: str
+    model: ModelReference | None = None
+
+
+@dataclass
+class DryPlan:
+    """What a merge would do.
+
+    Attributes:
+        problems: Why it would fail.
+        remarks: What one should know.
+        mixed: Whether the models are of several architectures, which mergekit refuses.
+        lost: Tensors that the base model has and loads, and that the merge would lack.
+        architecture: The class of the output model.
+        outputs: Shape and bytes of an element of every tensor that it would write.
+    """
+
+    problems: list[Finding] = field(default_factory=list)
+    remarks: list[Finding] = field(default_factory=list)
+    mixed: bool = False
+    lost: list[str] = field(default_factory=list)
+    architecture: str = ""
+    outputs: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
+
+
+def dry_plan(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    models: Mapping[ModelReference, Model],
+    *,
+    by_name: bool = False,
+) -> DryPlan:
+    """Plan the merge and judge every planned tensor.
+
+    Args:
+        config: The recipe, with one spelling for each model.
+        options: Of the run.
+        models: The header of each referenced model, the base's first; an adapter's entry is that of the model it
+            adapts.
+        by_name: Whether the base model's tensors are merged by their names.
+    """
+    found = DryPlan()
+    config = deepcopy(config)  # mergekit rewrites it as it plans
+    for model in models:
+        if model.lora is not None and not options.lora_merge_cache:
+            message = "is an adapter: give --lora-merge-cache FOLDER, where mergekit keeps the merged model"
+            found.problems.append(Finding(f"`{model}` {message}", model))
+    if found.problems:
+        return found
+    with ExitStack() as stack:
+        loaders = stack.enter_context(_headers_only(models))
+        if by_name:
+            stack.enter_context(planner.by_name())
+        try:
+            with _quiet_logs():
+                plan = planner.new_plan(config, options, dry=True)
+        except Exception as error:  # of whatever kind: it would end the run
+            found.mixed = "--allow-crimes" in str(error)
+            found.problems.extend(_explained(error, models))
+            return found
+        found.architecture = plan.architecture
+        outputs = _judge(plan, loaders, found)
+        if not found.problems:
+            _only_some(loaders, found)
+            found.lost = _lost(plan, outputs, loaders, options)
+    saved = dtype_from_name(config.out_dtype)
+    for name, tensor in outputs.items():
+        dtype = saved if saved is not None and tensor.is_floating_point() else tensor.dtype
+        found.outputs[name] = tuple(tensor.shape), dtype.itemsize
+    return found
+
+
+# Loading without data
+
+
+class _HeaderLoader:
+    """Stands in for mergekit's loader of one checkpoint.
+
+    Attributes:
+        used: Names of the tensors that were loaded.
+    """
+
+    def __init__(self, model: Model) -> None:
+        paths = dict.fromkeys(model.tensors, "")
+        self.index = ShardedTensorIndex(base_path="", is_safetensors=True, tensor_paths=paths, shards=[])
+        self.model = model
+        self.used: set[str] = set()
+
+    def get_tensor(self, key: str, **_options: Any) -> torch.Tensor:
+        self.used.add(key)
+        shape, stored = self.model.tensors[key]
+        dtype = TORCH_DTYPES.get(stored, torch.uint8)
+        file = self.model.files.get(key)
+        if not dtype.is_floating_point and file is not None and file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:  # a buffer: mergekit compares its values between the models
+                return opened.get_tensor(key)  # type: ignore[no-any-return]
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def flush(self) -> None:
+        """Nothing is open."""
+
+
+Loaders = Mapping[ModelReference, _HeaderLoader]
+
+
+@contextmanager
+def _headers_only(models: Mapping[ModelReference, Model]) -> Iterator[Loaders]:
+    loaders = {reference: _HeaderLoader(model) for reference, model in models.items()}
+
+    def lazy_loader(self: ModelReference, **_options: Any) -> _HeaderLoader:
+        if self.lora is not None:
+            raise RuntimeError(
+                f"mergekit has no definition of this architecture, and cannot take one from the adapter `{self}`: "
+                "merge the adapter into its model first"
+            )
+        return loaders[self]
+
+    with ExitStack() as stack:
+        stack.enter_context(planner.swapped(LoaderCache, "loaders", dict(loaders)))
+        stack.enter_context(planner.swapped(ModelReference, "lazy_loader", lazy_loader))
+        stack.enter_context(planner.swapped(MergeMethod, "_execute_resolved", _first_input))
+        stack.enter_context(planner.fast_conversion())
+        yield loaders
+
+
+# Judging
+
+
+def _judge(plan: planner.Plan, loaders: Loaders, found: DryPlan) -> dict[str, torch.Tensor]:
+    """Gather and check every planned tensor; the outputs, without data."""
+    outputs: dict[str, torch.Tensor] = {}
+    lacking: dict[ModelReference, list[str]] = {}
+    skipped: dict[ModelReference, list[str]] = {}
+    errors: dict[str, tuple[ModelReference | None, list[str]]] = {}
+
+    def fails(message: str, model: ModelReference | None = None) -> None:
+        errors.setdefault(numberless(message), (model, []))[1].append(message.replace("\n", " "))
+
+    for weight, task in plan.tensors:
+        source = task.gather_tensors
+        tensors: dict[ModelReference, torch.Tensor] = {}
+        for load in getattr(source, "gather_tensors", source).arguments().values():
+            try:
+                tensor = load.execute()
+            except Exception as error:  # of whatever kind: it would end the run
+                if "required but not present" in str(error):
+                    lacking.setdefault(load.model, []).append(weight.name)
+                else:
+                    fails(f"`{weight.name}` of {load.model}: {_first_line(error)}", load.model)
+                continue
+            if tensor is None:
+                skipped.setdefault(load.model, []).append(weight.name)
+            else:
+                tensors[load.model] = tensor
+        if any(weight.name in names[-1:] for names in lacking.values()):
+            continue
+        try:
+            if isinstance(source, PermutedVocabulary):
+                tensors = _permuted(source, plan.tokenizer, tensors)
+            elif source is not getattr(source, "gather_tensors", source):
+                tensors = source.execute(tensors)
+            if differs := _other_shapes(weight, task, tensors):
+                fails(*differs)
+                continue
+            output = ExecuteMergeMethodTask.execute(task, tensors)
+        except NotImplementedError:  # buffers of a model on the Hub, whose values are not known
+            output = next(iter(tensors.values()))
+        except Exception as error:  # of whatever kind: it would end the run
+            fails(_first_line(error))
+            continue
+        if output is not None:
+            outputs[weight.name] = output
+    for model, names in lacking.items():
+        message = f"`{model}` has no {patterns(names)}, which mergekit needs of a {plan.architecture}"
+        found.problems.append(Finding(message, model))
+    for model, messages in errors.values():
+        more = f" ({len(messages)} tensors like this one)" if messages[1:] else ""
+        found.problems.append(Finding(messages[0] + more, model))
+    for model, names in skipped.items():
+        merged = [name for name in names if name in outputs]
+        if merged:
+            message = f"`{model}` has no {patterns(merged)}: merged of the other models alone"
+            found.remarks.append(Finding(message, model))
+    return outputs
+
+
+def _first_input(
+    _method: MergeMethod, groups: Sequence[Any], _parameters: Any, **_options: Any
+) -> tuple[torch.Tensor, ...]:
+    """In place of the method: an output has the shape of its inputs."""
+    return tuple(group.entries[0].tensor for group in groups)
+
+
+def _other_shapes(
+    weight: Any, task: ExecuteMergeMethodTask, tensors: Mapping[ModelReference, torch.Tensor]
+) -> tuple[str, ModelReference] | None:
+    """Which model has a tensor of another shape than the base, or than the first."""
+    if not tensors:
+        return None
+    base = task.base_model if task.base_model in tensors else next(iter(tensors))
+    for model, tensor in tensors.items():
+        if tensor.shape != tensors[base].shape:
+            shapes = f"{[*tensor.shape]} in {model} and {[*tensors[base].shape]} in {base}"
+            message = f"`{weight.name}` has the shape {shapes}"
+            if weight.vocabulary_axis is not None and tensor.shape[1:] == tensors[base].shape[1:]:
+                message += ": `tokenizer: {source: base}` brings their tokens into one order"
+            return message, model
+    return None
+
+
+def _permuted(
+    source: PermutedVocabulary, tokenizer: Any, tensors: dict[ModelReference, torch.Tensor]
+) -> dict[ModelReference, torch.Tensor]:
+    """What ``PermutedVocabulary`` would make of the tensors; it is called for the tokens that can go wrong."""
+    vocabulary = tokenizer.tokenizer.get_vocab()
+    rows = {id_: {model: tokenizer.permutations[model][id_] for model in tensors} for id_ in vocabulary.values()}
+    highest = {max(rows, key=lambda id_: rows[id_][model]) for model in tensors} if rows else set()
+    named = dict(source.tokens.items()) if source.tokens else {}
+    chosen = {
+        token: id_
+        for token, id_ in vocabulary.items()
+        if token in named or id_ in highest or any(row < 0 for row in rows[id_].values())
+    }
+    order = {id_: number for number, id_ in enumerate(chosen.values())}
+    reduced = SimpleNamespace(
+        tokenizer=SimpleNamespace(get_vocab=lambda: {token: order[id_] for token, id_ in chosen.items()}),
+        permutations={
+            model: {order[id_]: tokenizer.permutations[model][id_] for id_ in chosen.values()} for model in tensors
+        },
+        original_vocabs=tokenizer.original_vocabs,
+    )
+    with _quiet_logs():
+        source.execute(reduced, tensors)
+    size, step = len(vocabulary), source.pad_to_multiple_of or 1
+    size += -size % step
+    made = {}
+    for model, tensor in tensors.items():
+        shape = list(tensor.shape)
+        shape[source.vocabulary_axis] = size
+        made[model] = torch.empty(shape, dtype=tensor.dtype, device="meta")
+    return made
+
+
+@contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """mergekit logs what it does not know of a model, and what it does with each token; the real run will."""
+    import logging
+
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _explained(error: Exception, models: Mapping[ModelReference, Model]) -> Iterator[Finding]:
+    """Why mergekit makes no plan."""
+    names = {model: (header.config.get("architectures") or [None]) for model, header in models.items()}
+    base, *others = models
+    if "--allow-crimes" in str(error):
+        for other in others:
+            if names[other] != names[base]:
+                yield Finding(
+                    f"{other} is a {names[other][0]}, {base} a {names[base][0]}: mergekit merges models of one "
+                    "architecture (--allow-crimes tries it all the same)",
+                    other,
+                )
+        return
+    depths = {model: header.layers for model, header in models.items()}
+    if "same number of layers" in str(error) and len({*depths.values()}) > 1:
+        for other in others:
+            if depths[other] != depths[base]:
+                message = f"{other} has {depths[other]} layers, {base} {depths[base]}: merge `slices` of them"
+                yield Finding(message, other)
+        return
+    unclear = [model for model, architectures in names.items() if len(architectures) != 1 or not architectures[0]]
+    for model in unclear:
+        told = f"{len(names[model])} `architectures`" if names[model][0] else "no `architectures`"
+        yield Finding(f"the config of `{model}` names {told}, and mergekit needs one: name the class there", model)
+    if not unclear:
+        message = _first_line(error)
+        if not isinstance(error, VarmError):
+            message = f"mergekit cannot plan this merge: {message}"
+        yield Finding(message, next((model for model in models if str(model) in message), None))
+
+
+# What would be missing
+
+
+def _only_some(loaders: Loaders, found: DryPlan) -> None:
+    """Remark on tensors that a model has, the base has not, and nothing reads."""
+    base = next(iter(loaders))
+    for model, loader in loaders.items():
+        known = loaders[base].model.tensors
+        extra = [
+            name
+            for name in loader.model.tensors
+            if name not in loader.used and name not in known and not is_buffer(name)
+        ]
+        if model != base and extra:
+            message = f"only `{model}` has {patterns(extra)}, not {base}: they are not in the merge"
+            found.remarks.append(Finding(message, model))
+
+
+def _lost(
+    plan: planner.Plan, outputs: Mapping[str, torch.Tensor], loaders: Loaders, options: MergeOptions
+) -> list[str]:
+    """Tensors that the pivot has and loads, and that the finished merge would lack."""
+    base, loader = next(iter(loaders.items()))
+    names = loader.model.tensors
+    if names.keys() <= outputs.keys():
+        return []
+    unread = [name for name in names if name not in loader.used and not is_buffer(name)]
+    try:
+        own_config = base.config(trust_remote_code=options.trust_remote_code)
+        code = base.model if options.trust_remote_code else None
+        before = loaded(own_config, {name: loader.get_tensor(name) for name in names}, code)
+        after = loaded(plan.out_config, outputs, code)
+    except Unloadable:  # names must do
+        written = {numberless(name) for name in outputs}
+        return [name for name in unread if numberless(name) not in written]
+    missing = {numberless(name) for name in after.missing} - {numberless(name) for name in before.missing}
+    if not missing:
+        return []
+    ignored = {numberless(name) for name in before.unexpected}
+    return [name for name in unread if numberless(name) not in ignored] or sorted(
+        name for name in after.missing if numberless(name) in missing
+    )
+
+
+def _first_line(error: Exception) -> str:
+    """An error's message on one line, without the configs that it quotes."""
+    text = " ".join(re.sub(r"\{.*\}", "", str(error), flags=re.DOTALL).split())[:500] or type(error).__name__
+    return f"{type(error).__name__}: {text}" if isinstance(error, KeyError | AssertionError | TypeError) else text

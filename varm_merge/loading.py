@@ -1,0 +1,95 @@
+"""What transformers would make of tensors without data: which it misses, and which it does not expect."""
+
+import re
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["Loaded", "Unloadable", "loaded", "numberless", "patterns"]
+
+SHOWN = 6
+"""Patterns of names that a message lists."""
+
+
+class Unloadable(Exception):  # noqa: N818  no error: a class of its own may do without transformers
+    """The model's class is not known, or does not say what it loads."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What ``from_pretrained`` says.
+
+    Attributes:
+        missing: Names of the model's tensors that would be random; tied ones are not among them.
+        unexpected: Names that nothing in the model has.
+    """
+
+    missing: frozenset[str]
+    unexpected: frozenset[str]
+
+
+def loaded(config: Any, tensors: Mapping[str, torch.Tensor], code: Any = None) -> Loaded:
+    """Let transformers load a model from tensors without data.
+
+    Args:
+        config: The model's.
+        tensors: By their names in the weight files; on torch's ``meta`` device, or moved there.
+        code: mergekit's ``ModelPath`` of a model whose own code may be run; None for none.
+
+    Raises:
+        Unloadable: It cannot tell.
+    """
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        _, info = _model_class(config, code).from_pretrained(
+            None,
+            config=deepcopy(config),
+            state_dict={name: tensor.to("meta") for name, tensor in tensors.items()},
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # of whatever kind: a class may raise anything
+        raise Unloadable(str(error)) from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    return Loaded(frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]))
+
+
+def _model_class(config: Any, code: Any) -> Any:
+    import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    name = config.architectures[0]
+    classes = [one for one in (getattr(config, "auto_map", None) or {}).values() if isinstance(one, str)]
+    own = next((one for one in classes if one.endswith(f".{name}")), None)
+    if own is not None and code is not None:
+        return get_class_from_dynamic_module(own, code.path, revision=code.revision)
+    return getattr(transformers, name)
+
+
+def numberless(name: str) -> str:
+    """A tensor's name with its numbers replaced: ``model.layers.*.mlp.experts.*.up_proj.weight``."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def patterns(names: Sequence[str]) -> str:
+    """Names, shortened by pattern, and how many tensors they are."""
+    counts: dict[str, list[str]] = {}
+    for name in names:
+        counts.setdefault(numberless(name), []).append(name)
+    shown = ", ".join(
+        f"`{members[0]}`" if not members[1:] else f"`{pattern}` ({len(members)})"
+        for pattern, members in list(counts.items())[:SHOWN]
+    )
+    more = f" and {len(counts) - SHOWN} more kinds" if len(counts) > SHOWN else ""
+    return f"{shown}{more}" if len(names) == 1 else f"{shown}{more}: {len(names)} tensors"
