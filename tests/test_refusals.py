@@ -122,6 +122,17 @@ def test_a_tensor_that_one_target_lacks_is_remarked_on(family: Callable[..., Fam
     assert f"`{target}` has no `{name}`: merged of the other models alone" in check.output
 
 
+def test_a_head_that_the_merge_ties_is_remarked_on(family: Callable[..., Family], tmp_path: Path) -> None:
+    models = family("llama")
+    pivot = shutil.copytree(models.pivot, tmp_path / "pivot")
+    tiny_models.edit(pivot, lambda tensors: tensors.pop("lm_head.weight"))
+    config = json.loads((pivot / "config.json").read_text())
+    (pivot / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    check, _ = both(runs.recipe(Family(pivot, models.targets), granularity="layer"), tmp_path / "out")
+    for target in models.targets:
+        assert f"`{target}` has a head of its own, `lm_head.weight`" in check.output
+
+
 def test_by_names_means_whole_models_of_one_layout(mistral: Family, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     content = yaml.safe_load(runs.recipe(mistral))
@@ -369,6 +380,16 @@ def test_adapters_are_checked_inspected_and_merged(family: Callable[..., Family]
     assert inspected.exit_code == 0, inspected.output
     check, _ = both(recipe, out, "--lora-merge-cache", str(tmp_path / "cache"))
     assert check.exit_code == 0
+    kept = sorted((tmp_path / "cache").iterdir())
+    again, _ = both(recipe, tmp_path / "again", "--lora-merge-cache", str(tmp_path / "cache"))
+    assert again.exit_code == 0
+    for path in kept[0].glob("*.safetensors"):  # of a run that was killed
+        path.unlink()
+    half, _ = both(recipe, tmp_path / "half", "--lora-merge-cache", str(tmp_path / "cache"))
+    assert f"`{kept[0]}` has no weights" in half.output
+    assert "remove that folder" in half.output
+    (adapters[0] / "adapter_model.safetensors").rename(tmp_path / "elsewhere")
+    refused(recipe, tmp_path / "half", f"the adapter `{adapters[0]}` has no adapter_model.safetensors")
     log = runs.read(out).log
     own = {unit["unit"]: unit["targets"] for unit in json.loads(inspected.stdout)["units"]["recipe"]}
     assert {unit["unit"]: unit["targets"] for unit in log["units"]} == own

@@ -104,6 +104,7 @@ def dry_plan(
         outputs = _judge(plan, loaders, found)
         if not found.problems:
             _only_some(loaders, found)
+            _untied(plan, loaders, options, found)
             found.lost = _lost(plan, outputs, loaders, options)
     saved = dtype_from_name(config.out_dtype)
     for name, tensor in outputs.items():
@@ -343,6 +344,26 @@ def _only_some(loaders: Loaders, found: DryPlan) -> None:
         if model != base and extra:
             message = f"only `{model}` has {patterns(extra)}, not {base}: they are not in the merge"
             found.remarks.append(Finding(message, model))
+
+
+def _untied(plan: planner.Plan, loaders: Loaders, options: MergeOptions, found: DryPlan) -> None:
+    """Remark on models with a head of their own where the merge, as the base, ties it to the embeddings."""
+    if not _ties(plan.out_config):
+        return
+    for model, loader in loaders.items():
+        heads = [name for name in loader.model.tensors if name.endswith(HEADS)]
+        if heads and not _ties(model.config(trust_remote_code=options.trust_remote_code)):
+            message = (
+                f"`{model}` has a head of its own, {patterns(heads)}, and the merge ties it to the embeddings"
+            )
+            found.remarks.append(Finding(f"{message} as the base does: that head is lost", model))
+
+
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+
+
+def _ties(config: Any) -> bool:
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
 def _lost(

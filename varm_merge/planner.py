@@ -61,6 +61,7 @@ __all__ = [
     "attach",
     "by_name",
     "fast_conversion",
+    "merged_adapter",
     "new_plan",
     "planned_tensors",
     "swapped",
@@ -175,6 +176,9 @@ class MergeTensor(_ByIdentity, ExecuteMergeMethodTask, arbitrary_types_allowed=T
         bound = self.model_copy(update={"parameters": parameters})
         with _dtype_blamed(self):
             result: torch.Tensor | None = ExecuteMergeMethodTask.execute(bound, tensors)
+            alone = [model for model, tensor in tensors.items() if tensor is not None]
+            if len(alone) == 1 and result is not None and not bool(torch.isfinite(result).all()):
+                raise NonFiniteError(f"Inf or NaN in tensor `{self.output_weight.name}` of {alone[0]}.", alone[0])
         if result is not None and self.saved_dtype is not None and result.is_floating_point():
             dtype = dtype_from_name(self.saved_dtype)
             if torch.finfo(dtype).max < torch.finfo(result.dtype).max:
@@ -542,6 +546,11 @@ def planned_tensors(config: MergeConfiguration, options: MergeOptions) -> list[P
         )
         for weight, task in sorted(plan.tensors, key=lambda one: natural_order(one[0].name))
     ]
+
+
+def merged_adapter(reference: ModelReference, cache: str) -> Path:
+    """Where mergekit keeps the model that it makes of an adapter; it uses a folder that is there as it is."""
+    return Path(cache) / f"{reference.model._unique_id()}_{reference.lora._unique_id()}"
 
 
 @contextmanager

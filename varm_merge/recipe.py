@@ -517,6 +517,8 @@ class _Checker:
 
     def _headers(self) -> None:
         """Read the headers of all models, the base's first."""
+        from varm_merge.planner import merged_adapter
+
         content = {key: value for key, value in self.document.items() if key != "name"}
         config = one_spelling(MergeConfiguration.model_validate(content))
         references = [family.base for family in self.families] + config.referenced_models()
@@ -524,11 +526,14 @@ class _Checker:
             if reference.model.path in self.names:
                 continue
             where = self._place_of(reference)
+            place = Place(reference.model.path, reference.model.revision, self.cache_dir)
+            if reference.lora is not None and self.options.lora_merge_cache:
+                made = merged_adapter(reference, self.options.lora_merge_cache)
+                place = Place(str(made)) if made.is_dir() else place
             try:
-                place = Place(reference.model.path, reference.model.revision, self.cache_dir)
                 model = headers.read_model(place, self.hub)
             except ValueError as error:
-                self.add(where, str(error))
+                self.add(where, f"{error}{'' if place.path == reference.model.path else '; remove that folder'}")
                 continue
             self.looked.models[reference] = model
             self.looked.lines[reference] = self.lines.get(where, 1)
@@ -666,6 +671,14 @@ class _Checker:
                         message = None if found else f"no checkpoint file `{part.path}`{near(part.path)}"
                     else:
                         message = self.hub.why_missing(part.path, part.revision, wanted, self.cache_dir)
+                        folder = Path(part.path)
+                        if message is None and part is reference.lora and folder.is_dir():
+                            found = any(
+                                (folder / f"adapter_model.{end}").is_file() for end in ("safetensors", "bin")
+                            )
+                            message = (
+                                None if found else f"the adapter `{part.path}` has no adapter_model.safetensors"
+                            )
                     if message:
                         self.add((*path, key), message)
         self._tokenizers()

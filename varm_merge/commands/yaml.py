@@ -15,8 +15,9 @@ __all__ = ["yaml_command"]
         "help_option_names": [],
     },
 )
+@click.option("--by-name", is_flag=True, help="Merge the tensors of the base model by their names.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def yaml_command(arguments: tuple[str, ...]) -> None:
+def yaml_command(by_name: bool, arguments: tuple[str, ...]) -> None:
     """Run mergekit-yaml with `varm` registered by import.
 
     For environments where start-up files are forbidden. Takes what mergekit-yaml takes, and --by-name: the tensors
@@ -31,6 +32,6 @@ def yaml_command(arguments: tuple[str, ...]) -> None:
 
     from varm_merge import planner
 
-    others = [argument for argument in arguments if argument != "--by-name"]
-    with planner.by_name() if len(others) < len(arguments) else nullcontext():
+    others = [argument for argument in arguments if argument != "--by-name"]  # it may stand behind the recipe, too
+    with planner.by_name() if by_name or len(others) < len(arguments) else nullcontext():
         mergekit_yaml.main(others, prog_name="varm-merge yaml")
