@@ -257,6 +257,13 @@ def test_the_picture_has_a_cell_for_each_unit(family: Callable[..., Family], tmp
     assert "weights.png` cannot be written" in done.output
 
 
+def test_the_picture_has_expert_2_above_expert_10() -> None:
+    names = [f"model.layers.0.mlp.experts.{expert}.up_proj.weight" for expert in (10, 2)]
+    units = [{"unit": name, "targets": {"target": {"weight": 0.5}}} for name in names]
+    rows, _, _ = picture.grid(units, "target")
+    assert rows == ["mlp.experts.2.up_proj", "mlp.experts.10.up_proj"]
+
+
 def test_what_cannot_be_inspected_is_told_in_a_sentence(mistral: Family, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     for text, flags, told in (

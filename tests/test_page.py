@@ -275,6 +275,21 @@ def test_tables_sort_by_mouse_and_keyboard(found: Found, written: Callable[[Foun
     assert page.locator("#tensors tbody tr:visible").count() == min(20, len(moves))
 
 
+def test_each_matrix_of_each_expert_has_a_row(
+    family: Callable[..., Family], written: Callable[[Found], Path], visit: Visit, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(runs.recipe(family("mixtral")))
+    page = visit(written(inspect(recipe, QUIET)))
+    heads = page.locator("#maps figure").first.locator("tbody th")
+    assert [row for row in heads.all_inner_texts() if "experts" in row] == [
+        f"mlp.experts.{expert}.{matrix}_proj" for expert in range(3) for matrix in ("down", "gate", "up")
+    ]
+    page.select_option("#granularity", "parameter")
+    packed = [row for row in heads.all_inner_texts() if "experts" in row]
+    assert packed == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+
+
 def test_arrow_keys_walk_through_a_map_and_tab_leaves_it(
     found: Found, written: Callable[[Found], Path], visit: Visit
 ) -> None:

@@ -8,7 +8,7 @@ transformers packs the experts of a layer into few tensors, whatever the checkpo
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -31,10 +31,19 @@ class Layout:
     Attributes:
         last: Along the last axis ([E, H, 2·I]), not the middle one.
         interleaved: Every other row, not one half after the other.
+        hidden_size: Of the model, if known. Where one of the two axes has it, the halves lie along the other:
+            Qwen3-VL-MoE is ``last`` on the Hub, and not as transformers 5 saves it.
     """
 
     last: bool = False
     interleaved: bool = False
+    hidden_size: int | None = None
+
+    def axis(self, shape: Sequence[int]) -> int:
+        """Of one expert's matrix, along which its halves lie; ``shape`` is that of the matrix."""
+        if (shape[0] == self.hidden_size) != (shape[1] == self.hidden_size):
+            return int(shape[0] == self.hidden_size)
+        return int(self.last)
 
 
 PLAIN = Layout()
@@ -55,9 +64,9 @@ _LAYOUTS = {
 }
 
 
-def layout_of(model_type: str | None) -> Layout:
-    """The layout of an architecture, by the ``model_type`` of its config."""
-    return _LAYOUTS.get(model_type or "", PLAIN)
+def layout_of(model_type: str | None, hidden_size: int | None = None) -> Layout:
+    """The layout of an architecture, by the ``model_type`` and ``hidden_size`` of its config."""
+    return replace(_LAYOUTS.get(model_type or "", PLAIN), hidden_size=hidden_size)
 
 
 def matrices(name: str | None, shape: Sequence[int], layout: Layout) -> list[tuple[str, Cut]]:
@@ -82,7 +91,7 @@ def _matrices(
 ) -> Iterator[tuple[str, Cut]]:
     place = found["place"] or f"{found['linear']}.experts"
     what = found["what"] or {"input_linear": "gate_up_proj", "output_linear": "down_proj"}[found["side"]]
-    axis = 0 if is_bias or not layout.last else 1  # of one expert's matrix
+    axis = 0 if is_bias else layout.axis(shape[1:])
     fused = what == "gate_up_proj" and shape[1 + axis] % 2 == 0
     for expert in range(shape[0]):
         for half, projection in enumerate(_HALVES if fused else (what,)):

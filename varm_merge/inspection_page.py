@@ -23,7 +23,7 @@ MEANINGS = {
     "model": "all tensors at once",
     "layer": "a block at a time",
     "module": "attention, MLP and each norm of a block",
-    "matrix": "a tensor at a time",
+    "matrix": "a tensor, or a matrix of an expert, at a time",
     "parameter": "an element at a time",
 }
 """What a unit of each granularity is."""

@@ -32,7 +32,7 @@ def grid(units: Sequence[Mapping[str, Any]], target: str) -> Grid:
             cells[row.removesuffix(".weight"), column] = float(weight["weight"])
     columns = sorted({column for _, column in cells} - {OUTSIDE}, key=natural_order)
     columns += [OUTSIDE] if any(column == OUTSIDE for _, column in cells) else []
-    rows = sorted({row for row, _ in cells}, key=lambda row: ((row, OUTSIDE) in cells, row))
+    rows = sorted({row for row, _ in cells}, key=lambda row: ((row, OUTSIDE) in cells, natural_order(row)))
     return rows, columns, cells
 
 

@@ -265,7 +265,7 @@ def _attach_to_planning(plan: ModuleType) -> None:
         pivot = self.config.base_model
         self._varm_log = WeightLog(None if pivot is None else str(pivot), content)
         device = None if self.options.multi_gpu else self.options.device
-        layout = layout_of(getattr(self.out_model_config, "model_type", None))
+        layout = _layout(self.out_model_config)
         tasks = [task for _, task in self._tensors]
         merges = _with_units(tasks, _planned_blocks(self), device, self._varm_log, layout)
         self._tensors = [
@@ -535,7 +535,7 @@ def planned_tensors(config: MergeConfiguration, options: MergeOptions) -> list[P
     """
     plan = new_plan(config, options)
     device = torch.device(options.device or "cpu")
-    layout = layout_of(getattr(plan.out_config, "model_type", None))
+    layout = _layout(plan.out_config)
     return [
         PlannedTensor(
             weight.name,
@@ -641,9 +641,7 @@ def fast_conversion() -> Iterator[None]:
         model_type, sources = known
         device = self.device or "cpu"
         for target in (self.tensor, *(self.aliases or ())):
-            tensors = {
-                name: functools.partial(loader.get_tensor, name, device=device) for name in sources.get(target, ())
-            }
+            tensors = {name: functools.partial(_read, loader, name, device) for name in sources.get(target, ())}
             tensor = conversion.convert_checkpoint_tensors(model_type, tensors, target) if tensors else None
             if tensor is not None:
                 converted: torch.Tensor = tensor.to(device)
@@ -652,6 +650,18 @@ def fast_conversion() -> Iterator[None]:
 
     with swapped(LoadTensor, "_load_converted_tensor", load_converted):
         yield
+
+
+def _read(loader: Any, name: str, device: str) -> torch.Tensor:
+    """A tensor of a checkpoint. mergekit's loader goes over all names of a shard for each tensor that it reads."""
+    file = loader.index.tensor_paths[name]
+    opened, shard = vars(loader).get("_varm_shard", (None, None))
+    if opened != file or shard is None:
+        tensor: torch.Tensor = loader.get_tensor(name, device=device)
+        loader._varm_shard = file, getattr(loader, "current_shard", None)
+        return tensor
+    read: torch.Tensor = shard.get_tensor(name).to(device)
+    return read
 
 
 def _conversion_sources(model_type: str | None, names: Iterable[str]) -> dict[str, set[str]]:
@@ -753,6 +763,12 @@ def _with_units(
                 **fields, unit=unit, granularity=granularity, measure=measure, log=log, layout=layout
             )
     return [merges[task.output_weight.name] for task in planned]
+
+
+def _layout(config: Any) -> Layout:
+    """How the output model's tensors pack their experts."""
+    text = config.get_text_config()
+    return layout_of(getattr(text, "model_type", None), getattr(text, "hidden_size", None))
 
 
 def _planned_blocks(planner: Any) -> dict[str, str | None]:
