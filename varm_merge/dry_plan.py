@@ -375,6 +375,8 @@ def _lost(
     if names.keys() <= outputs.keys():
         return []
     unread = [name for name in names if name not in loader.used and not is_buffer(name)]
+    if not unread:  # whatever the base model has is in an output, perhaps packed
+        return []
     try:
         own_config = base.config(trust_remote_code=options.trust_remote_code)
         code = base.model if options.trust_remote_code else None
