@@ -26,7 +26,6 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from fusion_trainer.alignment.corpus import words
 from fusion_trainer.alignment.positions import CONTAINED, boundary_pairs, warping_path
 from fusion_trainer.alignment.vocabulary import min_edit_distance
 from fusion_trainer.tokens import TextTokenizer
@@ -57,7 +56,8 @@ def main(rounds: int, vocabulary: int, naive: bool, save: bool) -> None:
 def report(rounds: int, vocabulary: int, naive: bool) -> str:
     pivot, source, text = one_pair()
     of_pivot, of_source = pivot.encode([text])[0], source.encode([text])[0]
-    theirs, ours = words(of_pivot, pivot), words(of_source, source)
+    theirs = [pivot.words[token] for token in of_pivot.ids.tolist()]
+    ours = [source.words[token] for token in of_source.ids.tolist()]
     times: dict[str, list[float]] = {"tokenise both, byte ends": [], "boundary": [], "dtw": []}
     for _ in range(rounds + 1):
         timed(times["tokenise both, byte ends"], lambda: (pivot.encode([text]), source.encode([text])))

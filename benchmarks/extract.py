@@ -46,6 +46,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from fusion_trainer.config import ExtractConfig
 from fusion_trainer.prepare import prepare
+from fusion_trainer.readers import DIALOGUES, Reader
 from fusion_trainer.representations import asking
 from fusion_trainer.representations.asking import AskedModel
 from fusion_trainer.representations.extract import _Extraction, _identity, shard_starts
@@ -165,9 +166,10 @@ def loaded(work: Path, layout: str, tokens: int, batch_tokens: int) -> _Extracti
     dialogues = prepare(config, work, quiet=True)
     tokenizer = load_tokenizer(folder, layout)
     assert len(tokenizer.vocabulary) == LAYOUTS[layout][1]
-    identity = _identity(config, dialogues, tokenizer, folder, None)
+    reader = Reader(tokenizer, DIALOGUES)
+    identity = _identity(config, dialogues, reader, folder, None)
     writer = StoreWriter(config.output, identity, shard_starts(dialogues.lengths, config.shard_tokens))
-    return _Extraction(config, dialogues, tokenizer, folder, device, writer)
+    return _Extraction(config, dialogues, reader, folder, device, writer)
 
 
 # Time
@@ -253,9 +255,9 @@ def profile(extraction: _Extraction, output: Path) -> tuple[float, dict[str, flo
     spent: dict[str, float] = {}
 
     def clocked(part: str, function: Callable[..., Any], waits: bool) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
             start = time.perf_counter()
-            result = function(*arguments)
+            result = function(*arguments, **named)
             if waits:
                 synchronise()
             spent[part] = spent.get(part, 0.0) + time.perf_counter() - start

@@ -156,7 +156,8 @@ def random_row(rng: Any, tokens: TokenFile, block: int, vocabulary: int, aligned
     entropy = -float(gold_logprob.sum(dtype=np.float64))
     gold_bytes = row.gold_bytes.clip(1).astype(np.uint16)
     means = entropy / max(1, size), entropy / max(1, row.bytes)
-    return store.Aligned(*columns, np.ones(size, np.uint8), gold_bytes, *means)
+    of_pivot = (mean * rng.uniform(0.9, 1.1) for mean in means)
+    return store.Aligned(*columns, np.ones(size, np.uint8), gold_bytes, *means, *of_pivot)
 
 
 # A leg

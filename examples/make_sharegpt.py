@@ -10,9 +10,9 @@ invented world, plans and tables, writing systems. Answers have from one word to
 third of the conversations a system turn, and a few end with a question that nobody answered.
 
 The models differ as real ones do: the pivot has Mistral's layout, a SentencePiece-like tokenizer with byte
-fallback and OpenChat's template; `source` has Qwen2's layout, byte-level BPE and more rows than tokens; `unigram`
-Llama's layout and a Unigram tokenizer; `small` GPT-NeoX's and a small vocabulary. All tokenizers are trained on
-the file. Nothing is downloaded.
+fallback and OpenChat's template; `source` has Qwen2's layout, byte-level BPE, more rows than tokens and ChatML;
+`unigram` Llama's layout, a Unigram tokenizer and Vicuna's template; `small` GPT-NeoX's layout, a small vocabulary
+and OpenChat's template, as the pivot. All tokenizers are trained on the file. Nothing is downloaded.
 """
 
 import calendar
@@ -29,7 +29,7 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("pivot", "source", "unigram", "small")
 CHATS = Path("demo_out", "sharegpt", "chats.jsonl")
-OPENCHAT = ROOT / "fusion_trainer" / "templates" / "openchat.jinja"
+TEMPLATES = ROOT / "fusion_trainer" / "templates"
 
 Exchange = tuple[str, str]
 """What the user says, and the answer."""
@@ -283,11 +283,12 @@ def texts(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def byte_level_bpe(lines: Iterable[str], size: int) -> Any:
-    """A tokenizer as Qwen2's: byte-level BPE, a token for each digit, no BOS, ChatML's marks."""
+    """A tokenizer as Qwen2's: byte-level BPE, a token for each digit, no BOS, ChatML's marks and template."""
     from transformers import Qwen2Tokenizer
 
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(lines, size, show_progress=False)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (TEMPLATES / "chatml.jinja").read_text("utf-8")
     return tokenizer
 
 
@@ -304,6 +305,9 @@ def sentencepiece_bpe(lines: Iterable[str], size: int) -> Any:
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = BpeTrainer(vocab_size=size, special_tokens=special, limit_alphabet=160, show_progress=False)
     tokenizer.train_from_iterator((line.replace("\n", " ") for line in lines), trainer)
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]  # bytes are text; the trainer takes them for special tokens
+    tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.pre_tokenizer = None
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -317,12 +321,12 @@ def sentencepiece_bpe(lines: Iterable[str], size: int) -> Any:
         pad_token="</s>",
         extra_special_tokens=["<|end_of_turn|>"],
     )
-    fast.chat_template = OPENCHAT.read_text("utf-8")
+    fast.chat_template = (TEMPLATES / "openchat.jinja").read_text("utf-8")
     return fast
 
 
 def unigram(lines: Iterable[str], size: int) -> Any:
-    """A tokenizer of the Unigram kind, with byte fallback and BOS."""
+    """A tokenizer of the Unigram kind, with byte fallback, BOS and Vicuna's template."""
     from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
     from tokenizers.models import Unigram
     from tokenizers.trainers import UnigramTrainer
@@ -345,9 +349,11 @@ def unigram(lines: Iterable[str], size: int) -> Any:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
+    fast.chat_template = (TEMPLATES / "vicuna.jinja").read_text("utf-8")
+    return fast
 
 
 def write_models(folder: Path, lines: list[str], seed: int) -> None:

@@ -22,13 +22,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from fusion_trainer.alignment.pairing import read_blocks, sizes
 from fusion_trainer.dialogues import Dialogues
 from fusion_trainer.errors import FusionError
 from fusion_trainer.files import fingerprint, remove_abandoned, sha256_of, whole_file, written_to
 from fusion_trainer.fusion import Fused, Rule, cross_entropies, fuse
+from fusion_trainer.readers import DIALOGUES, Reader
 from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.talking import is_quiet
-from fusion_trainer.tokens import TextTokenizer, supervised_positions
+from fusion_trainer.tokens import TextTokenizer
 
 __all__ = ["Collator", "Example", "FusionData", "TokenFile", "pack", "write_tokens"]
 
@@ -40,6 +42,8 @@ TOKENS = pa.schema(
         pa.field("bytes", pa.int32(), nullable=False),  # supervised bytes of the text
     ]
 )
+RULES = 2
+"""Raised with every change of what a row of the token file holds."""
 BLOCKS_AT_ONCE = 256
 DIGITS = 12
 """Of a hash in a file's name."""
@@ -64,11 +68,13 @@ def write_tokens(dialogues: Dialogues, tokenizer: TextTokenizer) -> Path:
     Raises:
         FusionError: The dialogues' folder cannot be written.
     """
-    head = f"tokens-{fingerprint([tokenizer.sha256, dialogues.fingerprint])[:DIGITS]}"
+    head = f"tokens-{fingerprint([tokenizer.sha256, dialogues.fingerprint, RULES])[:DIGITS]}"
     for known in sorted(dialogues.folder.glob(f"{head}-*.arrow")):
         if known.stem.removeprefix(f"{head}-") == sha256_of(known)[:DIGITS]:
             return known
     path = dialogues.folder / f"{head}.arrow"
+    own = dialogues.manifest["request"].get("tokenizer", tokenizer.sha256) == tokenizer.sha256
+    reader = Reader(tokenizer, DIALOGUES)
     starts = range(0, len(dialogues), BLOCKS_AT_ONCE)
     with written_to(dialogues.folder):
         remove_abandoned(dialogues.folder, path.name)
@@ -76,10 +82,9 @@ def write_tokens(dialogues: Dialogues, tokenizer: TextTokenizer) -> Path:
         for start in tqdm(starts, desc="tokenise", unit="batch", disable=len(starts) < 2 or is_quiet()):
             blocks = [dialogues[n] for n in range(start, min(start + BLOCKS_AT_ONCE, len(dialogues)))]
             rows: list[tuple[Any, ...]] = []
-            for block, tokens in zip(blocks, tokenizer.encode([block.text for block in blocks]), strict=True):
-                positions = supervised_positions(tokens, block.spans)
-                size = sum(stop - first for first, stop in block.spans)
-                rows.append((tokens.ids, positions, np.diff(tokens.ends)[positions], size))
+            for read in read_blocks(reader, blocks if own else [block.without_bos() for block in blocks]):
+                size = sum(stop - first for first, stop in read.spans)
+                rows.append((read.tokens.ids, read.positions, sizes(read)[read.positions + 1], size))
             columns = zip(zip(*rows, strict=True), TOKENS, strict=True)
             arrays = [pa.array(list(column), field.type) for column, field in columns]
             writer.write_batch(pa.record_batch(arrays, schema=TOKENS))

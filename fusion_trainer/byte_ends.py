@@ -3,14 +3,18 @@
 A tokenizer's own offsets do not tell it: they count characters, claim a whole character for each of its pieces,
 leave out white space or a combining mark. Here the tokens' bytes are laid along the text instead, piece by
 piece between the added tokens. Where a tokenizer rewrites the text first (NFC, NFKC), they are laid along what
-it makes of each cluster of characters; a byte of the rewriting has read the whole of the shortest part that can
-be rewritten alone.
+it makes of the shortest parts of the text that can be rewritten alone.
+
+Within a rewritten part no token has read up to any byte of the text; the token that finishes the part has read all
+of it. A token that ends inside the part is therefore given the end of the next token that ends between two parts:
+of tokens with one end only the last has read up to there.
 """
 
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +23,8 @@ __all__ = ["Mark", "Rewriting", "lay_along"]
 
 NEAR = 64
 """Characters on either side of a place that decide whether a cluster (a long run of blanks) is cut there."""
-HANGUL_TAILS = range(0x1160, 0x1200)
-"""Vowels and finals, which composition joins to the syllable before them."""
+UNREAD = -1
+"""The end of a token that ends inside a rewritten part, until the end of the next one that does not is known."""
 
 
 @dataclass(frozen=True)
@@ -30,43 +34,77 @@ class Rewriting:
     Attributes:
         byte_level: Its tokens are bytes of the text; otherwise ``▁`` stands for a space.
         normalise: What more it does; None if nothing.
+        lacking: The bytes it has no token for, and passes over. Its own offsets do not count them.
     """
 
     byte_level: bool
     normalise: Callable[[str], str] | None
+    lacking: bytes = b""
 
     def plain(self, text: str) -> bytes:
         """The bytes of a text that needs no normalising."""
-        return (text if self.byte_level else text.replace("▁", " ")).encode()
+        return (text if self.byte_level else text.replace("▁", " ")).encode().translate(None, self.lacking)
 
     def read(self, text: str) -> bytes:
-        """The bytes that the tokens of ``text`` stand for, but for a space put before it."""
+        """The bytes that the tokens of ``text`` stand for, but for what is put before it."""
         return self.plain(self.normalise(text) if self.normalise else text)
 
-    def parts(self, text: str) -> Iterator[tuple[bytes, bytes]]:
-        """The smallest parts that are rewritten alone, as they are and as they are read."""
-        apart = cache(self._apart)
-        for cluster in _clusters(text) if self.normalise else text:
-            places = range(1, len(cluster))
-            cuts = [c for c in places if apart(cluster[max(0, c - NEAR) : c], cluster[c : c + NEAR])]
-            for start, stop in zip([0, *cuts], [*cuts, len(cluster)], strict=True):
-                yield cluster[start:stop].encode(), self.read(cluster[start:stop])
+    def parts(self, text: str) -> Iterator[list[str]]:
+        """The smallest parts that are rewritten alone: first as neighbours tell it, which is fast, then as
+        ``NEAR`` characters on either side of every place do."""
+        if not self.normalise:
+            yield list(text)
+            return
+        yield [part for cluster in self._clusters(text) for part in self._cut(cluster)]
+        yield self._cut(text)
 
-    def _apart(self, before: str, after: str) -> bool:
-        return self.read(before) + self.read(after) == self.read(before + after)
+    def finished(self, text: str, ends: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Ends that are known to the character alone, without those that lie inside a rewritten part."""
+        if not self.normalise:
+            return ends
+        starts = [0, *accumulate(len(char.encode()) for char in text)]
+        place_of = {start: place for place, start in enumerate(starts)}
+        inside = [end in place_of and not self._parts_at(text, place_of[end]) for end in ends.tolist()]
+        known = np.where(inside, UNREAD, ends).astype(np.int32)
+        known[-1] = starts[-1] if inside[-1] else ends[-1]
+        return _after_the_part(known)
+
+    def _clusters(self, text: str) -> Iterator[str]:
+        """Characters with those that may not be rewritten apart from their left neighbour."""
+        start = 0
+        for place in range(1, len(text)):
+            before, char = text[place - 1], text[place]
+            if not _joins(before, char) and _apart(self, before, char):
+                yield text[start:place]
+                start = place
+        if text:
+            yield text[start:]
+
+    def _cut(self, text: str) -> list[str]:
+        cuts = [place for place in range(1, len(text)) if self._parts_at(text, place)]
+        return [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+    def _parts_at(self, text: str, place: int) -> bool:
+        return _apart(self, text[max(0, place - NEAR) : place], text[place : place + NEAR])
+
+
+@lru_cache(maxsize=1 << 15)
+def _apart(rewriting: Rewriting, before: str, after: str) -> bool:
+    return rewriting.read(before) + rewriting.read(after) == rewriting.read(before + after)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """An added token: whether it takes the white space before it and after it."""
+    """An added token: its name, and whether it takes the white space before it and after it."""
 
+    name: str
     lstrip: bool
     rstrip: bool
 
-    def find(self, text: str, at: int, name: str) -> tuple[int, int]:
+    def find(self, text: str, at: int) -> tuple[int, int]:
         """Where in ``text``, from ``at`` on, it begins and ends, white space included; −1 where it is not."""
-        begin = text.find(name, at)
-        end = begin + len(name)
+        begin = text.find(self.name, at)
+        end = begin + len(self.name)
         if begin < 0:
             return begin, end
         if self.lstrip:
@@ -94,7 +132,7 @@ def lay_along(
     at = first = base = 0  # in characters, in tokens, in bytes
     for stop in [*(n for n, mark in enumerate(literal) if mark), len(surfaces)]:
         mark = literal[stop] if stop < len(surfaces) else None
-        begin, after = mark.find(text, at, surfaces[stop].decode()) if mark else (len(text), len(text))
+        begin, after = mark.find(text, at) if mark else (len(text), len(text))
         if begin < 0:
             return None
         piece = text[at:begin]
@@ -110,40 +148,39 @@ def lay_along(
 
 
 def _lay_along_piece(piece: str, surfaces: Sequence[bytes], rewriting: Rewriting) -> NDArray[np.int32] | None:
-    joined = b"".join(surfaces)
-    sizes = np.array([len(surface) for surface in surfaces], np.int32)
-    plain = rewriting.plain(piece)
-    extra = len(joined) - len(plain)
-    if joined == plain or joined == b" " + plain:  # a space before the text is the tokenizer's own
-        bounds = np.arange(len(plain) + 1, dtype=np.int32) if len(plain) == len(piece.encode()) else None
-        if bounds is not None:
-            return bounds[np.maximum(np.cumsum(sizes, dtype=np.int32) - extra, 0)]
-    bounds_of_read, parts, done = [0], list[bytes](), 0
-    for old, new in rewriting.parts(piece):
-        same = len(new) == len(old) and new == old
-        bounds_of_read += [done + (place if same else len(old)) for place in range(1, len(new) + 1)]
-        done += len(old)
-        parts.append(new)
-    read = b"".join(parts)
-    extra = len(joined) - len(read)
-    if joined not in (read, b" " + read):
-        return None
-    return np.array(bounds_of_read, np.int32)[np.maximum(np.cumsum(sizes, dtype=np.int32) - extra, 0)]
+    joined, raw = b"".join(surfaces), piece.encode()
+    stops = np.cumsum([len(surface) for surface in surfaces], dtype=np.int32)
+    if len(raw) == len(rewriting.plain(piece)):
+        put = _put_before(joined, rewriting.plain(piece))
+        if put is not None:
+            return np.maximum(stops - put, 0, dtype=np.int32)
+    for parts in rewriting.parts(piece):
+        bounds, read, done = [0], list[bytes](), 0
+        for part in parts:
+            old, new = part.encode(), rewriting.read(part)
+            inside = range(done + 1, done + len(new)) if new == old else [UNREAD] * (len(new) - 1)
+            done += len(old)
+            bounds += [*inside, done] if new else []
+            read.append(new)
+        put = _put_before(joined, b"".join(read))
+        if put is not None:
+            return _after_the_part(np.array(bounds, np.int32)[np.maximum(stops - put, 0)])
+    return None
 
 
-def _clusters(text: str) -> Iterator[str]:
-    """Characters with what composition joins to them: marks, Hangul's tails, and white space with white space."""
-    cluster = ""
-    for char in text:
-        if cluster and not _joins(cluster[-1], char):
-            yield cluster
-            cluster = ""
-        cluster += char
-    if cluster:
-        yield cluster
+def _put_before(joined: bytes, read: bytes) -> int | None:
+    """How many bytes the tokens have before what they read, none or a space; None if they read something else."""
+    return len(joined) - len(read) if joined in (read, b" " + read) else None
+
+
+def _after_the_part(ends: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Ends with the next known one in place of each ``UNREAD``; the last is known."""
+    places = np.where(ends == UNREAD, len(ends) - 1, np.arange(len(ends)))
+    following: NDArray[np.int32] = ends[np.minimum.accumulate(places[::-1])[::-1]]
+    return following
 
 
 def _joins(before: str, char: str) -> bool:
-    if unicodedata.category(char)[0] == "M" or ord(char) in HANGUL_TAILS:
-        return True
-    return before.isspace() and unicodedata.normalize("NFKD", char)[0].isspace()
+    """Whether composition may join a character to what precedes it, in ways that two characters do not show."""
+    first = unicodedata.normalize("NFKD", char)[0]
+    return unicodedata.category(first)[0] == "M" or (before.isspace() and first.isspace())

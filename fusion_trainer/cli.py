@@ -168,6 +168,7 @@ def extract(config: Path | None, **flags: Any) -> None:
     """
     from accelerate import PartialState
 
+    from fusion_trainer.readers import of_template
     from fusion_trainer.representations.extract import extract as run
 
     start = time.monotonic()
@@ -180,6 +181,8 @@ def extract(config: Path | None, **flags: Any) -> None:
         )
         if cut := store.manifest["cut_tokens"]:
             click.echo(f"{cut:,} tokens lie beyond the model's context and have no distribution")
+        for line in of_template(store.manifest):
+            click.echo(line)
 
 
 @main.command()
@@ -251,7 +254,8 @@ def evaluate(config: Path | None, as_json: bool, **flags: Any) -> None:
         click.echo(json.dumps(result, indent=1))
         return
     for name, of in result["groups"].items():
-        scores = f"{of['nats_per_byte']:.4f} nats/byte  {of['exact_match']:.1%} matched"
+        error = f" ± {of['nats_per_byte_error']:.4f}" if of["nats_per_byte_error"] is not None else ""
+        scores = f"{of['nats_per_byte']:.4f}{error} nats/byte  {of['exact_match']:.1%} matched"
         click.echo(f"{name:24} {of['rows']:>7,} rows  {scores}")
 
 
@@ -334,16 +338,19 @@ def store() -> None:
 @store.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def verify(folder: Path) -> None:
-    """Check every shard of the store FOLDER: checksums, NaN, ranges. Exit code 1 if something is wrong.
+    """Check the store FOLDER: checksums, NaN, ranges; and its dialogues, token files and maps beside it.
+
+    The exit code is 1 if something is wrong.
 
     \b
     Example:
       fusion-trainer store verify stores/solar
     """
     from fusion_trainer.representations.store import RepresentationStore
+    from fusion_trainer.representations.verify import all_problems
 
     opened = RepresentationStore(folder)
-    problems = list(opened.problems())
+    problems = list(all_problems(opened))
     if problems:
         raise FusionError(f"the store `{folder}` has {len(problems)} problems:{listed(problems)}")
     click.echo(f"{folder}: {len(opened.manifest['shards'])} shards, {len(opened):,} rows, nothing wrong")

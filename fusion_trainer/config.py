@@ -151,6 +151,11 @@ class ExtractConfig(PrepareConfig):
     model: str = Field(description="Folder or Hub id of the source (or the pivot) to ask.")
     revision: str | None = Field(None, description="Branch, tag or commit of the model.")
     output: Path = Field(description="Folder of the store.")
+    source_template: str = Field(
+        "own",
+        description="Template in which a source is queried: own, pivot (the papers': it reads the pivot's text), "
+        "a built-in name or a Jinja file.",
+    )
     top_k: int = Field(10, ge=1, le=1024, description="Distribution entries kept per position.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Of the weights; auto is the checkpoint's."
@@ -174,10 +179,10 @@ class AlignConfig(BaseModel):
     positions: Literal["boundary", "dtw"] = Field(
         "boundary", description="Pair where both have read the same bytes, or by the papers' time warping."
     )
-    dtw_cost: Literal["fusechat", "fusellm"] = Field(
-        "fusechat", description="Weight of an edit when one token contains the other: 0.1 or 1."
+    dtw_cost: Literal["fusechat", "fusechat_v2", "fusellm"] = Field(
+        "fusechat", description="Weight of an edit when one token contains the other: 0.1, or 1 (the other two)."
     )
-    map: Literal["exact", "min_edit_distance", "statistics", "prefix"] = Field(
+    map: Literal["exact", "min_edit_distance", "statistics", "statistics_published", "prefix"] = Field(
         "prefix", description="Which ids of the pivot an id stands for."
     )
     most: int = Field(0, ge=0, description="Of `statistics`: images per id, by count; 0 takes the nearest one.")
@@ -213,7 +218,9 @@ class TrainConfig(BaseModel):
     compare: Literal["conversation", "token"] = Field(
         "conversation", description="Cross-entropies are compared by conversation or at each token."
     )
-    unit: Literal["token", "byte"] = Field("token", description="They are per token or per byte.")
+    unit: Literal["token", "byte"] = Field(
+        "byte", description="They are per byte, which compares tokenizers, or per token, as in the papers."
+    )
     temperature: float = Field(1.0, gt=0, description="Of the fused models' distributions.")
     tail: Literal["renormalise", "bucket"] = Field(
         "renormalise", description="Probability outside the top k is dropped, or kept as one outcome."
@@ -241,6 +248,7 @@ class TrainConfig(BaseModel):
     training: Annotated[dict[str, Any], AfterValidator(_training_arguments)] = Field(
         description="TrainingArguments of transformers; output_dir is the target's folder."
     )
+    _places: dict[str, str] = {}
     trust_remote_code: bool = Field(False, description="Run code that the model repositories bring along.")
 
 
@@ -273,7 +281,10 @@ def read_config(kind: type[Config], path: Path | None, flags: Mapping[str, Any])
         name for name, value in flags.items() if isinstance(value, dict) and isinstance(settings.get(name), dict)
     }
     try:
-        return kind.model_validate({**settings, **flags, **{name: settings[name] | flags[name] for name in both}})
+        made = kind.model_validate({**settings, **flags, **{name: settings[name] | flags[name] for name in both}})
+        if isinstance(made, TrainConfig):  # some arguments are only found wrong when the training begins
+            made._places = {name: f"{path}, line {line}" for name, line in lines.items()}
+        return made
     except ValidationError as error:
         from_file = {name: line for name, line in lines.items() if name.split(".")[0] not in flags.keys() - both}
         found = [one for problem in error.errors() for one in explained(kind, problem, "")]

@@ -1,8 +1,9 @@
 """Conversations → blocks of text of at most ``max_length`` tokens of the pivot, in a folder all models share.
 
-The folder is the common ground of every source: one text per block, and which of its characters are the
-assistant's. Whatever tokenizer reads a block later, the same characters are supervised, and the n-th row of
-every store stands for the n-th block.
+The folder is the common ground of every model: each block's text as the pivot reads it, where the answers are in
+it, and the turns themselves, which a source renders with its own template. The answers in these turns are what the
+pivot's template kept of them, so that every model reads the same bytes. The n-th row of every store stands for the
+n-th block.
 
 A long dialogue is split between turns (paper, appendix A): each block is rendered on its own, with the system
 turn at its head, and holds as many exchanges as fit. Only an exchange that is too long alone is cut, and counted.
@@ -17,7 +18,8 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -27,50 +29,113 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from fusion_trainer.answers import Answer, supervised_spans, whole_text
 from fusion_trainer.conversations import BAD_ROW, Conversation, Message
 from fusion_trainer.errors import FusionError, listed
 from fusion_trainer.files import (
     read_json,
     remove_abandoned,
+    sha256_of,
     sync_folder,
     temporary_name,
     whole_file,
     write_json,
     written_to,
 )
-from fusion_trainer.templates import Template, TemplateError, find_template
+from fusion_trainer.templates import Rendered, Template, TemplateError, find_template
 from fusion_trainer.tokens import Span, TextTokenizer, Tokens, supervised_positions
 
 __all__ = ["Block", "Dialogues", "Preparation", "Report", "write_dialogues"]
 
 FORMAT = "fusion-trainer dialogues"
-VERSION = 1
+VERSION = 2
+ANSWER = pa.struct(
+    [
+        *(pa.field(name, pa.int32(), nullable=False) for name in ("turn", "open", "mark", "end")),
+        pa.field("pieces", pa.list_(pa.list_(pa.int32(), 3)), nullable=False),
+        pa.field("closed", pa.bool_(), nullable=False),
+    ]
+)
 SCHEMA = pa.schema(
     [
         pa.field("conversation", pa.string(), nullable=False),  # the conversation's id
         pa.field("block", pa.int32(), nullable=False),  # which of its blocks
         pa.field("source", pa.string(), nullable=False),  # file and row
-        pa.field("text", pa.string(), nullable=False),  # without BOS
-        pa.field("spans", pa.list_(pa.list_(pa.int32(), 2)), nullable=False),  # supervised bytes of text
+        pa.field("text", pa.string(), nullable=False),  # as the pivot reads it
+        pa.field("bos", pa.int32(), nullable=False),  # bytes of BOS at its head
+        pa.field("answers", pa.list_(ANSWER), nullable=False),  # those to be learnt, as ``Answer``
+        pa.field("turns", pa.string(), nullable=False),  # JSON of ``Turns``; empty for plain text
         pa.field("tokens", pa.int32(), nullable=False),  # of the pivot, with BOS
     ]
 )
 ROWS_PER_BATCH = 1024
 CONVERSATIONS_AT_ONCE = 256
+NOT_OF_THE_CONTENT = ("source", "tokens")
+"""Columns that do not enter the fingerprint."""
 DOCUMENTS_APART = "\n\n"
 """What stands between two documents packed into one block."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One text that every model reads, with its supervised bytes; ``tokens`` counts the pivot's, with BOS."""
+    """One block.
+
+    Attributes:
+        conversation: The conversation's id.
+        block: Which of its blocks.
+        source: File and row.
+        text: As the pivot reads it.
+        answers: Where the answers to be learnt are in ``text``; the third number of a piece counts bytes of the
+            answer in ``messages``.
+        tokens: Of the pivot, with BOS.
+        bos: Bytes of BOS at the head of ``text``.
+        messages: The turns, as other models are to render them; none for plain text.
+        tools: What a template is given under this name.
+    """
 
     conversation: str
     block: int
     source: str
     text: str
-    spans: tuple[Span, ...]
+    answers: tuple[Answer, ...]
     tokens: int
+    bos: int = 0
+    messages: tuple[Message, ...] = ()
+    tools: Sequence[Any] | None = None
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The supervised bytes of ``text``."""
+        return tuple(supervised_spans(self.answers))
+
+    def without_bos(self) -> "Block":
+        """The block as another model than the pivot reads it."""
+        text = self.text.encode()[self.bos :].decode()
+        return replace(self, text=text, bos=0, answers=tuple(answer.moved(-self.bos) for answer in self.answers))
+
+    def as_row(self) -> dict[str, Any]:
+        """The block as a row of ``SCHEMA``."""
+        turns = {"messages": [asdict(message) for message in self.messages], "tools": self.tools}
+        columns = {name: getattr(self, name) for name in SCHEMA.names if name != "turns"}
+        return {
+            **columns,
+            "answers": [asdict(answer) for answer in self.answers],
+            "turns": json.dumps(turns, ensure_ascii=False) if self.messages else "",
+        }
+
+    @classmethod
+    def from_row(cls, row: dict[str, Any]) -> "Block":
+        """The inverse of ``as_row``."""
+        turns = json.loads(row.pop("turns") or "{}")
+        answers = [
+            Answer(**{**answer, "pieces": tuple(map(tuple, answer["pieces"]))}) for answer in row.pop("answers")
+        ]
+        messages = tuple(Message(**message) for message in turns.get("messages", ()))
+        return cls(**row, answers=tuple(answers), messages=messages, tools=turns.get("tools"))
+
+
+COUNTERS = ("dropped", "left_out", "unused")
+"""Of a report."""
 
 
 @dataclass
@@ -82,6 +147,9 @@ class Report:
         cut_turns: Answers cut because their exchange alone is longer than ``max_length``.
         cut_tokens: Tokens lost by that.
         open_turns: Turns left out because no answer follows them.
+        folded: Blocks whose system text stands before the first user turn: the template has no system turn.
+        left_out: What the template does not write: bytes by kind, and turns under ``<kind>, turns``.
+        unused: Keys of the data that were not used.
         lengths: Blocks by length: upper bound (a power of two) → number.
     """
 
@@ -94,16 +162,20 @@ class Report:
     supervised_tokens: int = 0
     cut_turns: int = 0
     cut_tokens: int = 0
+    folded: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "Report":
         lengths = Counter({int(bound): number for bound, number in plain["lengths"].items()})
-        return cls(**{**plain, "dropped": Counter(plain["dropped"]), "lengths": lengths})
+        counters = {name: Counter(plain[name]) for name in COUNTERS}
+        return cls(**{**plain, **counters, "lengths": lengths})
 
     def as_dict(self) -> dict[str, Any]:
-        plain = {**vars(self), "dropped": dict(sorted(self.dropped.items()))}
+        plain = {**vars(self), **{name: dict(sorted(getattr(self, name).items())) for name in COUNTERS}}
         return {**plain, "lengths": {str(bound): self.lengths[bound] for bound in sorted(self.lengths)}}
 
     def __str__(self) -> str:
@@ -115,6 +187,11 @@ class Report:
             f"supervised tokens  {self.supervised_tokens:>12,}",
             f"answers cut        {self.cut_turns:>12,}  by {self.cut_tokens:,} tokens",
             *(f"dropped            {number:>12,}  {reason}" for reason, number in sorted(self.dropped.items())),
+            *self._template_lines(),
+            *(
+                [f"keys not used      {', '.join(f'{key} ({n:,})' for key, n in self.unused.most_common())}"]
+                * bool(self.unused)
+            ),
             "length of a block in tokens:",
         ]
         most = max(self.lengths.values(), default=1)
@@ -122,6 +199,16 @@ class Report:
             bar = "█" * max(1, round(40 * self.lengths[bound] / most))
             lines.append(f"  ≤ {bound:<7,} {self.lengths[bound]:>9,}  {bar}")
         return "\n".join(lines)
+
+    def _template_lines(self) -> Iterator[str]:
+        if self.folded:
+            yield f"system turns       {self.folded:>12,}  put before the first user turn: the template has none"
+        for kind in sorted(self.left_out):
+            if kind.endswith(", turns"):
+                what = kind.removesuffix(", turns")
+                size, turns = self.left_out[what], self.left_out[kind]
+                lost = f"bytes of {what} in {turns:,} turns, left out by the template"
+                yield f"not rendered       {size:>12,}  {lost}"
 
 
 @dataclass
@@ -192,10 +279,10 @@ class Preparation:
         texts = self.tokenizer.encode([whole.text for _, _, whole in rendered])
         for (conversation, messages, whole), tokens in zip(rendered, texts, strict=True):
             if len(tokens) <= self.max_length:
-                made = self._block(conversation, 0, whole.text, whole.spans, tokens)
+                made = self._block(conversation, 0, messages, whole, tokens)
                 blocks = [made] if made else []
             else:
-                counted = replace(self.report)
+                counted = deepcopy(self.report)
                 try:
                     blocks = list(self._split(conversation, messages))
                 except TemplateError as error:
@@ -221,7 +308,7 @@ class Preparation:
         if self.template is None:
             self.template = find_template(None, self.tokenizer.tokenizer, self.tokenizer.name)
         try:
-            return messages, self.template.render(messages)
+            return messages, self.template.render(messages, conversation.tools)
         except TemplateError as error:
             self._refused(conversation, error)
             return messages, None
@@ -238,36 +325,36 @@ class Preparation:
         number = first = 0
         while first < len(exchanges):
             last = first + 1
-            text, spans, tokens = self._render(conversation, [*system, *exchanges[first]])
+            turns = [*system, *exchanges[first]]
+            rendered, tokens = self._render(conversation, turns)
             while last < len(exchanges):
-                longer = self._render(conversation, [*system, *chain(*exchanges[first : last + 1])])
-                if len(longer[2]) > self.max_length:
+                more = [*system, *chain(*exchanges[first : last + 1])]
+                longer = self._render(conversation, more)
+                if len(longer[1]) > self.max_length:
                     break
-                text, spans, tokens = longer
+                turns, (rendered, tokens) = more, longer
                 last += 1
             if len(tokens) > self.max_length:
-                text, spans, tokens = self._cut(text, spans, tokens)
-            made = self._block(conversation, number, text, spans, tokens)
+                rendered, tokens = self._cut(rendered, tokens)
+            made = self._block(conversation, number, turns, rendered, tokens)
             if made:
                 yield made
                 number += 1
             first = last
 
-    def _render(
-        self, conversation: Conversation, messages: Sequence[Message]
-    ) -> tuple[str, Sequence[Span], Tokens]:
+    def _render(self, conversation: Conversation, messages: Sequence[Message]) -> tuple[Rendered, Tokens]:
         assert self.template is not None
         try:
-            rendered = self.template.render(messages)
+            rendered = self.template.render(messages, conversation.tools)
         except TemplateError as error:
             raise TemplateError(
                 f"longer than {self.max_length} tokens, and split between its turns {error}"
             ) from error
-        return rendered.text, rendered.spans, self.tokenizer.encode([rendered.text])[0]
+        return rendered, self.tokenizer.encode([rendered.text])[0]
 
-    def _cut(self, text: str, spans: Sequence[Span], tokens: Tokens) -> tuple[str, list[Span], Tokens]:
+    def _cut(self, rendered: Rendered, tokens: Tokens) -> tuple[Rendered, Tokens]:
         """The head of a text that fits, between two characters."""
-        before = len(tokens)
+        text, before = rendered.text, len(tokens)
         length = self.max_length
         while len(tokens) > self.max_length and length:
             stop = int(tokens.ends[length - 1])
@@ -279,16 +366,26 @@ class Preparation:
         self.report.cut_turns += 1
         self.report.cut_tokens += before - len(tokens)
         size = len(text.encode())
-        return text, [(start, min(stop, size)) for start, stop in spans if start < size], tokens
+        answers = tuple(answer.cut(size) for answer in rendered.answers if answer.open < size)
+        return replace(rendered, text=text, answers=answers), tokens
 
     def _block(
-        self, conversation: Conversation, number: int, text: str, spans: Sequence[Span], tokens: Tokens
+        self,
+        conversation: Conversation,
+        number: int,
+        messages: Sequence[Message],
+        rendered: Rendered,
+        tokens: Tokens,
     ) -> Block | None:
-        supervised = len(supervised_positions(tokens, spans))
+        supervised = len(supervised_positions(tokens, rendered.spans))
+        self.report.folded += rendered.folded
+        self.report.left_out.update(rendered.left_out)
         if not supervised:
             return None
         self.report.supervised_tokens += supervised
-        return Block(conversation.id, number, conversation.where, text, tuple(spans), len(tokens))
+        answers, turns = _as_rendered(rendered, messages)
+        whose = conversation.id, number, conversation.where
+        return Block(*whose, rendered.text, answers, len(tokens), rendered.bos, turns, conversation.tools)
 
     # Documents of plain text, all of which is supervised
 
@@ -324,11 +421,11 @@ class Preparation:
             for one in waiting:
                 yield from self._packed([one])
             return
-        made = self._block(waiting[0][0], 0, text, [(0, len(text.encode()))], tokens)
+        made = self._block(waiting[0][0], 0, (), Rendered(text, (whole_text(len(text.encode())),)), tokens)
         if made:
             yield made
 
-    def _pieces(self, document: Conversation, text: str, tokens: Tokens) -> Iterator[Block]:
+    def _pieces(self, whole: Conversation, text: str, tokens: Tokens) -> Iterator[Block]:
         raw, start, number = text.encode(), 0, 0
         most = room = max(1, self.max_length - len(self.tokenizer.prefix))
         while start < len(raw):
@@ -340,7 +437,7 @@ class Preparation:
                 room = max(1, room - (len(piece) - self.max_length))
                 continue
             size = len(head.encode())
-            made = self._block(document, number, head, [(0, size)], piece)
+            made = self._block(whole, number, (), Rendered(head, (whole_text(size),)), piece)
             if made:
                 yield made
                 number += 1
@@ -358,6 +455,29 @@ def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Me
         if message.role == "assistant" and following and following.role != "tool":
             pieces.append([])
     return list(messages[:head]), pieces
+
+
+def _as_rendered(
+    rendered: Rendered, messages: Sequence[Message]
+) -> tuple[tuple[Answer, ...], tuple[Message, ...]]:
+    """The answers and the turns, the content of each answer being what the template kept of it."""
+    raw, answers, turns = rendered.text.encode(), [], list(messages)
+    for answer in rendered.answers:
+        parts, pieces, done = [], [], 0
+        for start, stop, _ in answer.pieces:
+            pieces.append((start, stop, done))
+            parts.append(raw[start:stop])
+            done += stop - start
+        answers.append(replace(answer, pieces=tuple(pieces)))
+        if not turns:
+            continue
+        turn = turns[answer.turn]
+        extra = dict(turn.extra)
+        if str(extra.get("reasoning_content") or "").strip() not in rendered.text:
+            del extra["reasoning_content"]
+        content = b"".join(parts).decode(errors="ignore") if pieces else turn.content
+        turns[answer.turn] = replace(turn, content=content, extra=extra)
+    return tuple(answers), tuple(turns)
 
 
 def _head(raw: bytes) -> str:
@@ -393,13 +513,14 @@ def _write(
             iterator = iter(blocks)
             while some := list(islice(iterator, ROWS_PER_BATCH)):
                 for block in some:
-                    row = [block.conversation, block.block, block.text, block.spans]
-                    digest.update(json.dumps(row, ensure_ascii=False).encode())
-                columns = [[getattr(block, name) for block in some] for name in SCHEMA.names]
-                arrays = [pa.array(c, type=f.type) for c, f in zip(columns, SCHEMA, strict=True)]
-                writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+                    row = {name: value for name, value in block.as_row().items() if name not in NOT_OF_THE_CONTENT}
+                    digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode())
+                writer.write_batch(pa.RecordBatch.from_pylist([block.as_row() for block in some], SCHEMA))
         manifest = {"format": FORMAT, "version": VERSION, "fingerprint": digest.hexdigest(), "request": request}
-        write_json(making / "manifest.json", {**manifest, "report": preparation.report.as_dict()})
+        template = preparation.template
+        ends = template.end_ids if template and preparation.report.turns else []
+        described = {**manifest, "sha256": sha256_of(making / "blocks.arrow"), "ends": ends}
+        write_json(making / "manifest.json", {**described, "report": preparation.report.as_dict()})
         _give_name(making, folder)
     except BaseException:
         shutil.rmtree(making, ignore_errors=True)
@@ -421,7 +542,7 @@ def _give_name(making: Path, folder: Path) -> None:
 
 
 class Dialogues:
-    """A prepared folder, memory-mapped."""
+    """A prepared folder, memory-mapped. Its blocks are held against the manifest's hash when first read."""
 
     def __init__(self, folder: Path) -> None:
         manifest = folder / "manifest.json"
@@ -433,13 +554,25 @@ class Dialogues:
             described = self.manifest.get("format"), self.manifest.get("version")
             if described != (FORMAT, VERSION):
                 raise FusionError(f"`{folder}` is not a folder of {FORMAT}, version {VERSION}")
-            with pa.memory_map(str(folder / "blocks.arrow")) as source:
-                reader = pa.ipc.open_file(source)
-                self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         except FusionError:
             raise
         except (OSError, ValueError, TypeError, pa.ArrowException) as error:
             raise FusionError(f"the dialogues in `{folder}` are damaged: {error}; remove that folder") from error
+
+    @cached_property
+    def _batches(self) -> list[pa.RecordBatch]:
+        path = self.folder / "blocks.arrow"
+        try:
+            if sha256_of(path) != self.manifest["sha256"]:
+                raise ValueError("the bytes of blocks.arrow are not those that were written")
+            with pa.memory_map(str(path)) as source:
+                reader = pa.ipc.open_file(source)
+                return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        except (OSError, ValueError, TypeError, KeyError, pa.ArrowException) as error:
+            raise FusionError(
+                f"the dialogues in `{self.folder}` are damaged: {error}; remove that folder and run the same "
+                "command again"
+            ) from error
 
     @classmethod
     def beside(cls, store: Path, data: str) -> "Dialogues | None":
@@ -459,8 +592,13 @@ class Dialogues:
 
     @property
     def fingerprint(self) -> str:
-        """Of all conversation ids, texts and spans, in order."""
+        """Of all conversation ids, texts, answers and turns, in order."""
         return str(self.manifest["fingerprint"])
+
+    @property
+    def ends(self) -> list[int]:
+        """Ids of the pivot that end an answer in its template; that of an earlier answer first."""
+        return [int(token) for token in self.manifest["ends"]]
 
     @cached_property
     def lengths(self) -> NDArray[np.int32]:
@@ -475,4 +613,4 @@ class Dialogues:
         if not 0 <= number < len(self):
             raise IndexError(f"block {number} of {len(self)}")
         row = self._batches[number // ROWS_PER_BATCH].slice(number % ROWS_PER_BATCH, 1).to_pylist()[0]
-        return Block(**{**row, "spans": tuple(map(tuple, row["spans"]))})
+        return Block.from_row(row)

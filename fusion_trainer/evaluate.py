@@ -3,11 +3,15 @@
 The texts are those of a prepared folder, the same for every model; each reads them with its own tokenizer. A row
 counts as matched when greedy decoding gives its answers token by token, which one forward pass tells: every token
 is the likeliest where it stands. What lies beyond a model's context is not scored, but counted, and not matched.
-Results are grouped by the part of a conversation's id before its first ``/`` (``sorting/17``).
+Results are kept by conversation, whose blocks count as one, so that two models can be compared pair by pair. They
+are grouped by the part of a conversation's id before its first ``/`` (``sorting/17``), with standard errors over
+conversations. A loss that is not finite is an error, never a score.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +39,18 @@ from fusion_trainer.models import (
 from fusion_trainer.representations.extract import CONTEXT_SETTINGS, batches
 from fusion_trainer.talking import is_quiet
 from fusion_trainer.tokens import load_tokenizer
+from varm_common.standard_errors import standard_error
 
 __all__ = ["ALL", "evaluate", "score"]
 
-FORMAT, VERSION = "fusion-trainer evaluation", 1
+FORMAT, VERSION = "fusion-trainer evaluation", 2
 ALL = "all"
 """The group of all rows."""
 
 
 @dataclass
 class Sums:
-    """Over the rows of a group: supervised bytes and tokens, their loss in nats, answers matched.
+    """Over the rows of a conversation or group: supervised bytes and tokens, their loss in nats, answers matched.
 
     ``cut_tokens`` are those beyond the context, in none of the other sums.
     """
@@ -61,16 +66,12 @@ class Sums:
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
-    def as_dict(self) -> dict[str, float]:
-        shares = {"nats_per_byte": self.nats / max(1, self.bytes), "exact_match": self.matched / max(1, self.rows)}
-        return {**vars(self), **shares}
-
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score the model ``config`` names, or find the score that is there already.
 
     Raises:
-        FusionError: Model or dialogues cannot be used, or the output is of something else.
+        FusionError: Model or dialogues cannot be used, the loss is not finite, or the output is of something else.
     """
     folder, revision = local_folder(config.model, config.revision, code=config.trust_remote_code)
     dialogues = Dialogues(config.dialogues)
@@ -100,12 +101,15 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     )
     with state.main_process_first():
         tokens = write_tokens(dialogues, tokenizer)
-    groups = score(model, tokens, [dialogues[n].conversation for n in range(len(dialogues))], config.batch_tokens)
+    names = [dialogues[n].conversation for n in range(len(dialogues))]
+    found = score(model, tokens, names, config.batch_tokens)
+    _demand_finite(found, model, config.model)
     result = {
         **about,
         "model": config.model,
         "revision": revision,
-        "groups": {name: sums.as_dict() for name, sums in groups.items()},
+        "groups": _groups(found, config.model),
+        "conversations": {name: {"group": _group(name), **vars(sums)} for name, sums in found.items()},
     }
     if state.is_main_process:
         with written_to(config.output.parent):
@@ -129,7 +133,7 @@ def _demand(output: Path, about: dict[str, Any]) -> dict[str, Any]:
 
 
 def score(model: Any, tokens: Path, names: list[str], batch_tokens: int) -> dict[str, Sums]:
-    """Sums by group, ``ALL`` first; several processes share the batches.
+    """Sums by conversation; several processes share the batches.
 
     Args:
         model: A causal language model in evaluation mode.
@@ -145,7 +149,7 @@ def score(model: Any, tokens: Path, names: list[str], batch_tokens: int) -> dict
     file = TokenFile(tokens)
     lengths = np.minimum(file.lengths, context or file.lengths.max(initial=0)).tolist()
     known = model.get_input_embeddings().weight.shape[0]
-    sums = {ALL: Sums(), **{name: Sums() for name in sorted({_group(name) for name in names})}}
+    sums = {name: Sums() for name in names}
     state = PartialState()
     mine = batches(lengths, batch_tokens)[state.process_index :: state.num_processes]
     with tqdm(
@@ -168,10 +172,60 @@ def score(model: Any, tokens: Path, names: list[str], batch_tokens: int) -> dict
                 if rows[item].bytes:  # there is an answer, whatever tokens it has
                     matched = supervised > 0 and not cut and bool(hits[here].all())
                     found = Sums(1, int(here.sum()), read[item].bytes, float(nats[here].sum()), matched, cut)
-                    for group in {ALL, _group(names[number])}:
-                        sums[group].add(found)
+                    sums[names[number]].add(found)
             bar.update(len(numbers))
-    return _of_all_processes(sums)
+    return {name: own for name, own in _of_all_processes(sums).items() if own.rows}
+
+
+def _demand_finite(found: Mapping[str, Sums], model: Any, name: str) -> None:
+    """See that there is a number for every conversation.
+
+    Raises:
+        FusionError: One is NaN or infinite. The first tensor of the model that is not finite is named.
+    """
+    wrong = next((conversation for conversation, sums in found.items() if not math.isfinite(sums.nats)), None)
+    if wrong is None:
+        return
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    broken = next((key for key, tensor in tensors if not bool(torch.isfinite(tensor).all())), None)
+    cause = (
+        f"its tensor `{broken}` holds NaN or infinite values; train or copy it again"
+        if broken
+        else "its weights are finite, so its arithmetic overflows; try --dtype float32"
+    )
+    raise FusionError(f"the loss of `{name}` is not finite, first on the conversation `{wrong}`: {cause}")
+
+
+def _groups(found: Mapping[str, Sums], model: str) -> dict[str, dict[str, float | None]]:
+    """Sums, scores and their standard errors by group, ``ALL`` first; groups of which nothing was read are absent.
+
+    Raises:
+        FusionError: Nothing was read at all.
+    """
+    groups: dict[str, list[Sums]] = {ALL: list(found.values())}
+    for name in sorted(found, key=_group):
+        if _group(name) != ALL:
+            groups.setdefault(_group(name), []).append(found[name])
+    scored = {name: own for name, own in groups.items() if sum(one.bytes for one in own)}
+    if ALL not in scored:
+        raise FusionError(f"there is nothing to score: no token of an answer lies within the context of `{model}`")
+    return {name: _scores(own) for name, own in scored.items()}
+
+
+def _scores(conversations: list[Sums]) -> dict[str, float | None]:
+    total = Sums()
+    for one in conversations:
+        total.add(one)
+    loss = [one.nats for one in conversations], [one.bytes for one in conversations]
+    matched = [one.matched for one in conversations], [one.rows for one in conversations]
+    return {
+        **vars(total),
+        "conversations": len(conversations),
+        "nats_per_byte": total.nats / total.bytes,
+        "nats_per_byte_error": standard_error(loss),
+        "exact_match": total.matched / total.rows,
+        "exact_match_error": standard_error(matched),
+    }
 
 
 def _of_all_processes(sums: dict[str, Sums]) -> dict[str, Sums]:

@@ -19,6 +19,7 @@ __all__ = [
     "TEMPORARY",
     "fingerprint",
     "read_json",
+    "read_mapping",
     "sha256_of",
     "sync_folder",
     "sync_tree",
@@ -68,8 +69,12 @@ def remove_abandoned(folder: Path, name: str = "") -> None:
 
 
 @contextmanager
-def written_to(folder: Path) -> Iterator[None]:
+def written_to(folder: Path, then: str = "it goes on where it stopped") -> Iterator[None]:
     """What the disk refuses inside the block becomes a sentence for the user.
+
+    Args:
+        folder: Where the block writes.
+        then: What the same command does when it is run again.
 
     Raises:
         FusionError: The disk is full, or the folder cannot be written.
@@ -82,8 +87,7 @@ def written_to(folder: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = "the disk is full" if full else error.strerror
         raise FusionError(
-            f"`{folder}` cannot be written: {what}. Once that is mended run the same command again: it goes on "
-            "where it stopped"
+            f"`{folder}` cannot be written: {what}. Once that is mended run the same command again: {then}"
         ) from error
 
 
@@ -114,7 +118,36 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The content of a JSON file.
+
+    Raises:
+        FusionError: It is not JSON: empty, cut off, or something else.
+        OSError: It cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        size = f"{path.stat().st_size:,} bytes"
+        raise FusionError(f"`{path}` is not JSON ({size}: {error}); write or copy it again") from error
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that has to be an object.
+
+    Raises:
+        FusionError: It is not there, cannot be read, is not JSON, or is a list, a text or a number.
+    """
+    try:
+        found = read_json(path)
+    except OSError as error:
+        raise FusionError(f"`{path}` cannot be read: {error.strerror}") from error
+    if not isinstance(found, dict):
+        kind = JSON_NAMES[type(found)]
+        raise FusionError(f"`{path}` holds a JSON {kind}, not an object; write or copy it again")
+    return found
+
+
+JSON_NAMES = {list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
 
 
 def sha256_of(path: Path) -> str:

@@ -33,7 +33,7 @@ class Rule:
     Attributes:
         function: MinCE or AvgCE.
         compare: Models are compared by conversation (the papers) or at each token.
-        unit: Their cross-entropy is per token (the papers) or per byte.
+        unit: Their cross-entropy is per byte, or per token (the papers), which tokenizers' sizes decide.
         temperature: Of the models' distributions: probabilities to the power of its inverse, renormalised.
         tail: The probability outside the top k is dropped and the rest renormalised (the papers), or kept as one
             outcome more.
@@ -41,7 +41,7 @@ class Rule:
 
     function: Function = "min_ce"
     compare: Compare = "conversation"
-    unit: Unit = "token"
+    unit: Unit = "byte"
     temperature: float = 1.0
     tail: Tail = "renormalise"
 
@@ -84,11 +84,32 @@ def cross_entropies(
             entropies[:] = golds
             if rule.unit == "byte":
                 entropies /= np.maximum(gold_bytes if row.gold_bytes is None else row.gold_bytes, 1)
-        elif row.ce_per_token is None or row.ce_per_byte is None:
-            entropies[:] = golds.sum() / max(1, size if rule.unit == "byte" else len(golds))
         else:
-            entropies[:] = row.ce_per_byte if rule.unit == "byte" else row.ce_per_token
+            entropies[:] = golds.sum() / max(1, size if rule.unit == "byte" else len(golds))
+    if rule.compare == "conversation":
+        found[:] = _by_conversation(rows, rule.unit, found)
     found[np.isnan(found)] = np.inf
+    return found
+
+
+def _by_conversation(rows: Sequence[Representation], unit: Unit, own_MP: Floats) -> Floats:
+    """Each source against the pivot over the bytes that both predict, float64 [models, P].
+
+    With several sources these bytes may differ. Each source then lies as far from the pivot as it does over the
+    bytes that it has in common with it.
+    """
+    names = ("ce_per_byte", "pivot_ce_per_byte") if unit == "byte" else ("ce_per_token", "pivot_ce_per_token")
+    pairs = [[np.nan if (ce := getattr(row, name)) is None else ce for name in names] for row in rows]
+    source_M, pivot_M = np.array(pairs, np.float64).T
+    aligned = np.array([row.ce_per_token is not None for row in rows])
+    common = pivot_M[np.isfinite(pivot_M)]
+    if not aligned.any():
+        return own_MP
+    if not len(common):  # no source has anything in common with the pivot
+        return np.where(aligned[:, None], np.inf, own_MP)
+    base = common.mean()
+    values_M = np.where(aligned, source_M - pivot_M + base, base)
+    found: Floats = values_M[:, None] + np.zeros_like(own_MP)
     return found
 
 

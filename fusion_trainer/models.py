@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fusion_trainer.errors import FusionError
-from fusion_trainer.files import fingerprint, read_json, sha256_of
+from fusion_trainer.files import fingerprint, read_mapping, sha256_of
 from varm_common import checkpoints
 
 __all__ = [
@@ -21,6 +21,14 @@ TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 WEIGHT_FILES = ("*.safetensors",)
 NOT_NEEDED = ("consolidated*", "*/*")
 """The same weights once more, as some repositories of the Hub have them."""
+SETTINGS_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+"""Read by transformers, which expects a JSON object in each that is there."""
 NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 """Keys of a config that do not change what the model computes."""
 
@@ -31,12 +39,13 @@ def local_folder(
     """The folder of a model, downloaded if it is on the Hub, and the commit it was downloaded at.
 
     Raises:
-        FusionError: Neither a folder nor a model of the Hub.
+        FusionError: Neither a folder nor a model of the Hub, or one of its settings files is damaged.
     """
     path = Path(model)
     if path.is_dir():
         if revision:
             raise FusionError(f"`{model}` is a folder, which has no revision `{revision}`")
+        _demand_settings(path)
         return path, None
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise FusionError(f"no model folder `{model}`")
@@ -53,14 +62,22 @@ def local_folder(
         raise FusionError(
             f"`{model}`{at} is no folder, and the Hub gave: {str(error).strip() or type(error).__name__}"
         ) from error
+    _demand_settings(folder)
     return folder, folder.name
+
+
+def _demand_settings(folder: Path) -> None:
+    for name in SETTINGS_FILES:
+        if (folder / name).exists():
+            read_mapping(folder / name)
 
 
 def weights_fingerprint(folder: Path, name: str) -> str:
     """SHA-256 over the names and contents of the weight files (a Hub download's names tell their content).
 
     Raises:
-        FusionError: There are none, or it is not certain which they are; pickled ones are not loaded.
+        FusionError: There are none, one is missing or damaged, or it is not certain which they are; pickled ones
+            are not loaded.
     """
     files = weight_files(folder, name)
     if not files:
@@ -70,6 +87,11 @@ def weights_fingerprint(folder: Path, name: str) -> str:
             f"{name} has no .safetensors weights in `{folder}` but {pickled[0]}; pickled weights are not loaded: "
             "convert them, or name a --revision that has .safetensors"
         )
+    for file in files:
+        try:
+            list(checkpoints.file_tensors(file))
+        except ValueError as error:
+            raise FusionError(f"the weights of `{name}`: {error}") from error
     return checkpoints.fingerprint(folder)
 
 
@@ -86,9 +108,14 @@ def weight_files(folder: Path, name: str | None = None) -> list[Path]:
 
 
 def config_fingerprint(folder: Path, code: bool) -> str:
-    """SHA-256 of what a model computes beside its weights: its config, and its own code if that is run."""
-    path = folder / "config.json"
-    config = read_json(path) if path.is_file() else {}
+    """SHA-256 of what a model computes beside its weights: its config, and its own code if that is run.
+
+    Raises:
+        FusionError: The config is missing or damaged.
+    """
+    if not (folder / "config.json").exists():
+        raise FusionError(f"`{folder}` has no config.json; copy it, or download the model again")
+    config = read_mapping(folder / "config.json")
     config = {key: value for key, value in config.items() if key not in NOT_OF_THE_MODEL}
     sources = {path.name: sha256_of(path) for path in sorted(folder.glob("*.py"))} if code else {}
     return fingerprint([config, sources])
@@ -111,7 +138,6 @@ def load_causal_lm(
         FusionError: It cannot be loaded, or its weights lack an lm head or anything else.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -136,8 +162,8 @@ def load_causal_lm(
         raise FusionError(
             f"{name} does not fit into the GPU's memory; try --device-map auto or --load-in 8bit"
         ) from error
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise FusionError(f"{name} cannot be loaded as a causal language model: {error}") from error
+    except Exception as error:  # transformers checks few of a config's values before it computes with them
+        raise FusionError(f"{name} cannot be loaded as a causal language model: {_reason(error)}") from error
     finally:
         if bars:
             logging.enable_progress_bar()
@@ -155,9 +181,15 @@ def resolved_dtype(folder: Path, dtype: str, code: bool = False) -> str:
         return dtype
     try:
         own = AutoConfig.from_pretrained(folder, trust_remote_code=code).dtype
-    except (OSError, ValueError, KeyError) as error:
-        raise FusionError(f"the config of `{folder}` cannot be read: {error}") from error
+    except Exception as error:
+        raise FusionError(f"`{folder / 'config.json'}` cannot be used: {_reason(error)}") from error
     return str(own).removeprefix("torch.") if own is not None else dtype
+
+
+def _reason(error: Exception) -> str:
+    """The error on one line; its kind as well, where its message may be a bare key or value."""
+    text = " ".join(str(error).split()) or "no reason given"
+    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
 
 
 def _demand_head(model: Any, name: str, missing: Sequence[str], mismatched: Sequence[Any]) -> None:

@@ -6,6 +6,7 @@ Every stage is a command of its own with a config of its own (``work/configs``),
 for it. Here the file is checked as a whole and turned into the list of stages; ``stages`` runs them.
 """
 
+import json
 import re
 import shlex
 import sys
@@ -32,7 +33,8 @@ from fusion_trainer.config import (
 from fusion_trainer.errors import FusionError, listed
 from fusion_trainer.processes import MERGEKIT, OWN
 from fusion_trainer.stages import KINDS, Stage
-from fusion_trainer.templates import BUILT_IN
+from fusion_trainer.templates import BUILT_IN, PIVOT
+from fusion_trainer.templates import OWN as OWN_TEMPLATE
 
 __all__ = ["PipelineConfig", "chosen", "read_pipeline"]
 
@@ -281,10 +283,13 @@ def _plan(builder: _Builder) -> None:
         if name == "pivot":
             stored["revision"] = revision
         special = {key: value for key, value in source.items() if key not in ("name", "model")}
-        given = [("prepare", config.prepare), ("extract", config.extract), (where, special)]
+        given = [("prepare", config.prepare), ("extract", _own(config.extract)), (where, _own(special))]
+        if name == "pivot":  # it reads the dialogues as they are
+            given[1] = ("extract", {key: value for key, value in config.extract.items() if key != "template"})
         extracted = builder.settings(ExtractConfig, stored, *given, not_here=PrepareConfig.model_fields)
+        files = _template_file(builder, where, special, model) if name != "pivot" else {}
         asks = {"model": (model, revision)}
-        builder.add("extract", name, work / "stores" / name, extracted, ["prepare dialogues"], asks)
+        builder.add("extract", name, work / "stores" / name, extracted, ["prepare dialogues"], asks, files)
     for name in names:
         own: Settings = {"source_store": work / "stores" / name, "pivot_store": work / "stores" / "pivot"}
         own |= {"output": work / "aligned" / name, "dialogues": dialogues, "maps": work / "maps"}
@@ -295,6 +300,51 @@ def _plan(builder: _Builder) -> None:
     _demand_options(builder)
     if config.evaluate is not None:
         _evaluations(builder, names, common)
+
+
+def _template_file(builder: _Builder, where: str, source: Settings, model: str) -> dict[str, str]:
+    """The Jinja file in which a source is queried, if it is one; what is wrong with the choice is noted."""
+    place = f"{where}.template" if "template" in source else "extract.template"
+    chosen = source.get("template", builder.config.extract.get("template", OWN_TEMPLATE))
+    if not isinstance(chosen, str) or chosen in (*BUILT_IN, PIVOT):
+        return {}
+    if chosen != OWN_TEMPLATE:
+        if not Path(chosen).is_file():
+            builder.wrong(place, f"no file `{chosen}`, and none of {OWN_TEMPLATE}, {PIVOT}, {', '.join(BUILT_IN)}")
+            return {}
+        return {"template": chosen}
+    if Path(model).is_dir() and not _has_template(Path(model)) and _are_chats(builder.config.data):
+        what = f"`{model}` has no chat template: set `template` to {PIVOT}, {', '.join(BUILT_IN)} or a Jinja file"
+        builder.wrong(where, what)
+    return {}
+
+
+def _are_chats(data: Sequence[str]) -> bool:
+    """Whether the first row of a local JSON Lines file is known to be no plain text."""
+    for path in map(Path, data):
+        with suppress(OSError, ValueError):
+            if path.suffix == ".jsonl":
+                with path.open(encoding="utf-8") as file:
+                    row = json.loads(file.readline())
+                return isinstance(row, dict) and "text" not in row
+    return False
+
+
+def _has_template(folder: Path) -> bool:
+    """Whether a folder's tokenizer has a chat template, as transformers saves it."""
+    if (folder / "chat_template.jinja").is_file() or (folder / "additional_chat_templates").is_dir():
+        return True
+    try:
+        return bool(
+            json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+        )
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _own(settings: Settings) -> Settings:
+    """Settings of ``extract``, where ``template`` is that of the source; the pivot's stands under ``prepare``."""
+    return {"source_template" if name == "template" else name: value for name, value in settings.items()}
 
 
 def _names(builder: _Builder) -> list[str]:

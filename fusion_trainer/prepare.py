@@ -50,7 +50,7 @@ def prepare(config: PrepareConfig, beside: Path, *, quiet: bool = False) -> Dial
     preparation = Preparation(tokenizer, template, config.max_length, config.packing)
     if config.bad_rows == "skip":
         preparation.skipped = Counter()
-    rows = conversations(sources, preparation.skipped)
+    rows = conversations(sources, preparation.skipped, preparation.report.unused)
     with tqdm(rows, unit=" conversations", unit_scale=True, disable=quiet or is_quiet(), desc="dialogues") as bar:
         write_dialogues(path, preparation.blocks(bar), preparation, request)
     return _told(Dialogues(path), quiet)

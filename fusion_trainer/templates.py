@@ -1,28 +1,36 @@
-"""A conversation → one text, and the characters of it that are the assistant's, for any chat template.
+"""A conversation → one text, and where in it each answer's content and end lie, for any chat template.
 
 No template is taught where its answers are. The conversation is rendered twice, the second time with a mark in
 place of each answer: what stands between the marks is the template's, the rest is the answers'. Text of a user
 that looks like a template cannot be mistaken for one. Where the template changes answers by more than trimming
 them, each answer is found by a rendering of its own. A mask that cannot be proven so is refused, not guessed.
 
-The end-of-turn marker that a template writes after every answer belongs to the answer: a model has to learn to
-stop.
+An answer begins where the generation prompt ends: what stands between that and its content (the tag that opens
+its reasoning) the model has to write itself. It ends with the marker that follows it in the rendering. Nothing
+after that marker belongs to it.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fusion_trainer.answers import Answer, supervised_spans
 from fusion_trainer.conversations import Message
 from fusion_trainer.errors import FusionError
-from fusion_trainer.tokens import Span, byte_spans
+from fusion_trainer.tokens import Span
 
-__all__ = ["BUILT_IN", "Rendered", "Template", "TemplateError", "find_template"]
+__all__ = ["BUILT_IN", "OWN", "PIVOT", "Rendered", "Template", "TemplateError", "find_template"]
 
 FOLDER = Path(__file__).parent / "templates"
+OWN, PIVOT = "own", "pivot"
+"""A source's own template; the pivot's rendering, which a source reads as plain text."""
 BUILT_IN = ("openchat", "chatml", "vicuna", "mistral", "llama-3", "zephyr")
 
 TODAY = datetime(2024, 7, 26)
@@ -31,7 +39,8 @@ DIRECTIVES = "aAbBdefHIjmMpSyYZ"
 MOST_PLACES = 32
 """How many characters of an answer may be taken for markup by the template, at either end."""
 
-Characters = tuple[int, int]
+Piece = tuple[int, int, int]
+"""First character in the text, the one after the last, and where in the answer the piece begins."""
 
 
 class TemplateError(Exception):
@@ -40,10 +49,51 @@ class TemplateError(Exception):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, without BOS, and the spans of the assistant's bytes, ascending."""
+    """A conversation as one model reads it.
+
+    Attributes:
+        text: With the BOS that the template writes, unless the tokenizer puts one before every text.
+        answers: The answers to be learnt, ascending.
+        bos: Bytes of BOS at the head of ``text``.
+        folded: Whether the template refuses a system turn, and its text was put before the first user turn.
+        left_out: Bytes of the conversation that the template does not write, by kind, and ``<kind>, turns``.
+    """
 
     text: str
-    spans: tuple[Span, ...]
+    answers: tuple[Answer, ...]
+    bos: int = 0
+    folded: bool = False
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The supervised bytes of ``text``, ascending."""
+        return tuple(supervised_spans(self.answers))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where an answer stands in characters; ``content`` are pieces of text and where they stand in the answer."""
+
+    turn: int
+    start: int
+    stop: int
+    content: tuple[Piece, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What a template puts around answers, from a conversation of two exchanges.
+
+    Attributes:
+        prompt: The generation prompt.
+        between: Marker after an answer that a turn follows, as text.
+        last: Marker after the last answer, as text.
+    """
+
+    prompt: str = ""
+    between: str = ""
+    last: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,129 +109,371 @@ class Template:
         bos = self.tokenizer.bos_token or ""
         return hashlib.sha256(f"{self.jinja}\0{bos}\0{self.tokenizer.eos_token or ''}".encode()).hexdigest()
 
-    def render(self, messages: Sequence[Message]) -> Rendered:
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids of the single tokens that end an answer, that of an earlier answer first."""
+        marks = [mark.strip() for mark in (self._frame.between, self._frame.last)]
+        known = {token.content: number for number, token in self.tokenizer.added_tokens_decoder.items()}
+        return list(dict.fromkeys(known[mark] for mark in marks if mark in known))
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Rendered:
         """Render a conversation that ends with an answer.
+
+        A template that refuses a system turn gets its text before that of the first user turn.
+
+        Args:
+            messages: The turns.
+            tools: What the template is given under this name.
 
         Raises:
             TemplateError: The template raises, or changes the text around an answer with the answer's content.
         """
-        text = self._apply(messages)
-        spans, last = self._spans_by_one_marking(text, messages), True
-        if spans is None:
-            spans, last = self._spans_by_one_marking_each(text, messages)
-        closing = text[spans[-1][1] :] if spans and last else ""
-        nexts = [*(start for start, _ in spans[1:]), len(text)][: len(spans)]
-        ended = [
-            (start, stop + self._end_of_turn(text[stop:following], closing))
-            for (start, stop), following in zip(spans, nexts, strict=True)
-        ]
-        return self._without_bos(text, ended)
-
-    def _apply(self, messages: Sequence[Message]) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
-            return str(self.tokenizer.apply_chat_template(turns, chat_template=_dated(self.jinja), tokenize=False))
+            return self._render(messages, tools)
+        except TemplateError:
+            folded = _without_system(messages)
+            if folded is None:
+                raise
+            try:
+                rendered = self._render(folded, tools)
+            except TemplateError:
+                rendered = None
+            if rendered is None:
+                raise
+            moved = [replace(answer, turn=answer.turn + 1) for answer in rendered.answers]
+            return replace(rendered, answers=tuple(moved), folded=True)
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> Rendered:
+        text = self._apply(messages, tools)
+        found = self._by_one_marking(text, messages, tools)
+        if found is None:
+            found = list(self._by_one_marking_each(text, messages, tools))
+        answers = []
+        for number, one in enumerate(found):
+            following = found[number + 1].start if number + 1 < len(found) else len(text)
+            last = one.turn == len(messages) - 1
+            if messages[one.turn].learn:
+                answers.append(self._answer(text, messages, tools, one, text[one.stop : following], last))
+        left_out = self._left_out(text, messages, tools, found)
+        return self._in_bytes(text, answers, left_out)
+
+    def _apply(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False
+    ) -> str:
+        turns = [{"role": message.role, "content": message.content, **message.extra} for message in messages]
+        options = {"tools": list(tools) if tools else None, "tokenize": False, "add_generation_prompt": prompt}
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, chat_template=_dated(self.jinja), **options))
         except Exception as error:
             raise TemplateError(f"the template {self.name} refuses it: {error}") from error
 
-    def _spans_by_one_marking(self, text: str, messages: Sequence[Message]) -> list[Characters] | None:
+    # Where the answers are
+
+    def _by_one_marking(
+        self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None
+    ) -> list[_Found] | None:
         """All answers marked at once; None unless the text is the marked one with the answers put back."""
-        marked, marks = _marked(messages, range(len(messages)))
+        answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+        if any(not messages[number].content or messages[number].extra for number in answers):
+            return None  # the template decides by more than the content
+        marked, marks = _marked(messages, answers)
         try:
-            pieces = _split(self._apply(marked), marks)
+            pieces = _split(self._apply(marked, tools), marks)
         except TemplateError:
             return None
-        if pieces is None:
+        if pieces is None or not text.startswith(pieces[0]):
             return None
-        answers = [message.content for message in messages if message.role == "assistant"]
-        if not text.startswith(pieces[0]):
-            return None
-        spans, position = [], len(pieces[0])
-        for answer, piece in zip(answers, pieces[1:], strict=True):
+        found, position = [], len(pieces[0])
+        for number, piece in zip(answers, pieces[1:], strict=True):
+            answer = messages[number].content
             for candidate in (answer, answer.strip(), answer.lstrip(), answer.rstrip()):
                 if text.startswith(candidate + piece, position):
-                    spans.append((position, position + len(candidate)))
-                    position += len(candidate) + len(piece)
+                    stop = position + len(candidate)
+                    found.append(_Found(number, position, stop, ((position, stop, answer.find(candidate)),)))
+                    position = stop + len(piece)
                     break
             else:
                 return None
-        return spans if position == len(text) else None
+        return found if position == len(text) else None
 
-    def _spans_by_one_marking_each(self, text: str, messages: Sequence[Message]) -> tuple[list[Characters], bool]:
+    def _by_one_marking_each(
+        self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None
+    ) -> Iterator[_Found]:
         """One answer marked at a time: whatever stands where its mark stands is what became of it."""
-        spans: list[Characters] = []
-        last = False
+        done = 0
         for number, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            last = False
-            marked, marks = _marked(messages, [number])
-            rendered = self._apply(marked)
-            if marks[0] not in rendered:
-                continue  # the template leaves this answer out
-            pieces = _split(rendered, marks)
-            if pieces is None or not (text.startswith(pieces[0]) and text.endswith(pieces[1])):
-                pieces = self._around_what_remains(text, messages, number)
-            if pieces is None:
-                raise TemplateError(
-                    f"the template {self.name} changes the text around turn {number + 1} with its content, so "
-                    "that the assistant's characters cannot be told"
-                )
-            start, stop = len(pieces[0]), len(text) - len(pieces[1])
-            if start < stop and (not spans or spans[-1][1] <= start):
-                spans.append((start, stop))
-                last = True
-        return spans, last
+            called = message.extra.get("tool_calls") or not message.content
+            found = self._calls(text, messages, tools, number) if called else None
+            if found is None and message.content:
+                found = self._by_its_mark(text, messages, tools, number)
+            if found is not None and found.start < found.stop and done <= found.start:
+                yield found
+                done = found.stop
 
-    def _around_what_remains(self, text: str, messages: Sequence[Message], number: int) -> list[str] | None:
-        """For templates that take an answer apart (Qwen3: its reasoning): what stands around the part they keep.
+    def _by_its_mark(
+        self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, number: int
+    ) -> _Found | None:
+        marked, marks = _marked(messages, [number])
+        rendered = self._apply(marked, tools)
+        if marks[0] not in rendered:
+            return None  # the template leaves this answer out
+        answer = messages[number].content
+        pieces = _split(rendered, marks)
+        if pieces is not None and text.startswith(pieces[0]) and text.endswith(pieces[1]):
+            start, stop = len(pieces[0]), len(text) - len(pieces[1])
+            if start >= stop:
+                return None
+            content = _same(text[start:stop], answer, start)
+            return _Found(number, start, stop, content or _kept(text[start:stop], answer, start))
+        found = self._around_what_remains(text, messages, tools, number)
+        if found is None:
+            raise TemplateError(
+                f"the template {self.name} changes the text around turn {number + 1} with its content, so "
+                "that the assistant's characters cannot be told"
+            )
+        return found
+
+    def _around_what_remains(
+        self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, number: int
+    ) -> _Found | None:
+        """For templates that take an answer apart (Qwen3: its reasoning): the part they keep.
 
         A mark put into the answer, rather than in its place, tells where a character of it came to stand. The
-        first and the last place near its ends where a mark stays are its edges.
+        first and the last place near its ends where a mark stays are its edges. What the template wrote before
+        the first belongs to the answer as far as the answer's own words stand there.
         """
         answer = messages[number].content
-        head = self._first_place(text, messages, number, range(min(len(answer), MOST_PLACES)))
-        tail = self._first_place(text, messages, number, range(len(answer), max(0, len(answer) - MOST_PLACES), -1))
-        if head is None or tail is None or text[head[1] : tail[1]] != answer[head[0] : tail[0]]:
+        size = len(answer)
+        head = self._first_place(text, messages, tools, number, range(min(size, MOST_PLACES)))
+        tail = self._first_place(text, messages, tools, number, range(size, max(0, size - MOST_PLACES), -1))
+        if head is None or tail is None or tail[1] <= head[1]:
             return None
-        return [text[: head[1]], text[tail[1] :]]
+        content = _same(text[head[1] : tail[1]], answer[head[0] : tail[0]], head[1], head[0])
+        if not content:
+            return None
+        backwards = _same(text[: head[1]][::-1], answer[: head[0]][::-1], 0, whole=False)
+        pieces = [
+            (head[1] - stop, head[1] - start, head[0] - at - (stop - start)) for start, stop, at in backwards
+        ]
+        joined = (*reversed(pieces), *content)
+        return _Found(number, joined[0][0], tail[1], joined)
 
     def _first_place(
-        self, text: str, messages: Sequence[Message], number: int, places: Sequence[int]
+        self,
+        text: str,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        number: int,
+        places: Sequence[int],
     ) -> tuple[int, int] | None:
         """The first of ``places`` in the answer where a mark stays and changes nothing else; and its place."""
         answer = messages[number].content
         (mark,) = _marked(messages, [number])[1]
         for place in places:
             changed = list(messages)
-            changed[number] = Message("assistant", answer[:place] + mark + answer[place:])
-            before, found, after = self._apply(changed).partition(mark)
+            changed[number] = replace(messages[number], content=answer[:place] + mark + answer[place:])
+            before, found, after = self._apply(changed, tools).partition(mark)
             if found and before + after == text:
                 return place, len(before)
         return None
 
-    def _end_of_turn(self, following: str, closing: str) -> int:
-        """Length of the marker at the head of ``following``, which stands after an answer.
+    def _calls(
+        self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, number: int
+    ) -> _Found | None:
+        """An answer with calls of tools: from the end of the prompt for it to the next marker of an end."""
+        before, after = (
+            self._apply(messages[:number], tools, prompt=True),
+            self._apply(messages[: number + 1], tools),
+        )
+        if not text.startswith(before):
+            return None
+        start = len(before)
+        if text.startswith(after):
+            stop = start + len(self._without_marker(after[start:]))
+        else:
+            ending = self._frame.between.strip()
+            stop = text.find(ending, start) if ending else -1
+        names = [_name(call) for call in messages[number].extra.get("tool_calls") or ()]
+        if stop < start or not all(name in text[start:stop] for name in names):
+            return None
+        content = messages[number].content.strip()
+        at = text.find(content, start, stop) if content else -1
+        piece = ((at, at + len(content), messages[number].content.find(content)),) if at >= 0 else ()
+        return _Found(number, start, stop, piece)
 
-        ``closing`` stands after the last answer, where no next turn follows: the marker and white space.
-        """
-        marker = closing.rstrip()
-        if following.startswith(marker):
-            return len(marker)
-        blank = len(following) - len(following.lstrip())
-        if not closing.startswith(following[:blank]):
-            return 0
-        marks = [mark for mark in self.tokenizer.all_special_tokens if closing.startswith(mark, blank)]
-        return max((blank + len(mark) for mark in marks if following.startswith(mark, blank)), default=0)
+    def _without_marker(self, written: str) -> str:
+        """An answer's text without the token that ends it."""
+        shorter = written.rstrip()
+        marks = [mark for mark in self._tokens if shorter.endswith(mark)]
+        return shorter[: -len(max(marks, key=len))] if marks else written
 
-    def _without_bos(self, text: str, spans: Sequence[Characters]) -> Rendered:
-        """Every tokenizer puts its own BOS before a text, so the text has none."""
+    # Where an answer opens and ends
+
+    @cached_property
+    def _tokens(self) -> list[str]:
+        """Added tokens that may end an answer."""
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content.strip()}
         bos = self.tokenizer.bos_token
-        if not bos or not text.startswith(bos):
-            return Rendered(text, tuple(byte_spans(text, spans)))
-        cut = len(bos)
+        return sorted(added - ({bos} if bos != self.tokenizer.eos_token else set()), key=len, reverse=True)
+
+    @cached_property
+    def _token_ahead(self) -> re.Pattern[str] | None:
+        return re.compile(r"\s*(?:" + "|".join(map(re.escape, self._tokens)) + ")") if self._tokens else None
+
+    @cached_property
+    def _frame(self) -> _Frame:
+        user, answer, again, second = (f"\ue000{number}\ue000" for number in range(4))
+        turns = [
+            Message(("user", "assistant")[n % 2], text) for n, text in enumerate((user, answer, again, second))
+        ]
+        try:
+            text = self._apply(turns)
+            before, with_prompt = self._apply(turns[:1]), self._apply(turns[:1], prompt=True)
+        except TemplateError:
+            return _Frame()
+        prompt = with_prompt.removeprefix(before) if with_prompt.startswith(before) else ""
+        if not all(mark in text for mark in (user, answer, again)):
+            return _Frame(prompt)
+        first_header = text.partition(user)[0].removeprefix(self.tokenizer.bos_token or "")
+        between = text.partition(answer)[2].partition(again)[0]
+        closing = text.partition(second)[2] if second in text else ""
+        middle = self._marker(between, prompt)
+        if middle is None:
+            owned = first_header.strip() and between.endswith(first_header)
+            middle = between.removesuffix(first_header) if owned else between[: _shared(between, closing)]
+            middle = middle.rstrip()
+        last = self._marker(closing, prompt)
+        if last is None:
+            header = text.partition(second)[0]
+            is_header = closing[len(closing) - _shared(closing[::-1], header[::-1]) :].strip()
+            last = "" if is_header else closing.rstrip()
+            last = middle if middle and closing.startswith(middle) else last
+        return _Frame(prompt, middle, last)
+
+    def _marker(self, following: str, prompt: str) -> str | None:
+        """The added token at the head of what follows an answer, with the white space before it."""
+        ahead = self._token_ahead and self._token_ahead.match(following)
+        if not ahead or ahead[0].strip() in prompt:
+            return None
+        return ahead[0]
+
+    def _answer(
+        self,
+        text: str,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        found: _Found,
+        following: str,
+        last: bool,
+    ) -> Answer:
+        """In characters."""
+        frame = self._frame
+        marker = self._marker(following, frame.prompt)
+        if marker is None:
+            usual = [frame.last, frame.between] if last else [frame.between]
+            marker = next((mark for mark in usual if mark and following.startswith(mark)), "")
+        blank = len(marker) - len(marker.lstrip())
+        content = messages[found.turn].content
+        pieces = tuple((start, stop, len(content[:at].encode())) for start, stop, at in found.content)
+        whole = bool(pieces) and not text[pieces[-1][1] : found.stop].strip()
+        opened = self._opening(text, messages, tools, found)
+        mark = found.stop + (blank if marker else 0)
+        return Answer(found.turn, opened, pieces, mark, found.stop + len(marker), whole and bool(marker))
+
+    def _opening(self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, found: _Found) -> int:
+        """Where the generation prompt ends, if text that has to be written stands between it and the answer."""
+        prompt = self._frame.prompt
+        if not prompt or text.endswith(prompt, 0, found.start):
+            return found.start
+        try:
+            before = self._apply(messages[: found.turn], tools, prompt=True)
+        except TemplateError:
+            return found.start
+        if len(before) < found.start and text.startswith(before) and text[len(before) : found.start].strip():
+            return len(before)
+        return found.start
+
+    # What is missing
+
+    def _left_out(
+        self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, found: Sequence[_Found]
+    ) -> dict[str, int]:
+        """Bytes and turns that the template does not write, by kind."""
+        missing: Counter[str] = Counter()
+
+        def lost(kind: str, what: str) -> None:
+            missing[kind] += len(what.encode())
+            missing[f"{kind}, turns"] += 1
+
+        answers = {one.turn: one for one in found}
+        for number, message in enumerate(messages):
+            if message.role == "assistant" and message.content.strip():
+                if number not in answers:
+                    lost("answers", message.content)
+                elif content := answers[number].content:
+                    kept = "".join(text[start:stop] for start, stop, _ in content)
+                    if len("".join(kept.split())) < len("".join(message.content.split())):
+                        gone = len(message.content.encode()) - len(kept.encode())
+                        missing["parts of answers (reasoning)"] += gone
+                        missing["parts of answers (reasoning), turns"] += 1
+            elif message.role != "assistant" and not self._writes(text, messages, tools, number):
+                lost(f"{message.role} turns", message.content)
+            reasoning = str(message.extra.get("reasoning_content") or "")
+            if reasoning.strip() not in text:
+                lost("reasoning", reasoning)
+            for call in message.extra.get("tool_calls") or ():
+                if number not in answers or _name(call) not in text[answers[number].start : answers[number].stop]:
+                    lost("tool calls", json.dumps(call))
+        if tools:
+            names = [
+                str((tool.get("function") or tool).get("name", "")) for tool in tools if isinstance(tool, dict)
+            ]
+            if not all(name in text for name in names):
+                lost("tools", json.dumps(list(tools)))
+        return dict(missing)
+
+    def _writes(self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, number: int) -> bool:
+        """Whether a turn is in the text, as it is or changed."""
+        if messages[number].content.strip() in text:
+            return True
+        changed = list(messages)
+        mark = "\ue000turn\ue000"
+        changed[number] = replace(messages[number], content=mark)
+        try:
+            return mark in self._apply(changed, tools)
+        except TemplateError:
+            return True
+
+    # In bytes
+
+    def _in_bytes(self, text: str, answers: Sequence[Answer], left_out: Mapping[str, int]) -> Rendered:
+        """The answers in bytes; BOS is cut from the text where the tokenizer puts one before every text."""
+        bos = self.tokenizer.bos_token or ""
+        cut = len(bos) if bos and text.startswith(bos) and self._adds_bos else 0
         text = text[cut:]
-        return Rendered(text, tuple(byte_spans(text, [(start - cut, stop - cut) for start, stop in spans])))
+        kept = len(bos.encode()) if bos and not cut and text.startswith(bos) else 0
+
+        def size(place: int) -> int:
+            return len(text[: place - cut].encode())
+
+        written = [
+            replace(
+                answer,
+                open=size(answer.open),
+                pieces=tuple((size(start), size(stop), at) for start, stop, at in answer.pieces),
+                mark=size(answer.mark),
+                end=size(answer.end),
+            )
+            for answer in answers
+        ]
+        return Rendered(text, tuple(written), kept, left_out=left_out)
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        ids = self.tokenizer("a").input_ids
+        return bool(ids) and ids[0] == self.tokenizer.bos_token_id
 
 
 def find_template(choice: str | None, tokenizer: Any, model: str) -> Template:
@@ -189,8 +481,8 @@ def find_template(choice: str | None, tokenizer: Any, model: str) -> Template:
 
     Args:
         choice: A built-in name, the path of a Jinja file, or None for the chat template of the tokenizer.
-        tokenizer: The pivot's tokenizer, as transformers loads it.
-        model: The pivot's name, for messages.
+        tokenizer: The model's tokenizer, as transformers loads it.
+        model: The model's name, for messages.
 
     Raises:
         FusionError: No such template; or none chosen, and the tokenizer has none.
@@ -221,15 +513,27 @@ def _dated(jinja: str) -> str:
     return f"{{%- macro strftime_now(format) -%}}{{{{ format{known} }}}}{{%- endmacro -%}}{jinja}"
 
 
+def _without_system(messages: Sequence[Message]) -> list[Message] | None:
+    """The system turn's text before that of the first user turn; None where there are no such two turns."""
+    if [message.role for message in messages[:2]] != ["system", "user"]:
+        return None
+    system, user = messages[:2]
+    return [replace(user, content=f"{system.content}\n\n{user.content}"), *messages[2:]]
+
+
+def _name(of_tool: Any) -> str:
+    """The name in a call or a description of a tool."""
+    return str((of_tool.get("function") or of_tool).get("name", "")) if isinstance(of_tool, dict) else ""
+
+
 def _marked(messages: Sequence[Message], which: Sequence[int]) -> tuple[list[Message], list[str]]:
     """``messages`` with a mark in place of each answer among ``which``, and the marks in order."""
     everything = "".join(message.content for message in messages)
     edge = next(chr(point) for point in range(0xE000, 0xF8FF) if chr(point) not in everything)
     marked, marks = list(messages), []
     for number in which:
-        if messages[number].role == "assistant":
-            marks.append(f"{edge}{number}{edge}")
-            marked[number] = Message("assistant", marks[-1])
+        marks.append(f"{edge}{number}{edge}")
+        marked[number] = replace(messages[number], content=marks[-1])
     return marked, marks
 
 
@@ -242,3 +546,44 @@ def _split(rendered: str, marks: Sequence[str]) -> list[str] | None:
             return None
         pieces.append(head)
     return [*pieces, rendered]
+
+
+def _same(written: str, answer: str, start: int, at: int = 0, *, whole: bool = True) -> tuple[Piece, ...]:
+    """The pieces of a text that are an answer's, if the answer is all there, but for white space.
+
+    Args:
+        written: A part of the text.
+        answer: A part of the answer.
+        start: Where in the text that part begins.
+        at: Where in the answer that part begins.
+        whole: Nothing else may stand in ``written``.
+    """
+    pieces: list[Piece] = []
+    here = there = 0
+    while there < len(answer):
+        if size := _shared(written[here:], answer[there:]):
+            pieces.append((start + here, start + here + size, at + there))
+            here, there = here + size, there + size
+        elif here < len(written) and written[here].isspace():
+            here += 1
+        elif answer[there].isspace():
+            there += 1
+        else:
+            return ()
+    return () if whole and written[here:].strip() else tuple(pieces)
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((number for number, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _kept(written: str, answer: str, start: int) -> tuple[Piece, ...]:
+    """The piece of a text that is a part of an answer: what a template that drops reasoning keeps."""
+    part = written.strip()
+    at = answer.rfind(part)
+    if not part or at < 0:
+        return ()
+    start += written.find(part)
+    return ((start, start + len(part), at),)

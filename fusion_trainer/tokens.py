@@ -19,14 +19,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import normalizers
 
 from fusion_trainer.byte_ends import Mark, Rewriting, lay_along
 from fusion_trainer.errors import FusionError
 
 __all__ = ["Span", "TextTokenizer", "Tokens", "byte_spans", "load_tokenizer", "supervised_positions"]
 
-ONLY_SPACES = {"Prepend", "Replace"}
-"""Normalisers of SentencePiece-style tokenizers that write spaces as ``▁``."""
+SPACES_AS_MARKS = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+"""The normaliser of SentencePiece-style tokenizers that writes spaces as ``▁``."""
+HEEDED_ADD_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer")
+"""Whose fast classes in transformers 4 left out BOS where ``add_bos_token`` was false."""
 Span = tuple[int, int]
 """First byte and the one after the last, in a text's UTF-8."""
 
@@ -37,8 +40,9 @@ class Tokens:
 
     Attributes:
         ids: int32 [tokens].
-        ends: int32 [tokens], bytes of the text (UTF-8) that are read once the token is; 0 for BOS. Where several
-            tokens have one end, because a normaliser made them of one character, only the last has read it.
+        ends: int32 [tokens], ascending: bytes of the text (UTF-8) that are read once the token is; 0 for a BOS
+            that is not in the text. Where several tokens have one end, only the last has read up to there; the
+            others end inside something that a normaliser rewrote, and correspond to no byte of the text.
     """
 
     ids: NDArray[np.int32]
@@ -90,7 +94,7 @@ class TextTokenizer:
             self.prefix = [tokenizer.bos_token_id]
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
-        """Tokenise texts that bear no BOS yet."""
+        """Tokenise texts. ``prefix`` is put before those that do not begin with it, or with BOS, themselves."""
         if not texts:
             return []
         batch = self.tokenizer(
@@ -101,22 +105,24 @@ class TextTokenizer:
             return_token_type_ids=False,
             verbose=False,
         )
-        before = len(self.prefix)
         columns = zip(texts, batch["input_ids"], batch["offset_mapping"], strict=True)
-        return [self._tokens(before, text, ids, offsets) for text, ids, offsets in columns]
+        return [self._tokens(text, ids, offsets) for text, ids, offsets in columns]
 
-    def _tokens(self, before: int, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
+    def _tokens(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
+        begun = ids[: len(self.prefix)] == self.prefix or ids[:1] == [self.tokenizer.bos_token_id]
+        prefix = [] if begun else self.prefix
+        before = len(prefix)
         ends = np.zeros(before + len(ids), np.int32)
         surfaces = [self.surfaces[token] for token in ids]
-        literal = [self._marks.get(token) for token in ids]
+        literal = [self.marks.get(token) for token in ids]
         laid = lay_along(text, surfaces, literal, self._rewriting)
         if laid is not None:
             ends[before:] = laid
         elif ids:
             spans_T2 = _in_bytes(text, np.array(offsets, np.int32))
             self._separate(text.encode(), ids, spans_T2)
-            ends[before:] = spans_T2[:, 1]
-        return Tokens(np.array([*self.prefix, *ids], np.int32), ends)
+            ends[before:] = self._rewriting.finished(text, spans_T2[:, 1])
+        return Tokens(np.array([*prefix, *ids], np.int32), ends)
 
     def _separate(self, text: bytes, ids: list[int], spans_T2: NDArray[np.int32]) -> None:
         """Where the spans of tokens overlap, set their ends by the bytes they stand for."""
@@ -141,29 +147,55 @@ class TextTokenizer:
     @cached_property
     def surfaces(self) -> dict[int, bytes]:
         """The bytes of text that each id stands for."""
-        surface = _byte_level_surface if "ByteLevel" in self._decoder else _sentencepiece_surface
         vocabulary = self.tokenizer.get_vocab().items()
-        return {token: name.encode() if token in self._literal else surface(name) for name, token in vocabulary}
+        if not self._byte_level:
+            return {token: _sentencepiece_surface(name) for name, token in vocabulary}
+        return {
+            token: name.encode() if token in self.added else _byte_level_surface(name)
+            for name, token in vocabulary
+        }
 
     @cached_property
-    def _literal(self) -> frozenset[int]:
-        return self.added - self.byte_fallback
-
-    @cached_property
-    def _marks(self) -> dict[int, Mark]:
+    def marks(self) -> dict[int, Mark]:
+        """The added tokens that stand in a text under their own names: all but bytes and plain white space."""
+        blank = {token for token in self.added if not self.surfaces[token].strip()}
         known = self.tokenizer.added_tokens_decoder
-        return {token: Mark(known[token].lstrip, known[token].rstrip) for token in self._literal if token in known}
+        return {
+            token: Mark(known[token].content, known[token].lstrip, known[token].rstrip)
+            for token in self.added - self.byte_fallback - blank
+            if token in known
+        }
+
+    @cached_property
+    def special(self) -> frozenset[int]:
+        """Ids that stand for no text: those marked as special, and the named ones (BOS, EOS, padding, unknown)."""
+        marked = {token for token, mark in self.tokenizer.added_tokens_decoder.items() if mark.special}
+        return (frozenset(marked | set(self.tokenizer.all_special_ids)) & self.vocabulary) - self.byte_fallback
 
     @cached_property
     def _rewriting(self) -> Rewriting:
-        state = json.loads(self.tokenizer.backend_tokenizer.to_str())["normalizer"] or {}
-        kinds = {one["type"] for one in state.get("normalizers", [state] if state else [])}
-        normaliser = self.tokenizer.backend_tokenizer.normalizer
-        return Rewriting("ByteLevel" in self._decoder, None if kinds <= ONLY_SPACES else normaliser.normalize_str)
+        state = self._state
+        steps = [step for step in _steps(state["normalizer"]) if step["type"] != "Prepend"]  # of a space
+        lacking = b""
+        if self._byte_level and state["model"].get("unk_token") is None:
+            vocabulary = self.tokenizer.get_vocab()
+            lacking = bytes(byte for char, byte in _printable_bytes().items() if char not in vocabulary)
+        if not steps or (steps == [SPACES_AS_MARKS] and not self._byte_level):
+            return Rewriting(self._byte_level, None, lacking)
+        normaliser = normalizers.Sequence([])
+        normaliser.__setstate__(json.dumps({"type": "Sequence", "normalizers": steps}).encode())
+        return Rewriting(self._byte_level, normaliser.normalize_str, lacking)
 
     @cached_property
-    def _decoder(self) -> str:
-        return str(json.loads(self.tokenizer.backend_tokenizer.to_str()).get("decoder"))
+    def _byte_level(self) -> bool:
+        return "ByteLevel" in str(self._state["decoder"])
+
+    @cached_property
+    def _state(self) -> dict[str, Any]:
+        """What the tokenizer.json says, but for the vocabulary."""
+        state = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        model = {key: value for key, value in state["model"].items() if key not in ("vocab", "merges")}
+        return {**state, "added_tokens": None, "model": model}
 
     @cached_property
     def words(self) -> dict[int, str]:
@@ -181,7 +213,7 @@ class TextTokenizer:
     @cached_property
     def byte_fallback(self) -> frozenset[int]:
         """Ids that stand for one byte each, such as ``<0x0A>``; none where all tokens are bytes."""
-        if "ByteLevel" in self._decoder:
+        if self._byte_level:
             return frozenset()
         vocabulary = self.tokenizer.get_vocab().items()
         return frozenset(token for name, token in vocabulary if _is_byte(name))
@@ -204,6 +236,15 @@ class TextTokenizer:
         if padding:
             backend.enable_padding(**padding)
         return hashlib.sha256(f"{state}{self.prefix}".encode()).hexdigest()
+
+
+def _steps(normaliser: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The normalisers of a tokenizer.json one after the other."""
+    if normaliser is None:
+        return []
+    if normaliser["type"] == "Sequence":
+        return [step for one in normaliser["normalizers"] for step in _steps(one)]
+    return [normaliser]
 
 
 def _template_begins_with_bos(tokenizer: Any) -> bool:
@@ -272,4 +313,22 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> 
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise FusionError(f"no tokenizer of {name} could be loaded: {error}") from error
+    _heed_add_bos(tokenizer, folder)
     return TextTokenizer(tokenizer, name)
+
+
+def _heed_add_bos(tokenizer: Any, folder: Path) -> None:
+    """Make a tokenizer add BOS, or not, as its ``tokenizer_config.json`` says.
+
+    transformers 5 reads ``add_bos_token`` no more where there is a tokenizer.json. True is heeded always, false
+    where transformers 4 did; the tokenizer keeps it when it is saved.
+    """
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_bytes()) if path.is_file() else {}
+    wanted = config.get("add_bos_token")
+    if tokenizer.bos_token is None or not getattr(tokenizer, "is_fast", False):
+        return
+    adds = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    heeded = str(config.get("tokenizer_class")).removesuffix("Fast") in HEEDED_ADD_BOS
+    if (wanted is True and not adds) or (wanted is False and adds and heeded):
+        tokenizer.add_bos_token = wanted

@@ -9,13 +9,16 @@ import fcntl
 import hashlib
 import math
 import os
+import pickle
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from accelerate import PartialState
@@ -31,6 +34,7 @@ from fusion_trainer.errors import FusionError, listed, unlike
 from fusion_trainer.files import (
     TEMPORARY,
     read_json,
+    read_mapping,
     sha256_of,
     sync_folder,
     sync_tree,
@@ -39,6 +43,7 @@ from fusion_trainer.files import (
 )
 from fusion_trainer.fusion import Rule
 from fusion_trainer.models import (
+    TOKENIZER_FILES,
     config_fingerprint,
     load_causal_lm,
     local_folder,
@@ -49,7 +54,8 @@ from fusion_trainer.models import (
 from fusion_trainer.representations.store import ALIGNED, RepresentationStore
 from fusion_trainer.rounding import rounding
 from fusion_trainer.tokens import TextTokenizer, load_tokenizer
-from fusion_trainer.trainer import WRITING, FusionTrainer, last_checkpoint
+from fusion_trainer.trainer import WRITING, FusionTrainer, argument_problems, last_checkpoint
+from varm_common import checkpoints
 
 __all__ = ["FUSION", "PLAN", "train"]
 
@@ -57,6 +63,19 @@ FUSION, PLAN = "fusion.json", "training.json"
 FORMAT, VERSION = "fusion-trainer target", 1
 RESULT = "target" + TEMPORARY
 """The folder in which the target is written before its files take their names."""
+UNUSABLE = (
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
+"""What transformers and torch raise for arguments and checkpoints that they cannot use."""
 
 
 @dataclass
@@ -85,7 +104,7 @@ def train(config: TrainConfig) -> Path:
 
     Raises:
         FusionError: The stores do not fit the pivot or each other, an argument cannot be used, the loss is not
-            finite, the disk is full, or another training is at work in the folder.
+            finite, no weight was changed, the disk is full, or another training is at work in the folder.
     """
     inputs = _open(config)
     identity = _identity(inputs)
@@ -136,6 +155,9 @@ def _begun(inputs: Inputs) -> tuple[bool, str | None]:
     last = str(found) if (found := last_checkpoint(inputs.output)) else None
     if asked is False and last:
         raise FusionError(f"resume_from_checkpoint is false, and there is `{last}`; remove it to begin again")
+    if isinstance(asked, str) and not Path(asked).is_dir():
+        place = _place(inputs.config, "training.resume_from_checkpoint")
+        raise FusionError(f"{place}resume_from_checkpoint: there is no checkpoint `{asked}`")
     here = (inputs.output / FUSION).is_file(), asked if isinstance(asked, str) else last
     seen = gather_object([here])
     if any(one != here for one in seen):
@@ -148,12 +170,23 @@ def _begun(inputs: Inputs) -> tuple[bool, str | None]:
 
 
 def _train(inputs: Inputs, identity: dict[str, Any], tokens: Path, last: str | None) -> None:
-    trainer = _trainer(inputs, tokens)
-    if inputs.arguments.should_save:  # not before all settings are known to be sound
-        with written_to(inputs.output):
-            write_json(inputs.output / PLAN, identity)
-    if last is not None:
-        _demand_optimizer(Path(last))
+    with ExitStack() as held:
+        reserved = held.enter_context(_reserved(inputs)) if inputs.arguments.should_save else None
+        trainer = _trainer(inputs, tokens)
+        if inputs.arguments.should_save:  # not before all settings are known to be sound
+            with written_to(inputs.output):
+                write_json(inputs.output / PLAN, identity)
+        if last is not None:
+            _demand_whole(Path(last))
+        _learn(inputs.config, trainer, last)
+        measured = trainer.evaluate() if trainer.eval_dataset is not None else {}
+        if reserved is not None:
+            reserved.close()
+        _finish(inputs, trainer, {**identity, "results": measured})
+        trainer.end()
+
+
+def _learn(config: TrainConfig, trainer: FusionTrainer, last: str | None) -> None:
     try:
         trainer.train(resume_from_checkpoint=last)
     except torch.OutOfMemoryError as error:
@@ -163,17 +196,56 @@ def _train(inputs: Inputs, identity: dict[str, Any], tokens: Path, last: str | N
         ) from error
     except FusionError:
         raise
-    except (ValueError, OSError) as error:
-        if last is None:
-            raise
-        raise FusionError(f"the training cannot go on from `{last}`: {error}") from error
-    measured = trainer.evaluate() if trainer.eval_dataset is not None else {}
-    _finish(inputs, trainer, {**identity, "results": measured})
-    trainer.end()
+    except UNUSABLE as error:
+        if trainer.has_begun and not isinstance(error, OSError):
+            raise  # no setting's fault
+        if trainer.has_begun:
+            raise FusionError(f"the training stopped: {_reason(error)}. Run the same command again") from error
+        if last is not None:
+            raise FusionError(f"the training cannot go on from `{last}`: {_reason(error)}. {REMOVE}") from error
+        raise _unusable(config, error) from error
 
 
-def _demand_optimizer(checkpoint: Path) -> None:
-    """A training goes on from a checkpoint with its optimizer, or it would end elsewhere."""
+SPARE = 1 << 16
+"""Bytes of the target's other files, and of half-filled blocks."""
+REMOVE = "Remove that folder: the training resumes from the checkpoint before it, or begins again"
+
+
+@contextmanager
+def _reserved(inputs: Inputs) -> Iterator[IO[bytes]]:
+    """Disk space for the target, held by a file without a name until it is closed or the process ends.
+
+    Raises:
+        FusionError: There is too little: better known before the training than after it.
+    """
+    folder, tensors = inputs.folder, checkpoints.read_header(inputs.folder).tensors.values()
+    others = sum(path.stat().st_size for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
+    item = getattr(torch, inputs.output_dtype).itemsize
+    needed = sum(math.prod(shape) for shape, _ in tensors) * item + others + SPARE
+    with ExitStack() as held:
+        try:
+            file = held.enter_context(tempfile.TemporaryFile(dir=inputs.output))
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, needed)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                free = shutil.disk_usage(inputs.output).free
+                raise FusionError(
+                    f"`{inputs.output}` cannot be written: the target takes about {needed:,} bytes, and {free:,} "
+                    f"are free ({error.strerror}). Make room or give another output_dir, then run the same "
+                    "command again"
+                ) from error
+        yield file
+
+
+def _demand_whole(checkpoint: Path) -> None:
+    """A training resumes from a checkpoint that can be read, with its optimizer, or it would end elsewhere."""
+    try:
+        read_mapping(checkpoint / "trainer_state.json")
+        for path in checkpoint.glob("*.safetensors"):
+            list(checkpoints.file_tensors(path))
+    except ValueError as error:
+        raise FusionError(f"the training cannot go on from `{checkpoint}`: {error}. {REMOVE}") from error
     if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.iterdir()):
         raise FusionError(
             f"`{checkpoint}` has no state of the optimizer (save_only_model): the training cannot go on from it; "
@@ -187,22 +259,66 @@ def _open(config: TrainConfig) -> Inputs:
         arguments = TrainingArguments(
             **{**_defaults(), **public, "remove_unused_columns": False, "label_names": ["labels"]}
         )
-    except (TypeError, ValueError, ImportError) as error:
-        raise FusionError(f"the training arguments cannot be used: {error}") from error
+    except UNUSABLE as error:
+        raise _unusable(config, error) from error
     _demand_processes(arguments)
-    if config.training.get("output_dir") is None:
-        raise FusionError("`training` names no output_dir, the folder of the target")
-    if config.load_in and config.lora is None:
-        raise FusionError(
-            f"`load_in: {config.load_in}` needs `lora`: quantised weights themselves cannot be trained"
-        )
-    if arguments.eval_strategy != "no" and not config.held_out:
-        raise FusionError("`eval_strategy` needs rows to evaluate on; set `held_out`, for instance to 0.02")
+    if problems := [*argument_problems(arguments), *_problems(config, arguments)]:
+        told = listed([f"{_place(config, f'training.{_first_word(text)}')}{text}" for text in problems])
+        raise FusionError(f"these training arguments cannot be used:{told}")
     folder, revision = local_folder(config.pivot, config.pivot_revision, code=config.trust_remote_code)
     tokenizer = load_tokenizer(folder, config.pivot, config.trust_remote_code)
     stores = _stores(config, tokenizer)
     dtype = _output_dtype(config, folder)
     return Inputs(config, arguments, folder, revision, tokenizer, _dialogues(config, stores), stores, dtype)
+
+
+def _problems(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
+    """Arguments that do not go with the rest of the config or with the machine, or train nothing."""
+    if config.training.get("output_dir") is None:
+        yield "`training` names no output_dir, the folder of the target"
+    if config.load_in and config.lora is None:
+        yield f"`load_in: {config.load_in}` needs `lora`: quantised weights themselves cannot be trained"
+    for name in ("eval_strategy", "eval_on_start"):
+        if getattr(arguments, name) not in ("no", False) and not config.held_out:
+            yield f"`{name}` needs rows to evaluate on; set `held_out`, for instance to 0.02"
+    if arguments.fp16 and arguments.device.type == "cpu":
+        yield "fp16 needs a GPU; on a CPU leave it out, or set bf16"
+    if not 0 < arguments.learning_rate < math.inf:
+        yield f"learning_rate: {arguments.learning_rate} trains nothing; set it above 0"
+    if arguments.max_steps == 0 or arguments.max_steps < -1:
+        yield f"max_steps: {arguments.max_steps} trains nothing; set it above 0, or leave it out"
+    if arguments.max_steps == -1 and not 0 < arguments.num_train_epochs < math.inf:
+        yield f"num_train_epochs: {arguments.num_train_epochs} cannot be trained; set a number"
+
+
+def _unusable(config: TrainConfig, error: Exception) -> FusionError:
+    """An error of transformers or torch about the arguments, with the line of the one that it is about."""
+    reason = _reason(error)
+    plain = reason.lower().replace("_", " ")
+    named = [name for name in config.training if re.search(rf"\b{name.lower().replace('_', ' ')}\b", plain)]
+    texts = {name: value for name, value in config.training.items() if isinstance(value, str) and len(value) > 2}
+    valued = [name for name, text in texts.items() if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", reason)]
+    name = next(iter(named or valued), None)
+    place = _place(config, f"training.{name}" if name else "training")
+    return FusionError(f"{place}the training arguments cannot be used: {f'`{name}`: ' if name else ''}{reason}")
+
+
+def _first_word(text: str) -> str:
+    word: str = re.findall(r"\w+", text)[0]
+    return word
+
+
+def _place(config: TrainConfig, name: str) -> str:
+    """File and line at which a setting stands, to begin a sentence with; empty if it comes from no file."""
+    places: Mapping[str, str] = getattr(config, "_places", {})
+    found = places.get(name) or places.get(name.partition(".")[0])
+    return f"{found}: " if found else ""
+
+
+def _reason(error: Exception) -> str:
+    """The error on one line; its kind as well, where its message may be a bare key or value."""
+    text = " ".join(str(error).split()) or "no reason given"
+    return text if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: {text}"
 
 
 def _output_dtype(config: TrainConfig, folder: Path) -> str:
@@ -259,7 +375,7 @@ def _stores(config: TrainConfig, tokenizer: TextTokenizer) -> list[Representatio
         manifest = sha256_of(store.folder / "manifest.json")
         for other in aligned:
             other.demand(pivot_store=manifest)
-    return [*own, *aligned]
+    return [store.check() for store in (*own, *aligned)]
 
 
 def _dialogues(config: TrainConfig, stores: Sequence[RepresentationStore]) -> Dialogues:
@@ -355,14 +471,25 @@ def _demand_same(output: Path, identity: dict[str, Any], found: Any, trained: bo
         raise FusionError(f"`{output}` holds something else; give a new output_dir")
     if not trained:
         return
-    if difference := unlike(f"`{output}` is another training:", _fixed(identity), _fixed(found)):
+    try:
+        fixed = _fixed(found)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise FusionError(
+            f"the description of the training in `{output}` is damaged ({_reason(error)}); remove that folder, or "
+            "give another output_dir"
+        ) from error
+    if difference := unlike(f"`{output}` is another training:", _fixed(identity), fixed):
         raise FusionError(f"{difference}\nGive another output_dir, or remove that folder.")
 
 
 def _trainer(inputs: Inputs, tokens: Path) -> FusionTrainer:
     config, arguments = inputs.config, inputs.arguments
-    lengths = TokenFile(tokens).lengths
+    file = TokenFile(tokens)
+    lengths = file.lengths
     learned, held_out = _split(inputs.dialogues, config.held_out)
+    for blocks, what in ((learned, "learn from"), (held_out, "evaluate on")):
+        if (blocks or blocks is learned) and not any(len(file[block].positions) for block in blocks):
+            raise FusionError(f"no row has a token of an answer to {what}; see the report of `prepare`")
     rule = Rule(config.fusion, config.compare, config.unit, config.temperature, config.tail)
 
     def data(blocks: Sequence[int]) -> FusionData:
@@ -391,12 +518,10 @@ def _trainer(inputs: Inputs, tokens: Path) -> FusionTrainer:
             name_block=lambda block: f"block {block}: {dialogues[block].conversation} ({dialogues[block].source})",
             tokenizer=reader,
         )
-    except ImportError as error:
-        raise FusionError(f"`training` asks for something that is not installed: {error}") from error
-    except RuntimeError as error:
-        if "is not installed" not in str(error) and "requires" not in str(error):
-            raise
-        raise FusionError(f"`training` asks for something that is not installed: {error}") from error
+    except FusionError:
+        raise
+    except UNUSABLE as error:
+        raise _unusable(config, error) from error
 
 
 def _loaded(inputs: Inputs, dtype: str, load_in: str | None) -> Any:
@@ -457,23 +582,30 @@ def _with_adapters(model: Any, config: TrainConfig) -> Any:
     set_seed(config.training.get("seed", TrainingArguments.seed))  # new adapters are random
     try:
         return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **(config.lora or {})}))
-    except (TypeError, ValueError) as error:
-        raise FusionError(f"`lora` cannot be used: {error}") from error
+    except UNUSABLE as error:
+        raise FusionError(f"{_place(config, 'lora')}`lora` cannot be used: {_reason(error)}") from error
 
 
 # The target
 
 
 def _finish(inputs: Inputs, trainer: FusionTrainer, about: dict[str, Any]) -> None:
-    """Write the target: its files take their names once all are on the disk, ``fusion.json`` last."""
+    """Write the target: its files take their names once all are on the disk, ``fusion.json`` last.
+
+    Raises:
+        FusionError: No weight differs from the pivot's, or the disk refuses.
+    """
     weights = _trained_weights(trainer)
     if inputs.arguments.should_save:
         making = inputs.output / RESULT
-        with written_to(inputs.output):
+        with written_to(inputs.output, _then(inputs.output)):
             try:
                 trained = _write_target(inputs, trainer, weights, making)
-            except SafetensorError as error:
-                raise OSError(errno.EIO, str(error)) from error
+            except BaseException as error:
+                shutil.rmtree(making, ignore_errors=True)
+                if refused := re.search(r"\(os error (\d+)\)", str(error)):  # of safetensors and tokenizers
+                    raise OSError(int(refused[1]), os.strerror(int(refused[1]))) from error
+                raise
             if kept := rounding(inputs.folder, making, trained):
                 about = {**about, "rounding": kept}
             for path in sorted(making.iterdir()):
@@ -485,6 +617,34 @@ def _finish(inputs: Inputs, trainer: FusionTrainer, about: dict[str, Any]) -> No
             write_json(inputs.output / FUSION, about)
             (inputs.output / PLAN).unlink(missing_ok=True)
     trainer.accelerator.wait_for_everyone()
+
+
+def _then(output: Path) -> str:
+    last = last_checkpoint(output)
+    return f"it resumes from `{last}`" if last else "it trains again, since there is no checkpoint (save_strategy)"
+
+
+def _demand_moved(inputs: Inputs, written: Mapping[str, torch.Tensor]) -> None:
+    """See that a tensor of the target differs from the pivot's; the first that does is enough.
+
+    Raises:
+        FusionError: None does.
+    """
+    dtype = "float32" if inputs.config.lora is not None else inputs.config.dtype  # adapters are added in float32
+    unseen = set(written)
+    for path in weight_files(inputs.folder):
+        with safe_open(path, "pt") as file:
+            for name in unseen.intersection(file.keys()):
+                start, end = file.get_tensor(name), written[name]
+                start = start if dtype == "auto" else start.to(getattr(torch, dtype))
+                if not torch.equal(start.to(end.dtype), end.cpu()):
+                    return
+                unseen.discard(name)
+    if not unseen:  # else some have other names in the pivot's files, and nothing can be said
+        raise FusionError(
+            "nothing was trained: every weight of the target would equal the pivot's, so no target is written. "
+            "Look at the learning rate and the gradients in the logs, at output_dtype, and at what is trainable"
+        )
 
 
 def _trained_weights(trainer: FusionTrainer) -> dict[str, torch.Tensor]:
@@ -509,6 +669,7 @@ def _write_target(
         weights = model.state_dict()
     tied = getattr(model, "all_tied_weights_keys", None) or {}  # each is there once, under another name
     rounded = {k: w.to(dtype) if w.is_floating_point() else w for k, w in weights.items() if k not in tied}
+    _demand_moved(inputs, rounded)
     model.config.use_cache = True
     model.save_pretrained(making, state_dict=rounded)
     model.config.dtype = dtype  # that of what was written, not of what was trained

@@ -27,7 +27,7 @@ from fusion_trainer.files import TEMPORARY, sync_folder, sync_tree
 from fusion_trainer.heads import SplitModel
 from fusion_trainer.loss import Targets, give_fusion_loss
 
-__all__ = ["FusionTrainer", "Schedule", "last_checkpoint"]
+__all__ = ["FusionTrainer", "Schedule", "argument_problems", "last_checkpoint"]
 
 Schedule = Literal["constant", "hard_and_decay", "soft"]
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -76,7 +76,8 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         tokenizer: Any = None,
         **others: Any,
     ) -> None:
-        _demand_arguments(args)
+        if problems := argument_problems(args):
+            raise FusionError(f"these training arguments cannot be used:{listed(problems)}")
         _teach(model.get_base_model() if hasattr(model, "get_base_model") else model, collator.packed)
         super().__init__(
             model=model,
@@ -94,6 +95,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         self.fused_models, self.name_block = list(models), name_block
         self._sums: Tensor | None = None
         self._blocks_of_update: list[int] = []
+        self.has_begun = False
 
     # The loss
 
@@ -122,6 +124,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
                 raise FusionError(self._not_finite(inputs, targets))
             self._blocks_of_update += inputs["blocks"].tolist()
             self._add(inputs, targets)
+            self.has_begun = True
         return (loss, outputs) if return_outputs else loss
 
     def _targets(self, inputs: Mapping[str, Tensor], scale: Tensor | float, norms: bool = False) -> Targets:
@@ -242,13 +245,23 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         sums = columns.new_zeros(len(inputs["bytes"]), 4).index_add_(0, inputs["of_item"], columns)
         return None, sums, inputs["bytes"]
 
-    @staticmethod
-    def _metrics(found: EvalPrediction) -> dict[str, float]:
-        """Mean losses per supervised token; the perplexity per byte is that of CLM."""
-        loss, clm, fusion, tokens = torch.as_tensor(found.predictions).sum(0).tolist()
+    def _metrics(self, found: EvalPrediction) -> dict[str, float]:
+        """Mean losses per supervised token; the perplexity per byte is that of CLM.
+
+        Raises:
+            FusionError: One of them is NaN or infinite.
+        """
+        loss, clm, fusion, tokens = torch.as_tensor(found.predictions).double().sum(0).tolist()
         size = float(torch.as_tensor(found.label_ids).sum())
         means = {"loss": loss / tokens, "clm": clm / tokens, "fusion": fusion / tokens}
-        return {**means, "perplexity_per_byte": float(torch.exp(torch.tensor(clm / size)))}
+        means["perplexity_per_byte"] = float(torch.tensor(clm / size, dtype=torch.float64).exp())
+        if not all(map(math.isfinite, means.values())):
+            state = "not finite" if self._weights_are_broken() else "finite: look at the held-out rows"
+            raise FusionError(
+                f"the loss on the held-out rows is NaN or infinite after step {self.state.global_step} (the "
+                f"model's weights are {state})"
+            )
+        return means
 
     # Order of the data
 
@@ -258,6 +271,15 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
         return SequentialSampler(eval_dataset)
+
+    # Resuming
+
+    def _run_epoch(self, *given: Any, **named: Any) -> None:
+        """One epoch; none if the checkpoint is of the last step, after which transformers would train one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*given, **named)
 
     # Checkpoints
 
@@ -391,7 +413,8 @@ def _keeps_apart(split: SplitModel) -> bool:
     return torch.allclose(together.float(), alone.float(), rtol=0.0, atol=1e-2 * scale)
 
 
-def _demand_arguments(args: TrainingArguments) -> None:
+def argument_problems(args: TrainingArguments) -> list[str]:
+    """Arguments that would change what is trained, or do nothing: a sentence on each, its name first."""
     problems = []
     if args.n_gpu > 1:
         problems.append("one process sees several GPUs: start with `accelerate launch -m fusion_trainer train …`")
@@ -399,8 +422,6 @@ def _demand_arguments(args: TrainingArguments) -> None:
         problems.append("label_smoothing_factor is not part of the fusion loss; leave it at 0")
     if not args.average_tokens_across_devices:
         problems.append("average_tokens_across_devices: false would weigh tokens by process; leave it true")
-    if args.train_sampling_strategy == "batch_rebalance":
-        problems.append("train_sampling_strategy: batch_rebalance is not supported; use group_by_length")
     if args.prediction_loss_only:
         problems.append("prediction_loss_only would leave out the metrics; leave it false")
     if args.use_liger_kernel:
@@ -421,5 +442,8 @@ def _demand_arguments(args: TrainingArguments) -> None:
         problems.append(
             "push_to_hub: upload the finished target, `hf upload NAME OUTPUT_DIR --exclude 'checkpoint-*'`"
         )
-    if problems:
-        raise FusionError(f"these training arguments cannot be used:{listed(problems)}")
+    if args.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
+        problems.append("train_sampling_strategy: use group_by_length, random or sequential")
+    if args.load_best_model_at_end and args.eval_strategy == "no":
+        problems.append("load_best_model_at_end finds no best model without eval_strategy")
+    return problems

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,10 +40,9 @@ from fusion_trainer.config import AlignConfig, ExtractConfig
 from fusion_trainer.errors import FusionError
 from fusion_trainer.representations.extract import extract
 from fusion_trainer.representations.store import RepresentationStore
-from fusion_trainer.tokens import Tokens, supervised_positions
 
 CHATS = tiny_sources.made_up_chats(20, words=12, turns=2)
-PIVOT = Kind("pivot", tiny_tokenizers.shared("sentencepiece_bpe"), before="pieces")
+PIVOT = Kind("pivot", tiny_tokenizers.shared("sentencepiece_bpe", (END_OF_TURN,)), before="pieces")
 SOURCES = {
     "bytes": Kind("bytes", tiny_tokenizers.shared("byte_level_bpe", (END_OF_TURN,))),
     "unigram": Kind("unigram", tiny_tokenizers.shared("unigram"), before="first", unless_there=True),
@@ -75,7 +74,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, source in SOURCES.items():
         save(folder / name, LAYOUTS[name], source.tokenizer)
     save(folder / "twin", "mixtral", PIVOT.tokenizer, seed=3)
-    more = tiny_tokenizers.train("sentencepiece_bpe", special=("<|more|>", "<|and more|>"))
+    more = tiny_tokenizers.train("sentencepiece_bpe", special=(END_OF_TURN, "<|more|>", "<|and more|>"))
     save(folder / "more", "llama", more)
     for name, context in CONTEXTS.items():
         save(folder / name, "mistral", SOURCES["bytes"].tokenizer, max_position_embeddings=context)
@@ -89,6 +88,7 @@ def extract_store(world: Path, name: str, output: Path | None = None, **changed:
         "data": [str(world / "chats.jsonl")],
         "pivot": str(world / "pivot"),
         "template": "openchat",
+        "source_template": "pivot",
         "model": str(world / name),
         "output": output or world / "stores" / name,
         "shard_tokens": 150,
@@ -128,61 +128,117 @@ def content(folder: Path) -> dict[str, bytes]:
 # The truth of one conversation
 
 
+Name = tuple[int, int, bytes]
+"""An answer, which byte of it follows (``THE_END``: its end of turn), and what of the template the token takes."""
+THE_END = -1
+
+
 @dataclass(frozen=True)
 class Read:
-    """A conversation as one tokenizer reads it: ids, ends, the last position at each end, supervised positions."""
+    """A conversation as one tokenizer reads it.
+
+    Ids, ends, the positions at which its model is queried, and the name of what those that have read whole
+    characters predict.
+    """
 
     ids: list[int]
     ends: list[int]
-    last: dict[int, int | None]
     positions: list[int]
+    names: dict[int, Name]
+
+    def content(self, answer: int) -> list[int]:
+        """The positions that predict content of an answer."""
+        return [at for at, name in self.names.items() if name[0] == answer and name[1] != THE_END]
+
+    def at(self, name: Name) -> int | None:
+        return next((at for at, one in self.names.items() if one == name), None)
+
+    def up_to(self, context: int) -> "Read":
+        """As far as a model reads that has no longer context."""
+        stored = [position for position in self.positions if position + 1 < context]
+        return Read(self.ids[:context], self.ends[:context], stored, self.names)
 
 
 def read(one: Kind, chat: Sequence[tuple[str, str]]) -> Read:
-    text, spans = tiny_sources.openchat(chat)
+    has_end = END_OF_TURN in one.tokenizer.get_vocab()
+    text, spans = tiny_sources.openchat(chat, has_end)
+    raw = text.encode()
+    answers = tiny_sources.openchat(chat, False)[1]
     (tokens,) = one.reader.encode([text])
-    ends = one.truth(tokens, text)
+    ends, last = one.truth(tokens, text), one.last_read(tokens, text)
     inside = [any(start < end <= stop for start, stop in spans) for end in ends]
     positions = [position for position in range(len(ends) - 1) if inside[position + 1]]
-    return Read(tokens.ids.tolist(), ends, one.last_read(tokens, text), positions)
+    names: dict[int, Name] = {}
+    for position in positions:
+        end, following = ends[position], ends[position + 1]
+        for number, (start, stop) in enumerate(answers):
+            if last[end] == position and following > start and end < stop:
+                names[position] = (number, max(end, start) - start, raw[end:start])
+            elif last[end] == position and end == stop:
+                names[position] = (number, THE_END, b"")
+    return Read(tokens.ids.tolist(), ends, positions, names)
 
 
 Partners = list[list[tuple[int, float]] | None]
 
 
-def partners_by_bytes(pivot: Read, source: Read) -> Partners:
-    """For each supervised position of the pivot, the row of the source's store that has read the same bytes."""
+def rows_of(pivot: Read, source: Read, partners: dict[int, list[tuple[int, float]]]) -> Partners:
+    """The partners as rows of the source's store; None where one of them is not in it."""
     found: Partners = []
     for position in pivot.positions:
-        end = pivot.ends[position]
-        other = source.last[end] if pivot.last[end] == position else None
-        found.append([(source.positions.index(other), 1.0)] if other in source.positions else None)
+        mixture = partners.get(position, [])
+        stored = mixture and all(place in source.positions for place, _ in mixture)
+        found.append([(source.positions.index(place), weight) for place, weight in mixture] if stored else None)
     return found
+
+
+def partners_by_bytes(pivot: Read, source: Read) -> Partners:
+    """For each position of the pivot the row of the source's store that predicts the same byte or end."""
+    partners = {position: source.at(name) for position, name in pivot.names.items()}
+    return rows_of(pivot, source, {i: [(j, 1.0)] for i, j in partners.items() if j is not None})
+
+
+def warped(pivot: Read, source: Read, kinds: tuple[Kind, Kind]) -> Iterator[tuple[int, int]]:
+    """The tokens that warping brings together, answer by answer."""
+    for answer in sorted({name[0] for name in pivot.names.values()}):
+        tokens = [[place + 1 for place in each.content(answer)] for each in (pivot, source)]
+        words = [
+            [kind.reader.words[each.ids[token]] for token in some]
+            for kind, each, some in zip(kinds, (pivot, source), tokens, strict=True)
+        ]
+        for i, j in transcription(words[0], words[1], CONTAINED["fusechat"]):
+            yield tokens[0][i], tokens[1][j]
 
 
 def partners_by_the_papers(
     pivot: Read, source: Read, kinds: tuple[Kind, Kind], weigh: Callable[[int, int], float]
 ) -> Partners:
     """The rules for what time warping has paired, and mixtures by the counts that ``weigh`` gives."""
-    words_p, words_s = (
-        [one.reader.words[t] for t in r.ids] for one, r in zip(kinds, (pivot, source), strict=True)
-    )
-    path = transcription(words_p, words_s, CONTAINED["fusechat"])
-    found: Partners = []
-    for position in pivot.positions:
-        places, word = [j for i, j in path if i == position], words_p[position]
-        equal = [j for j in places if words_s[j] == word]
-        containing = [j for j in places if word in words_s[j]]
-        mixture: list[tuple[int, float]] = []
+    path = [
+        (i, j)
+        for i, j in warped(pivot, source, kinds)
+        if pivot.names.get(i, (0, THE_END))[1] != THE_END and source.names.get(j, (0, THE_END))[1] != THE_END
+    ]
+    partners: dict[int, list[tuple[int, float]]] = {}
+    for position, name in pivot.names.items():
+        own = PIVOT.reader.words[pivot.ids[position]]
+        if name[1] == THE_END or position == pivot.content(name[0])[0]:
+            other = source.at(name)
+            partners[position] = [] if other is None else [(other, 1.0)]
+            continue
+        places = [j for i, j in path if i == position]
+        words = {j: kinds[1].reader.words[source.ids[j]] for j in places}
+        equal = [j for j in places if words[j] == own]
+        containing = [j for j in places if own in words[j]]
         if equal or containing:
-            mixture = [((equal or containing)[0], 1.0)]
-        elif "".join(words_s[j] for j in places) == word:
+            partners[position] = [((equal or containing)[0], 1.0)]
+        elif "".join(words[j] for j in places) == own:
             counts = [weigh(source.ids[j], pivot.ids[position]) for j in places]
             total = sum(counts)
-            mixture = [(j, n / total if total else 1 / len(places)) for j, n in zip(places, counts, strict=True)]
-        stored = mixture and all(j in source.positions for j, _ in mixture)
-        found.append([(source.positions.index(j), weight) for j, weight in mixture] if stored else None)
-    return found
+            partners[position] = [
+                (j, n / total if total else 1 / len(places)) for j, n in zip(places, counts, strict=True)
+            ]
+    return rows_of(pivot, source, partners)
 
 
 def sizes_that_follow(told: Read) -> list[int]:
@@ -193,9 +249,10 @@ def sizes_that_follow(told: Read) -> list[int]:
 def assert_gold_bytes(row: Any, partners: Partners, pivot: Read, source: Read) -> None:
     """The source's next token where there is a partner, of several their mean; else the pivot's; never none."""
     own, theirs = sizes_that_follow(pivot), sizes_that_follow(source)
+    ends = [pivot.names.get(position, (0, 0))[1] == THE_END for position in pivot.positions]
     means = [
-        size if mixture is None else sum(weight * theirs[place] for place, weight in mixture)
-        for size, mixture in zip(own, partners, strict=True)
+        size if mixture is None or end else sum(weight * theirs[place] for place, weight in mixture)
+        for size, mixture, end in zip(own, partners, ends, strict=True)
     ]
     assert row.gold_bytes.dtype == np.uint16
     assert row.gold_bytes.tolist() == [max(1, round(mean)) for mean in means]
@@ -230,7 +287,7 @@ def the_map(folder: Path, store: RepresentationStore, source: str) -> np.ndarray
         "pivot": PIVOT.reader.sha256,
         "method": store.identity["map"],
     }
-    if wanted["method"] == "statistics":
+    if "statistics" in wanted["method"]:
         wanted["contained"] = None if store.identity["positions"] == "boundary" else CONTAINED["fusechat"]
     for path in folder.glob("vocab-map-*.safetensors"):
         saved = load_map(path)
@@ -262,7 +319,7 @@ def test_aligned_by_bytes_every_position_is_what_text_and_map_say(
         assert_gold_bytes(store[number], partners, pivot, other)
         assert (store[number].conversation, store[number].block) == (f"chat-{number}", 0)
         paired += sum(mixture is not None for mixture in partners)
-    assert 0.2 < paired / store.manifest["positions"] < 1
+    assert 0.2 < paired / store.manifest["positions"] <= 1
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -289,8 +346,7 @@ def warped_counts(source: str) -> dict[tuple[int, int], int]:
     counts: dict[tuple[int, int], int] = {}
     for chat in CHATS:
         pivot, other = read(PIVOT, chat), read(SOURCES[source], chat)
-        words = ([PIVOT.reader.words[t] for t in pivot.ids], [SOURCES[source].reader.words[t] for t in other.ids])
-        for i, j in transcription(*words, CONTAINED["fusechat"]):
+        for i, j in warped(pivot, other, (PIVOT, SOURCES[source])):
             pair = other.ids[j], pivot.ids[i]
             counts[pair] = counts.get(pair, 0) + 1
     return counts
@@ -319,19 +375,24 @@ def test_several_images_of_statistics_are_weighed(world: Path, tmp_path: Path) -
 def test_with_the_same_tokenizer_the_aligned_store_is_the_sources_to_the_bit(
     source: str, method: str, positions: str, world: Path, tmp_path: Path
 ) -> None:
-    """Also where the pivot's own is another model's."""
+    """Also where the pivot's own is another model's. What the source gives to its EOS is the end of turn's."""
     store, report = aligned(world, source, tmp_path / "aligned", map=method, positions=positions)
     assert_verified(store)
     theirs = RepresentationStore(world / "stores" / source)
     assert store.manifest["paired"] == store.manifest["positions"] == theirs.manifest["positions"]
     assert store.identity["map"] == "identical"
     assert "100.00%" in report
+    same = 0
     for row, original in zip(store, theirs, strict=True):
         assert row.paired is not None
         assert row.paired.all()
+        without = (original.ids != PIVOT.tokenizer.eos_token_id).all(1)
+        same += int(without.sum())
         for name in COLUMNS:
             assert getattr(row, name).dtype == getattr(original, name).dtype
-            assert getattr(row, name).tobytes() == getattr(original, name).tobytes(), name
+            assert getattr(row, name)[without].tobytes() == getattr(original, name)[without].tobytes(), name
+        assert not (row.ids[row.logprobs > -np.inf] == PIVOT.tokenizer.eos_token_id).any()
+    assert same > 0.8 * store.manifest["positions"]
 
 
 def test_tokens_that_only_one_side_has_added_change_no_other_bit(world: Path, tmp_path: Path) -> None:
@@ -340,7 +401,7 @@ def test_tokens_that_only_one_side_has_added_change_no_other_bit(world: Path, tm
     assert_verified(store)
     assert store.identity["map"] == "identical"
     assert store.manifest["paired"] == store.manifest["positions"]
-    added = set(range(len(PIVOT.tokenizer), len(PIVOT.tokenizer) + 2))
+    added = {*range(len(PIVOT.tokenizer), len(PIVOT.tokenizer) + 2), PIVOT.tokenizer.eos_token_id}
     same = 0
     for row, original in zip(store, RepresentationStore(world / "stores" / "more"), strict=True):
         without = ~np.isin(original.ids, list(added)).any(1)
@@ -355,37 +416,62 @@ def test_tokens_that_only_one_side_has_added_change_no_other_bit(world: Path, tm
 
 
 @torch.no_grad()
-def nats(
-    folder: Path, one: Kind, chat: Sequence[tuple[str, str]], context: int | None = None
-) -> tuple[float, int, int]:
-    """The model's own cross-entropy on the assistant's words, in float64: its sum, tokens, and bytes of these."""
-    told = read(one, chat)
-    spans = tiny_sources.openchat(chat)[1]
-    ids = told.ids[:context]
-    positions = [position for position in told.positions if position + 1 < len(ids)]
-    logits = AutoModelForCausalLM.from_pretrained(folder).eval()(input_ids=torch.tensor([ids])).logits[0].double()
-    logprobs = logits.log_softmax(-1)
-    total = -sum(float(logprobs[position, ids[position + 1]]) for position in positions)
-    reach = told.ends[positions[-1] + 1]
-    size = sum(min(stop, reach) - start for start, stop in spans if start < reach)
-    return total, len(positions), size
+def nats(folder: Path, told: Read, positions: Sequence[int]) -> float:
+    """What a model's predictions at some positions cost, in float64."""
+    logits = AutoModelForCausalLM.from_pretrained(folder).eval()(input_ids=torch.tensor([told.ids])).logits[0]
+    logprobs = logits.double().log_softmax(-1)
+    return -sum(float(logprobs[position, told.ids[position + 1]]) for position in positions)
+
+
+def in_common(pivot: Read, source: Read, chat: Sequence[tuple[str, str]]) -> tuple[list[int], list[int], int]:
+    """The positions of both that predict the same bytes of the answers, and how many bytes; an end is one."""
+    found: tuple[list[int], list[int]] = [], []
+    size = 0
+    for number, (_, answer) in enumerate(chat):
+        both = [
+            {one.names[at][1]: at for at in one.content(number) if at in one.positions} for one in (pivot, source)
+        ]
+        whole = all(len(some) == len(one.content(number)) for some, one in zip(both, (pivot, source), strict=True))
+        limit = len(answer.encode()) if whole else max(both[0].keys() & both[1].keys(), default=0)
+        size += limit
+        ends = [one.at((number, THE_END, b"")) for one in (pivot, source)]
+        closed = whole and all(end in one.positions for end, one in zip(ends, (pivot, source), strict=True))
+        size += closed
+        for positions, some, end in zip(found, both, ends, strict=True):
+            positions += [at for byte, at in some.items() if byte < limit]
+            positions += [end] if closed and end is not None else []
+    return *found, size
+
+
+def assert_cross_entropies(row: Any, world: Path, source: str, pivot: Read, other: Read, chat: Any) -> bool:
+    """Those of both models over the same bytes; NaN where there are none."""
+    *both, size = in_common(pivot, other, chat)
+    sides = (("pivot", pivot, "pivot_ce"), (source, other, "ce"))
+    for (folder, told, name), positions in zip(sides, both, strict=True):
+        if not size:
+            assert math.isnan(getattr(row, f"{name}_per_token"))
+            assert math.isnan(getattr(row, f"{name}_per_byte"))
+            continue
+        total = nats(world / folder, told, positions)
+        assert getattr(row, f"{name}_per_token") == pytest.approx(total / len(positions), rel=1e-3)
+        assert getattr(row, f"{name}_per_byte") == pytest.approx(total / size, rel=1e-3)
+    return bool(size)
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_cross_entropies_are_the_models_own_per_token_and_per_byte(
-    source: str, world: Path, tmp_path: Path
-) -> None:
+def test_cross_entropies_are_the_models_own_over_the_same_bytes(source: str, world: Path, tmp_path: Path) -> None:
+    """The end of turn is among them where the source has a token for it."""
     store, _ = aligned(world, source, tmp_path / "aligned")
     for number in range(0, len(CHATS), 5):
-        total, tokens, size = nats(world / source, SOURCES[source], CHATS[number])
-        row = store[number]
-        assert row.ce_per_token == pytest.approx(total / tokens, rel=1e-3)
-        assert row.ce_per_byte == pytest.approx(total / size, rel=1e-3)
-        assert size == sum(len(f"{answer}{END_OF_TURN}".encode()) for _, answer in CHATS[number])
+        both = read(PIVOT, CHATS[number]), read(SOURCES[source], CHATS[number])
+        assert assert_cross_entropies(store[number], world, source, *both, CHATS[number])
+        closed = END_OF_TURN in SOURCES[source].tokenizer.get_vocab()
+        size = sum(len(answer.encode()) + closed for _, answer in CHATS[number])
+        assert in_common(*both, CHATS[number])[2] == size
 
 
 @pytest.mark.parametrize(("source", "context"), CONTEXTS.items())
-def test_of_a_source_that_reads_only_the_head_both_cross_entropies_are_of_the_head(
+def test_of_a_source_that_reads_only_the_head_all_cross_entropies_are_of_the_head(
     source: str, context: int, world: Path, tmp_path: Path
 ) -> None:
     """Positions beyond its context have no distribution, and their bytes are not counted either."""
@@ -394,40 +480,20 @@ def test_of_a_source_that_reads_only_the_head_both_cross_entropies_are_of_the_he
     own = RepresentationStore(world / "stores" / "pivot")
     cut = unread = 0
     for number, chat in enumerate(CHATS):
-        told = read(SOURCES["bytes"], chat)
-        if not [position for position in told.positions if position < context - 1]:
-            assert not store[number].paired.any()
-            assert math.isnan(store[number].ce_per_token)
-            assert math.isnan(store[number].ce_per_byte)
+        pivot, told = read(PIVOT, chat), read(SOURCES["bytes"], chat)
+        head = told.up_to(context)
+        if not assert_cross_entropies(store[number], world, source, pivot, head, chat):
             unread += 1
-            continue
-        total, tokens, size = nats(world / source, SOURCES["bytes"], chat, context=context)
-        reached = partners_by_bytes(
-            read(PIVOT, chat), Read(told.ids, told.ends, told.last, told.positions[:tokens])
-        )
+        reached = partners_by_bytes(pivot, head)
         assert store[number].paired.tolist() == [int(mixture is not None) for mixture in reached]
         unpaired = store[number].paired == 0
         assert store[number].logprobs[unpaired].tobytes() == own[number].logprobs[unpaired].tobytes()
-        assert store[number].ce_per_token == pytest.approx(total / tokens, rel=1e-3)
-        assert store[number].ce_per_byte == pytest.approx(total / size, rel=1e-3)
-        cut += tokens < len(told.positions)
+        cut += len(head.positions) < len(told.positions)
     assert cut > 3
     assert (unread > 0) == (source == "shorter")
     assert store.manifest["not_read"] > 0
     assert store.manifest["not_supervised"] == 0
     assert f"beyond the context    {store.manifest['not_read']:>12,}" in report
-
-
-def test_the_bytes_of_a_cross_entropy_are_those_of_the_tokens_it_is_of() -> None:
-    """Not those of a token that reaches beyond the span, nor what stands before it."""
-    tokens = Tokens(np.arange(7, dtype=np.int32), np.array([0, 4, 9, 12, 15, 18, 25], np.int32))
-    spans = [(6, 13), (14, 20)]
-    positions = supervised_positions(tokens, spans)
-    assert positions.tolist() == [1, 2, 3, 4]
-    assert alignment._supervised_bytes(tokens, positions, spans) == (9 - 6) + (12 - 9) + (13 - 12) + (18 - 14)
-    assert alignment._supervised_bytes(tokens, positions[:2], spans) == 6
-    assert alignment._supervised_bytes(tokens, positions[:0], spans) == 0
-    assert alignment._supervised_bytes(tokens, positions[:0], []) == 0
 
 
 # What is told
@@ -503,7 +569,7 @@ def test_causes_are_told_apart_where_the_source_reads_only_the_head(
     if positions == "boundary":
         read_by_both = [(read(PIVOT, chat), read(SOURCES["bytes"], chat)) for chat in CHATS]
         assert whole["no_partner"] == sum(
-            not (pivot.last[pivot.ends[position]] == position and source.last[pivot.ends[position]] is not None)
+            source.at(pivot.names[position]) is None if position in pivot.names else True
             for pivot, source in read_by_both
             for position in pivot.positions
         )
@@ -833,7 +899,7 @@ def test_an_aligned_store_of_an_older_version_is_refused_finished_and_unfinished
     del manifest["identity"]["version"]
     (store.folder / "manifest.json").write_text(json.dumps(manifest))
     message = refused(f"store show {store.folder}", {})
-    assert f"`{store.folder}` is of version 1, not 2" in message
+    assert f"`{store.folder}` is of version 1, not 3" in message
     assert "align its source again" in message
     assert "version" in refused("align", settings_of(world, "unigram", store.folder))
     (store.folder / "manifest.json").rename(store.folder / "extraction.json")

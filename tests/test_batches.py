@@ -9,22 +9,26 @@ import signal
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_fusion
 import tiny_sources
 import tiny_tokenizers
 import tokenizer_zoo
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_sources import END_OF_TURN
 from tokenizer_zoo import Kind
 from torch.utils.data import DataLoader
 
 import fusion_trainer.batches as batches
 from fusion_trainer.alignment.align import align
+from fusion_trainer.answers import Answer
 from fusion_trainer.batches import Collator, Example, FusionData, TokenFile, TokenRow, pack, write_tokens
 from fusion_trainer.config import AlignConfig, ExtractConfig
 from fusion_trainer.dialogues import Block, Dialogues, Preparation, write_dialogues
@@ -114,7 +118,11 @@ def blocks(number: int = 12) -> list[Block]:
     made = []
     for place, chat in enumerate(tiny_sources.made_up_chats(number, seed=5, words=8, turns=2)):
         text, spans = tiny_sources.openchat(chat)
-        made.append(Block(f"chat-{place}", 0, "made up", text, tuple(spans), 0))
+        answers = []
+        for number, (start, stop) in enumerate(spans):
+            mark = stop - len(END_OF_TURN)
+            answers.append(Answer(2 * number + 1, start, ((start, mark, 0),), mark, stop))
+        made.append(Block(f"chat-{place}", 0, "made up", text, tuple(answers), 0))
     return made
 
 
@@ -125,7 +133,7 @@ def dialogues_of(folder: Path, number: int = 12) -> Dialogues:
 
 
 KINDS = [
-    Kind("byte_level_bpe", tiny_tokenizers.shared("byte_level_bpe", (tiny_sources.END_OF_TURN,))),
+    Kind("byte_level_bpe", tiny_tokenizers.shared("byte_level_bpe", (END_OF_TURN,))),
     Kind("sentencepiece_bpe", tiny_tokenizers.shared("sentencepiece_bpe"), before="pieces"),
     Kind("unigram", tiny_tokenizers.shared("unigram"), before="first", unless_there=True),
     tokenizer_zoo.gemma(size=450),
@@ -400,7 +408,9 @@ def test_mpt_cannot_share_rows() -> None:
 CHATS = tiny_sources.made_up_chats(9, seed=2, words=14, turns=2)
 SHORT = 70
 """Tokens of context of the model that does not read to the end."""
-TOKENIZER = tiny_tokenizers.shared("sentencepiece_bpe")
+SPEAKS = {"pivot": tiny_fusion.OPENCHAT, "short": tiny_fusion.OPENCHAT, "bytes": tiny_fusion.CHATML, "unigram": {}}
+"""One source is queried in its own template, the other reads the pivot's text."""
+TOKENIZER = tiny_tokenizers.shared("sentencepiece_bpe", (END_OF_TURN,))
 
 
 @pytest.fixture(scope="module")
@@ -408,18 +418,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``stores/pivot`` and ``stores/<source>`` aligned to it, and the same of a pivot with a short context."""
     folder = tmp_path_factory.mktemp("world")
     tiny_sources.write_sharegpt(folder / "chats.jsonl", CHATS)
-    tiny_sources.save_source(folder / "pivot", "llama", "sentencepiece_bpe")
-    tiny_sources.save_source(folder / "short", "llama", "sentencepiece_bpe", max_position_embeddings=SHORT)
-    tiny_sources.save_source(folder / "bytes", "mistral", "byte_level_bpe", seed=1)
-    tiny_sources.save_source(folder / "unigram", "mistral", "unigram", seed=2)
-    for name in ("pivot", "short", "bytes", "unigram"):
+    for name, layout, kind, own in (
+        ("pivot", "llama", "sentencepiece_bpe", {}),
+        ("short", "llama", "sentencepiece_bpe", {"max_position_embeddings": SHORT}),
+        ("bytes", "mistral", "byte_level_bpe", {"seed": 1}),
+        ("unigram", "mistral", "unigram", {"seed": 2}),
+    ):
+        tiny_sources.save_source(folder / name, layout, kind, **SPEAKS[name], **own)
+    for name in SPEAKS:
+        pivot = "short" if name == "short" else "pivot"  # the same tokenizer: the dialogues are the same
         extract(
             ExtractConfig(
                 data=[str(folder / "chats.jsonl")],
-                pivot=str(folder / "pivot"),
+                pivot=str(folder / pivot),
                 template="openchat",
+                source_template="own" if name == "bytes" else "pivot",
                 model=str(folder / name),
                 output=folder / "stores" / name,
+                dialogues=folder / "dialogues",
                 shard_tokens=300,
             )
         )
@@ -429,7 +445,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 source_store=folder / "stores" / source,
                 pivot_store=folder / "stores" / pivot,
                 output=folder / "aligned" / f"{source}-{pivot}",
-                dialogues=next((folder / "stores").glob("dialogues-*")),
+                dialogues=folder / "dialogues",
                 workers=1,
             )
         )
@@ -437,11 +453,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def dialogues_in(world: Path) -> Dialogues:
-    return Dialogues(next((world / "stores").glob("dialogues-*")))
+    return Dialogues(world / "dialogues")
 
 
-def tokens_of(world: Path, kind: str = "sentencepiece_bpe") -> Path:
-    return write_tokens(dialogues_in(world), TextTokenizer(tiny_tokenizers.shared(kind), kind))
+def tokens_of(world: Path) -> Path:
+    return write_tokens(dialogues_in(world), TextTokenizer(TOKENIZER, "pivot"))
 
 
 def store(world: Path, name: str) -> RepresentationStore:
@@ -456,6 +472,65 @@ def data_of(world: Path, *stores: str, rule: Rule | None = None, groups: Any = N
 BOTH = ("stores/pivot", "aligned/bytes-pivot")
 
 
+def as_chatml(chat: Sequence[tuple[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation in ChatML, and the bytes of the answers with their ends of turn."""
+    text, spans = "", []
+    for question, answer in chat:
+        text += f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        start = len(text.encode())
+        text += f"{answer}<|im_end|>\n"
+        spans.append((start, len(text.encode()) - 1))
+    return text, spans
+
+
+Predicted = dict[tuple[int, int], tuple[int, float]]
+"""For an answer and the byte of it that a token begins at: the byte that it ends at, and its nats."""
+
+
+def predicted(
+    reader: TextTokenizer, text: str, spans: Sequence[tuple[int, int]], marker: str, row: Any
+) -> Predicted:
+    """What a row of a store predicts; the marker of an end is the byte after the answer."""
+    ends = reader.encode([text])[0].ends.tolist()
+    nats = iter(-row.gold_logprob.astype(np.float64))
+    found: Predicted = {}
+    for before, after in pairwise(ends):
+        for number, (start, stop) in enumerate(spans):
+            if start < after <= stop and (cost := next(nats, None)) is not None:
+                length = stop - len(marker) - start
+                found[number, max(before - start, 0)] = min(after - start, length + 1), float(cost)
+    return found
+
+
+def over_common_bytes(world: Path, block: int, pivot: str, unit: str) -> tuple[float, float]:
+    """The cross-entropies of pivot and source over the bytes that both predict."""
+    sides = []
+    for rendered, marker, name in (
+        (tiny_sources.openchat, END_OF_TURN, pivot),
+        (as_chatml, "<|im_end|>", "stores/bytes"),
+    ):
+        kind = "byte_level_bpe" if name == "stores/bytes" else "sentencepiece_bpe"
+        special = tuple(tiny_fusion.CHATML["special"]) if name == "stores/bytes" else (END_OF_TURN,)
+        reader = TextTokenizer(tiny_tokenizers.shared(kind, special), name)
+        text, spans = rendered(CHATS[block])
+        sides.append(predicted(reader, text, spans, marker, store(world, name)[block]))
+    size, nats, tokens = 0, [0.0, 0.0], [0, 0]
+    for answer, (_, content) in enumerate(CHATS[block]):
+        begins = [{begin for number, begin in side if number == answer} for side in sides]
+        ends = [{end for (number, _), (end, _) in side.items() if number == answer} for side in sides]
+        if not begins[0] & begins[1]:
+            continue
+        first, last = min(begins[0] & begins[1]), max(ends[0] & ends[1], default=0)
+        if last < len(content.encode()):  # cut off: up to where both begin a token last
+            last = max(begins[0] & begins[1])
+        size += last - first
+        for number, side in enumerate(sides):
+            inside = [cost for (of, begin), (_, cost) in side.items() if of == answer and first <= begin < last]
+            nats[number], tokens[number] = nats[number] + sum(inside), tokens[number] + len(inside)
+    units = [size, size] if unit == "byte" else tokens
+    return nats[0] / units[0], nats[1] / units[1]
+
+
 def renormalised(row: Any) -> np.ndarray:
     shares = np.exp(row.logprobs.astype(np.float64))
     return shares / shares.sum(1, keepdims=True)
@@ -468,13 +543,10 @@ def test_an_item_brings_the_distributions_of_the_model_that_read_the_conversatio
     data = data_of(world, *BOTH, rule=Rule(unit=unit))
     own, aligned = (store(world, name) for name in BOTH)
     winners = Counter[str]()
-    for block, chat in enumerate(CHATS):
+    for block in range(len(CHATS)):
         (found,) = data[block]
         assert found.block == block
-        size = sum(stop - start for start, stop in tiny_sources.openchat(chat)[1])
-        units = size if unit == "byte" else len(own[block])
-        of_pivot = -own[block].gold_logprob.astype(np.float64).sum() / units
-        of_source = aligned[block].ce_per_byte if unit == "byte" else aligned[block].ce_per_token
+        of_pivot, of_source = over_common_bytes(world, block, "stores/pivot", unit)
         row = own[block] if of_pivot <= of_source else aligned[block]
         winners["pivot" if of_pivot <= of_source else "source"] += 1
         assert found.fused is not None
@@ -514,7 +586,7 @@ SHORTENED = ("stores/short", "aligned/bytes-short")
 @pytest.mark.parametrize("unit", ["token", "byte"])
 def test_positions_beyond_a_models_context_learn_nothing_but_their_next_token(unit: Any, world: Path) -> None:
     data = data_of(world, *SHORTENED, rule=Rule(unit=unit))
-    own, aligned = (store(world, name) for name in SHORTENED)
+    own = store(world, SHORTENED[0])
     cut = 0
     for block in range(len(CHATS)):
         (found,) = data[block]
@@ -527,11 +599,7 @@ def test_positions_beyond_a_models_context_learn_nothing_but_their_next_token(un
         for name in ("fused_probabilities", "shares", "confidence"):
             assert batch[name][:read].any()
             assert not batch[name][read:].any()
-        units = read
-        if unit == "byte":  # the pivot's are of the part it has read
-            units = found.tokens.bytes if read == len(positions) else int(found.tokens.gold_bytes[:read].sum())
-        of_pivot = -own[block].gold_logprob.astype(np.float64).sum() / units
-        of_source = aligned[block].ce_per_byte if unit == "byte" else aligned[block].ce_per_token
+        of_pivot, of_source = over_common_bytes(world, block, "stores/short", unit)
         assert fused.shares[:, int(of_source < of_pivot)].all()
         assert fused.confidence == pytest.approx(math.exp(-min(of_pivot, of_source)), rel=1e-6)
         cut += read < len(positions)

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -177,7 +178,8 @@ def test_held_out_loss_is_that_of_fusion_trainer(name: str, world: World, tmp_pa
         done = CliRunner().invoke(fusion_trainer, command)
         assert done.exit_code == 0, done.output
     found = world.row("report", name)["held_out"]
-    assert found == json.loads(scores.read_text())["groups"]
+    own = {group: {key: value for key, value in of.items() if key != "against"} for group, of in found.items()}
+    assert own == json.loads(scores.read_text())["groups"]
     assert list(found) == ["all", *sorted(GROUPS)]
 
 
@@ -209,12 +211,35 @@ def test_a_local_task_has_the_score_that_the_models_own_likelihoods_give(name: s
 
 @pytest.mark.usefixtures("whole")
 def test_what_cannot_be_scored_is_told_and_nothing_is_shown_for_it(world: World) -> None:
+    """Damaged weights are found before anything is scored; a task's first choice would win among NaN."""
     row = world.row("report", "spoiled")
-    assert any("held-out: the loss is not finite" in problem for problem in row["problems"])
-    assert row["held_out"] is None
+    assert row["problems"] == [f"NaN or Inf in the tensor `{SPOILED}` of the model"]
+    assert (row["held_out"], row["tasks"]) == (None, {})
     markdown = Path("report/report.md").read_text()
     (line,) = [one for one in markdown.splitlines() if one.startswith("| spoiled (target)")][:1]
     assert "nan" not in line
+
+
+def test_a_task_that_a_model_answers_with_nan_has_no_score(world: World, tmp_path: Path) -> None:
+    asked = {
+        "task": "jumps",
+        "include_path": "tasks",
+        "model_args": {"pretrained": "spoiled"},
+        "batch_size": "8",
+        "device": "cpu",
+    }
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    command = [
+        sys.executable,
+        "-m",
+        "varm_merge.comparison.harness",
+        tmp_path / "asked.json",
+        tmp_path / "out.json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=world.folder)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("Error: the model gives NaN as likelihoods")
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_the_table_shows_every_row_and_marks_the_best(world: World, whole: str) -> None:
@@ -227,9 +252,35 @@ def test_the_table_shows_every_row_and_marks_the_best(world: World, whole: str) 
         if one["held_out"]
     }
     best = min(losses, key=losses.__getitem__)
-    assert f"{losses[best]:.4f}*" in rows[best]
-    assert sum(f"{loss:.4f}*" in rows[name] for name, loss in losses.items()) == 1
+    against = [of["nats_per_byte"] for of in world.row("report", best)["held_out"]["all"]["against"].values()]
+    assert len(against) == len(losses) - 1
+    stands_out = all(gap < -2 * error for gap, error in against)
+    starred = [name for name, loss in losses.items() if f"{loss:.4f}*" in rows[name]]
+    assert starred == ([best] if stands_out else [])
     assert "**" in Path("report/report.md").read_text()
+
+
+@pytest.mark.usefixtures("whole")
+def test_differences_on_held_out_text_are_paired_over_conversations(world: World, tmp_path: Path) -> None:
+    scores = {}
+    for name, model in (("target_1", "target_1"), ("mine", "report/models/mine")):
+        flags = ["--dialogues", str(next(Path("report/work").glob("dialogues-*"))), "--output"]
+        output = tmp_path / f"{name}.json"
+        CliRunner().invoke(fusion_trainer, ["evaluate", "--model", model, *flags, str(output)])
+        scores[name] = json.loads(output.read_text())["conversations"]
+    for group in ("all", "red"):
+        rows = [
+            (scores["mine"][name]["nats"], of["nats"], of["bytes"])
+            for name, of in scores["target_1"].items()
+            if group in ("all", of["group"])
+        ]
+        ours, theirs, size = np.array(rows, float).T
+        gap = (ours - theirs).sum() / size.sum()
+        error = np.sqrt(len(size) / (len(size) - 1) * ((ours - theirs - gap * size) ** 2).sum()) / size.sum()
+        found = world.row("report", "mine")["held_out"][group]["against"]["target_1"]["nats_per_byte"]
+        assert found == pytest.approx([gap, error], rel=1e-6)
+    markdown = Path("report/report.md").read_text()
+    assert "Held-out loss less the pivot's" in markdown
 
 
 # Resuming

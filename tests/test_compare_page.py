@@ -1,5 +1,6 @@
 """The page of ``varm-merge compare``, in a real browser: what it shows, sorted, in both themes, on a phone."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,25 @@ pytest_plugins = ["browser"]
 
 HOSTILE = "<script>alert(1)</script>|`x`"
 GROUPS = {"all": 0.2, "sums & dates": 0.3}
+MERGES = {f"merge-{number}": number / 40 for number in (10, 9, 3, 8)}
+NUMBERS = {"pivot": 0.0, "one": 0.21, "two": 0.2, **MERGES, "stacked": 0.15}
+"""Of each model with results."""
 
 
 def found(name: str, role: str, number: float, **changed: Any) -> dict[str, Any]:
     """A row as ``report.json`` has it."""
     to = {"distance": number / 2, "cosine": 1 - number, "sign_agreement": 1 - number / 2}
     groups = {
-        group: {"nats_per_byte": loss + number, "exact_match": 0.5 - number, "cut_tokens": 0}
+        group: {
+            "nats_per_byte": loss + number,
+            "exact_match": 0.5 - number,
+            "cut_tokens": 0,
+            "against": {
+                other: {"nats_per_byte": [number - theirs, 0.001], "exact_match": [theirs - number, 0.001]}
+                for other, theirs in NUMBERS.items()
+                if other != name
+            },
+        }
         for group, loss in GROUPS.items()
     }
     score = {"value": number, "standard_error": 0.05, "higher_is_better": True, "samples": 9, "group": False}
@@ -52,7 +65,7 @@ def report() -> dict[str, Any]:
     nothing = {"runs": [], "distances": None, "held_out": None, "tasks": {}}
     problem = f"line 3: {HOSTILE} cannot be merged"
     moved = {"not_comparable": "it has 3 layers, the pivot 2"}
-    merges = [found(f"merge-{number}", "merge", number / 40) for number in (10, 9, 3, 8)]
+    merges = [found(name, "merge", number) for name, number in MERGES.items()]
     rows = [
         found("pivot", "pivot", 0.0),
         found("one", "target", 0.21),
@@ -102,6 +115,27 @@ def test_every_number_of_the_tables_is_on_the_page_and_the_best_is_marked(
     body = page.locator("body").inner_text()
     for told in (f"line 3: {HOSTILE} cannot", "stacked is not compared", "larger than the memory", "a machine"):
         assert told in body
+
+
+@pytest.mark.parametrize(("error", "marked"), [(0.01, True), (0.04, False), (None, False)])
+def test_a_score_is_marked_only_where_it_differs_from_every_other_by_more_than_noise(
+    error: float | None, marked: bool, report: dict[str, Any]
+) -> None:
+    """The runner-up of the pivot is 0.075 away: more than two standard errors of 0.01, not of 0.04."""
+    changed = copy.deepcopy(report)
+    for row in changed["rows"]:
+        for of in (row["held_out"] or {}).values():
+            for other in of["against"].values():
+                other["nats_per_byte"][1] = error
+        for measures in row["tasks"].values():
+            measures[0]["standard_error"] = error and error / 2**0.5  # of the difference of two: ``error``
+    (side, *_), losses = tables(changed), [one for one in tables(changed) if one.name == "held-out"]
+    for table, title in ((side, "loss, nats/byte"), (losses[0], "sums & dates")):
+        column = table.header.index(title) - 1
+        assert [name for name, _, cells in table.rows if cells[column].best] == (["pivot"] if marked else [])
+    column = side.header.index("jumps, acc") - 1  # 0.25 and 0.225 lead: 0.025 apart
+    best = [name for name, _, cells in side.rows if cells[column].best]
+    assert best == (["merge-10"] if error == 0.01 else [])
 
 
 def test_a_click_sorts_by_number_and_dashes_stay_last(path: Path, visit: Visit) -> None:

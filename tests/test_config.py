@@ -194,7 +194,7 @@ def test_numbers_that_yaml_takes_for_texts_are_numbers(config: Callable[..., Any
 def test_the_papers_settings_are_the_defaults(config: Callable[..., Any]) -> None:
     settings = config(TRAINING, TrainConfig)
     rule = (settings.fusion, settings.compare, settings.unit, settings.temperature, settings.tail)
-    assert rule == ("min_ce", "conversation", "token", 1.0, "renormalise")
+    assert rule == ("min_ce", "conversation", "byte", 1.0, "renormalise")  # the papers compare per token
     assert (settings.clm_weight, settings.clm_weight_schedule, settings.held_out) == (0.9, "constant", 0.0)
     assert (settings.packing, settings.lora, settings.load_in, settings.dtype) == (False, None, None, "float32")
     assert settings.output_dtype == "float32"  # ours: bfloat16 rounds a light fine-tune away

@@ -207,7 +207,9 @@ def save_models(folder: Path) -> dict[str, Path]:
     tiny_sources.save_source(
         models[PIVOT], "mistral", "sentencepiece_bpe", template=template, num_key_value_heads=1, **small
     )
-    tiny_sources.save_source(models[SOLAR], "llama", "byte_level_bpe", seed=1)
+    chatml = (ROOT / "fusion_trainer" / "templates" / "chatml.jinja").read_text()  # Solar's own
+    special = ("<|im_start|>", "<|im_end|>")
+    tiny_sources.save_source(models[SOLAR], "llama", "byte_level_bpe", seed=1, template=chatml, special=special)
     for seed, target in enumerate(TARGETS):
         save_target(models[PIVOT], models[target], seed)
     return models

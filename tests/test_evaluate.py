@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_sources
 import tiny_tokenizers
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 from tiny_sources import END_OF_TURN, WORDS
 from tokenizer_zoo import Kind
 from transformers import AutoModelForCausalLM
@@ -24,6 +26,7 @@ from fusion_trainer.config import EvaluateConfig, PrepareConfig
 from fusion_trainer.errors import FusionError
 from fusion_trainer.evaluate import evaluate
 from fusion_trainer.prepare import prepare
+from varm_common.standard_errors import difference, standard_error
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 GROUPED = {**SMALL, "num_key_value_heads": 1}
@@ -258,7 +261,8 @@ def test_the_program_prints_a_line_per_group_and_does_not_score_twice(
     assert result.exit_code == 0
     groups = json.loads(output.read_text())["groups"]
     for name, of in groups.items():
-        line = f"{name:24} {of['rows']:>7,} rows  {of['nats_per_byte']:.4f} nats/byte  0.0% matched"
+        error = "" if of["nats_per_byte_error"] is None else f" ± {of['nats_per_byte_error']:.4f}"
+        line = f"{name:24} {of['rows']:>7,} rows  {of['nats_per_byte']:.4f}{error} nats/byte  0.0% matched"
         assert line in result.stdout.splitlines()
     before = output.stat().st_mtime_ns
     monkeypatch.setattr(evaluation, "load_causal_lm", None)
@@ -314,4 +318,134 @@ def test_the_order_of_the_rows_does_not_matter(world: World, tmp_path: Path) -> 
     other = evaluate(world.config("unigram", tmp_path / "other.json", dialogues=tmp_path / "shuffled"))["groups"]
     assert one.keys() == other.keys()
     for group, sums in one.items():
-        assert sums == pytest.approx(other[group], rel=1e-6)
+        known = {key: value for key, value in sums.items() if value is not None}  # of one conversation: no error
+        assert known == pytest.approx({key: other[group][key] for key in known}, rel=1e-6)
+
+
+# Standard errors
+
+
+def oracle_error(tops: Sequence[float], bottoms: Sequence[float]) -> float:
+    ratio, number = sum(tops) / sum(bottoms), len(tops)
+    spread = sum((top - ratio * bottom) ** 2 for top, bottom in zip(tops, bottoms, strict=True))
+    return float((number / (number - 1) * spread) ** 0.5 / sum(bottoms))
+
+
+def test_standard_errors_are_over_conversations_whose_blocks_count_as_one(world: World, tmp_path: Path) -> None:
+    data = write_chats(tmp_path / "held_out.jsonl", CHATS, NAMES)
+    common = {"data": [str(data)], "pivot": str(world.folder / "pivot"), "template": "openchat"}
+    cut = prepare(PrepareConfig(**common, max_length=64, dialogues=tmp_path / "cut"), tmp_path, quiet=True)
+    assert len(cut) > len(CHATS)
+    found = evaluate(world.config("bytes", tmp_path / "scores.json", dialogues=cut.folder))
+    parts = found["conversations"]
+    assert len(parts) == found["groups"]["all"]["conversations"] == len(CHATS)
+    for group, of in found["groups"].items():
+        own = [one for one in parts.values() if group in ("all", one["group"])]
+        assert sum(one["nats"] for one in own) == pytest.approx(of["nats"])
+        if len(own) == 1:
+            assert of["nats_per_byte_error"] is None
+            continue
+        nats, size = [one["nats"] for one in own], [one["bytes"] for one in own]
+        assert of["nats_per_byte_error"] == pytest.approx(oracle_error(nats, size))
+        matched, rows = [one["matched"] for one in own], [one["rows"] for one in own]
+        assert of["exact_match_error"] == pytest.approx(oracle_error(matched, rows))
+
+
+def test_the_error_is_that_of_repeated_draws_and_pairing_removes_what_both_share() -> None:
+    """4000 draws of 50 conversations from a known world: their scores spread as the error of one draw says."""
+    draw = np.random.default_rng(0)
+    size = draw.integers(50, 500, (4000, 50)).astype(float)
+    hard = draw.normal(0.5, 0.2, size.shape) * size
+    other = hard + draw.normal(0.01, 0.02, size.shape) * size
+    losses = hard.sum(1) / size.sum(1)
+    gaps = other.sum(1) / size.sum(1) - losses
+    errors = [standard_error((top, bottom)) for top, bottom in zip(hard[:200], size[:200], strict=True)]
+    assert np.mean(np.array(errors, float)) == pytest.approx(losses.std(), rel=0.05)
+    pairs = [difference((b, n), (a, n)) for a, b, n in zip(hard[:200], other[:200], size[:200], strict=True)]
+    assert np.mean(np.array(pairs, float)[:, 1]) == pytest.approx(gaps.std(), rel=0.05)
+    assert gaps.std() < losses.std() / 5
+
+
+# What is no score
+
+
+def broken(world: World, folder: Path, value: float) -> str:
+    """The pivot with one value of ``value``; the name of its tensor."""
+    shutil.copytree(world.folder / "pivot", folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "mlp" in name)
+    tensors[name][0, 0] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_no_score(value: float, world: World, tmp_path: Path) -> None:
+    name = broken(world, tmp_path / "broken", value)
+    result = program(*flags(world, str(tmp_path / "broken"), tmp_path / "scores.json"))
+    assert result.exit_code == 1
+    assert f"the loss of `{tmp_path / 'broken'}` is not finite, first on the conversation `" in result.stderr
+    assert f"its tensor `{name}` holds NaN or infinite values" in result.stderr
+    assert "nats/byte" not in result.stdout
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_what_overflows_in_16_bits_is_told_apart(world: World, tmp_path: Path) -> None:
+    broken(world, tmp_path / "large", 6e4)
+    tensors = load_file(tmp_path / "large" / "model.safetensors")
+    tensors["model.norm.weight"].fill_(6e4)
+    save_file(tensors, tmp_path / "large" / "model.safetensors", {"format": "pt"})
+    result = program(*flags(world, str(tmp_path / "large"), tmp_path / "scores.json"), "--dtype", "float16")
+    assert "its weights are finite, so its arithmetic overflows; try --dtype float32" in result.stderr
+
+
+def test_a_model_that_reads_no_answer_has_no_score(world: World, tmp_path: Path) -> None:
+    """Nought nats in nought bytes would be the best of all losses."""
+    folder = tmp_path / "short"
+    MODELS["bytes"][1].tokenizer.save_pretrained(folder)
+    tiny_sources.new_source("mpt", len(MODELS["bytes"][1].tokenizer), max_seq_len=8, n_layers=1).save_pretrained(
+        folder
+    )
+    with pytest.raises(FusionError, match="no token of an answer lies within the context of"):
+        evaluate(world.config(str(folder), tmp_path / "scores.json"))
+
+
+def damage(folder: Path, what: str) -> None:
+    weights = folder / "model.safetensors"
+    if what == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif what == "an error page":
+        weights.write_text("<html>not found</html>")
+    elif what == "a missing shard":
+        names = {name: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, name in enumerate(load_file(weights))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+        weights.rename(folder / "model-00001-of-00002.safetensors")
+    elif what == "no config":
+        (folder / "config.json").unlink()
+    else:
+        name, text = what.split("=")
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("cut off", "`model.safetensors` is cut off or damaged ("),
+        ("an error page", "`model.safetensors` is cut off or damaged (22 bytes"),
+        ("a missing shard", "names `model-00002-of-00002.safetensors`, and that file is not there: copy it"),
+        ("no config", "has no config.json; copy it"),
+        ("config.json=[]", "config.json` holds a JSON list, not an object"),
+        ("config.json=", "config.json` is not JSON (0 bytes"),
+        ("config.json={}", "config.json` cannot be used: Unrecognized model"),
+        ('tokenizer_config.json="x"', "tokenizer_config.json` holds a JSON string, not an object"),
+        ("generation_config.json=[1]", "generation_config.json` holds a JSON list, not an object"),
+        ("generation_config.json={", "generation_config.json` is not JSON (1 bytes"),
+    ],
+)
+def test_half_a_checkpoint_is_a_sentence_that_names_the_file(
+    what: str, told: str, world: World, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(world.folder / "pivot", tmp_path / "half")
+    damage(folder, what)
+    result = program(*flags(world, str(folder), tmp_path / "scores.json"))
+    assert (result.exit_code, told in result.stderr) == (1, True), result.stderr

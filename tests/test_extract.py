@@ -61,6 +61,7 @@ def settings_of(world: Path, source: str, output: Path, **changed: Any) -> dict[
         "data": [str(world / "chats.jsonl")],
         "pivot": str(world / "mistral"),
         "template": "openchat",
+        "source_template": "pivot",
         "model": str(world / source),
         "output": str(output),
         "batch_tokens": 700,
@@ -141,7 +142,8 @@ def dense(folder: Path, chat: Sequence[tuple[str, str]], context: int = CONTEXT)
     """A conversation alone through the plain model."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    ids, positions = supervised(tokenizer, *tiny_sources.openchat(chat))
+    ends = folder.name == "mistral" or END_OF_TURN in tokenizer.get_vocab()  # the pivot, or one that has the token
+    ids, positions = supervised(tokenizer, *tiny_sources.openchat(chat, ends))
     ids, positions = ids[:context], [position for position in positions if position + 1 < context]
     logits_SV = model(input_ids=torch.tensor([ids])).logits[0, positions]
     gold = [ids[position + 1] for position in positions]
@@ -247,7 +249,7 @@ def test_the_weights_are_used_in_the_dtype_asked_for(
     row = RepresentationStore(tmp_path / dtype)[0]
     tokenizer = AutoTokenizer.from_pretrained(saved)
     model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
-    ids, positions = supervised(tokenizer, *tiny_sources.openchat(CHATS[0]))
+    ids, positions = supervised(tokenizer, *tiny_sources.openchat(CHATS[0], ends=False))
     with torch.no_grad():
         exact = model(input_ids=torch.tensor([ids])).logits[0, positions].double().log_softmax(-1)
     gold = exact[torch.arange(len(positions)), [ids[position + 1] for position in positions]]

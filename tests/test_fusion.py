@@ -27,6 +27,8 @@ def said(
     gold_bytes: Sequence[int] | None = None,
     ce_per_token: float | None = None,
     ce_per_byte: float | None = None,
+    pivot_ce_per_token: float | None = None,
+    pivot_ce_per_byte: float | None = None,
 ) -> Representation:
     """A row from {id: probability} for each position; what they leave is the tail, other places are empty."""
     ids, logprobs = np.zeros((len(positions), k), np.uint16), np.full((len(positions), k), -np.inf, np.float16)
@@ -45,6 +47,8 @@ def said(
         gold_bytes=None if gold_bytes is None else np.array(gold_bytes, np.uint16),
         ce_per_token=ce_per_token,
         ce_per_byte=ce_per_byte,
+        pivot_ce_per_token=pivot_ce_per_token,
+        pivot_ce_per_byte=pivot_ce_per_byte,
     )
 
 
@@ -67,19 +71,22 @@ def as_dicts(fused: Fused) -> list[dict[int, float]]:
 # Cross-entropies
 
 PIVOT = said({1: 0.75}, {2: 0.5}, {3: 1.0}, golds=[-0.5, -1.0, -3.0])
-"""Its cross-entropy is 1.5 nats per token."""
+"""Its cross-entropy is 1.5 nats per token of the whole row, 0.75 over the first two."""
 PIVOT_BYTES = np.array([1, 4, 2], np.int32)
 SOURCE = said(
     *({10: 1.0}, {11: 1.0}, {12: 1.0}),
     golds=[-0.75, -0.5, -2.0],
     gold_bytes=[1, 1, 2],
-    ce_per_token=1.25,
-    ce_per_byte=0.7,
+    ce_per_token=0.625,
+    ce_per_byte=0.35,
+    pivot_ce_per_token=0.75,
+    pivot_ce_per_byte=0.3,
 )
+"""Over the bytes that both predict, those of the first two tokens; the rest is in neither cross-entropy."""
 
-COMPARED = {  # the pivot has 4.5 nats over 7 bytes
-    ("conversation", "token"): ([1.5, 1.5, 1.5], [1.25, 1.25, 1.25], "sss"),
-    ("conversation", "byte"): ([4.5 / 7] * 3, [0.7, 0.7, 0.7], "ppp"),
+COMPARED = {  # of the first two tokens the pivot has 1.5 nats over 5 bytes
+    ("conversation", "token"): ([0.75] * 3, [0.625] * 3, "sss"),
+    ("conversation", "byte"): ([0.3] * 3, [0.35] * 3, "ppp"),
     ("token", "token"): ([0.5, 1.0, 3.0], [0.75, 0.5, 2.0], "pss"),
     ("token", "byte"): ([0.5, 0.25, 1.5], [0.75, 0.5, 1.0], "pps"),
 }
@@ -126,8 +133,19 @@ def test_the_pivots_mean_is_over_the_positions_it_has_read() -> None:
     np.testing.assert_allclose(cross_entropies([PIVOT], rule, 9, PIVOT_BYTES), [[0.5, 0.5, 0.5]])
     empty = said()
     for compare in ("conversation", "token"):
-        found = cross_entropies([empty, said(ce_per_token=1.0)], Rule(compare=compare), 0, PIVOT_BYTES[:0])
+        unread = said(ce_per_token=UNREAD, ce_per_byte=UNREAD)
+        found = cross_entropies([empty, unread], Rule(compare=compare), 0, PIVOT_BYTES[:0])
         assert found.shape == (2, 0)
+
+
+def test_sources_that_have_other_bytes_in_common_with_the_pivot_lie_as_far_from_it_as_they_do_there() -> None:
+    """The pivot has 0.4 and 0.8 nats per byte there: each source differs from their mean by its own difference."""
+    first = replace(SOURCE, ce_per_byte=0.5, pivot_ce_per_byte=0.4)
+    second = replace(SOURCE, ce_per_byte=0.7, pivot_ce_per_byte=0.8)
+    found = cross_entropies([PIVOT, first, NOT_COMPARED, second], Rule(unit="byte"), 7, PIVOT_BYTES)
+    np.testing.assert_allclose(found, np.repeat([[0.6], [0.7], [np.inf], [0.5]], 3, 1), rtol=1e-12)
+    fused = fuse([PIVOT, first, second], found[[0, 1, 3]], Rule())
+    assert fused.shares.tolist() == [[0.0, 0.0, 1.0]] * 3
 
 
 def test_a_gold_token_of_no_bytes_counts_as_one_byte() -> None:
@@ -141,7 +159,7 @@ def test_a_gold_token_of_no_bytes_counts_as_one_byte() -> None:
 
 @pytest.mark.parametrize("compare", ["conversation", "token"])
 def test_a_tie_goes_to_the_pivot(compare: Any) -> None:
-    equal = replace(SOURCE, gold_logprob=PIVOT.gold_logprob, ce_per_token=1.5)
+    equal = replace(SOURCE, gold_logprob=PIVOT.gold_logprob, gold_bytes=PIVOT_BYTES, ce_per_byte=0.3)
     rule = Rule(compare=compare)
     fused = fuse([PIVOT, equal], cross_entropies([PIVOT, equal], rule, 7, PIVOT_BYTES), rule)
     assert as_dicts(fused) == [{1: 1.0}, {2: 1.0}, {3: 1.0}]
@@ -153,12 +171,17 @@ def test_of_equal_sources_the_first_wins() -> None:
     assert as_dicts(fuse(rows, np.array([[2.0], [1.0], [1.0]]), Rule())) == [{2: 1.0}]
 
 
+NOT_COMPARED = replace(
+    SOURCE, ce_per_token=UNREAD, ce_per_byte=UNREAD, pivot_ce_per_token=UNREAD, pivot_ce_per_byte=UNREAD
+)
+
+
 def test_a_source_that_has_read_nothing_never_wins() -> None:
-    unread = replace(SOURCE, ce_per_token=UNREAD, ce_per_byte=UNREAD)
     for unit in ("token", "byte"):
-        entropies_MP = cross_entropies([PIVOT, unread], Rule(unit=unit), 7, PIVOT_BYTES)
+        entropies_MP = cross_entropies([PIVOT, NOT_COMPARED], Rule(unit=unit), 7, PIVOT_BYTES)
+        np.testing.assert_allclose(entropies_MP[0], 4.5 / 7 if unit == "byte" else 1.5)
         assert np.isinf(entropies_MP[1]).all()
-        assert fuse([PIVOT, unread], entropies_MP, Rule(unit=unit)).shares[:, 0].all()
+        assert fuse([PIVOT, NOT_COMPARED], entropies_MP, Rule(unit=unit)).shares[:, 0].all()
 
 
 @pytest.mark.parametrize("function", ["min_ce", "avg_ce"])
@@ -173,8 +196,7 @@ def test_where_nobody_has_read_anything_the_first_is_heard(function: Any) -> Non
 @pytest.mark.parametrize("function", ["min_ce", "avg_ce"])
 def test_a_source_that_has_read_nothing_changes_nothing(function: Any) -> None:
     rule = Rule(function)
-    unread = replace(SOURCE, ce_per_token=UNREAD, ce_per_byte=UNREAD)
-    without, more = [PIVOT, SOURCE], [PIVOT, SOURCE, unread]
+    without, more = [PIVOT, SOURCE], [PIVOT, SOURCE, NOT_COMPARED]
     expected = fuse(without, cross_entropies(without, rule, 7, PIVOT_BYTES), rule)
     fused = fuse(more, cross_entropies(more, rule, 7, PIVOT_BYTES), rule)
     np.testing.assert_array_equal(dense(fused), dense(expected))

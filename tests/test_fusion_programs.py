@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_fusion
 import tiny_sources
 import torch
 from programs import BIN, ENVIRONMENT, Programs, tree, wait_for
@@ -37,11 +38,12 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Chats, a pivot and a source; in bfloat16, where a batch of another shape gives other bytes."""
+    """Chats, a pivot, and a ChatML source; in bfloat16, where another shape of a batch gives other bytes."""
     folder = tmp_path_factory.mktemp("world")
     tiny_sources.write_sharegpt(folder / "chats.jsonl", CHATS)
     tiny_sources.save_source(folder / "pivot", "mistral", "sentencepiece_bpe")
-    tiny_sources.save_source(folder / "source", "qwen2", "byte_level_bpe", padded=50, dtype=torch.bfloat16)
+    own = {"padded": 50, "dtype": torch.bfloat16, **tiny_fusion.CHATML}
+    tiny_sources.save_source(folder / "source", "qwen2", "byte_level_bpe", **own)
     return folder
 
 

@@ -24,8 +24,9 @@ from fusion_trainer.train import train
 COLOURS = ["red", "green", "blue", "white", "black", "pink", "brown", "gold"]
 THINGS = ["fox", "dog", "cat", "owl", "bear", "wolf", "frog", "fish", "bird", "ant"]
 WORDS = 8
+ROLES = ("user", "assistant")
 SEEDS, WEIGHTS = (1, 2, 3), (1.0, 0.9, 0.5)
-TEXT = [" ".join([*COLOURS, *THINGS]), "GPT4 Correct User: GPT4 Correct Assistant:"] * 20
+TEXT = [" ".join([*COLOURS, *THINGS]), "GPT4 Correct User: GPT4 Correct Assistant: user assistant"] * 20
 Chat = list[tuple[str, str]]
 
 
@@ -45,13 +46,16 @@ def unskilled(number: int, rng: random.Random) -> list[Chat]:
     return [[(thing, " ".join([thing] * WORDS))] for thing in rng.choices(THINGS, k=number)]
 
 
-def taught(folder: Path, layout: str, kind: str, chats: Sequence[Chat], **own: Any) -> Path:
-    """A model that was trained on conversations, with a tokenizer of its own."""
-    tokenizer = tiny_tokenizers.train(kind, TEXT, 400)
+def taught(
+    folder: Path, layout: str, kind: str, speaks: dict[str, Any], chats: Sequence[Chat], **own: Any
+) -> Path:
+    """A model that was trained on conversations in its own template, with a tokenizer of its own."""
+    tokenizer = tiny_tokenizers.train(kind, TEXT, 400, speaks["special"])
+    tokenizer.chat_template = speaks.get("template")
     tokenizer.save_pretrained(folder)
     model = tiny_sources.new_source(layout, len(tokenizer), initializer_range=0.05, **own).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    texts = [tiny_sources.openchat(chat)[0] for chat in chats]
+    texts = [rendered(tokenizer, chat) for chat in chats]
     for start in range(0, len(texts), 32):
         batch = tokenizer(texts[start : start + 32], return_tensors="pt", padding=True)
         labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
@@ -63,14 +67,22 @@ def taught(folder: Path, layout: str, kind: str, chats: Sequence[Chat], **own: A
     return folder
 
 
+def rendered(tokenizer: Any, chat: Chat) -> str:
+    """In the tokenizer's chat template, or else as OpenChat."""
+    if tokenizer.chat_template is None:
+        return tiny_sources.openchat(chat)[0]
+    turns = [{"role": role, "content": text} for pair in chat for role, text in zip(ROLES, pair, strict=True)]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False))
+
+
 @pytest.fixture(scope="module")
 def masters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, rng = tmp_path_factory.mktemp("masters"), random.Random(0)
     small = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
-    taught(folder / "pivot", "llama", "sentencepiece_bpe", unskilled(1500, rng), **small, num_key_value_heads=1)
-    taught(
-        folder / "source", "gpt_neox", "byte_level_bpe", skilled(8000, rng), **{**small, "num_hidden_layers": 2}
-    )
+    openchat, chatml = tiny_fusion.OPENCHAT, tiny_fusion.CHATML
+    pivot, source = {**small, "num_key_value_heads": 1}, {**small, "num_hidden_layers": 2}
+    taught(folder / "pivot", "llama", "sentencepiece_bpe", openchat, unskilled(1500, rng), **pivot)
+    taught(folder / "source", "gpt_neox", "byte_level_bpe", chatml, skilled(8000, rng), **source)
     return folder
 
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from mergekit.config import MergeConfiguration
 from programs import BIN, tree
 from safetensors.torch import load_file, save_file
-from tiny_pipeline import ADDED, MERGED, PIPELINE, ROOT, SLERP, TITLES, TRAINED, write
+from tiny_pipeline import ADDED, BYTES, MERGED, MISTRAL, PIPELINE, ROOT, SLERP, TITLES, TRAINED, write
 
 from fusion_trainer.cli import main
 from fusion_trainer.errors import FusionError
@@ -118,8 +118,9 @@ ALL_WRONG = {
 }
 """A problem of each line; some have two."""
 AND = {
+    10: "sources[3]: `./mistral` has no chat template: set `template` to pivot, openchat, ",
     12: "extract.top_k: `top_k` cannot be 0: Input should be greater than or equal to 1",
-    13: "align.map: `map` cannot be 'best': Input should be 'exact', 'min_edit_distance', 'statistics' or 'pre",
+    13: "align.map: `map` cannot be 'best': Input should be 'exact', 'min_edit_distance', 'statistics', 'st",
     20: "targets.bytes.sources_: unknown setting `sources_`;",
     30: "merges.weighed.models: is set by the pipeline itself; name `targets`",
     32: "evaluate.dtype: `dtype` cannot be 'float8': Input should be 'auto', 'bfloat16', 'float16' or 'float32'",
@@ -157,7 +158,7 @@ def test_everything_that_is_wrong_with_a_file_is_told_at_once_with_line_and_plac
         ({"prepare__data": "x"}, "prepare.data: is set by the pipeline itself"),
         ({"prepare__name": "x"}, "prepare.name: unknown setting `name`"),
         ({"extract__revision": "x"}, "extract.revision: is set by the pipeline itself"),
-        ({"extract__template": "x"}, "extract.template: is set under `prepare`"),
+        ({"extract__max_length": 64}, "extract.max_length: is set under `prepare`"),
         ({"train__sources": ["bytes"]}, "train.sources: unknown setting `sources`"),
         ({"train__training": 3}, "train.training: `training` cannot be 3: Input should be a valid dictionary"),
         ({"train__lora": {"rank": 3}}, "train.lora.rank: `lora`: LoraConfig has no `rank`"),
@@ -244,13 +245,21 @@ def test_until_and_only_choose_what_is_needed(folder: Path) -> None:
         ({"train__training__learning_rate": 1e-3}, TRAINED),
         ({"train__training__per_device_train_batch_size": 2}, TRAINED),
         (
-            {"targets": {"bytes": {"sources": ["bytes"]}, "mistral": {"sources": ["mistral"], "unit": "byte"}}},
+            {"targets": {"bytes": {"sources": ["bytes"]}, "mistral": {"sources": ["mistral"], "unit": "token"}}},
             {"train mistral", "evaluate target-mistral"} | MERGED | SLERP,
         ),
         ({"align__positions": "dtw"}, TRAINED | {"align bytes", "align mistral"}),
         ({"extract__top_k": 5}, TRAINED | {*TITLES[1:6]}),
         (
-            {"sources": [{"name": "bytes", "model": "./neox", "dtype": "bfloat16"}, {"model": "./mistral"}]},
+            {"sources": [{**BYTES, "dtype": "bfloat16"}, MISTRAL]},
+            {"extract bytes", "align bytes", "train bytes", "evaluate target-bytes"} | MERGED | SLERP,
+        ),
+        (
+            {"sources": [{**BYTES, "template": "zephyr"}, MISTRAL]},
+            {"extract bytes", "align bytes", "train bytes", "evaluate target-bytes"} | MERGED | SLERP,
+        ),
+        (
+            {"extract__template": "chatml"},
             {"extract bytes", "align bytes", "train bytes", "evaluate target-bytes"} | MERGED | SLERP,
         ),
         ({"prepare__max_length": 128}, {*TITLES}),
@@ -324,6 +333,9 @@ def test_a_launch_in_another_precision_or_by_more_processes_is_another_training(
         ({"merges__ties__model_parameters": 3}, "merges.ties.model_parameters: is no mapping of targets"),
         ({"merge_options": ["--nonsense"]}, "merge_options: mergekit-yaml does not take them: No such option"),
         ({"merge_options": ["--help"]}, "merge_options: with these mergekit-yaml does not merge"),
+        ({"extract__template": "no/such.jinja"}, "extract.template: no file `no/such.jinja`"),
+        ({"sources": [{**BYTES, "template": "no/such.jinja"}]}, "sources[0].template: no file `no/such.jinja`"),
+        ({"sources": [{"model": "./mistral"}]}, "sources[0]: `./mistral` has no chat template"),
         (
             {"prepare__template": "no/such.jinja"},
             "prepare.template: no file `no/such.jinja`, and none of openchat",
@@ -389,11 +401,24 @@ def test_data_template_or_weights_that_change_rerun_everything_after_them(
         assert same == left
 
 
+@pytest.mark.parametrize("where", ["extract", "sources"])
+def test_a_sources_template_that_changes_reruns_what_follows_its_extraction(where: str, folder: Path) -> None:
+    own = folder / "own.jinja"
+    own.write_text("{{ messages }}")
+    sources = [{**BYTES, "template": "own.jinja"}, MISTRAL]
+    changes: dict[str, Any] = {"extract__template": "own.jinja"} if where == "extract" else {"sources": sources}
+    before = marks(folder, **changes)
+    own.write_text("{{ messages }}\n")
+    now = marks(folder, **changes)
+    again = {title for title in TITLES if before[title] != now[title]}
+    assert again == {"extract bytes", "align bytes", "train bytes", "evaluate target-bytes"} | MERGED | SLERP
+
+
 def test_models_that_have_moved_are_the_same(folder: Path) -> None:
     before = marks(folder)
     for name in ("pivot", "neox"):
         shutil.move(folder / name, folder / f"moved-{name}")
-    sources = [{"name": "bytes", "model": "./moved-neox"}, {"model": "./mistral"}]
+    sources = [{**BYTES, "model": "./moved-neox"}, MISTRAL]
     assert marks(folder, pivot="./moved-pivot", sources=sources) == before
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+import tiny_fusion
 import tiny_sources
 from click.testing import CliRunner, Result
 from tiny_sources import END_OF_TURN
@@ -281,9 +282,9 @@ def test_a_folder_that_is_no_store_and_one_that_is_not_there_are_refused(tmp_pat
 
 def test_a_manifest_that_is_not_json_or_of_something_else_is_refused(copied: Path) -> None:
     manifest = json.loads((copied / "manifest.json").read_text())
-    for other in ({**manifest, "version": 2}, {**manifest, "format": "fusion-trainer dialogues"}, [1], "x"):
+    for other in ({**manifest, "version": 1}, {**manifest, "format": "fusion-trainer dialogues"}, [1], "x"):
         (copied / "manifest.json").write_text(json.dumps(other))
-        assert "version 1" in refuses(copied)
+        assert "version 2" in refuses(copied)
     (copied / "manifest.json").write_text('{"format": ')
     assert "not JSON" in refuses(copied)
     (copied / "manifest.json").write_bytes(b"\xff\xfe\x00")
@@ -463,12 +464,18 @@ def test_verify_finds_wrong_numbers_and_says_where(
     ), result.output
 
 
+CROSS_ENTROPIES = {
+    "ce_per_token": 1.5,
+    "ce_per_byte": math.nan,
+    "pivot_ce_per_token": 2.25,
+    "pivot_ce_per_byte": 0.75,
+}
+
+
 def as_aligned(row: Supervised) -> Aligned:
     """Of a source that reads every second position and two bytes at a time."""
-    paired = np.arange(len(row), dtype=np.uint8) % 2
-    return Aligned(
-        row.ids, row.logprobs, row.tail, row.gold_logprob, paired, np.full(len(row), 2, np.uint16), 1.5, np.nan
-    )
+    columns = np.arange(len(row), dtype=np.uint8) % 2, np.full(len(row), 2, np.uint16)
+    return Aligned(row.ids, row.logprobs, row.tail, row.gold_logprob, *columns, *CROSS_ENTROPIES.values())
 
 
 ALIGNED_IDENTITY = {"kind": ALIGNED, "version": ALIGNED_VERSION}
@@ -482,7 +489,9 @@ def test_the_columns_of_an_aligned_store_come_back(tmp_path: Path) -> None:
         for name in ("paired", "gold_bytes"):
             column = getattr(found, name)
             assert (column.dtype, column.tobytes()) == (getattr(row, name).dtype, getattr(row, name).tobytes())
-        assert (found.ce_per_token, found.ce_per_byte) == pytest.approx((1.5, math.nan), nan_ok=True)
+        assert {name: getattr(found, name) for name in CROSS_ENTROPIES} == pytest.approx(
+            CROSS_ENTROPIES, nan_ok=True
+        )
 
 
 @pytest.mark.parametrize(
@@ -531,32 +540,60 @@ def test_verify_has_nothing_to_say_about_a_good_store(written: Path) -> None:
 # fusion-trainer store show
 
 
+ANSWER = "is 2.\n日本"
+TEXTS = {
+    "pivot": f"GPT4 Correct User: 1 + 1{END_OF_TURN}GPT4 Correct Assistant: {ANSWER}{END_OF_TURN}",
+    "source": f"GPT4 Correct User: 1 + 1{END_OF_TURN}GPT4 Correct Assistant: {ANSWER}{END_OF_TURN}",
+    "own": f"<|im_start|>user\n1 + 1<|im_end|>\n<|im_start|>assistant\n{ANSWER}<|im_end|>\n",
+}
+"""The second conversation as the pivot reads it, a source that reads its text, and one in its own template."""
+FOLLOW = {"pivot": f" {ANSWER}{END_OF_TURN}", "source": f" {ANSWER}{END_OF_TURN}", "own": f"{ANSWER}<|im_end|>"}
+"""What follows in it that a model is queried for."""
+
+
 @pytest.fixture(scope="module")
 def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a pivot, a source and its store."""
+    """A folder with a pivot, two sources and the stores of all; ``own`` is queried in its own template, ChatML."""
     world = tmp_path_factory.mktemp("world")
-    tiny_sources.save_source(world / "pivot", "mistral", "sentencepiece_bpe")
+    tiny_sources.save_source(world / "pivot", "mistral", "sentencepiece_bpe", special=[END_OF_TURN])
     tiny_sources.save_source(world / "source", "qwen2", "byte_level_bpe", special=[END_OF_TURN], padded=20)
-    tiny_sources.write_sharegpt(world / "chats.jsonl", [[("Hi!", "A quick fox")], [("1 + 1", "is 2.\n日本")]])
-    result = run(
-        *("extract", "--data", world / "chats.jsonl", "--pivot", world / "pivot", "--template", "openchat"),
-        *("--model", world / "source", "--output", world / "stores" / "source", "--top-k", 5),
-    )
-    assert result.exit_code == 0, result.output
+    tiny_sources.save_source(world / "own", "qwen2", "byte_level_bpe", **tiny_fusion.CHATML)
+    tiny_sources.write_sharegpt(world / "chats.jsonl", [[("Hi!", "A quick fox")], [("1 + 1", ANSWER)]])
+    for name in TEXTS:
+        result = run(
+            *("extract", "--data", world / "chats.jsonl", "--pivot", world / "pivot", "--template", "openchat"),
+            *("--model", world / name, "--output", world / "stores" / name, "--top-k", 5),
+            *("--source-template", "own" if name == "own" else "pivot"),
+        )
+        assert result.exit_code == 0, result.output
     return world
 
 
-def test_show_prints_the_manifest_and_a_row_with_the_tokens_that_really_followed(extracted: Path) -> None:
-    result = run("store", "show", extracted / "stores" / "source", "--row", 1)
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_store_says_where_the_answers_are_in_the_text_that_its_model_has_read(
+    name: str, extracted: Path
+) -> None:
+    (row,) = read_with_pyarrow(extracted / "stores" / name / "shard-00000.arrow")[1:]
+    text, (turn, start, stop, end) = TEXTS[name].encode(), *row["answers"]
+    assert (turn, text[start:stop].decode()) == (1, ANSWER)
+    assert text[stop:end].decode() == ("<|im_end|>" if name == "own" else END_OF_TURN)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_show_prints_the_manifest_and_a_row_with_the_tokens_that_really_followed(
+    name: str, extracted: Path
+) -> None:
+    result = run("store", "show", extracted / "stores" / name, "--row", 1)
     assert result.exit_code == 0
-    store = RepresentationStore(extracted / "stores" / "source")
+    store = RepresentationStore(extracted / "stores" / name)
     for key in ("tokenizer", "data", "weights", "template"):
         assert store.identity[key] in result.output
     assert "conversation 'chat-1', block 0" in result.output
-    text, _ = tiny_sources.openchat([("1 + 1", "is 2.\n日本")])
-    assert text in result.output
-    tokenizer = AutoTokenizer.from_pretrained(extracted / "source")
-    answer = tokenizer(" is 2.\n日本" + END_OF_TURN).input_ids
+    assert TEXTS[name] in result.output
+    tokenizer = AutoTokenizer.from_pretrained(extracted / name)
+    head, follows = len(tokenizer(TEXTS[name].removesuffix("\n")).input_ids), FOLLOW[name]
+    answer = tokenizer(TEXTS[name].removesuffix("\n")).input_ids[head - len(store[1]) :]
+    assert tokenizer.decode(answer) == (follows.strip() if name == "pivot" else follows)
     table = result.output.split("next token")[1].splitlines()[1:]
     assert len(table) == len(answer) == len(store[1])
     for line, token, row in zip(table, answer, range(len(answer)), strict=True):

@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import KINDS, shared
 
+from fusion_trainer.answers import Answer
 from fusion_trainer.conversations import Message
 from fusion_trainer.errors import FusionError
 from fusion_trainer.templates import BUILT_IN, Rendered, Template, TemplateError, find_template
@@ -373,7 +374,9 @@ def test_spans_are_bytes_of_the_text() -> None:
     rendered = Template("mine", turns("A: {{ m.content }}</s>"), shared("unigram")).render(
         dialogue("🙂", "é", "日", "ñ")
     )
-    assert rendered == Rendered("U: 🙂\nA: é</s>U: 日\nA: ñ</s>", ((11, 17), (27, 33)))
+    answers = (Answer(1, 11, ((11, 13, 0),), 13, 17), Answer(3, 27, ((27, 29, 0),), 29, 33))
+    assert rendered == Rendered("U: 🙂\nA: é</s>U: 日\nA: ñ</s>", answers)
+    assert rendered.spans == ((11, 17), (27, 33))
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

@@ -2,14 +2,19 @@
 
 import copy
 import json
+import random
 from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizer_zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import KINDS, shared, train
+from tokenizer_zoo import REWRITINGS, REWRITTEN, byte_level, rewriting_tokenizer
 from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -190,6 +195,73 @@ def test_what_follows_a_rewritten_character_still_ends_at_its_own_bytes(kind: st
     assert whole.ends[-count:].tolist() == (last.ends[-count:] + shift).tolist()
 
 
+rewritten = st.lists(st.sampled_from(REWRITTEN), max_size=8).map("".join)
+
+
+@cache
+def rewriting(name: str, of_bytes: bool) -> TextTokenizer:
+    return rewriting_tokenizer(name, of_bytes)
+
+
+def heads_read(reader: TextTokenizer, name: str, tokens: Tokens, text: str) -> list[bytes]:
+    """What has been read after each token, what is put before the text left out."""
+    spelt = list(accumulate(reader.surfaces[token] for token in tokens.ids.tolist()))
+    whole = REWRITINGS[name].in_python(text)
+    before = len(spelt[-1]) - len(whole.encode()) if spelt else 0
+    assert before in (0, 1)
+    return [head[before:] for head in spelt]
+
+
+def check_rewritten(name: str, of_bytes: bool, text: str) -> int:
+    """The oracle rewrites every head of the text by itself, in Python. How many positions stand for one.
+
+    A position that is the last with its end has read what that head of the text is rewritten to, as a whole text
+    or as one that goes on. Every head that can be rewritten apart from the rest, and after which a token ends, is
+    some position's.
+    """
+    reader, in_python = rewriting(name, of_bytes), REWRITINGS[name].in_python
+    (tokens,) = reader.encode([text])
+    ends = tokens.ends.tolist()
+    assert ends == sorted(ends)
+    heads = heads_read(reader, name, tokens, text)
+    last = {end: position for position, end in enumerate(ends)}
+    raw, whole = text.encode(), in_python(text)
+    for end, position in last.items():
+        begun = raw[:end].decode(errors="ignore")
+        as_a_text, going_on = in_python(begun), in_python(begun + "x").removesuffix("x")
+        piece = raw[len(begun.encode()) : end]
+        assert heads[position] in (as_a_text.encode() + piece, going_on.encode() + piece), (text, end)
+    found = {
+        in_python(raw[:end].decode()) for end in last if raw[:end].decode(errors="ignore").encode() == raw[:end]
+    }
+    for place in range(1, len(text) + 1):
+        head = in_python(text[:place])
+        if head + in_python(text[place:]) == whole and head.encode() in heads:
+            assert head in found, (text, place)
+    return len(last)
+
+
+BOTH = [(name, of_bytes) for name in REWRITINGS for of_bytes in (True, False)]
+BOTH.remove(("put before", True))  # only SentencePiece's kind puts something before a text in this way
+
+
+@pytest.mark.parametrize(("name", "of_bytes"), BOTH)
+def test_a_position_stands_for_a_head_of_the_text_only_if_it_has_read_what_that_is_rewritten_to(
+    name: str, of_bytes: bool
+) -> None:
+    rng = random.Random(3)
+    some = [*REWRITTEN, *("".join(rng.choices(REWRITTEN, k=rng.randint(2, 9))) for _ in range(600))]
+    assert sum(check_rewritten(name, of_bytes, text) for text in some) > 3 * len(some)
+
+
+@property_test
+@given(st.sampled_from(BOTH), rewritten)
+def test_a_position_stands_for_a_head_of_any_text_only_if_it_has_read_it(
+    both: tuple[str, bool], text: str
+) -> None:
+    check_rewritten(*both, text)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bos_ends_at_byte_0_and_no_eos_is_added(kind: str) -> None:
     tokenizer = copy.deepcopy(train(kind))
@@ -220,6 +292,16 @@ def test_the_bytes_of_an_id_are_those_the_tokenizer_decodes(kind: str) -> None:
     if kind != "byte_level_bpe":
         names = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
         assert [surfaces[token] for token in names] == [bytes([byte]) for byte in range(256)]
+
+
+def test_bytes_that_a_vocabulary_lacks_are_passed_over() -> None:
+    """As SmolLM2's lacks some of no printable character. The tokenizer's own offsets are those of "ab" here."""
+    reader = byte_level(["a", "b", "ab", "c"])
+    (tokens,) = reader.encode(["x\x07a\x16bxx"])
+    assert [reader.surfaces[token] for token in tokens.ids.tolist()] == [b"ab"]
+    assert tokens.ends.tolist() == [5]
+    (tokens,) = reader.encode(["\x16cx\x07\x07ab\x16c"])
+    assert tokens.ends.tolist() == [2, 7, 9]
 
 
 def test_a_tokenizer_that_does_not_tell_what_its_tokens_cover_is_refused() -> None:
@@ -343,6 +425,92 @@ def test_a_bos_that_only_the_chat_template_writes_is_put_before_every_text() -> 
     (tokens,) = reader.encode(["ab"])
     assert tokens.ids[0] == tokenizer.bos_token_id
     assert tokens.ends[0] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_that_begins_with_bos_gets_no_other(kind: str) -> None:
+    """It ends at its own bytes, wherever else the text names it."""
+    tokenizer = copy.deepcopy(shared(kind, ()))
+    bos = tokenizer.bos_token or "<|endoftext|>"
+    tokenizer.bos_token = bos
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
+    )
+    reader = TextTokenizer(tokenizer, kind)
+    (own,) = (reader.prefix,)
+    written, plain = reader.encode([f"{bos}Hello {bos}you", "Hello you"])
+    assert written.ids[0] == plain.ids[0] == own[0] == tokenizer.bos_token_id
+    assert written.ids.tolist().count(own[0]) == 2
+    assert (written.ends[0], plain.ends[0]) == (len(bos), 0)
+    assert written.ends[-1] == len(f"{bos}Hello {bos}you")
+
+
+@pytest.mark.parametrize(
+    ("settings_", "adds", "expected"),
+    [
+        ({"add_bos_token": True, "tokenizer_class": "LlamaTokenizerFast"}, False, True),
+        ({"add_bos_token": True, "tokenizer_class": "PreTrainedTokenizerFast"}, False, True),
+        ({"add_bos_token": True}, True, True),
+        ({"add_bos_token": False, "tokenizer_class": "LlamaTokenizerFast"}, True, False),
+        ({"add_bos_token": False, "tokenizer_class": "PreTrainedTokenizerFast"}, True, True),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, True, True),
+        ({}, False, False),
+    ],
+)
+def test_a_tokenizer_config_decides_whether_bos_is_added(
+    settings_: dict[str, object], adds: bool, expected: bool, tmp_path: Path
+) -> None:
+    """And what is saved of it, without ``add_bos_token``, does the same."""
+    tokenizer = copy.deepcopy(shared("byte_level_bpe", ()))
+    tokenizer.bos_token = bos = "<|endoftext|>"
+    if adds:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
+    tokenizer.save_pretrained(tmp_path / "pivot")
+    path = tmp_path / "pivot" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config.pop("tokenizer_class")
+    path.write_text(json.dumps(config | settings_))
+    reader = load_tokenizer(tmp_path / "pivot", "pivot")
+    assert reader.prefix == ([tokenizer.bos_token_id] if expected else [])
+    reader.tokenizer.save_pretrained(tmp_path / "target")
+    target = load_tokenizer(tmp_path / "target", "target")
+    assert (target.prefix, target.sha256) == (reader.prefix, reader.sha256)
+
+
+def test_added_tokens_of_white_space_are_text() -> None:
+    """Gemma's runs of spaces: added tokens named "▁▁", which both spaces and "▁▁" itself are read as."""
+    reader = tokenizer_zoo.sentencepiece(["a", "b", " ", "  ", "   "])
+    reader.tokenizer.add_tokens([AddedToken(run, normalized=False) for run in ("▁▁", "▁▁▁", "\n\n")])
+    gemma = TextTokenizer(reader.tokenizer, "gemma")
+    named = gemma.tokenizer.get_vocab()
+    assert [gemma.surfaces[named[run]] for run in ("▁▁", "▁▁▁", "\n\n")] == [b"  ", b"   ", b"\n\n"]
+    assert not gemma.marks.keys() & {named["▁▁"], named["\n\n"]}
+    (tokens,) = gemma.encode(["a   b\n\na▁▁b"])
+    assert tokens.ids.tolist() == [named[name] for name in ("a", "▁▁▁", "b", "\n\n", "a", "▁▁", "b")]
+    assert tokens.ends.tolist() == [1, 4, 5, 7, 8, 14, 15]
+
+
+def test_the_name_of_an_added_token_is_what_stands_in_a_text() -> None:
+    """Byte-level decoding takes its letters for bytes, "é" for 0xE9: a text has the letters."""
+    tokenizer = copy.deepcopy(shared("byte_level_bpe", ()))
+    tokenizer.add_tokens([AddedToken("<é>", normalized=False)])
+    reader = TextTokenizer(tokenizer, "")
+    (token,) = reader.encode(["<é>"])[0].ids.tolist()
+    assert reader.surfaces[token] == "<é>".encode()
+    assert tokenizer.decode([token]) == "<\ufffd>"
+
+
+def test_where_a_token_is_unknown_none_ends_inside_what_is_rewritten() -> None:
+    """There the ends are the tokenizer's own, and it says that "ｶﾞ" is read after "ｶ"."""
+    backend = tokenizer_zoo.sentencepiece(["a", "b", "M", "T", "My", "ガ"]).tokenizer
+    backend.backend_tokenizer.normalizer = normalizers.NFKC()
+    reader = TextTokenizer(backend, "unknown")
+    for text, ends in (("ꙮaｶﾞb", [3, 4, 11, 11]), ("ꙮaｶﾞ", [3, 4, 10]), ("ꙮa™y", [3, 4, 8, 8])):
+        (tokens,) = reader.encode([text])
+        assert backend.unk_token_id == tokens.ids[0]
+        assert tokens.ends.tolist() == ends
 
 
 @pytest.mark.parametrize("kind", KINDS)

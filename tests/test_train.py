@@ -1,5 +1,7 @@
 """The training stage in this process: what it takes, what it writes, and how it goes on."""
 
+import contextlib
+import dataclasses
 import json
 import math
 import shutil
@@ -521,6 +523,22 @@ def test_stopped_and_started_again_it_ends_with_the_same_bytes(
     assert not (parts / "training.json").exists()
 
 
+@pytest.mark.parametrize("steps", [3, 5, 7])
+def test_stopped_after_the_last_step_it_trains_no_further(
+    steps: int, fusion: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of an epoch, at its end, and in the next: only the target is still to be written."""
+    training = {"max_steps": steps, **OFTEN}
+    whole = train(fusion.config(tmp_path / "whole", **CLM, training=training))
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_finish", lambda *_: (_ for _ in ()).throw(SwitchedOffError))
+        with pytest.raises(SwitchedOffError):
+            train(fusion.config(tmp_path / "parts", **CLM, training=training))
+    monkeypatch.setattr(FusionTrainer, "compute_loss", lambda *_, **__: pytest.fail("trained"))
+    parts = train(fusion.config(tmp_path / "parts", **CLM, training=training))
+    assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
 def test_what_does_not_fit_into_memory_goes_on_in_smaller_batches(
     fusion: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -645,9 +663,25 @@ def test_the_folder_of_the_target_must_be_named(fusion: World, tmp_path: Path) -
         ({"load_in": "4bit"}, "`load_in: 4bit` needs `lora`"),
         ({"training": {"eval_strategy": "epoch"}}, "`eval_strategy` needs rows to evaluate on; set `held_out`"),
         ({"training": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor"),
+        ({"training": {"eval_on_start": True}}, "`eval_on_start` needs rows to evaluate on; set `held_out`"),
+        ({"training": {"fp16": True}}, "fp16 needs a GPU"),
+        ({"training": {"max_steps": 0}}, "max_steps: 0 trains nothing"),
+        ({"training": {"max_steps": -1, "num_train_epochs": 0}}, "num_train_epochs: 0.0 cannot be trained"),
+        ({"training": {"learning_rate": 0}}, "learning_rate: 0.0 trains nothing"),
+        ({"training": {"learning_rate": float("nan")}}, "learning_rate: nan trains nothing"),
+        (
+            {"training": {"save_strategy": "best"}},
+            "`save_strategy`: `args.metric_for_best_model` must be provided",
+        ),
+        ({"training": {"report_to": "nowhere"}}, "`report_to`: nowhere is not supported"),
+        ({"training": {"log_level": "loud"}}, "`log_level`: KeyError: 'loud'"),
+        ({"training": {"accelerator_config": "no.json"}}, "`accelerator_config`: [Errno 2]"),
+        ({"training": {"train_sampling_strategy": "at random"}}, "train_sampling_strategy: use group_by_length"),
+        ({"training": {"resume_from_checkpoint": "/nowhere"}}, "there is no checkpoint `/nowhere`"),
         ({"training": {"bf16": True, "fp16": True}}, "the training arguments cannot be used: "),
         ({"training": {**OFTEN, "load_best_model_at_end": True}}, "the training arguments cannot be used: "),
         ({"lora": {"target_modules": ["no_such_proj"]}}, "`lora` cannot be used: "),
+        ({"lora": {"bias": "most"}}, "`lora` cannot be used: NotImplementedError: Requested bias: most"),
         ({"pivot": "nowhere/at/all"}, "no model folder `nowhere/at/all`"),
         ({"kind": "none"}, "`aligned_stores` names no store to fuse; for CLM alone set `clm_weight: 1`"),
         ({**CLM, "dialogues": None}, "no dialogues lie beside the stores; name them with `dialogues`"),
@@ -660,6 +694,155 @@ def test_settings_that_do_not_go_together_are_refused(
     """The folder is not claimed: the settings put right may have it."""
     assert part in refused(fusion.config(tmp_path / "target", **changed))
     assert not content(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"adam_beta1": 2.0},
+        {"lr_scheduler_kwargs": {"bend": 1}},
+        {"lr_scheduler_type": "warmup_stable_decay"},
+        {"optim_args": "x"},
+        {"dataloader_num_workers": -1},
+        {"seed": -1},
+        {"neftune_noise_alpha": "loud"},
+    ],
+    ids=str,
+)
+def test_arguments_that_only_the_first_step_finds_wrong_end_in_a_sentence(
+    arguments: dict[str, Any], fusion: World, tmp_path: Path
+) -> None:
+    said = refused(fusion.config(tmp_path / "target", **CLM, training=arguments))
+    assert "the training arguments cannot be used: " in said
+    assert not (tmp_path / "target" / "fusion.json").exists()
+
+
+def test_a_wrong_argument_is_told_with_its_place_in_the_file(fusion: World, tmp_path: Path) -> None:
+    """That of the argument where it is known, else that of ``training``."""
+    for arguments, place in (({"eval_on_start": True}, 7), ({"adam_beta1": 2.0}, 5), ({"data_seed": "x"}, 5)):
+        config = fusion.config(tmp_path / "target", **CLM, training=arguments)
+        (name,) = arguments
+        places = {"training": "x.yaml, line 5", "training.save_strategy": "x.yaml, line 6"}
+        config._places = {**places, f"training.{name}": f"x.yaml, line {place}"}
+        assert f"x.yaml, line {place}: " in refused(config)
+
+
+# Nothing was trained
+
+
+def test_a_target_that_equals_its_pivot_is_none(
+    fusion: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All gradients are zero; or all that was learned is rounded away."""
+    output = tmp_path / "target"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            FusionTrainer,
+            "create_optimizer",
+            lambda trainer, *_: setattr(trainer, "optimizer", Idle(trainer.model)),
+        )
+        said = refused(fusion.config(output, **CLM))
+    assert "nothing was trained: every weight of the target would equal the pivot's" in said
+    assert sorted(path.name for path in output.iterdir()) == ["training.json"]
+    light = {"training": {"learning_rate": 1e-12}, "output_dtype": "float16", "lora": {"r": 2}}
+    pivot = shutil.copytree(fusion.folder / "pivot", tmp_path / "pivot")
+    AutoModelForCausalLM.from_pretrained(pivot, dtype=torch.float16).save_pretrained(pivot)
+    said = refused(fusion.config(tmp_path / "light", **CLM, pivot=str(pivot), **light))
+    assert "nothing was trained" in said
+    assert not (tmp_path / "light" / "fusion.json").exists()
+
+
+class Idle(torch.optim.SGD):
+    """Moves nothing."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model.parameters(), 1.0)
+
+    def step(self, closure: Any = None) -> None:
+        return None
+
+
+def test_rows_without_a_token_to_learn_from_are_no_training(
+    fusion: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Silent(stage.TokenFile):
+        def __getitem__(self, number: int) -> Any:
+            row = super().__getitem__(number)
+            return dataclasses.replace(row, positions=row.positions[:0])
+
+    monkeypatch.setattr(stage, "TokenFile", Silent)
+    assert "no row has a token of an answer to learn from" in refused(fusion.config(tmp_path / "target", **CLM))
+
+
+def test_a_held_out_loss_that_is_not_finite_is_no_result(
+    fusion: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn = FusionTrainer.train
+
+    def spoil(trainer: Any, **named: Any) -> None:
+        learn(trainer, **named)
+        next(trainer.model.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(FusionTrainer, "train", spoil)
+    said = refused(fusion.config(tmp_path / "target", **CLM, held_out=0.25))
+    assert (
+        "the loss on the held-out rows is NaN or infinite after step 3 (the model's weights are not finite)"
+        in said
+    )
+    assert not (tmp_path / "target" / "fusion.json").exists()
+
+
+# The disk
+
+
+def test_a_disk_that_fills_while_training_still_takes_the_target(
+    fusion: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_disk: Callable[[int], Path]
+) -> None:
+    """Its space is held from the beginning; without that space nothing is trained."""
+    whole = train(fusion.config(tmp_path / "whole"))
+    size = sum(path.stat().st_size for path in whole.iterdir())
+    disk, learn, steps = small_disk(3 * size), FusionTrainer.train, list[int]()
+
+    def fill(trainer: Any, **named: Any) -> None:
+        learn(trainer, **named)
+        steps.append(trainer.state.global_step)
+        with (disk / "of somebody else").open("wb", 0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(1 << 12))
+
+    monkeypatch.setattr(FusionTrainer, "train", fill)
+    target = train(fusion.config(disk / "target"))
+    assert (target / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (target / "fusion.json").is_file()
+    said = refused(fusion.config(disk / "second"))
+    assert f"`{disk / 'second'}` cannot be written: the target takes about " in said
+    assert len(steps) == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", '"x"', "{}"])
+def test_a_damaged_state_of_a_checkpoint_is_named(
+    text: str, fusion: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "target"
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_finish", lambda *_: (_ for _ in ()).throw(SwitchedOffError))
+        with pytest.raises(SwitchedOffError):
+            train(fusion.config(output, **CLM, training=OFTEN))
+    (output / "checkpoint-3" / "trainer_state.json").write_text(text)
+    if text == "{}":
+        (output / "checkpoint-3" / "optimizer.pt").write_bytes(b"")
+    said = refused(fusion.config(output, **CLM, training=OFTEN))
+    assert f"the training cannot go on from `{output / 'checkpoint-3'}`: " in said
+    assert "Remove that folder" in said
+    assert ("trainer_state.json` " in said) == (text != "{}")
+
+
+@pytest.mark.parametrize("text", ["", '{"format": "fusion-trainer target", "version": 1, "training": []}'])
+def test_a_damaged_fusion_json_is_a_sentence(text: str, fusion: World, tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "fusion.json").write_text(text)
+    said = refused(fusion.config(tmp_path / "target", **CLM))
+    assert "is not JSON (0 bytes" in said if not text else "is damaged (" in said
 
 
 def test_clm_alone_finds_the_dialogues_beside_stores_that_it_does_not_read(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import runs
+import tiny_fusion
 import tiny_models
 import tiny_sources
 import torch
@@ -363,7 +364,10 @@ def test_a_full_disk_ends_in_a_message_and_a_training_that_can_be_gone_on_with(
     small_disk: Callable[[int], Path],
 ) -> None:
     size = sum(len(content) for name, content in tree(uninterrupted).items() if name.startswith("checkpoint-1/"))
-    output = small_disk(int(2.7 * size)) / "target"
+    target = sum(path.stat().st_size for path in uninterrupted.iterdir() if path.is_file())
+    output = (
+        small_disk(int(2.7 * size) + target + (1 << 16)) / "target"
+    )  # the target's space is held from the start
     config = written(tmp_path / "target.yaml", fusion.settings(output, **EVERYTHING))
     code, said = programs.run(tmp_path, "train", config)
     assert code == 1, said
@@ -410,11 +414,12 @@ def test_a_target_that_cannot_be_written_ends_in_a_message_and_can_be_written_la
 
 # The whole way: two targets of one pivot, merged by stock mergekit
 
-WAY = {
-    "pivot": ("mistral", "sentencepiece_bpe"),
-    "neox": ("gpt_neox", "byte_level_bpe"),
-    "moe": ("mixtral", "unigram"),
+WAY: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "pivot": ("mistral", "sentencepiece_bpe", tiny_fusion.OPENCHAT, "own"),
+    "neox": ("gpt_neox", "byte_level_bpe", tiny_fusion.CHATML, "own"),
+    "moe": ("mixtral", "unigram", {}, "pivot"),
 }
+"""Layout, tokenizer, how it speaks, and in which template it is queried."""
 
 
 @pytest.fixture(scope="module")
@@ -422,16 +427,17 @@ def way(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``targets/neox`` and ``targets/moe`` of ``pivot``, by the commands alone."""
     folder = tmp_path_factory.mktemp("way")
     tiny_sources.write_sharegpt(folder / "chats.jsonl", CHATS[:12])
-    for number, (name, (layout, kind)) in enumerate(WAY.items()):
-        tiny_sources.save_source(folder / name, layout, kind, seed=number)
+    for number, (name, (layout, kind, speaks, _)) in enumerate(WAY.items()):
+        tiny_sources.save_source(folder / name, layout, kind, seed=number, **speaks)
 
     def run(*arguments: object) -> None:
         code, said = programs.run(folder, *arguments)
         assert code == 0, said
 
-    for name in WAY:
+    for name, (*_, template) in WAY.items():
         data = ["--data", "chats.jsonl", "--template", "openchat", "--pivot", "pivot"]
-        run("extract", *data, "--model", name, "--output", f"stores/{name}")
+        model = ["--model", name, "--source-template", template]
+        run("extract", *data, *model, "--output", f"stores/{name}")
     for name in ("neox", "moe"):
         stores = ["--source-store", f"stores/{name}", "--pivot-store", "stores/pivot"]
         run("align", *stores, "--output", f"aligned/{name}", "--workers", "1")

@@ -218,8 +218,8 @@ def test_the_logs_tell_how_often_each_model_won(fusion: World, tmp_path: Path) -
     for number, batches in enumerate(batches_by_log(collator)):
         won = dict.fromkeys(names, 0)
         for block in (int(block) for batch in batches for block in batch["blocks"]):
-            own = -float(stores[0][block].gold_logprob.astype(np.float64).mean())
-            read = [own, *(float(store[block].ce_per_token) for store in stores[1:])]
+            rows = [store[block] for store in stores[1:]]  # each against the pivot over the bytes of both
+            read = [0.0, *(float(row.ce_per_byte) - float(row.pivot_ce_per_byte) for row in rows)]
             won[names[int(np.argmin(read))]] += fusion.supervised[block]
         total = sum(won.values())
         for name in names:
@@ -238,7 +238,7 @@ def test_a_decaying_weight_ends_near_1(fusion: World, tmp_path: Path) -> None:
 def test_a_soft_weight_follows_the_confidence_of_what_is_fused(fusion: World, tmp_path: Path) -> None:
     """1 − exp(−CE) by token; the loss is weighed position by position."""
     collator = Recorded(0)
-    data = fusion.data(rule=Rule(compare="token"))
+    data = fusion.data(rule=Rule(compare="token", unit="token"))
     trainer = fusion.trainer(tmp_path, data, collator=collator, schedule="soft", **STILL)
     trainer.train()
     own, aligned = fusion.stores()

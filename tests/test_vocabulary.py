@@ -19,14 +19,18 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from fusion_trainer.alignment import vocabulary
-from fusion_trainer.alignment.corpus import count
+from fusion_trainer.alignment.corpus import Corpus, count
 from fusion_trainer.alignment.maps import Places, build_map, coverage, load_map, saved_map
 from fusion_trainer.alignment.positions import CONTAINED
-from fusion_trainer.alignment.vocabulary import METHODS, VocabularyMap
+from fusion_trainer.alignment.vocabulary import METHODS, Ends, VocabularyMap
+from fusion_trainer.answers import whole_text
+from fusion_trainer.dialogues import Block
 from fusion_trainer.errors import FusionError
+from fusion_trainer.readers import DIALOGUES, Reader
 from fusion_trainer.tokens import TextTokenizer
 
 Images = dict[int, dict[int, float]]
+NO_ENDS = Ends()
 PLACES: Places = {"source": ("org/source", "abc"), "pivot": ("org/pivot", None)}
 TWO_OF_A_KIND = [
     ("gpt2", "llama"),
@@ -155,10 +159,7 @@ def test_prefix_is_read_within_a_text_and_not_at_its_beginning() -> None:
     """At a text's beginning Llama's tokenizer puts a space before "the"; within a text it reads no space there."""
     source, pivot = kind("gpt2"), kind("llama")
     made = images(vocabulary.prefix(source.reader, pivot.reader))
-    for token, surface in source.surfaces.items():
-        if token not in made:
-            assert token in source.added
-            continue
+    for token, surface in source.text.items():
         (image,) = made[token]
         assert pivot.surfaces[image][:1] == surface[:1]
 
@@ -220,6 +221,165 @@ def test_statistics_worked_by_hand(small: tuple[TextTokenizer, TextTokenizer]) -
     assert all_of_them[s["then"]] == pytest.approx({p["on"]: 9 / 12, p["the"]: 2 / 12, p["n"]: 1 / 12})
 
 
+def test_statistics_as_published_worked_by_hand(small: tuple[TextTokenizer, TextTokenizer]) -> None:
+    """Exact names first, else the least distance × σ(count), with a tenth where one contains the other."""
+    source, pivot = small
+    s, p = ids(source), ids(pivot)
+    counts = np.zeros((max(s.values()) + 1, max(p.values()) + 1), np.int64)
+    counts[s["then"], p["the"]], counts[s["then"], p["her"]], counts[s["then"], p["n"]] = 90, 1, 2
+    counts[s["or"], p["on"]], counts[s["or"], p["t"]] = 2, 1  # 1 × 0.88 and 2 × 0.73
+    counts[s["hen"], p["her"]], counts[s["hen"], p["on"]] = 9, 1  # 1 × 1.0 and 2 × 0.73
+    counts[s["and"], p["her"]], counts[s["and"], p["on"]] = 1, 3  # 3 × 0.73 and 2 × 0.95
+    counts[s["a"], p["on"]] = 7
+    counts[s["en"], p["on"]], counts[s["en"], p["t"]] = 50, 50  # 1 and 2
+    counts[s["an"], p["on"]], counts[s["an"], p["her"]] = 5, 1
+    made = by_words(vocabulary.statistics_published(csr_array(counts), source, pivot), source, pivot)
+    assert made == {
+        **{word: word for word in IN_BOTH},  # "a" too, though it was paired with "on" alone
+        "then": "the",  # 0.1 × 1.0, against 0.1 × 3 × 0.88 for "n"
+        "or": "on",
+        "hen": "her",
+        "and": "on",
+        "en": "on",
+        "an": "on",
+    }
+    ours = by_words(vocabulary.statistics(csr_array(counts), source, pivot), source, pivot)
+    assert ours["a"] == "on"
+
+
+def test_the_published_statistics_take_a_pair_seen_once_for_nearer_than_one_seen_often() -> None:
+    """Ours divides by the count where the release multiplies with a function that grows with it."""
+    source, pivot = byte_level(["a", "b", "c", "ab"]), byte_level(["a", "x", "y", "ax", "ay"])
+    token, theirs = ids(source)["ab"], ids(pivot)
+    counts = np.zeros((4, 5), np.int64)
+    counts[token, theirs["ax"]], counts[token, theirs["ay"]] = 900, 1
+    table = csr_array(counts)
+    assert images(vocabulary.statistics_published(table, source, pivot))[token] == {theirs["ay"]: 1.0}
+    assert images(vocabulary.statistics(table, source, pivot))[token] == {theirs["ax"]: 1.0}
+
+
+# Tokens that are no text
+
+
+def everything_paired(source: TextTokenizer, pivot: TextTokenizer) -> Corpus:
+    """A corpus in which every token was paired with every other."""
+    rows, columns = max(source.surfaces) + 1, max(pivot.surfaces) + 1
+    return Corpus(csr_array(np.ones((rows, columns), np.int64)), np.ones(columns, np.int64))
+
+
+def mapped(method: vocabulary.Method, source: TextTokenizer, pivot: TextTokenizer, ends: Ends = NO_ENDS) -> Images:
+    """The map of a corpus in which every token was paired with every other."""
+    return images(build_map(method, source, pivot, lambda: everything_paired(source, pivot), 0, ends))
+
+
+LIKE_SPECIAL = [*"<>eospad ", "<e", "<eo", "<eos", "<eos>", "<s", "<s>", " e", "os", " eos"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_special_token_is_mapped_by_its_function_and_is_the_image_of_no_text(method: vocabulary.Method) -> None:
+    """The source's vocabulary has the pivot's special names as text, and the other way round."""
+    source = byte_level(
+        LIKE_SPECIAL,
+        added=["<|x|>"],
+        bos_token="<begin>",
+        eos_token="<end>",
+        pad_token="<fill>",
+        unk_token="<huh>",
+    )
+    pivot = sentencepiece(
+        [*"<>eospad ", "<end", "<begi", "eos", "seos"],
+        added=["<|x|>", "<y>"],
+        bos_token="<s>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+    )
+    for one, other in ((source, pivot), (pivot, source)):
+        made = mapped(method, one, other)
+        special = {token: row for token, row in made.items() if token in one.special}
+        assert special == {
+            one.tokenizer.bos_token_id: {other.tokenizer.bos_token_id: 1.0},
+            one.tokenizer.eos_token_id: {other.tokenizer.eos_token_id: 1.0},
+            one.tokenizer.pad_token_id: {other.tokenizer.pad_token_id: 1.0},
+        }
+        assert (
+            not {image for token, row in made.items() if token not in one.special for image in row} & other.special
+        )
+    if method != "exact":
+        text = {ids(source)[word] for word in ("<s>", "<eos>", " eos")}
+        assert text <= mapped(method, source, pivot).keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_that_ends_a_turn_of_the_source_is_mapped_to_the_pivots_end(method: vocabulary.Method) -> None:
+    """Whatever these tokens are: special, added, or of the vocabulary itself."""
+    source = byte_level(["a", "b", "c", "ab"], added=["<|eot|>", "<|eom|>"], bos_token="<s>", eos_token="<|end|>")
+    source.tokenizer.add_tokens(["[stop]"])
+    pivot = sentencepiece(["a", "b", "[", "stop"], added=["<|im_end|>"], bos_token="<s>", eos_token="</s>")
+    s, p = ids(source), ids(pivot)
+    closing = tuple(s[word] for word in ("<|eot|>", "[stop]", "c"))
+    made = mapped(method, source, pivot, Ends(closing, p["<|im_end|>"]))
+    assert {token for token, row in made.items() if p["<|im_end|>"] in row} == {*closing}
+    assert all(made[token] == {p["<|im_end|>"]: 1.0} for token in closing)
+    assert s["<|end|>"] not in made  # its EOS ends no turn here
+    assert made[s["<s>"]] == {p["<s>"]: 1.0}
+    by_default = mapped(method, source, pivot)
+    assert by_default[s["<|end|>"]] == {p["</s>"]: 1.0}
+    assert s["<|eot|>"] not in by_default
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_pivot_whose_end_also_begins_and_pads_gets_the_ends_alone(method: vocabulary.Method) -> None:
+    source = byte_level(["a", "b"], bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+    pivot = byte_level(["a", "c"], **names)
+    made = mapped(method, source, pivot)
+    assert {token for token in made if token in source.special} == {ids(source)["</s>"]}
+    back = mapped(method, pivot, source)
+    assert back[ids(pivot)["<|endoftext|>"]] == {ids(source)["</s>"]: 1.0}
+    without = byte_level(["a", "c"])
+    assert not mapped(method, source, without).keys() & source.special
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_added_token_that_is_not_special_is_mapped_by_its_bytes_or_not_at_all(
+    method: vocabulary.Method,
+) -> None:
+    """White space that was added is text: it may stand for what it resembles, as "ab" for "a"."""
+    words = ["a", "b", "\n", "<", ">", "<b", "<b>"]
+    source, pivot = byte_level([*words, "ab", "ab>", "aab>"]), byte_level([*words, "\n\n"])
+    source.tokenizer.add_tokens(["<a>", "<ab>", "\n\n\n"])
+    pivot.tokenizer.add_tokens(["<a>", "<aab>", "</b>"])
+    s, p = ids(source), ids(pivot)
+    made = mapped(method, source, pivot)
+    assert made[s["<a>"]] == {p["<a>"]: 1.0}
+    assert s["<ab>"] not in made
+    marks = {p[word] for word in ("<a>", "<aab>", "</b>")}
+    assert {token for token, row in made.items() if row.keys() & marks} == {s["<a>"]}
+    assert (s["\n\n\n"] in made) == (method != "exact")
+    back = mapped(method, pivot, source)
+    assert back[p["<a>"]] == {s["<a>"]: 1.0}
+    assert not back.keys() & {p["<aab>"], p["</b>"]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_identical_tokenizers_map_every_id_to_itself_but_for_other_ends(method: vocabulary.Method) -> None:
+    one, again = (byte_level(["a", "b", "ab"], added=["<|eot|>", "<x>"], eos_token="</s>") for _ in range(2))
+    named = ids(one)
+    itself = {token: {token: 1.0} for token in one.surfaces}
+    assert mapped(method, one, again) == itself
+    assert mapped(method, one, again, Ends((named["</s>"],), named["</s>"])) == itself
+    both = Ends((named["</s>"], named["<|eot|>"]), named["<|eot|>"])
+    assert mapped(method, one, again, both) == itself | {named["</s>"]: {named["<|eot|>"]: 1.0}}
+
+
+@pytest.mark.parametrize("method", ["exact", "prefix"])
+def test_tokenizers_that_share_special_tokens_alone_have_no_map(method: vocabulary.Method) -> None:
+    source = byte_level(["a", "b"], bos_token="<s>", eos_token="</s>")
+    pivot = sentencepiece(["x", "y"], bos_token="<s>", eos_token="</s>")
+    with pytest.raises(FusionError, match=f"no token of byte-level has an image .* by `{method}`"):
+        mapped(method, source, pivot)
+
+
 # By brute force, over every pair of tokens
 
 
@@ -232,12 +392,20 @@ def is_fallback(one: Kind, token: int) -> bool:
     return len(name) == 6 and name.startswith("<0x") and one.surfaces[token] != name.encode()
 
 
+def by_function(source: str, pivot: str) -> dict[int, int]:
+    """BOS to BOS and EOS to EOS, where both have them; what pads is EOS in all of these."""
+    ours, theirs = kind(source).tokenizer, kind(pivot).tokenizer
+    ids = [(ours.bos_token_id, theirs.bos_token_id), (ours.eos_token_id, theirs.eos_token_id)]
+    return {one: other for one, other in ids if None not in (one, other)}
+
+
 @cache
 def exact_by_brute_force(source: str, pivot: str) -> dict[int, int]:
+    """Of what is text."""
     ours, theirs = kind(source), kind(pivot)
     found = {}
-    for token, surface in ours.surfaces.items():
-        same = [other for other, its in theirs.surfaces.items() if its == surface]
+    for token, surface in ours.text.items():
+        same = [other for other, its in theirs.text.items() if its == surface]
         if same:
             found[token] = min(same, key=lambda other: (is_fallback(theirs, other), other))
     return found
@@ -246,7 +414,7 @@ def exact_by_brute_force(source: str, pivot: str) -> dict[int, int]:
 @pytest.mark.parametrize(("source", "pivot"), TWO_OF_A_KIND)
 def test_exact_is_what_comparing_every_pair_gives(source: str, pivot: str) -> None:
     made = vocabulary.exact(kind(source).reader, kind(pivot).reader)
-    expected = exact_by_brute_force(source, pivot)
+    expected = exact_by_brute_force(source, pivot) | by_function(source, pivot)
     assert images(made) == {token: {image: 1.0} for token, image in expected.items()}
     assert len(expected) > 100
 
@@ -259,9 +427,11 @@ def test_minimum_edit_distance_is_what_comparing_every_pair_gives(source: str, p
     frequency = {token: rng.randint(0, 2) for token in theirs.surfaces} if counted else {}
     made = images(vocabulary.min_edit_distance(ours.reader, theirs.reader, frequency))
     exact = exact_by_brute_force(source, pivot)
-    assert made.keys() == ours.surfaces.keys()
-    words = {token: word_of(theirs, token) for token in theirs.surfaces}
-    rest = [token for token in ours.surfaces if token not in exact]
+    special = by_function(source, pivot)
+    assert made.keys() == ours.text.keys() | special
+    assert {token: made[token] for token in special} == {token: {image: 1.0} for token, image in special.items()}
+    words = {token: word_of(theirs, token) for token in theirs.text}
+    rest = [token for token in ours.text if token not in exact]
     for token in [*exact, *rng.sample(rest, min(len(rest), 120))]:
         best = exact.get(token)
         if best is None:
@@ -282,11 +452,11 @@ def test_prefix_goes_to_a_token_the_text_begins_with_and_the_pivot_reads_it_so(s
     exact = exact_by_brute_force(source, pivot)
     heads = ["\n", "a", " ", ".", "0", "("]
     checked = never_read = 0
-    for token, surface in ours.surfaces.items():
+    special = by_function(source, pivot)
+    assert made.keys() - ours.text.keys() == special.keys()
+    assert {token: made[token] for token in special} == {token: {image: 1.0} for token, image in special.items()}
+    for token, surface in ours.text.items():
         same = exact.get(token)
-        if token in ours.added:
-            assert made.get(token) == (None if same is None else {same: 1.0})
-            continue
         (image,) = made[token]
         assert surface.startswith(theirs.surfaces[image])
         assert theirs.surfaces[image]
@@ -307,9 +477,8 @@ def test_prefix_goes_to_a_token_the_text_begins_with_and_the_pivot_reads_it_so(s
 
 
 def test_a_token_the_pivot_knows_but_never_reads_is_no_image() -> None:
-    """A pivot that takes digits one by one predicts "1" for "12". Special tokens go by name."""
+    """A pivot that takes digits one by one predicts "1" for "12"."""
     source = byte_level(["\n", "1", "2", "12", "a"], added=["<|end|>", "<|turn|>", "a12"])
-    source.tokenizer.add_tokens(["21"])  # an added token that is text like any other
     digits = byte_level(["\n", "1", "2", "12", "a"], added=["<|turn|>", "<|end|>"])
     assert by_words(vocabulary.prefix(source, digits), source, digits)["12"] == "12"
     backend = digits.tokenizer.backend_tokenizer
@@ -321,10 +490,7 @@ def test_a_token_the_pivot_knows_but_never_reads_is_no_image() -> None:
         "1": "1",
         "2": "2",
         "12": "1",
-        "21": "2",
         "a": "a",
-        "<|end|>": "<|end|>",
-        "<|turn|>": "<|turn|>",
     }
     assert by_words(vocabulary.exact(source, one_by_one), source, one_by_one)["12"] == "12"
 
@@ -344,13 +510,15 @@ def test_statistics_are_what_a_table_of_counts_gives(source: str, pivot: str, mo
     ours, theirs = kind(source), kind(pivot)
     some = [text for text in tokenizer_zoo_texts() if "▁" not in text]
     counts, frequency = counted(source, pivot, some)
-    corpus = count(some, ours.reader, theirs.reader, None)
+    corpus = count_texts(some, ours.reader, theirs.reader, None)
     assert {(s, p): n for s, row in images(corpus.pairs).items() for p, n in row.items()} == counts
     assert {token: n for token, n in enumerate(corpus.frequency.tolist()) if n} == dict(frequency)
     made = images(vocabulary.statistics(corpus.pairs, ours.reader, theirs.reader, most))
-    expected: Images = {}
-    for token in {s for s, _ in counts}:
-        row = {p: n for (s, p), n in counts.items() if s == token}
+    expected: Images = {token: {image: 1.0} for token, image in by_function(source, pivot).items()}
+    for token in {s for s, _ in counts} & ours.text.keys():
+        row = {p: n for (s, p), n in counts.items() if s == token and p in theirs.text}
+        if not row:
+            continue
         if most:
             kept = sorted(row, key=lambda p: (-row[p], p))[:most]
             expected[token] = {p: row[p] / sum(row[q] for q in kept) for p in kept}
@@ -358,6 +526,12 @@ def test_statistics_are_what_a_table_of_counts_gives(source: str, pivot: str, mo
             far = {p: edits(word_of(ours, token), word_of(theirs, p)) for p in row}
             expected[token] = {min(row, key=lambda p: (far[p] / row[p], -row[p], p)): 1.0}
     assert made == {token: pytest.approx(row, rel=1e-6) for token, row in expected.items()}
+
+
+def count_texts(some: list[str], source: TextTokenizer, pivot: TextTokenizer, contained: int | None) -> Corpus:
+    """Each text one answer."""
+    blocks = [Block("", n, "", text, (whole_text(len(text.encode())),), 0) for n, text in enumerate(some)]
+    return count(blocks, Reader(source, DIALOGUES), Reader(pivot, DIALOGUES), contained)
 
 
 @cache
@@ -385,16 +559,16 @@ def counted(source: str, pivot: str, some: list[str]) -> tuple[Mapping[tuple[int
 def test_counts_of_parts_of_a_corpus_add_up() -> None:
     ours, theirs, some = kind("gpt2").reader, kind("llama").reader, tokenizer_zoo_texts()
     for contained in (None, *CONTAINED.values()):
-        whole = count(some, ours, theirs, contained)
-        parts = count(some[:4], ours, theirs, contained) + count(some[4:], ours, theirs, contained)
+        whole = count_texts(some, ours, theirs, contained)
+        parts = count_texts(some[:4], ours, theirs, contained) + count_texts(some[4:], ours, theirs, contained)
         assert images(parts.pairs) == images(whole.pairs)
         assert parts.frequency.tolist() == whole.frequency.tolist()
-    assert count([], ours, theirs, None).pairs.nnz == 0
+    assert count_texts([], ours, theirs, None).pairs.nnz == 0
 
 
 def test_counts_go_to_another_process_without_their_zeros() -> None:
     ours, theirs, some = kind("gpt2").reader, kind("llama").reader, tokenizer_zoo_texts()
-    counts = count(some[:2], ours, theirs, None)
+    counts = count_texts(some[:2], ours, theirs, None)
     again = pickle.loads(pickle.dumps(counts))
     assert (images(again.pairs), again.pairs.shape) == (images(counts.pairs), counts.pairs.shape)
     assert again.pairs.dtype == counts.pairs.dtype == np.int64
@@ -413,7 +587,9 @@ def test_counts_go_to_another_process_without_their_zeros() -> None:
 def test_rows_sum_to_one_or_are_empty(method: vocabulary.Method, source: str, pivot: str) -> None:
     ours, theirs = kind(source).reader, kind(pivot).reader
     for most in (0, 4):
-        made = build_map(method, ours, theirs, lambda: count(tokenizer_zoo_texts(), ours, theirs, None), most)
+        made = build_map(
+            method, ours, theirs, lambda: count_texts(tokenizer_zoo_texts(), ours, theirs, None), most
+        )
         assert made.method == method
         assert made.matrix.shape == (max(ours.surfaces) + 1, max(theirs.surfaces) + 1)
         assert made.matrix.dtype == np.float32

@@ -1,6 +1,7 @@
 """A tiny fusion ready to be trained: a pivot, two sources of other kinds, their stores, and trainers for them.
 
-Made by the real programs, from conversations whose answers differ much in length.
+Made by the real programs, from conversations whose answers differ much in length. The pivot speaks OpenChat; one
+source is queried in its own template, ChatML, the other reads the pivot's text.
 """
 
 import functools
@@ -22,6 +23,7 @@ from fusion_trainer.dialogues import Dialogues
 from fusion_trainer.fusion import Rule
 from fusion_trainer.representations.extract import extract
 from fusion_trainer.representations.store import RepresentationStore
+from fusion_trainer.templates import FOLDER
 from fusion_trainer.tokens import TextTokenizer, load_tokenizer
 from fusion_trainer.trainer import FusionTrainer
 
@@ -29,6 +31,16 @@ CHATS = tiny_sources.made_up_chats(20, seed=5, words=30, turns=2)
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 PIVOT = {"num_key_value_heads": 1, "max_position_embeddings": 512, **SMALL}
 SOURCES = {"bytes": ("gpt_neox", "byte_level_bpe"), "unigram": ("mistral", "unigram")}
+OPENCHAT = {"special": (tiny_sources.END_OF_TURN,)}
+"""Of a model that speaks OpenChat where it is told to."""
+CHATML = {
+    "special": ("<|im_start|>", "<|im_end|>"),
+    "template": (FOLDER / "chatml.jinja").read_text(encoding="utf-8"),
+}
+"""Of a model that speaks ChatML by itself."""
+SPEAKS: dict[str, dict[str, Any]] = {"pivot": OPENCHAT, "bytes": CHATML, "unigram": {}}
+SOURCE_TEMPLATES = {"unigram": "pivot"}
+"""Of sources that are not queried in their own template."""
 STORES = {"none": [], "pairwise": ["bytes"], "multi": ["bytes", "unigram"]}
 QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1, "use_cpu": True}
 STEPS = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "lr_scheduler_type": "linear"}
@@ -119,9 +131,9 @@ class World:
 def make(folder: Path) -> World:
     """The world, by ``extract`` and ``align``; some seconds."""
     tiny_sources.write_sharegpt(folder / "chats.jsonl", CHATS)
-    tiny_sources.save_source(folder / "pivot", "llama", "sentencepiece_bpe", **PIVOT)
+    tiny_sources.save_source(folder / "pivot", "llama", "sentencepiece_bpe", **SPEAKS["pivot"], **PIVOT)
     for number, (name, (layout, kind)) in enumerate(SOURCES.items()):
-        tiny_sources.save_source(folder / name, layout, kind, seed=number + 1)
+        tiny_sources.save_source(folder / name, layout, kind, seed=number + 1, **SPEAKS[name])
     for name in ("pivot", *SOURCES):
         extract_store(folder, name)
     for name in SOURCES:
@@ -141,6 +153,7 @@ def extract_store(folder: Path, name: str, **changed: Any) -> RepresentationStor
         "data": [str(folder / "chats.jsonl")],
         "pivot": str(folder / "pivot"),
         "template": "openchat",
+        "source_template": SOURCE_TEMPLATES.get(name, "own"),
         "model": str(folder / name),
         "output": folder / "stores" / name,
     }

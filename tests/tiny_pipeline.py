@@ -1,4 +1,8 @@
-"""A toy fusion for ``fusion-trainer run``: a pivot, sources of other architectures and tokenizers, its file."""
+"""A toy fusion for ``fusion-trainer run``: a pivot, sources of other architectures and tokenizers, its file.
+
+The pivot speaks OpenChat. Of the sources one is queried in its own template, ChatML, one reads the pivot's text,
+and the third is queried in a template that the file names.
+"""
 
 import json
 from collections.abc import Mapping
@@ -17,6 +21,14 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("mistral", "unigram", {**GROUPED, "head_dim": 8}),
     "mixtral": ("mixtral", "byte_level_bpe", {**GROUPED, "head_dim": 8}),
 }
+SPEAKS: dict[str, dict[str, Any]] = {
+    "pivot": tiny_fusion.OPENCHAT,
+    "neox": tiny_fusion.CHATML,
+    "mistral": {},
+    "mixtral": {},
+}
+BYTES: dict[str, Any] = {"name": "bytes", "model": "./neox"}
+MISTRAL: dict[str, Any] = {"model": "./mistral", "template": "pivot"}
 MERGES: dict[str, Any] = {
     "varm": {"merge_method": "varm", "dtype": "float32"},
     "linear": {"merge_method": "linear", "parameters": {"weight": 1.0}, "dtype": "float32"},
@@ -32,7 +44,7 @@ PIPELINE: dict[str, Any] = {
     "work": "work",
     "pivot": "./pivot",
     "data": "chats.jsonl",
-    "sources": [{"name": "bytes", "model": "./neox"}, {"model": "./mistral"}],
+    "sources": [BYTES, MISTRAL],
     "prepare": {"template": "openchat", "max_length": 256},
     "extract": {"top_k": 4, "shard_tokens": 300},
     "align": {"workers": 1},
@@ -49,7 +61,7 @@ PIPELINE: dict[str, Any] = {
     "merges": MERGES,
     "evaluate": {"data": "held_out.jsonl"},
 }
-ADDED = {"name": "third", "model": "./mixtral", "dtype": "float32"}
+ADDED = {"name": "third", "model": "./mixtral", "template": "vicuna", "dtype": "float32"}
 CHATS = tiny_sources.made_up_chats(12, seed=7, words=8, turns=2)
 TITLES = [
     "prepare dialogues",
@@ -96,7 +108,7 @@ SLERP = {"merge slerp", "evaluate merge-slerp"}
 def make(folder: Path) -> Path:
     """Models, chats and held-out chats."""
     for number, (name, (layout, kind, settings)) in enumerate(MODELS.items()):
-        tiny_sources.save_source(folder / name, layout, kind, seed=number, **settings)
+        tiny_sources.save_source(folder / name, layout, kind, seed=number, **SPEAKS[name], **settings)
     tiny_sources.write_sharegpt(folder / "chats.jsonl", CHATS)
     held_out = tiny_sources.made_up_chats(6, seed=8, words=6, turns=1)
     tiny_sources.write_sharegpt(folder / "held_out.jsonl", held_out)

@@ -114,12 +114,12 @@ def write_sharegpt(path: Path, chats: Sequence[Sequence[tuple[str, str]]]) -> Pa
     return path
 
 
-def openchat(chat: Sequence[tuple[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as OpenChat writes it, and the bytes that are the assistant's, their end of turn included."""
+def openchat(chat: Sequence[tuple[str, str]], ends: bool = True) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as OpenChat writes it, and the assistant's bytes, with the ``ends`` of turn."""
     text, spans = b"", []
     for question, answer in chat:
         text += f"GPT4 Correct User: {question}{END_OF_TURN}GPT4 Correct Assistant: ".encode()
-        supervised = f"{answer}{END_OF_TURN}".encode()
-        spans.append((len(text), len(text) + len(supervised)))
-        text += supervised
+        start, text = len(text), text + answer.encode()
+        spans.append((start, len(text) + (len(END_OF_TURN) if ends else 0)))
+        text += END_OF_TURN.encode()
     return text.decode(), spans

@@ -4,15 +4,19 @@ The truth follows from the vocabulary's own strings (GPT-2's alphabet of bytes, 
 one after the other, and never from offsets.
 """
 
+import json
 import random
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Literal
 
 import tiny_tokenizers
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, Unigram
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -48,6 +52,11 @@ class Kind:
     @cached_property
     def added(self) -> frozenset[int]:
         return frozenset(self.tokenizer.get_added_vocab().values())
+
+    @cached_property
+    def text(self) -> dict[int, bytes]:
+        """The bytes of the ids that are text: none of a kind's added tokens is."""
+        return {token: surface for token, surface in self.surfaces.items() if token not in self.added}
 
     @cached_property
     def surfaces(self) -> dict[int, bytes]:
@@ -96,7 +105,8 @@ class Kind:
 
     def _laid_along(self, tokens: Tokens, raw: bytes) -> list[int]:
         """The tokens' bytes laid along ``raw``: where each ends."""
-        bos = len(self.reader.prefix)
+        before = "".join(self.tokenizer.convert_ids_to_tokens(self.reader.prefix)).encode()
+        bos = 0 if raw.startswith(before) else len(self.reader.prefix)  # a text that begins with BOS gets no other
         ends, position, head = [0] * bos, 0, self.before is not None
         for token in tokens.ids[bos:].tolist():
             surface = self.surfaces[token]
@@ -225,13 +235,105 @@ def kind(name: str) -> Kind:
     return _made[name]
 
 
+# Tokenizers that rewrite, whose tokens reach across what they rewrite
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """A normaliser, and the same in Python, but for what it puts before a text."""
+
+    normalizer: normalizers.Normalizer
+    in_python: Callable[[str], str]
+
+
+def _form(name: Literal["NFC", "NFD", "NFKC", "NFKD"]) -> Rewriting:
+    return Rewriting(getattr(normalizers, name)(), partial(unicodedata.normalize, name))
+
+
+def _without_accents(text: str) -> str:
+    apart = unicodedata.normalize("NFD", text)
+    return "".join(char for char in apart if not unicodedata.category(char).startswith("M"))
+
+
+REWRITINGS = {
+    **{name: _form(name) for name in ("NFC", "NFD", "NFKC", "NFKD")},
+    "lower case": Rewriting(normalizers.Lowercase(), lambda text: "".join(char.lower() for char in text)),
+    "accents": Rewriting(normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]), _without_accents),
+    "strings": Rewriting(
+        normalizers.Sequence([normalizers.Replace("...", "…"), normalizers.Replace("ab", "")]),
+        lambda text: text.replace("...", "…").replace("ab", ""),
+    ),
+    "blanks": Rewriting(normalizers.Replace(Regex(r"\s+"), " "), lambda text: re.sub(r"\s+", " ", text)),
+    "put before": Rewriting(
+        normalizers.Sequence([normalizers.NFKC(), normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        lambda text: unicodedata.normalize("NFKC", text),
+    ),
+    "strip": Rewriting(normalizers.Strip(), lambda text: text.strip()),
+}
+REWRITTEN = [
+    *("ｶﾞ", "ﾊﾟ", "ﾞ", "ガ", "か\u3099", "ㄱㅏ", "ㄱㅏㄴ", "가", "\u1100\u1161\u11a8", "한글"),
+    *("™", "…", "...", "½", "ﬁ", "ﬃ", "ｆｕｌｌ", "㍿", "ﷺ", "①", "²", "Ⅷ", "\u00a0", "\u3000", "¨", "ŉ"),
+    *("e\u0301", "é", "e\u0323\u0301", "e\u0301\u0323", "ế", "\u0301", "İ", "I\u0307", "Å", "Å", "Σς", "ÀB"),
+    *(
+        "🙂",
+        "👩‍👩‍👧",
+        "कि",
+        "\u0958",
+        "ড়",
+        " ",
+        "  ",
+        "\n",
+        " \n ",
+        "a",
+        "ab",
+        "aab",
+        "y",
+        "b.",
+        "..",
+        "Hello you",
+        "日本",
+    ),
+]
+"""What some of ``REWRITINGS`` rewrite, and what they leave; all versions of Unicode agree on these characters."""
+
+
+def rewriting_tokenizer(name: str, byte_level: bool) -> TextTokenizer:
+    """A BPE without words: its tokens begin and end anywhere, also inside of what is rewritten."""
+    rewriting, rng = REWRITINGS[name], random.Random(4)
+    lines = ["".join(rng.choices(REWRITTEN, k=5)) for _ in range(2000)]
+    tokenizer = Tokenizer(BPE() if byte_level else BPE(byte_fallback=True, unk_token="<unk>"))
+    if byte_level:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = BpeTrainer(
+            vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
+    else:
+        lines = [line.replace(" ", SPACE) for line in lines]
+        special = ["<unk>", *tiny_tokenizers.BYTES]
+        trainer = BpeTrainer(vocab_size=700, special_tokens=special, limit_alphabet=60, show_progress=False)
+    tokenizer.normalizer = rewriting.normalizer
+    tokenizer.train_from_iterator(lines, trainer)
+    if not byte_level:
+        state = json.loads(tokenizer.to_str())
+        state["added_tokens"] = []
+        tokenizer = Tokenizer.from_str(json.dumps(state))
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        if SPACE not in json.dumps(state["normalizer"], ensure_ascii=False):
+            both = [rewriting.normalizer, normalizers.Replace(" ", SPACE)]
+            tokenizer.normalizer = normalizers.Sequence(both)
+    return TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer), name)
+
+
 # Tokenizers of a few tokens, for maps worked by hand
 
 
-def byte_level(words: Sequence[str], added: Sequence[str] = ()) -> TextTokenizer:
+def byte_level(words: Sequence[str], added: Sequence[str] = (), **named: str) -> TextTokenizer:
     """Byte-level BPE with these tokens, in this order, then ``added`` ones; a space is written as itself.
 
-    Each word needs its parts before it: two earlier words, or single bytes.
+    Each word needs its parts before it: two earlier words, or single bytes. ``named`` are special ones: eos_token.
     """
     char_of = bytes_to_unicode()
     names = ["".join(char_of[byte] for byte in word.encode()) for word in words]
@@ -239,7 +341,7 @@ def byte_level(words: Sequence[str], added: Sequence[str] = ()) -> TextTokenizer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(added))
-    return TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer), "byte-level")
+    return TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named), "byte-level")
 
 
 def _merges(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -250,7 +352,9 @@ def _merges(names: Sequence[str]) -> list[tuple[str, str]]:
     ]
 
 
-def sentencepiece(words: Sequence[str], added: Sequence[str] = (), fallback: bool = False) -> TextTokenizer:
+def sentencepiece(
+    words: Sequence[str], added: Sequence[str] = (), fallback: bool = False, **named: str
+) -> TextTokenizer:
     """Unigram with these tokens, in this order, that reads as few as it can; a space is written as itself.
 
     ``<0x41>`` is a byte to fall back to. ``<unk>`` has the id 0, what is ``added`` the last ones.
@@ -263,7 +367,8 @@ def sentencepiece(words: Sequence[str], added: Sequence[str] = (), fallback: boo
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens(["<unk>", *added])
-    return TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"), "sentencepiece")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", **named)
+    return TextTokenizer(fast, "sentencepiece")
 
 
 # Texts

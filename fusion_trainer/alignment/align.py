@@ -3,12 +3,13 @@
 Shard by shard, in several processes; each shard appears whole or not at all and depends on its rows alone, so that
 a run that was stopped goes on where it was and ends with the same bytes.
 
-A position of the pivot gets the source's distribution
+Answers are laid side by side. A position of the pivot gets the source's distribution
 
-* with ``boundary``: where a token of the source ends at the same byte;
+* with ``boundary``: where a token of the source ends at the same byte of the answer;
 * with ``dtw``: where one source token that contains the pivot's was warped onto it, or several, of which one
   equals or else contains it, or which make it up together (then their mixture, weighted by how often the corpus
   pairs them);
+* with both: where both predict the end of the answer, whatever each model calls it;
 
 and keeps the pivot's own otherwise.
 """
@@ -31,15 +32,18 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fusion_trainer.alignment import corpus as corpora
-from fusion_trainer.alignment.corpus import Corpus, count, pair_tokens, saved_counts
+from fusion_trainer.alignment.corpus import Corpus, count, saved_counts
 from fusion_trainer.alignment.maps import Places, SavedMap, build_map, coverage, mass_by_id, saved_map
+from fusion_trainer.alignment.pairing import Read, compared, end_pairs, position_pairs, read_blocks, sizes
 from fusion_trainer.alignment.positions import CONTAINED
 from fusion_trainer.alignment.transfer import Mixture, transfer
-from fusion_trainer.alignment.vocabulary import RULES, VocabularyMap
+from fusion_trainer.alignment.vocabulary import RULES, Ends, VocabularyMap
+from fusion_trainer.answers import END
 from fusion_trainer.config import AlignConfig
-from fusion_trainer.dialogues import Block, Dialogues
+from fusion_trainer.dialogues import Dialogues
 from fusion_trainer.errors import FusionError
 from fusion_trainer.files import fingerprint, sha256_of
+from fusion_trainer.readers import DIALOGUES, Reader, reader_of_store
 from fusion_trainer.representations.reader import place_of, tokenizer_of
 from fusion_trainer.representations.store import (
     ALIGNED,
@@ -51,30 +55,46 @@ from fusion_trainer.representations.store import (
     demand_free,
 )
 from fusion_trainer.talking import is_quiet
-from fusion_trainer.tokens import Span, TextTokenizer, Tokens, supervised_positions
+from fusion_trainer.tokens import TextTokenizer, Tokens
 
 __all__ = ["align", "open_sides"]
 
+FROM_CORPUS = ("min_edit_distance", "statistics", "statistics_published")
+"""Maps that depend on the data."""
 BLOCKS_AT_ONCE = 64
 """Of the corpus, in one process's hands."""
 
 
 @dataclass
 class Sides:
-    """Both models' stores and tokenizers, and the dialogues they have in common."""
+    """Both models' stores, how they read, and the dialogues they have in common."""
 
     config: AlignConfig
     pivot_store: RepresentationStore
     source_store: RepresentationStore
     dialogues: Dialogues
-    pivot: TextTokenizer
-    source: TextTokenizer
+    pivot_reader: Reader
+    source_reader: Reader
     made: VocabularyMap | None = None
     corpus: Corpus | None = None
     contained: int | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.contained = None if self.config.positions == "boundary" else CONTAINED[self.config.dtw_cost]
+
+    @property
+    def pivot(self) -> TextTokenizer:
+        return self.pivot_reader.tokenizer
+
+    @property
+    def source(self) -> TextTokenizer:
+        return self.source_reader.tokenizer
+
+    @property
+    def ends(self) -> Ends:
+        """What ends a turn of either."""
+        own = [*self.dialogues.ends, self.pivot.tokenizer.eos_token_id]
+        return Ends(tuple(self.source_store.identity["ends"]), own[0])
 
     @property
     def maps(self) -> Path:
@@ -87,22 +107,33 @@ class Sides:
         return {"source": place_of(self.source_store, source), "pivot": place_of(self.pivot_store, pivot)}
 
 
-def open_sides(config: AlignConfig) -> Sides:
+def open_sides(config: AlignConfig, checked: bool = False) -> Sides:
     """Open all that an alignment needs.
+
+    Args:
+        config: What to align.
+        checked: Whether another process has held the stores against their hashes.
 
     Raises:
         FusionError: The stores are not of the same dialogues, or a tokenizer is not the one a store was made with.
     """
-    pivot_store, source_store = RepresentationStore(config.pivot_store), RepresentationStore(config.source_store)
+    pivot_store, source_store = (
+        RepresentationStore(folder, checked) for folder in (config.pivot_store, config.source_store)
+    )
     source_store.demand(data=pivot_store.identity["data"])
     dialogues = Dialogues(config.dialogues or _beside(pivot_store))
     pivot_store.demand(data=dialogues.fingerprint)
     for store in (pivot_store, source_store):
         if store.identity.get("kind") == ALIGNED:
             raise FusionError(f"the store `{store.folder}` is already aligned; give the source's own")
+    if pivot_store.identity["reading"] != DIALOGUES:
+        raise FusionError(
+            f"the store `{pivot_store.folder}` is not the pivot's: its model was queried in a template of its own"
+        )
     pivot = tokenizer_of(pivot_store, config.pivot_tokenizer, config.trust_remote_code)
     source = tokenizer_of(source_store, config.source_tokenizer, config.trust_remote_code)
-    return Sides(config, pivot_store, source_store, dialogues, pivot, source)
+    readers = Reader(pivot, DIALOGUES), reader_of_store(source_store.identity, source)
+    return Sides(config, pivot_store, source_store, dialogues, *readers)
 
 
 def _beside(store: RepresentationStore) -> Path:
@@ -130,6 +161,8 @@ def align(config: AlignConfig) -> tuple[RepresentationStore, str]:
     writer.begin()
     missing = [] if writer.finished else writer.missing()
     if missing:
+        for opened in (sides.pivot_store, sides.source_store):
+            opened.check()
         if sides.contained is not None and sides.source.sha256 != sides.pivot.sha256:
             sides.corpus = sides.corpus or _count(sides)  # weighs mixtures
         positions = {shard: sides.pivot_store.manifest["shards"][shard]["positions"] for shard in missing}
@@ -162,6 +195,7 @@ def _identity(sides: Sides, made: VocabularyMap) -> dict[str, Any]:
         "positions": sides.config.positions,
         "dtw_cost": sides.config.dtw_cost if sides.contained is not None else None,
         "unpaired": sides.config.unpaired,
+        "reading": source["reading"],
         "map": made.method,
         "map_sha256": fingerprint([matrix.indptr.tolist(), matrix.indices.tolist(), matrix.data.tolist()]),
     }
@@ -175,8 +209,10 @@ def _map(sides: Sides) -> SavedMap:
         "source": sides.source.sha256,
         "pivot": sides.pivot.sha256,
         "method": config.map,
-        **({"data": sides.dialogues.fingerprint} if config.map in ("statistics", "min_edit_distance") else {}),
-        **({"contained": sides.contained, "most": config.most} if config.map == "statistics" else {}),
+        "ends": [list(sides.ends.source), sides.ends.pivot],
+        **({"data": sides.dialogues.fingerprint} if config.map in FROM_CORPUS else {}),
+        **({"reading": sides.source_store.identity["reading"]} if config.map in FROM_CORPUS else {}),
+        **({"contained": sides.contained, "most": config.most} if config.map in FROM_CORPUS[1:] else {}),
     }
 
     def corpus() -> Corpus:
@@ -184,7 +220,7 @@ def _map(sides: Sides) -> SavedMap:
         return sides.corpus
 
     def build() -> VocabularyMap:
-        return build_map(config.map, sides.source, sides.pivot, corpus, config.most)
+        return build_map(config.map, sides.source, sides.pivot, corpus, config.most, sides.ends)
 
     saved = saved_map(sides.maps, identity, sides.places, build)
     sides.made = saved.map
@@ -197,6 +233,7 @@ def _count(sides: Sides) -> Corpus:
         "source": sides.source.sha256,
         "pivot": sides.pivot.sha256,
         "data": sides.dialogues.fingerprint,
+        "reading": sides.source_store.identity["reading"],
         "contained": sides.contained,
     }
     blocks = len(sides.dialogues)
@@ -244,7 +281,7 @@ def _begin_process(config: AlignConfig, made: VocabularyMap | None, corpus: Corp
     global _here
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _here = open_sides(config)
+    _here = open_sides(config, checked=True)
     _here.made, _here.corpus = made, corpus
 
 
@@ -262,19 +299,18 @@ def _in_process(work: Callable[[Sides, int], Any], task: int) -> Any:
 
 def _count_blocks(sides: Sides, start: int) -> tuple[int, Corpus]:
     stop = min(start + BLOCKS_AT_ONCE, len(sides.dialogues))
-    texts = [sides.dialogues[number].text for number in range(start, stop)]
-    return stop, count(texts, sides.source, sides.pivot, sides.contained)
+    blocks = [sides.dialogues[number] for number in range(start, stop)]
+    return stop, count(blocks, sides.source_reader, sides.pivot_reader, sides.contained)
 
 
 def _align_shard(sides: Sides, shard: int) -> int:
     described = sides.pivot_store.manifest["shards"][shard]
     numbers = range(described["first_row"], described["first_row"] + described["rows"])
     blocks = [sides.dialogues[number] for number in numbers]
-    texts = [block.text for block in blocks]
     rows, totals = [], Counter[str]()
-    tokens = zip(sides.pivot.encode(texts), sides.source.encode(texts), strict=True)
-    for number, block, (of_pivot, of_source) in zip(numbers, blocks, tokens, strict=True):
-        row, counts = _align_row(sides, number, block, of_pivot, of_source)
+    both = zip(read_blocks(sides.pivot_reader, blocks), read_blocks(sides.source_reader, blocks), strict=True)
+    for number, (of_pivot, of_source) in zip(numbers, both, strict=True):
+        row, counts = _align_row(sides, number, of_pivot, of_source)
         rows.append(row)
         totals.update(counts)
     starts = [*(one["first_row"] for one in sides.pivot_store.manifest["shards"]), len(sides.pivot_store)]
@@ -295,35 +331,77 @@ CAUSES = (
     "unmapped_ppm",
     "beyond_ppm",
     "source_tail_ppm",
+    "ends",
+    "ends_paired",
+    "ends_ppm",
+    "compared",
+    "better_by_token",
+    "better_by_byte",
 )
-"""What a shard counts: positions, and probability mass in millionths of a position."""
+"""What a shard counts: positions; probability mass in millionths of a position (``ends_ppm`` is what the pivot's
+end gets where the end of an answer is paired); blocks in which the source's cross-entropy is the lower."""
 
 NOT_STORED = (("partner not supervised", "not_supervised"), ("beyond the context", "not_read"))
 """Why a partner is not in the source's store: its next token is not the assistant's, or was not read."""
 
 
-def _align_row(
-    sides: Sides, number: int, block: Block, of_pivot: Tokens, of_source: Tokens
-) -> tuple[Aligned, Counter[str]]:
+def _align_row(sides: Sides, number: int, of_pivot: Read, of_source: Read) -> tuple[Aligned, Counter[str]]:
     assert sides.made is not None
     own, source = sides.pivot_store[number], sides.source_store[number]
-    positions = supervised_positions(of_pivot, block.spans)[: len(own)]
-    theirs = supervised_positions(of_source, block.spans)
-    partners, counts = _stored(_partners(sides, of_pivot, of_source), positions, theirs, len(source))
+    positions, theirs = of_pivot.positions[: len(own)], of_source.positions
+    candidates, ends = _partners(sides, of_pivot, of_source), end_pairs(of_pivot, of_source)
+    candidates |= {i: [(j, 1.0)] for i, j in zip(ends.pivot.tolist(), ends.source.tolist(), strict=True)}
+    partners, counts = _stored(candidates, positions, theirs, len(source))
     theirs = theirs[: len(source)]
     row, paired, mapped = transfer(own, source, partners, sides.made.matrix)
+    golds = of_pivot.tokens.ids[positions + 1]
+    at_end = of_pivot.places.place[positions] == END
+    _name_the_end(row, paired & at_end, golds, sides.ends.pivot)
     if sides.config.unpaired == "gold":
-        row = _gold_where(row, ~paired, of_pivot.ids[positions + 1])
+        row = _gold_where(row, ~paired, golds)
     source_tail = mapped.tail - mapped.unmapped - mapped.beyond
     masses = {"mass_ppm": mapped.probabilities.sum(), "unmapped_ppm": mapped.unmapped.sum()}
     masses |= {"beyond_ppm": mapped.beyond.sum(), "source_tail_ppm": source_tail.sum()}
+    masses |= {"ends_ppm": _probability(row, golds)[paired & at_end].sum()}
     counts.update({"paired": int(paired.sum()), **{name: round(1e6 * float(m)) for name, m in masses.items()}})
-    gold_bytes = _gold_bytes(_sizes(of_pivot)[positions + 1], _sizes(of_source)[theirs + 1], partners)
-    nats = -float(source.gold_logprob.astype(np.float64).sum())
-    units = len(source), _supervised_bytes(of_source, theirs, block.spans)
-    entropies = (nats / unit if unit else float("nan") for unit in units)
+    counts.update({"ends": int(at_end.sum()), "ends_paired": int((paired & at_end).sum())})
+    own_sizes = sizes(of_pivot)[positions + 1]
+    gold_bytes = _gold_bytes(own_sizes, sizes(of_source)[theirs + 1], partners)
+    gold_bytes[at_end] = own_sizes[at_end]  # the same thing, whatever each model calls it
+    entropies = _entropies(own, source, of_pivot, of_source)
+    by_token, by_byte = entropies[0] < entropies[2], entropies[1] < entropies[3]
+    counts.update({"compared": int(not np.isnan(entropies[0])), "better_by_token": int(by_token)})
+    counts.update({"better_by_byte": int(by_byte)})
     arrays = row.ids, row.logprobs, row.tail, row.gold_logprob, paired.astype(np.uint8), gold_bytes
     return Aligned(*arrays, *entropies), counts
+
+
+def _entropies(
+    own: Supervised, source: Supervised, of_pivot: Read, of_source: Read
+) -> tuple[float, float, float, float]:
+    """The source's cross-entropy per token and per byte, then the pivot's over the same bytes; NaN for none."""
+    *both, size = compared(of_pivot, of_source, (len(own), len(source)))
+    found = []
+    for positions, read, store in zip(both[::-1], (of_source, of_pivot), (source, own), strict=True):
+        rows = np.searchsorted(read.positions, positions)
+        nats = -float(store.gold_logprob[rows].astype(np.float64).sum())
+        found += [nats / len(rows), nats / size] if len(rows) and size else [float("nan")] * 2
+    return found[0], found[1], found[2], found[3]
+
+
+def _probability(row: Supervised, ids: NDArray[np.int32]) -> NDArray[np.float64]:
+    """float64 [positions]: of one id at each position; 0 where it is not among the k."""
+    shares = np.exp(row.logprobs.astype(np.float64))
+    probability: NDArray[np.float64] = np.where(row.ids == ids[:, None], shares, 0.0).sum(1)
+    return probability
+
+
+def _name_the_end(row: Supervised, where: NDArray[np.bool_], golds: NDArray[np.int32], usual: int | None) -> None:
+    """Give the probability of the pivot's usual end to the one that it writes at these positions."""
+    for position in np.flatnonzero(where & (golds != usual)).tolist() if usual is not None else ():
+        ids, gold = row.ids[position], int(golds[position])
+        usual_at, gold_at = ids == usual, ids == gold
+        ids[gold_at], ids[usual_at] = usual, gold
 
 
 def _stored(
@@ -358,18 +436,6 @@ def _stored(
     return found, counts
 
 
-def _supervised_bytes(tokens: Tokens, positions: NDArray[np.int32], spans: Sequence[Span]) -> int:
-    """How many bytes of the spans are in the tokens after these positions."""
-    starts, stops = np.array(spans, np.int32).reshape(-1, 2).T
-    before = np.clip(tokens.ends[:, None] - starts, 0, stops - starts).sum(1)
-    return int((before[positions + 1] - before[positions]).sum())
-
-
-def _sizes(tokens: Tokens) -> NDArray[np.int32]:
-    """int32 [tokens]: bytes of the text between a token's end and the end before it."""
-    return np.diff(tokens.ends, prepend=np.int32(0))
-
-
 def _gold_bytes(
     own: NDArray[np.int32], source: NDArray[np.int32], partners: Sequence[Mixture | None]
 ) -> NDArray[np.uint16]:
@@ -392,16 +458,30 @@ def _gold_where(row: Supervised, where: NDArray[np.bool_], gold: NDArray[np.int3
     return row
 
 
-def _partners(sides: Sides, of_pivot: Tokens, of_source: Tokens) -> dict[int, Mixture]:
-    """For positions of the pivot that have any: the source's positions, with weights."""
-    pairs = pair_tokens(of_pivot, of_source, sides.pivot, sides.source, sides.contained)
+def _partners(sides: Sides, of_pivot: Read, of_source: Read) -> dict[int, Mixture]:
+    """For positions of the pivot that predict content and have any: the source's positions, with weights."""
+    pairs = position_pairs(of_pivot, of_source, (sides.pivot, sides.source), sides.contained)
     if sides.contained is None:
         return {i: [(j, 1.0)] for i, j in zip(pairs.pivot.tolist(), pairs.source.tolist(), strict=True)}
+    begins = {int(read.places.content(turn)[0]) for read in (of_pivot,) for turn in _turns(read)}
     groups: dict[int, list[int]] = {}
     for i, j in zip(pairs.pivot.tolist(), pairs.source.tolist(), strict=True):
         groups.setdefault(i, []).append(j)
-    found = ((i, _by_the_papers(sides, int(of_pivot.ids[i]), js, of_source)) for i, js in groups.items())
+    found = (
+        (
+            i,
+            [(js[0], 1.0)]
+            if i in begins
+            else _by_the_papers(sides, int(of_pivot.tokens.ids[i]), js, of_source.tokens),
+        )
+        for i, js in groups.items()
+    )
     return {i: mixture for i, mixture in found if mixture}
+
+
+def _turns(read: Read) -> list[int]:
+    """The answers of which a position predicts content."""
+    return [int(turn) for turn in np.unique(read.places.turn[read.places.place >= 0])]
 
 
 def _by_the_papers(sides: Sides, pivot_id: int, places: Sequence[int], of_source: Tokens) -> Mixture | None:
@@ -428,6 +508,9 @@ def _report(manifest: dict[str, Any]) -> str:
         for name in ("mass", "unmapped", "beyond", "source_tail")
     }
     share = 1 / max(1, positions)
+    ends, ends_paired = manifest["ends"], manifest["ends_paired"]
+    of_ends = manifest["ends_ppm"] / 1e6 / max(1, ends_paired)
+    rows = max(1, manifest["compared"])
     alone = "no common boundary" if manifest["identity"]["positions"] == "boundary" else "no token fits by rule"
     return "\n".join(
         [
@@ -439,5 +522,10 @@ def _report(manifest: dict[str, Any]) -> str:
             ),
             f"of a paired position's mass mapped {mass['mass']:.2%}, ids without image {mass['unmapped']:.2%}, "
             f"beyond the k kept {mass['beyond']:.2%}, the source's tail {mass['source_tail']:.2%}",
+            f"ends of answers         {ends:>12,}  paired {ends_paired:,} ({ends_paired / max(1, ends):.2%}); "
+            f"the pivot's end gets {of_ends:.2%} there",
+            f"source better in blocks {manifest['better_by_byte']:>12,}  of {manifest['compared']:,} per byte "
+            f"({manifest['better_by_byte'] / rows:.1%}); per token {manifest['better_by_token']:,} "
+            f"({manifest['better_by_token'] / rows:.1%})",
         ]
     )

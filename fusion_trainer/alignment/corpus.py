@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array, csr_array
 
 from fusion_trainer.alignment.keeping import keep, kept_of, place
-from fusion_trainer.alignment.positions import Pairs, boundary_pairs, warping_path
-from fusion_trainer.tokens import TextTokenizer, Tokens
+from fusion_trainer.alignment.pairing import read_blocks, token_pairs
+from fusion_trainer.dialogues import Block
+from fusion_trainer.readers import Reader
 
-__all__ = ["RULES", "Corpus", "count", "pair_tokens", "saved_counts", "words"]
+__all__ = ["RULES", "Corpus", "count", "saved_counts"]
 
 FORMAT = "fusion-trainer corpus count"
-RULES = 1
+RULES = 2
 """Raised with every change of what is counted, so that no older count is taken for a new one."""
 KEPT_EVERY = 4096
 """Blocks that are counted between two writings of the count."""
@@ -98,44 +99,23 @@ def saved_counts(
     return total
 
 
-def count(texts: Sequence[str], source: TextTokenizer, pivot: TextTokenizer, contained: int | None) -> Corpus:
-    """Align every text and count.
+def count(blocks: Sequence[Block], source: Reader, pivot: Reader, contained: int | None) -> Corpus:
+    """Align the answers of some blocks and count.
 
     Args:
-        texts: Blocks of the dialogues.
-        source: The source's tokenizer.
-        pivot: The pivot's.
-        contained: None pairs tokens that begin at the same byte: what one model predicts with what the other has
-            to; otherwise those that warping with this cost (``positions.CONTAINED``) brings together.
+        blocks: Of the dialogues.
+        source: How the source reads them.
+        pivot: How the pivot does.
+        contained: None pairs tokens that begin at the same byte of an answer: what one model predicts with what
+            the other has to; otherwise those that warping at this cost (``positions.CONTAINED``) brings together.
     """
-    shape = max(source.surfaces) + 1, max(pivot.surfaces) + 1
+    shape = max(source.tokenizer.surfaces) + 1, max(pivot.tokenizer.surfaces) + 1
     rows, columns, every = ([np.empty(0, np.int32)] for _ in range(3))
-    for of_source, of_pivot in zip(source.encode(texts), pivot.encode(texts), strict=True):
-        pairs = pair_tokens(of_pivot, of_source, pivot, source, contained)
-        source_at, pivot_at = pairs.source, pairs.pivot
-        if contained is None:  # where both have read the same, the tokens that follow begin together
-            both = (source_at + 1 < len(of_source)) & (pivot_at + 1 < len(of_pivot))
-            source_at, pivot_at = source_at[both] + 1, pivot_at[both] + 1
-        rows.append(of_source.ids[source_at])
-        columns.append(of_pivot.ids[pivot_at])
-        every.append(of_pivot.ids)
+    for of_source, of_pivot in zip(read_blocks(source, blocks), read_blocks(pivot, blocks), strict=True):
+        pairs = token_pairs(of_pivot, of_source, (pivot.tokenizer, source.tokenizer), contained)
+        rows.append(of_source.tokens.ids[pairs.source])
+        columns.append(of_pivot.tokens.ids[pairs.pivot])
+        every.append(of_pivot.tokens.ids)
     frequency = np.bincount(np.concatenate(every), minlength=shape[1])
     row, column = np.concatenate(rows), np.concatenate(columns)
     return Corpus(csr_array(coo_array((np.ones(len(row), np.int64), (row, column)), shape=shape)), frequency)
-
-
-def pair_tokens(
-    of_pivot: Tokens, of_source: Tokens, pivot: TextTokenizer, source: TextTokenizer, contained: int | None
-) -> Pairs:
-    """The aligned positions of one text: boundaries, or the warping path; all, where the tokenizers are one."""
-    if len(of_pivot) == len(of_source) and source.sha256 == pivot.sha256:
-        every = np.arange(len(of_pivot), dtype=np.int32)
-        return Pairs(every, every)
-    if contained is None:
-        return boundary_pairs(of_pivot, of_source)
-    return warping_path(words(of_pivot, pivot), words(of_source, source), contained)
-
-
-def words(tokens: Tokens, tokenizer: TextTokenizer) -> list[str]:
-    """The tokens' strings without markers of spaces, as the papers compare them."""
-    return [tokenizer.words[token] for token in tokens.ids.tolist()]

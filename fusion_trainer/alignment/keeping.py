@@ -1,5 +1,6 @@
 """Arrays on the disk with a description of what they are of: safetensors, whole or not at all, nothing pickled."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.numpy import save
 from fusion_trainer.errors import FusionError, unlike
 from fusion_trainer.files import fingerprint, remove_abandoned, whole_file, written_to
 
-__all__ = ["keep", "kept", "kept_of", "place"]
+__all__ = ["damage", "keep", "kept", "kept_of", "place"]
 
 KEY = "fusion_trainer"
 Arrays = dict[str, NDArray[Any]]
@@ -30,7 +31,7 @@ def keep(path: Path, what: str, described: Mapping[str, Any], arrays: Mapping[st
     Raises:
         FusionError: The disk is full, or the folder cannot be written.
     """
-    head = {KEY: json.dumps({"format": what, **described})}
+    head = {KEY: json.dumps({"format": what, "sha256": _sha256(arrays), **described})}
     with written_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent, path.name)
@@ -48,11 +49,42 @@ def kept(path: Path, what: str) -> tuple[dict[str, Any], Arrays]:
         with safe_open(path, "numpy") as file:
             described = json.loads((file.metadata() or {})[KEY])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        found = str(described["format"]), str(described["sha256"])
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise FusionError(f"`{path}` is not a {what}: {error or type(error).__name__}") from error
-    if described["format"] != what:
-        raise FusionError(f"`{path}` is not a {what} but a {described['format']}")
+    if found[0] != what:
+        raise FusionError(f"`{path}` is not a {what} but a {found[0]}")
+    if found[1] != _sha256(arrays):
+        raise FusionError(
+            f"`{path}` is damaged: its bytes are not those that were written. Remove it; it is made again"
+        )
     return described, arrays
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a file of ``keep``; None if nothing is, or if it is another's file."""
+    try:
+        with safe_open(path, "numpy") as file:
+            own = KEY in (file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        return f"`{path}` cannot be read: {error}"
+    if not own:
+        return None
+    try:
+        with safe_open(path, "numpy") as file:
+            kept(path, json.loads(file.metadata()[KEY])["format"])
+    except (FusionError, ValueError, KeyError, TypeError) as error:
+        return str(error)
+    return None
+
+
+def _sha256(arrays: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def kept_of(path: Path, what: str, identity: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:

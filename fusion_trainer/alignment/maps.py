@@ -13,7 +13,7 @@ from scipy.sparse import csr_array
 from fusion_trainer.alignment import vocabulary
 from fusion_trainer.alignment.corpus import Corpus
 from fusion_trainer.alignment.keeping import keep, kept, kept_of, place
-from fusion_trainer.alignment.vocabulary import Method, VocabularyMap
+from fusion_trainer.alignment.vocabulary import DEFAULT_ENDS, Ends, Method, VocabularyMap
 from fusion_trainer.errors import FusionError
 from fusion_trainer.files import sha256_of
 from fusion_trainer.representations.store import RepresentationStore
@@ -29,7 +29,12 @@ Places = dict[str, tuple[str, str | None]]
 
 
 def build_map(
-    method: Method, source: TextTokenizer, pivot: TextTokenizer, corpus: Callable[[], Corpus], most: int = 0
+    method: Method,
+    source: TextTokenizer,
+    pivot: TextTokenizer,
+    corpus: Callable[[], Corpus],
+    most: int = 0,
+    ends: Ends = DEFAULT_ENDS,
 ) -> VocabularyMap:
     """A map by one of the methods; the tokenizers' own identity where they agree.
 
@@ -39,22 +44,25 @@ def build_map(
         pivot: The pivot's.
         corpus: Called only by the methods that ask the corpus.
         most: Of ``statistics``: images kept per id.
+        ends: What ends a turn.
 
     Raises:
-        FusionError: No id of the source would have an image.
+        FusionError: No id of the source but its special ones would have an image.
     """
-    made = vocabulary.identical(source, pivot)
+    made = vocabulary.identical(source, pivot, ends)
     if made is None:
         if method == "exact":
-            made = vocabulary.exact(source, pivot)
+            made = vocabulary.exact(source, pivot, ends)
         elif method == "prefix":
-            made = vocabulary.prefix(source, pivot)
+            made = vocabulary.prefix(source, pivot, ends)
         elif method == "min_edit_distance":
             frequency = corpus().frequency
-            made = vocabulary.min_edit_distance(source, pivot, dict(enumerate(frequency.tolist())))
+            made = vocabulary.min_edit_distance(source, pivot, dict(enumerate(frequency.tolist())), ends)
+        elif method == "statistics_published":
+            made = vocabulary.statistics_published(corpus().pairs, source, pivot, ends)
         else:
-            made = vocabulary.statistics(corpus().pairs, source, pivot, most)
-    if not made.mapped.any():
+            made = vocabulary.statistics(corpus().pairs, source, pivot, most, ends=ends)
+    if set(np.flatnonzero(made.mapped).tolist()) <= source.special | {*ends.source}:
         raise FusionError(
             f"no token of {source.name} has an image among those of {pivot.name} by `{method}`: are these the "
             "tokenizers the stores were made with?"
@@ -184,9 +192,15 @@ def _images(made: VocabularyMap, token: int) -> list[tuple[int, float]]:
 
 
 def _distances(made: VocabularyMap, source: TextTokenizer, pivot: TextTokenizer, size: int) -> NDArray[np.float64]:
-    """For each id the edit distance to its images, 0 to 1, weighted; NaN where it has none."""
+    """For each id the edit distance to its images, 0 to 1, weighted; NaN where it has none.
+
+    A special token is no text: mapped by its function, it is at no distance.
+    """
     far = np.full(size, np.nan)
     for token in np.flatnonzero(made.mapped).tolist():
+        if token in source.special:
+            far[token] = 0.0
+            continue
         text = _text(source, token)
         far[token] = sum(
             share * Levenshtein.normalized_distance(text, _text(pivot, image))

@@ -21,8 +21,9 @@ from fusion_trainer.tokens import Tokens
 
 __all__ = ["CONTAINED", "Pairs", "boundary_pairs", "warping_costs", "warping_path"]
 
-CONTAINED = {"fusechat": 1, "fusellm": 10}
-"""Tenths that an edit costs when one token contains the other; otherwise it costs 10."""
+CONTAINED = {"fusechat": 1, "fusechat_v2": 10, "fusellm": 10}
+"""Tenths that an edit costs when one token contains the other; otherwise it costs 10. FuseChat's release of
+February 2024 has 1, that of August 2024 has FuseLLM's 10 again."""
 FAR = np.iinfo(np.int32).max
 
 

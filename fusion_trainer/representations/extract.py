@@ -6,9 +6,11 @@ where an earlier run was stopped, and neither do the bytes of the store. The nex
 one written, while a shard is computed.
 """
 
+import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -20,9 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from fusion_trainer.alignment.keeping import keep, kept_of
 from fusion_trainer.config import ExtractConfig
 from fusion_trainer.dialogues import Dialogues
 from fusion_trainer.errors import FusionError
+from fusion_trainer.files import fingerprint, written_to
 from fusion_trainer.models import (
     config_fingerprint,
     load_causal_lm,
@@ -31,6 +35,7 @@ from fusion_trainer.models import (
     weights_fingerprint,
 )
 from fusion_trainer.prepare import prepare
+from fusion_trainer.readers import DIALOGUES, Reader, end_ids, source_reader
 from fusion_trainer.representations.asking import AskedModel
 from fusion_trainer.representations.store import (
     RepresentationStore,
@@ -50,11 +55,14 @@ PATIENCE = timedelta(days=1)
 """How long processes wait for each other; the launcher ends them if one fails."""
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 LEAST = torch.finfo(torch.float16).min
+KEPT_EVERY = 240.0
+"""Seconds after which the part of a shard that is done is written."""
+PARTIAL = "fusion-trainer part of a shard"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A block as the model reads it: token ids [tokens], and the supervised positions among them."""
+    """A block as the model reads it: ids [tokens], the positions it is queried at, and where its answers are."""
 
     conversation: str
     block: int
@@ -63,6 +71,7 @@ class Row:
     positions: NDArray[np.int32]
     cut_tokens: int
     pivot_tokens: int
+    answers: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -125,9 +134,10 @@ def extract(config: ExtractConfig) -> RepresentationStore:
     demand_free(config.output)
     with state.main_process_first():
         dialogues = prepare(config, config.output.parent, quiet=not state.is_main_process)
+    reader = _reader(config, dialogues, tokenizer, folder)
     identity = None
     if state.is_main_process:
-        identity = _identity(config, dialogues, tokenizer, folder, commit)
+        identity = _identity(config, dialogues, reader, folder, commit)
     starts = shard_starts(dialogues.lengths, config.shard_tokens)
     writer = StoreWriter(config.output, identity, starts, _environment(state.device))
     if state.is_main_process:
@@ -138,7 +148,7 @@ def extract(config: ExtractConfig) -> RepresentationStore:
     state.wait_for_everyone()
     if mine:
         try:
-            extraction = _Extraction(config, dialogues, tokenizer, folder, state.device, writer)
+            extraction = _Extraction(config, dialogues, reader, folder, state.device, writer)
             extraction.run(mine, silent=not state.is_main_process)
         except BaseException:
             if state.num_processes == 1:  # another may be writing
@@ -151,14 +161,23 @@ def extract(config: ExtractConfig) -> RepresentationStore:
     return RepresentationStore(config.output)
 
 
+def _reader(config: ExtractConfig, dialogues: Dialogues, tokenizer: TextTokenizer, folder: Path) -> Reader:
+    """How the model reads the dialogues: the pivot as they are, a source as the config says."""
+    pivot, _ = local_folder(config.pivot, config.pivot_revision, weights=False, code=config.trust_remote_code)
+    if folder.resolve() == pivot.resolve():
+        return Reader(tokenizer, DIALOGUES)
+    return source_reader(config.source_template, tokenizer, chats=dialogues.report.turns > 0)
+
+
 def _identity(
     config: ExtractConfig,
     dialogues: Dialogues,
-    tokenizer: TextTokenizer,
+    reader: Reader,
     folder: Path,
     commit: str | None,
 ) -> dict[str, Any]:
     """What the store is of."""
+    tokenizer = reader.tokenizer
     vocabulary = max(tokenizer.vocabulary) + 1
     return {
         "model": config.model,
@@ -168,6 +187,8 @@ def _identity(
         "tokenizer": tokenizer.sha256,
         "template": dialogues.manifest["request"]["template"],
         "data": dialogues.fingerprint,
+        **reader.identity,
+        "ends": end_ids(reader, folder),
         "top_k": config.top_k,
         "vocabulary": vocabulary,
         "dtype": resolved_dtype(folder, config.dtype, config.trust_remote_code),
@@ -191,14 +212,14 @@ class _Extraction:
         self,
         config: ExtractConfig,
         dialogues: Dialogues,
-        tokenizer: TextTokenizer,
+        reader: Reader,
         folder: Path,
         device: torch.device,
         writer: StoreWriter,
     ) -> None:
         self.config = config
         self.dialogues = dialogues
-        self.tokenizer = tokenizer
+        self.reader = reader
         self.writer = writer
         model = load_causal_lm(
             folder,
@@ -214,7 +235,7 @@ class _Extraction:
         limits = [getattr(settings, name, None) for name in CONTEXT_SETTINGS]
         self.context: int | None = next((limit for limit in limits if limit), None)
         try:
-            self.model = AskedModel(model, tokenizer.vocabulary)
+            self.model = AskedModel(model, reader.tokenizer.vocabulary)
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -231,26 +252,31 @@ class _Extraction:
         with bar, ThreadPoolExecutor(1, "tokeniser") as ahead:
             reading = ahead.submit(self._read, shards[0])
             for shard, following in zip(shards, [*shards[1:], None], strict=True):
-                rows = reading.result()
+                rows, counts = reading.result()
                 if following is not None:
                     reading = ahead.submit(self._read, following)
-                found = self._ask(rows, bar)
+                found = self._ask(shard, rows, bar)
                 facts: dict[str, Any] = {
                     "batch_tokens": self.config.batch_tokens,
                     "positions": sum(len(one) for one in found),
                     "tokens": sum(len(row.ids) for row in rows),
                     "cut_tokens": sum(row.cut_tokens for row in rows),
+                    **{name: counts[name] for name in sorted(counts)},
                 }
-                self.writer.write(shard, [(row.conversation, row.block) for row in rows], found, facts)
+                names = [(row.conversation, row.block) for row in rows]
+                self.writer.write(shard, names, found, facts, [row.answers for row in rows])
             self.writer.wait()
 
-    def _read(self, shard: int) -> list[Row]:
-        """Tokenise the blocks of a shard; what exceeds the model's context is cut and counted."""
+    def _read(self, shard: int) -> tuple[list[Row], Counter[str]]:
+        """Render and tokenise the blocks of a shard; what exceeds the model's context is cut and counted."""
         first, last = self.writer.first_rows[shard : shard + 2]
         blocks = [self.dialogues[number] for number in range(first, last)]
-        rows = []
-        for block, tokens in zip(blocks, self.tokenizer.encode([block.text for block in blocks]), strict=True):
-            positions = supervised_positions(tokens, block.spans)
+        rows: list[Row] = []
+        reader = replace(self.reader, counts=Counter())
+        readings = [reader.read(block) for block in blocks]
+        encoded = reader.tokenizer.encode([reading.text for reading in readings])
+        for block, reading, tokens in zip(blocks, readings, encoded, strict=True):
+            positions = supervised_positions(tokens, reading.spans)
             ids = tokens.ids[: self.context]
             if len(ids) and int(ids.max()) >= self.model.rows:
                 raise FusionError(
@@ -259,22 +285,46 @@ class _Extraction:
                 )
             positions = positions[positions < len(ids) - 1]
             cut = len(tokens) - len(ids)
-            rows.append(Row(block.conversation, block.block, block.source, ids, positions, cut, block.tokens))
-        return rows
+            answers = [
+                [answer.turn, answer.pieces[0][0], answer.pieces[-1][1], answer.end]
+                for answer in reading.answers
+                if answer.pieces
+            ]
+            whose = block.conversation, block.block, block.source
+            rows.append(Row(*whose, ids, positions, cut, block.tokens, answers))
+        return rows, reader.counts
 
-    def _ask(self, rows: Sequence[Row], bar: Any) -> list[Supervised]:
-        """The distributions of every row; a batch is copied to the host while the next is computed."""
-        found: list[Supervised | None] = [None] * len(rows)
+    def _ask(self, shard: int, rows: Sequence[Row], bar: Any) -> list[Supervised]:
+        """The distributions of every row; a batch is copied to the host while the next is computed.
+
+        What is done is kept every ``KEPT_EVERY`` seconds, so that a run that is killed loses no more than that.
+        """
+        asked = [number for number, row in enumerate(rows) if len(row.positions)]
+        groups = batches([len(rows[number].ids) for number in asked], self.config.batch_tokens)
+        partial = _Partial(self.writer.path(shard).with_suffix(".partial"), rows)
+        found = partial.read()
         waiting: Answer | None = None
-        for numbers in batches([len(row.ids) for row in rows], self.config.batch_tokens):
-            answer = self._ask_batch(rows, numbers)
-            if waiting is not None:
-                self._keep(waiting, rows, found)
-            waiting = answer
+        kept_at = time.monotonic()
+        for numbers in ([asked[place] for place in group] for group in groups):
+            if any(found[number] is None for number in numbers):
+                answer = self._ask_batch(rows, numbers)
+                if waiting is not None:
+                    self._keep(waiting, rows, found)
+                waiting = answer
+                if time.monotonic() - kept_at > KEPT_EVERY:
+                    with written_to(self.writer.folder):
+                        partial.write(found)
+                    kept_at = time.monotonic()
             bar.update(sum(rows[number].pivot_tokens for number in numbers))
         if waiting is not None:
             self._keep(waiting, rows, found)
-        return [one for one in found if one is not None]
+        nothing = self._empty()
+        return [nothing if one is None else one for one in found]
+
+    def _empty(self) -> Supervised:
+        """A row at which nothing is queried."""
+        k, none = self.config.top_k, np.zeros(0, np.float16)
+        return Supervised(np.zeros((0, k), self.id_dtype), np.zeros((0, k), np.float16), none, none)
 
     def _ask_batch(self, rows: Sequence[Row], numbers: list[int]) -> Answer:
         batch = [rows[number] for number in numbers]
@@ -348,6 +398,43 @@ class _Extraction:
                 place = np.unravel_index(int(wrong.to(torch.uint8).argmax()), weight.shape)
                 return f"{message}. Its weights are not finite: {name}, first at {[int(i) for i in place]}"
         return f"{message}. Its weights are finite; a wider --dtype may help"
+
+
+@dataclass(frozen=True)
+class _Partial:
+    """The rows of a shard that are done, on the disk until the shard is written."""
+
+    path: Path
+    rows: Sequence[Row]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"rows": fingerprint([[row.ids.tolist(), row.positions.tolist()] for row in self.rows])}
+
+    def write(self, found: Sequence[Supervised | None]) -> None:
+        done = [number for number, row in enumerate(found) if row is not None]
+        if not done:
+            return
+        arrays = {
+            name: np.concatenate([getattr(found[number], name) for number in done])
+            for name in ("ids", "logprobs", "tail", "gold_logprob")
+        }
+        keep(self.path, PARTIAL, {"identity": self.identity}, {**arrays, "done": np.array(done, np.int64)})
+
+    def read(self) -> list[Supervised | None]:
+        found: list[Supervised | None] = [None] * len(self.rows)
+        if not self.path.is_file():
+            return found
+        try:
+            _, arrays = kept_of(self.path, PARTIAL, self.identity)
+        except FusionError:
+            return found  # damaged, or of other rows: done anew
+        start = 0
+        for number in arrays.pop("done").tolist():
+            stop = start + len(self.rows[number].positions)
+            found[number] = Supervised(**{name: array[start:stop] for name, array in arrays.items()})
+            start = stop
+        return found
 
 
 def _finite(

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from fusion_trainer.dialogues import Dialogues
+from fusion_trainer.readers import DIALOGUES, Reader, reader_of_store
 from fusion_trainer.representations.reader import tokenizer_of
-from fusion_trainer.representations.store import RepresentationStore
+from fusion_trainer.representations.store import ALIGNED, RepresentationStore
 from fusion_trainer.tokens import TextTokenizer, supervised_positions
 
 __all__ = ["show_manifest", "show_row"]
@@ -18,6 +19,7 @@ def show_manifest(store: RepresentationStore) -> str:
     sizes = {key: value for key, value in store.manifest.items() if isinstance(value, int)}
     sizes |= {"shards": len(store.manifest["shards"]), "bytes": store.bytes}
     facts: dict[str, Any] = {**store.identity, **sizes}
+    facts.pop("jinja", None)  # long
     facts["made with"] = " and then ".join(str(one) for one in store.manifest["made_with"])
     width = max(map(len, facts))
     return "\n".join(f"{key:{width}}  {value}" for key, value in facts.items())
@@ -52,9 +54,14 @@ def show_row(
     head = f"\nrow {row}: conversation {found.conversation!r}, block {found.block}, {len(found)} supervised tokens"
     if prepared is not None:
         block = prepared[row]
-        tokens = reader.encode([block.text])[0]
-        golds = [_shown(reader, int(tokens.ids[p + 1])) for p in supervised_positions(tokens, block.spans)]
-        head += f"\n{block.text}\n"
+        aligned = store.identity.get("kind") == ALIGNED
+        asked = (Reader(reader, DIALOGUES) if aligned else reader_of_store(store.identity, reader)).read(block)
+        tokens = reader.encode([asked.text])[0]
+        golds = [_shown(reader, int(tokens.ids[p + 1])) for p in supervised_positions(tokens, asked.spans)]
+        first = asked.spans[0][0] if asked.spans else 0
+        before = asked.text.encode()[:first].decode(errors="replace")
+        bos = "".join(reader.tokenizer.convert_ids_to_tokens(reader.prefix))
+        head += f"\nread before the first answer: {bos + before.removeprefix(bos)!r}\n{asked.text}\n"
     lines = [f"{'next token':16} {'log p':>7}  {'tail':>6}  top {store.k}"]
     for number in range(min(positions, len(found))):
         shares = np.exp(found.logprobs[number].astype(np.float32))

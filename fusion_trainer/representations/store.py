@@ -9,6 +9,9 @@ text: position p of the tokenised block is there when the token after p is the a
 (``tokens.supervised_positions``), and its distribution predicts that token. At k = 10 a position takes 44 bytes
 (64 where ids need 32 bits), a row some 40 more.
 
+``answers`` says where each answer's content and its end lie in the text that the model has read: its turn, the
+first byte of the content, the byte after it, and the byte after the marker of its end.
+
 An aligned store has the same format, in the pivot's ids and positions, and four columns more: which positions are
 the source's (``paired``), how many bytes the token of ``gold_logprob`` covers (``gold_bytes``: the two tokenizers'
 tokens differ in length), and the source's cross-entropy in the conversation per token and per byte.
@@ -54,20 +57,21 @@ __all__ = [
 ]
 
 FORMAT = "fusion-trainer representations"
-VERSION = 1
+VERSION = 2
 MANIFEST, PLAN = "manifest.json", "extraction.json"
 ALIGNED = "aligned"
 """What the identity of an aligned store says under ``kind``."""
-ALIGNED_VERSION = 2
+ALIGNED_VERSION = 3
 """And under ``version``: raised with its columns, and with what they mean."""
 FACTS = b"fusion_trainer"
 """Key of a shard's own facts in its schema's metadata."""
 OWN_FACTS = ("positions", "batch_tokens")
 """Facts of a shard that the manifest names for each."""
 ALIGNED_COLUMNS = (("paired", pa.uint8()), ("gold_bytes", pa.uint16()))
-CROSS_ENTROPIES = ("ce_per_token", "ce_per_byte")
-NAMES = ("model", "pivot", "pivot_revision")
-"""Of an identity: a folder that has moved is the same by its hashes."""
+CROSS_ENTROPIES = ("ce_per_token", "ce_per_byte", "pivot_ce_per_token", "pivot_ce_per_byte")
+ANSWERS = pa.list_(pa.list_(pa.int32(), 4))
+NAMES = ("model", "pivot", "pivot_revision", "jinja")
+"""Of an identity: a folder that has moved is the same by its hashes, and so is a template."""
 LEAST = float(np.finfo(np.float16).min)
 SLACK = 2e-3
 """How far Σ exp(logprobs) + tail may lie from 1: float16 keeps 11 bits of a logarithm."""
@@ -101,16 +105,20 @@ class Aligned(Supervised):
         paired: uint8 [positions], 1 where the distribution is the source's and 0 where it is the pivot's own.
         gold_bytes: uint16 [positions], at least 1: how many bytes of text the token of ``gold_logprob`` covers.
             That is the source's next token where paired (of several the mean by their weights, rounded), the
-            pivot's elsewhere.
-        ce_per_token: The source's mean cross-entropy on its own gold tokens, nats (the papers' unit); NaN where
-            its store has no position of the conversation.
-        ce_per_byte: The same in nats per supervised byte, comparable between tokenizers.
+            pivot's elsewhere and at the ends of answers.
+        ce_per_token: The source's mean cross-entropy on its own gold tokens, nats (the papers' unit), over the
+            bytes that both models have predicted; NaN where there are none.
+        ce_per_byte: The same in nats per byte, comparable between tokenizers.
+        pivot_ce_per_token: The pivot's over the same bytes.
+        pivot_ce_per_byte: The same per byte.
     """
 
     paired: NDArray[np.uint8]
     gold_bytes: NDArray[np.uint16]
     ce_per_token: float
     ce_per_byte: float
+    pivot_ce_per_token: float
+    pivot_ce_per_byte: float
 
 
 @dataclass(frozen=True)
@@ -120,10 +128,12 @@ class Representation(Supervised):
     Attributes:
         conversation: The conversation's id.
         block: Which of its blocks.
-        paired: As in ``Aligned``; None in a store that is not aligned, as are the next three.
+        paired: As in ``Aligned``; None in a store that is not aligned, as are the next five.
         gold_bytes: As in ``Aligned``.
         ce_per_token: As in ``Aligned``.
         ce_per_byte: As in ``Aligned``.
+        pivot_ce_per_token: As in ``Aligned``.
+        pivot_ce_per_byte: As in ``Aligned``.
     """
 
     conversation: str
@@ -132,6 +142,8 @@ class Representation(Supervised):
     gold_bytes: NDArray[np.uint16] | None = None
     ce_per_token: float | None = None
     ce_per_byte: float | None = None
+    pivot_ce_per_token: float | None = None
+    pivot_ce_per_byte: float | None = None
 
 
 def id_dtype(vocabulary: int) -> type[np.uint16] | type[np.uint32]:
@@ -153,7 +165,11 @@ def schema(k: int, vocabulary: int, aligned: bool = False) -> pa.Schema:
         [
             pa.field("conversation", pa.string(), nullable=False),
             pa.field("block", pa.int32(), nullable=False),
-            *(pa.field(name, pa.float32(), nullable=False) for name in (CROSS_ENTROPIES if aligned else ())),
+            *(
+                [pa.field(name, pa.float32(), nullable=False) for name in CROSS_ENTROPIES]
+                if aligned
+                else [pa.field("answers", ANSWERS, nullable=False)]
+            ),
             pa.field("positions", pa.list_(pa.field("item", pa.struct(fields), nullable=False)), nullable=False),
         ]
     )
@@ -239,7 +255,12 @@ class StoreWriter:
         return self.folder / f"shard-{shard:05}.arrow"
 
     def write(
-        self, shard: int, names: Sequence[tuple[str, int]], rows: Sequence[Supervised], facts: dict[str, int]
+        self,
+        shard: int,
+        names: Sequence[tuple[str, int]],
+        rows: Sequence[Supervised],
+        facts: dict[str, int],
+        answers: Sequence[Sequence[Sequence[int]]] | None = None,
     ) -> None:
         """Write a shard in the background; waits for the one before it.
 
@@ -248,12 +269,13 @@ class StoreWriter:
             names: Conversation and block of each row.
             rows: Their distributions.
             facts: What the manifest is to sum up over the shards.
+            answers: Of a store that is not aligned: where each row's answers are.
 
         Raises:
             FusionError: The shard before this could not be written.
         """
         self.wait()
-        self._last = self._thread.submit(self._write, shard, names, rows, facts)
+        self._last = self._thread.submit(self._write, shard, names, rows, facts, answers)
 
     def wait(self) -> None:
         """Wait until all that was given is on the disk.
@@ -267,7 +289,12 @@ class StoreWriter:
                 last.result()
 
     def _write(
-        self, shard: int, names: Sequence[tuple[str, int]], rows: Sequence[Supervised], facts: dict[str, int]
+        self,
+        shard: int,
+        names: Sequence[tuple[str, int]],
+        rows: Sequence[Supervised],
+        facts: dict[str, int],
+        answers: Sequence[Sequence[Sequence[int]]] | None,
     ) -> None:
         aligned = self.identity.get("kind") == ALIGNED
         columns = schema(self.identity["top_k"], self.identity["vocabulary"], aligned)
@@ -284,19 +311,24 @@ class StoreWriter:
         arrays = [
             pa.array(conversations, pa.string()),
             pa.array(blocks, pa.int32()),
-            *(pa.array([getattr(row, name) for row in rows], pa.float32()) for name in columns.names[2:-1]),
+            *(
+                [pa.array([getattr(row, name) for row in rows], pa.float32()) for name in CROSS_ENTROPIES]
+                if aligned
+                else [pa.array([[] for _ in rows] if answers is None else answers, ANSWERS)]
+            ),
             pa.ListArray.from_arrays(pa.array(offsets), struct, type=columns.field("positions").type),
         ]
         facts = {"shard": shard, "first_row": self.first_rows[shard], **facts}
         columns = columns.with_metadata({FACTS: json.dumps(facts).encode()})
         with whole_file(self.path(shard)) as file, pa.ipc.new_file(file, columns) as writer:
             writer.write_batch(pa.record_batch(arrays, schema=columns))
+        self.path(shard).with_suffix(".partial").unlink(missing_ok=True)
 
     def abandon(self) -> None:
         """After a failure: remove the folder if nothing in it is worth going on with."""
         with suppress(FusionError):
             self.wait()
-        if not any(self.folder.glob("shard-*.arrow")) and not self.finished:
+        if not any(self.folder.glob("shard-*")) and not self.finished:
             (self.folder / PLAN).unlink(missing_ok=True)
             with suppress(OSError):
                 self.folder.rmdir()
@@ -317,7 +349,7 @@ class StoreWriter:
         about = {"format": FORMAT, "version": VERSION, "identity": self.identity, "made_with": self.made_with}
         manifest = {**about, **totals, "shards": shards}
         with written_to(self.folder):
-            for path in self.folder.glob(f"*{TEMPORARY}"):
+            for path in (*self.folder.glob(f"*{TEMPORARY}"), *self.folder.glob("*.partial")):
                 path.unlink(missing_ok=True)
             write_json(self.folder / MANIFEST, manifest)
             (self.folder / PLAN).unlink(missing_ok=True)
@@ -408,12 +440,19 @@ class _Shard:
 class RepresentationStore:
     """A finished store, memory-mapped; rows by number, as the blocks of the dialogues.
 
+    A shard is held against the manifest's hash when it is first read.
+
+    Args:
+        folder: Where it is.
+        checked: Whether all shards were held against their hashes already.
+
     Raises:
         FusionError: No finished store is there, or a shard is missing or has not the size the manifest names.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, checked: bool = False) -> None:
         self.folder = Path(folder)
+        self.checked = checked
         self.manifest = self._manifest()
         self.k: int = self.identity["top_k"]
         self._first_rows = np.array([shard["first_row"] for shard in self.manifest["shards"]])
@@ -425,8 +464,30 @@ class RepresentationStore:
                 "again: it makes only what is missing."
             )
 
-    def __reduce__(self) -> tuple[type["RepresentationStore"], tuple[Path]]:
-        return type(self), (self.folder,)
+    def __reduce__(self) -> tuple[type["RepresentationStore"], tuple[Path, bool]]:
+        return type(self), (self.folder, self.checked)
+
+    def check(self) -> "RepresentationStore":
+        """This store, once all its shards were held against the manifest's hashes.
+
+        Raises:
+            FusionError: The bytes of some are others.
+        """
+        if not self.checked:
+            damaged = [shard["file"] for shard in self.manifest["shards"] if not self._intact(shard)]
+            if damaged:
+                raise self._damaged(damaged)
+            self.checked = True
+        return self
+
+    def _intact(self, shard: dict[str, Any]) -> bool:
+        return sha256_of(self.folder / shard["file"]) == str(shard["sha256"])
+
+    def _damaged(self, files: Sequence[str]) -> FusionError:
+        return FusionError(
+            f"the store `{self.folder}` is damaged: {', '.join(files)} does not have the SHA-256 of the manifest."
+            "\nRemove what is damaged and run the command that made the store: it makes only what is missing."
+        )
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -464,6 +525,9 @@ class RepresentationStore:
         return (self[row] for row in range(len(self)))
 
     def _map(self, number: int) -> _Shard:
+        described = self.manifest["shards"][number]
+        if not self.checked and not self._intact(described):
+            raise self._damaged([described["file"]])
         self._open[number] = _Shard(self.folder / self.manifest["shards"][number]["file"], self.k)
         return self._open[number]
 
@@ -501,10 +565,10 @@ class RepresentationStore:
         """Everything wrong with the content, shard by shard: checksums, NaN, ranges."""
         for number, described in enumerate(self.manifest["shards"]):
             name = described["file"]
-            if sha256_of(self.folder / name) != described["sha256"]:
+            if not self._intact(described):
                 yield f"{name}: its SHA-256 is not the manifest's; remove it and run its command again"
             try:
-                shard = self._open.get(number) or self._map(number)
+                shard = self._open.get(number) or _Shard(self.folder / name, self.k)
             except (pa.ArrowException, OSError, KeyError, ValueError) as error:
                 yield f"{name}: not a readable shard: {error}"
                 continue

@@ -18,12 +18,13 @@ from typing import Any
 
 import yaml
 
+from varm_common.standard_errors import difference
 from varm_merge.comparison.programs import Program
 from varm_merge.comparison.steps import Contents
 from varm_merge.errors import VarmError
 from varm_merge.files import write_whole
 
-__all__ = ["HeldOut", "Scorers", "Tasks", "environment"]
+__all__ = ["HeldOut", "Scorers", "Tasks", "differences", "environment"]
 
 MOST_TOKENS, LEAST_TOKENS = 2048, 16
 """Of the pivot in a block of held-out text; less where its context is shorter."""
@@ -31,6 +32,10 @@ DATA = ("dataset_path", "data_dir", "data_files")
 """Keys of a task under which local data are named."""
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length")
 HARNESS = "lm-eval"
+SCORES = 2
+"""Version of what is kept of a model's scores: since 2 the sums of each conversation."""
+RATIOS = {"nats_per_byte": ("nats", "bytes"), "exact_match": ("matched", "rows")}
+"""Scores on held-out text, and the sums whose ratio they are."""
 LOADING = ("transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto")
 """What transformers imports to load a model."""
 
@@ -52,7 +57,7 @@ class HeldOut:
         ]  # fmt: skip
         template = Path(self.template) if self.template else None
         rendered = contents.fingerprint([template]) if template and template.is_file() else self.template
-        return {"data": found, "template": rendered, "varm-merge": version("varm-merge")}
+        return {"data": found, "template": rendered, "scores": SCORES, "varm-merge": version("varm-merge")}
 
 
 @dataclass(frozen=True)
@@ -182,11 +187,10 @@ class Scorers:
         return folder
 
     def held_out(self, model: Path, dialogues: Path, log: Path) -> dict[str, Any]:
-        """Loss per byte and exact matches by group of conversations, ``all`` first.
+        """Loss per byte and exact matches by group of conversations, ``all`` first, and the sums of each.
 
         Raises:
-            CommandError: It cannot be scored.
-            VarmError: The loss is not finite.
+            CommandError: It cannot be scored, or its loss is not finite.
         """
         output = self.folder / "scores.json"
         output.unlink(missing_ok=True)
@@ -194,9 +198,7 @@ class Scorers:
         self._trainer.run(["evaluate", *where, *self._trust("--trust-remote-code")], log)
         found = json.loads(output.read_text(encoding="utf-8"))
         output.unlink()
-        if not math.isfinite(found["groups"]["all"]["nats"]):
-            raise VarmError("the loss is not finite: are there NaN or Inf in the weights?")
-        return {"groups": found["groups"]}
+        return {"groups": found["groups"], "conversations": found["conversations"]}
 
     def demand(self, tasks: Tasks, log: Path) -> None:
         """See that the harness knows all tasks.
@@ -241,6 +243,30 @@ class Scorers:
 
     def _trust(self, flag: str) -> Sequence[str]:
         return [flag] if self.trust_remote_code else []
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """How much two models' scores on held-out text differ, over the same conversations.
+
+    Args:
+        one: What ``Scorers.held_out`` returned.
+        other: The same of another model.
+        group: Of conversations; ``all``: every one.
+
+    Returns:
+        For each score ``[difference, its standard error]``; the error is None with a single conversation.
+    """
+    names = [
+        name
+        for name, of in one["conversations"].items()
+        if group in ("all", of["group"]) and name in other["conversations"]
+    ]
+    sides = [[of["conversations"][name] for name in names] for of in (one, other)]
+    return {
+        score: difference(*(([of[top] for of in own], [of[bottom] for of in own]) for own in sides))
+        for score, (top, bottom) in RATIOS.items()
+        if all(any(of[bottom] for of in own) for own in sides)
+    }
 
 
 def _length(pivot: Path) -> int:

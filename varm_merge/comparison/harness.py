@@ -8,6 +8,7 @@ that is not one of the user's own.
 
 import difflib
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -42,11 +43,18 @@ def main(settings: Path, output: Path) -> None:
         sys.exit(f"Error: lm-evaluation-harness knows no task {missing}" if missing else 0)
     task = asked.pop("task")
     asked["device"] = asked["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    found = simple_evaluate(
-        model="hf", tasks=[task], task_manager=_index(task, folder), log_samples=False, **asked
-    )
+    found = simple_evaluate(model="hf", tasks=[task], task_manager=_index(task, folder), log_samples=True, **asked)
+    if any(_has_nan(one["resps"]) for samples in found["samples"].values() for one in samples):
+        sys.exit("Error: the model gives NaN as likelihoods: its weights or its arithmetic are not finite")
     kept = {name: found.get(name) for name in KEPT}
     output.write_text(json.dumps(kept, default=str), encoding="utf-8")
+
+
+def _has_nan(answers: Any) -> bool:
+    """A model of NaN still gets a score: the first choice is taken for the likeliest."""
+    if isinstance(answers, (list, tuple)):
+        return any(map(_has_nan, answers))
+    return isinstance(answers, float) and math.isnan(answers)
 
 
 def _index(task: str, folder: str | None) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from varm_common.standard_errors import NOISE
 from varm_merge import page
 from varm_merge.comparison import plots
 from varm_merge.files import write_whole
@@ -20,6 +21,10 @@ ALL = "all"
 """The group of all held-out rows."""
 
 
+MARKED = (
+    "The best of a column is marked; a held-out score or a task's only if it differs from every other by more "
+    f"than {NOISE:g} standard errors."
+)
 TO_TARGETS = (
     (
         "distance",
@@ -67,12 +72,14 @@ class Column:
         value: The number, None where there is none.
         text: How it is shown.
         better: ``min`` or ``max``, None where neither end is better.
+        differ: Whether the numbers of two rows differ by more than noise; None where the noise is not known.
     """
 
     title: str
     value: Callable[[Row], float | None]
     text: Callable[[Row, float], str]
     better: str | None = None
+    differ: Callable[[Row, Row], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     """All tables of a comparison."""
     rows: Sequence[Row] = report["rows"]
     targets = [row["name"] for row in rows if row["role"] == "target"]
+    pivots = [row["name"] for row in rows if row["role"] == "pivot" and row["held_out"]]
     made = [
         _table(
             "side-by-side",
@@ -97,7 +105,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
             f"Time and memory of whole mergekit-yaml runs, {_memory(report)}. Distance: ‖merged − pivot‖ / "
             "‖pivot‖. "
             "Sign agreement: of the elements that a target moved, the share that the merge moved in the same "
-            "direction; the mean over the targets. The best of a column is marked.",
+            f"direction; the mean over the targets. {MARKED}",
             [*_costs(report), *_ends(), *_scores(rows)],
             rows,
         ),
@@ -114,14 +122,22 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         _table(
             "held-out",
             "Held-out loss by group, nats per byte",
-            "Groups are the parts of the conversations' ids before the first “/”.",
+            f"Groups are the parts of the conversations' ids before the first “/”. {MARKED}",
             [_loss(group, group) for group in _groups(rows) if group != ALL],
             rows,
         ),
         _table(
+            "held-out-difference",
+            "Held-out loss less the pivot's, nats per byte",
+            "Below 0 is better. ± is the standard error over conversations, of the two models' differences on the "
+            f"same ones. Less than {NOISE:g} standard errors is noise.",
+            [_less(pivot, group) for pivot in pivots for group in _groups(rows)],
+            [row for row in rows if row["role"] != "pivot" and row["held_out"]],
+        ),
+        _table(
             "tasks",
             "Tasks, all metrics",
-            "By lm-evaluation-harness, ± its standard error.",
+            f"By lm-evaluation-harness, ± its standard error. {MARKED}",
             [_measure(task, one) for task, one in _measures(rows)],
             rows,
         ),
@@ -134,12 +150,21 @@ def _table(name: str, title: str, note: str, columns: Sequence[Column], rows: Se
     for number, column in enumerate(columns):
         values = [value for row in rows if (value := column.value(row)) is not None]
         if column.better and len(values) > 1 and min(values) < max(values):
-            best[number] = min(values) if column.better == "min" else max(values)
+            end = min(values) if column.better == "min" else max(values)
+            if _stands_out(column, end, rows):
+                best[number] = end
     cells = [
         (row["name"], _role(row), [_cell(column, row, best.get(n)) for n, column in enumerate(columns)])
         for row in rows
     ]
     return Table(name, title, note, ["model", *(column.title for column in columns)], cells)
+
+
+def _stands_out(column: Column, end: float, rows: Sequence[Row]) -> bool:
+    """Whether the row with the best number differs from every other by more than noise, where that is known."""
+    differ, known = column.differ, [row for row in rows if column.value(row) is not None]
+    first = next(row for row in known if column.value(row) == end)
+    return differ is None or all(differ(first, row) for row in known if row is not first)
 
 
 def _cell(column: Column, row: Row, best: float | None) -> Cell:
@@ -208,7 +233,30 @@ def _loss(group: str, title: str) -> Column:
         found: float | None = (row["held_out"] or {}).get(group, {}).get("nats_per_byte")
         return found
 
-    return Column(title, value, lambda _, number: f"{number:.4f}", "min")
+    return Column(title, value, lambda _, number: f"{number:.4f}", "min", _differ(group, "nats_per_byte"))
+
+
+def _against(row: Row, other: str, group: str, score: str) -> tuple[float | None, float | None]:
+    """The difference of a score to another model's, and its standard error; None where it is not known."""
+    found = (row["held_out"] or {}).get(group, {}).get("against", {}).get(other, {})
+    gap, error = found.get(score) or (None, None)
+    return gap, error
+
+
+def _differ(group: str, score: str) -> Callable[[Row, Row], bool]:
+    def differ(one: Row, other: Row) -> bool:
+        gap, error = _against(one, other["name"], group, score)
+        return gap is not None and error is not None and abs(gap) > NOISE * error
+
+    return differ
+
+
+def _less(pivot: str, group: str) -> Column:
+    def text(row: Row, gap: float) -> str:
+        error = _against(row, pivot, group, "nats_per_byte")[1]
+        return f"{gap:+.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+    return Column(group, lambda row: _against(row, pivot, group, "nats_per_byte")[0], text)
 
 
 def _scores(rows: Sequence[Row]) -> Iterator[Column]:
@@ -219,6 +267,7 @@ def _scores(rows: Sequence[Row]) -> Iterator[Column]:
             lambda row: (row["held_out"] or {}).get(ALL, {}).get("exact_match"),
             lambda _, value: f"{value:.1%}",
             "max",
+            _differ(ALL, "exact_match"),
         )
     for task, one in main_measures(rows):
         yield _measure(task, one)
@@ -263,7 +312,14 @@ def _measure(task: str, one: Mapping[str, Any]) -> Column:
         error = found["standard_error"] if found else None
         return f"{number:.3f}" if error is None else f"{number:.3f} ± {error:.3f}"
 
-    return Column(f"{subtask}, {metric}", value, text, "max" if one["higher_is_better"] else "min")
+    def differ(first: Row, second: Row) -> bool:
+        """Not paired: the harness gives one error for each model."""
+        both = [found for row in (first, second) if (found := measure_of(row, task, subtask, metric))]
+        errors = [found["standard_error"] for found in both]
+        return None not in errors and abs(both[0]["value"] - both[1]["value"]) > NOISE * math.hypot(*errors)
+
+    better = "max" if one["higher_is_better"] else "min"
+    return Column(f"{subtask}, {metric}", value, text, better, differ)
 
 
 # Where it is shown

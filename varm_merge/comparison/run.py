@@ -19,7 +19,7 @@ from mergekit.common import ModelReference
 from varm_common.checkpoints import weight_files
 from varm_merge.comparison.distances import distances, moved_layers
 from varm_merge.comparison.entries import Entry, Family, short_names
-from varm_merge.comparison.evaluation import HeldOut, Scorers, Tasks, environment
+from varm_merge.comparison.evaluation import HeldOut, Scorers, Tasks, differences, environment
 from varm_merge.comparison.steps import RECIPE, Contents, Steps, is_a_merge, model_files, remove
 from varm_merge.errors import VarmError
 from varm_merge.lineage import Place
@@ -377,8 +377,8 @@ class _Comparison:
             return None
 
     def _evaluate(self, row: Row) -> None:
-        """Held-out loss and tasks, what of it was not done before."""
-        if not row.fingerprint or not (self.settings.held_out or self.settings.tasks):
+        """Held-out loss and tasks, what of it was not done before; not of a model with damaged weights."""
+        if not row.fingerprint or row.problems or not (self.settings.held_out or self.settings.tasks):
             return
         log = self.out / "logs" / f"{row.file}-evaluation.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -444,8 +444,18 @@ class _Comparison:
             "runs": row.found.get("runs", []),
             "bytes": row.found.get("bytes"),
             "distances": row.found.get("distances"),
-            "held_out": row.found.get("held-out", {}).get("groups"),
+            "held_out": self._held_out(row),
             "tasks": {name: found["measures"] for name, found in tasks.items()},
+        }
+
+    def _held_out(self, row: Row) -> dict[str, Any] | None:
+        """The scores by group, each with its differences to those of the other models, by their names."""
+        if (own := row.found.get("held-out")) is None:
+            return None
+        others = {one.name: found for one in self.rows if one is not row and (found := one.found.get("held-out"))}
+        return {
+            group: {**of, "against": {name: differences(own, found, group) for name, found in others.items()}}
+            for group, of in own["groups"].items()
         }
 
     def _tell(self, message: str) -> None:

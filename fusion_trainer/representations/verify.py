@@ -1,0 +1,29 @@
+"""A store and what lies beside it, held against the hashes that were written with it."""
+
+from collections.abc import Iterator
+
+from fusion_trainer.alignment.keeping import damage
+from fusion_trainer.batches import DIGITS
+from fusion_trainer.dialogues import Dialogues
+from fusion_trainer.errors import FusionError
+from fusion_trainer.files import sha256_of
+from fusion_trainer.representations.store import RepresentationStore
+
+__all__ = ["all_problems"]
+
+
+def all_problems(store: RepresentationStore) -> Iterator[str]:
+    """Everything wrong with a store, its dialogues, their token files, and the maps and counts beside it."""
+    yield from store.problems()
+    dialogues = Dialogues.beside(store.folder, store.identity["data"])
+    if dialogues is not None:
+        try:
+            len(dialogues)
+        except FusionError as error:
+            yield str(error)
+        for path in sorted(dialogues.folder.glob("tokens-*-*.arrow")):
+            if not sha256_of(path).startswith(path.stem.rpartition("-")[2][:DIGITS]):
+                yield f"{path}: the bytes are not those that were written; remove it, it is made again"
+    for path in sorted(store.folder.resolve().parent.glob("*.safetensors")):
+        if problem := damage(path):
+            yield problem
