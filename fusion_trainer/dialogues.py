@@ -469,14 +469,13 @@ def _as_rendered(
             parts.append(raw[start:stop])
             done += stop - start
         answers.append(replace(answer, pieces=tuple(pieces)))
-        if not turns:
-            continue
-        turn = turns[answer.turn]
-        extra = dict(turn.extra)
-        if str(extra.get("reasoning_content") or "").strip() not in rendered.text:
-            del extra["reasoning_content"]
-        content = b"".join(parts).decode(errors="ignore") if pieces else turn.content
-        turns[answer.turn] = replace(turn, content=content, extra=extra)
+        if turns and pieces:
+            turns[answer.turn] = replace(turns[answer.turn], content=b"".join(parts).decode(errors="ignore"))
+    for number in set(rendered.contents) - {answer.turn for answer in answers}:  # rendered, not learnt
+        turns[number] = replace(turns[number], content=rendered.contents[number])
+    for number in rendered.silent:
+        extra = {key: value for key, value in turns[number].extra.items() if key != "reasoning_content"}
+        turns[number] = replace(turns[number], extra=extra)
     return tuple(answers), tuple(turns)
 
 
@@ -577,7 +576,8 @@ class Dialogues:
     @classmethod
     def beside(cls, store: Path, data: str) -> "Dialogues | None":
         """The folder beside a store whose fingerprint is ``data``."""
-        for manifest in sorted(store.resolve().parent.glob("*/manifest.json")):
+        folder = store.resolve().parent
+        for manifest in sorted((*folder.glob("*/manifest.json"), *folder.parent.glob("*/manifest.json"))):
             try:
                 found = cls(manifest.parent)
             except (FusionError, ValueError):

@@ -92,7 +92,7 @@ class Reader:
         self.counts.update({f"{LEFT_OUT}{kind}": size for kind, size in rendered.left_out.items()})
         theirs = {answer.turn: answer for answer in rendered.answers}
         answers = tuple(
-            _compared(theirs[own.turn], own, block.messages[own.turn], rendered.text)
+            _compared(theirs[own.turn], own, block.messages[own.turn], own.turn in rendered.silent)
             for own in block.answers
             if own.turn in theirs
         )
@@ -113,10 +113,9 @@ class Reader:
         return replace(answer, end=answer.mark, closed=False)
 
 
-def _compared(answer: Answer, own: Answer, message: Message, text: str) -> Answer:
+def _compared(answer: Answer, own: Answer, message: Message, silent: bool) -> Answer:
     """The answer with the pieces that both models have read up to; none where its reasoning is not rendered."""
-    reasoning = str(message.extra.get("reasoning_content") or "").strip()
-    if not own.pieces or reasoning not in text:
+    if not own.pieces or silent:
         return replace(answer, pieces=(), closed=False)
     content = message.content.encode()
     pieces: list[tuple[int, int, int]] = []

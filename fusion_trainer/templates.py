@@ -57,6 +57,8 @@ class Rendered:
         bos: Bytes of BOS at the head of ``text``.
         folded: Whether the template refuses a system turn, and its text was put before the first user turn.
         left_out: Bytes of the conversation that the template does not write, by kind, and ``<kind>, turns``.
+        contents: What is left of each answer's content, learnt or not, by turn; nothing where it was rewritten.
+        silent: The turns whose separate reasoning is not rendered.
     """
 
     text: str
@@ -64,6 +66,8 @@ class Rendered:
     bos: int = 0
     folded: bool = False
     left_out: Mapping[str, int] = field(default_factory=dict)
+    contents: Mapping[int, str] = field(default_factory=dict)
+    silent: frozenset[int] = frozenset()
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -112,7 +116,10 @@ class Template:
     @property
     def end_ids(self) -> list[int]:
         """Ids of the single tokens that end an answer, that of an earlier answer first."""
-        marks = [mark.strip() for mark in (self._frame.between, self._frame.last)]
+        tokens = [
+            self._any_token.findall(mark) for mark in (self._frame.between, self._frame.last) if self._any_token
+        ]
+        marks = [some[-1] for some in tokens if some]
         known = {token.content: number for number, token in self.tokenizer.added_tokens_decoder.items()}
         return list(dict.fromkeys(known[mark] for mark in marks if mark in known))
 
@@ -140,8 +147,10 @@ class Template:
                 rendered = None
             if rendered is None:
                 raise
-            moved = [replace(answer, turn=answer.turn + 1) for answer in rendered.answers]
-            return replace(rendered, answers=tuple(moved), folded=True)
+            moved = tuple(replace(answer, turn=answer.turn + 1) for answer in rendered.answers)
+            contents = {turn + 1: content for turn, content in rendered.contents.items()}
+            silent = frozenset(turn + 1 for turn in rendered.silent)
+            return replace(rendered, answers=moved, folded=True, contents=contents, silent=silent)
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> Rendered:
         text = self._apply(messages, tools)
@@ -154,8 +163,15 @@ class Template:
             last = one.turn == len(messages) - 1
             if messages[one.turn].learn:
                 answers.append(self._answer(text, messages, tools, one, text[one.stop : following], last))
-        left_out = self._left_out(text, messages, tools, found)
-        return self._in_bytes(text, answers, left_out)
+        silent = frozenset(
+            number
+            for number, message in enumerate(messages)
+            if message.extra.get("reasoning_content") and not self._reasons(messages, tools, number)
+        )
+        left_out = self._left_out(text, messages, tools, found, silent)
+        contents = {one.turn: "".join(text[a:b] for a, b, _ in one.content) for one in found if one.content}
+        rendered = self._in_bytes(text, answers, left_out)
+        return replace(rendered, contents=contents, silent=silent)
 
     def _apply(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False
@@ -290,33 +306,67 @@ class Template:
         if not text.startswith(before):
             return None
         start = len(before)
-        if text.startswith(after):
-            stop = start + len(self._without_marker(after[start:]))
-        else:
-            ending = self._frame.between.strip()
-            stop = text.find(ending, start) if ending else -1
-        names = [_name(call) for call in messages[number].extra.get("tool_calls") or ()]
-        if stop < start or not all(name in text[start:stop] for name in names):
+        if not after.startswith(before):
             return None
-        content = messages[number].content.strip()
-        at = text.find(content, start, stop) if content else -1
-        piece = ((at, at + len(content), messages[number].content.find(content)),) if at >= 0 else ()
+        ending = self._last_token(after[start:])
+        if text.startswith(after):
+            stop = start + len(after[start:].rstrip().removesuffix(ending)) if ending else len(after)
+        else:  # later turns change it: its end is the first one after its last call, before the next turn
+            names = [_name(call) for call in messages[number].extra.get("tool_calls") or ()]
+            called = max((text.find(name, start) for name in names), default=start)
+            stop = text.find(ending, called) if ending else -1
+            if stop < called or called < start or stop > self._next_turn(text, messages, tools, number):
+                return None
+        content = messages[number].content
+        piece = self._place_of_content(text, messages, tools, number, start, stop) if content.strip() else ()
         return _Found(number, start, stop, piece)
 
-    def _without_marker(self, written: str) -> str:
-        """An answer's text without the token that ends it."""
+    def _place_of_content(
+        self,
+        text: str,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        number: int,
+        start: int,
+        stop: int,
+    ) -> tuple[Piece, ...]:
+        """Where the content stands in an answer with calls: where a mark in its place stands."""
+        marked, marks = _marked(messages, [number])
+        before, found, _ = self._apply(marked, tools).partition(marks[0])
+        content = messages[number].content
+        part = content.strip()
+        if not found or not text.startswith(before) or not text.startswith(part, len(before)):
+            return ()
+        at = len(before)
+        return ((at, at + len(part), content.find(part)),) if start <= at and at + len(part) <= stop else ()
+
+    def _next_turn(self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, number: int) -> int:
+        """Where the content of the next turn begins; the text's end if there is none, 0 if it cannot be told."""
+        if number + 1 == len(messages):
+            return len(text)
+        marked, marks = _marked(messages, [number + 1])
+        before, found, _ = self._apply(marked, tools).partition(marks[0])
+        return len(before) if found and text.startswith(before) else 0
+
+    def _last_token(self, written: str) -> str:
+        """The special token that a text ends with; empty if there is none."""
         shorter = written.rstrip()
-        marks = [mark for mark in self._tokens if shorter.endswith(mark)]
-        return shorter[: -len(max(marks, key=len))] if marks else written
+        marks = [mark for mark in self._tokens if shorter.endswith(mark) and mark in self._special]
+        return max(marks, key=len, default="")
+
+    @cached_property
+    def _special(self) -> frozenset[str]:
+        return frozenset(one.content for one in self.tokenizer.added_tokens_decoder.values() if one.special)
 
     # Where an answer opens and ends
 
     @cached_property
     def _tokens(self) -> list[str]:
-        """Added tokens that may end an answer."""
+        """Added tokens that may end an answer: not BOS, and not the tags of a pair, which hold something."""
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.content.strip()}
-        bos = self.tokenizer.bos_token
-        return sorted(added - ({bos} if bos != self.tokenizer.eos_token else set()), key=len, reverse=True)
+        tags = {tag for name in added if (closing := f"</{name[1:]}") in added for tag in (name, closing)}
+        ends = (added - tags - {self.tokenizer.bos_token}) | (added & {self.tokenizer.eos_token})
+        return sorted(ends, key=len, reverse=True)
 
     @cached_property
     def _token_ahead(self) -> re.Pattern[str] | None:
@@ -328,10 +378,15 @@ class Template:
         turns = [
             Message(("user", "assistant")[n % 2], text) for n, text in enumerate((user, answer, again, second))
         ]
-        try:
-            text = self._apply(turns)
-            before, with_prompt = self._apply(turns[:1]), self._apply(turns[:1], prompt=True)
-        except TemplateError:
+        system = [Message("system", "\ue0009\ue000")]
+        for head in ([], system):  # some templates demand a system turn
+            try:
+                text = self._apply([*head, *turns])
+                before, with_prompt = (self._apply([*head, turns[0]], prompt=asked) for asked in (False, True))
+                break
+            except TemplateError:
+                continue
+        else:
             return _Frame()
         prompt = with_prompt.removeprefix(before) if with_prompt.startswith(before) else ""
         if not all(mark in text for mark in (user, answer, again)):
@@ -339,12 +394,12 @@ class Template:
         first_header = text.partition(user)[0].removeprefix(self.tokenizer.bos_token or "")
         between = text.partition(answer)[2].partition(again)[0]
         closing = text.partition(second)[2] if second in text else ""
-        middle = self._marker(between, prompt)
+        middle = self._marker(between, prompt, closing)
         if middle is None:
             owned = first_header.strip() and between.endswith(first_header)
             middle = between.removesuffix(first_header) if owned else between[: _shared(between, closing)]
             middle = middle.rstrip()
-        last = self._marker(closing, prompt)
+        last = self._marker(closing, prompt, closing)
         if last is None:
             header = text.partition(second)[0]
             is_header = closing[len(closing) - _shared(closing[::-1], header[::-1]) :].strip()
@@ -352,12 +407,22 @@ class Template:
             last = middle if middle and closing.startswith(middle) else last
         return _Frame(prompt, middle, last)
 
-    def _marker(self, following: str, prompt: str) -> str | None:
-        """The added token at the head of what follows an answer, with the white space before it."""
+    def _marker(self, following: str, prompt: str, closing: str = "") -> str | None:
+        """The added token at the head of what follows an answer, with the white space before it.
+
+        Several that follow each other are one marker where nothing else follows the last answer (``closing``).
+        """
         ahead = self._token_ahead and self._token_ahead.match(following)
         if not ahead or ahead[0].strip() in prompt:
             return None
+        run = re.fullmatch(rf"({self._any_token.pattern})+\s*", closing) if self._any_token else None
+        if run and following.strip().startswith(closing.strip()):
+            return following[: following.find(closing.strip()) + len(closing.strip())]
         return ahead[0]
+
+    @cached_property
+    def _any_token(self) -> re.Pattern[str] | None:
+        return re.compile("(?:" + "|".join(map(re.escape, self._tokens)) + ")") if self._tokens else None
 
     def _answer(
         self,
@@ -370,35 +435,79 @@ class Template:
     ) -> Answer:
         """In characters."""
         frame = self._frame
-        marker = self._marker(following, frame.prompt)
-        if marker is None:
-            usual = [frame.last, frame.between] if last else [frame.between]
-            marker = next((mark for mark in usual if mark and following.startswith(mark)), "")
-        blank = len(marker) - len(marker.lstrip())
+        usual = [frame.last, frame.between] if last else [frame.between, frame.last]
+        marker = next((mark for mark in usual if mark and following.startswith(mark)), "")
+        other = self._marker(following, frame.prompt)
+        calls = bool(messages[found.turn].extra.get("tool_calls"))
+        whole_calls = calls and self._has_calls(text, messages, found)
+        if not marker and other and (whole_calls or (other.strip() in self._special and not calls)):
+            marker = other
         content = messages[found.turn].content
-        pieces = tuple((start, stop, len(content[:at].encode())) for start, stop, at in found.content)
+        opened, start = self._opening(text, messages, tools, found)
+        pieces = tuple(
+            (max(begin, start), stop, len(content[: at + max(0, start - begin)].encode()))
+            for begin, stop, at in found.content
+            if stop > start
+        )
         whole = bool(pieces) and not text[pieces[-1][1] : found.stop].strip()
-        opened = self._opening(text, messages, tools, found)
-        mark = found.stop + (blank if marker else 0)
-        return Answer(found.turn, opened, pieces, mark, found.stop + len(marker), whole and bool(marker))
+        tokens = self._any_token.findall(marker) if self._any_token else []
+        mark = found.stop + len(marker) - len(tokens[-1] if tokens else marker.lstrip())
+        end = found.stop + len(marker)
+        if tokens and tokens[-1] in self._takes_space_after:
+            end = len(text) - len(text[end:].lstrip())
+        return Answer(found.turn, min(opened, mark), pieces, mark, end, whole and bool(marker))
 
-    def _opening(self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, found: _Found) -> int:
-        """Where the generation prompt ends, if text that has to be written stands between it and the answer."""
-        prompt = self._frame.prompt
+    def _has_calls(self, text: str, messages: Sequence[Message], found: _Found) -> bool:
+        calls = messages[found.turn].extra.get("tool_calls") or ()
+        return all(_name(call) in text[found.start : found.stop] for call in calls)
+
+    @cached_property
+    def _takes_space_after(self) -> frozenset[str]:
+        """Added tokens that take the white space after them."""
+        return frozenset(one.content for one in self.tokenizer.added_tokens_decoder.values() if one.rstrip)
+
+    def _opening(
+        self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, found: _Found
+    ) -> tuple[int, int]:
+        """Where the generation prompt ends, if text that has to be written stands between it and the answer.
+
+        And where its content begins: not within the prompt, nor within a token that takes white space along.
+        """
+        prompt, start = self._frame.prompt, found.start
+        header = text[:start].rstrip()
+        if any(header.endswith(token) for token in self._takes_space_after):
+            start += len(text[start : found.stop]) - len(text[start : found.stop].lstrip())
         if not prompt or text.endswith(prompt, 0, found.start):
-            return found.start
+            return start, start
         try:
             before = self._apply(messages[: found.turn], tools, prompt=True)
         except TemplateError:
-            return found.start
-        if len(before) < found.start and text.startswith(before) and text[len(before) : found.start].strip():
-            return len(before)
-        return found.start
+            return start, start
+        if not text.startswith(before) or len(before) > found.stop:
+            return start, start
+        if len(before) > found.start:
+            return len(before), len(before)
+        return (len(before) if text[len(before) : found.start].strip() else start), start
 
     # What is missing
 
+    def _reasons(self, messages: Sequence[Message], tools: Sequence[Any] | None, number: int) -> bool:
+        """Whether the separate reasoning of a turn is rendered."""
+        changed, mark = list(messages), "\ue000thought\ue000"
+        extra = {**messages[number].extra, "reasoning_content": mark}
+        changed[number] = replace(messages[number], extra=extra)
+        try:
+            return mark in self._apply(changed, tools)
+        except TemplateError:
+            return False
+
     def _left_out(
-        self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, found: Sequence[_Found]
+        self,
+        text: str,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        found: Sequence[_Found],
+        silent: frozenset[int],
     ) -> dict[str, int]:
         """Bytes and turns that the template does not write, by kind."""
         missing: Counter[str] = Counter()
@@ -418,11 +527,12 @@ class Template:
                         gone = len(message.content.encode()) - len(kept.encode())
                         missing["parts of answers (reasoning)"] += gone
                         missing["parts of answers (reasoning), turns"] += 1
+                elif message.extra.get("tool_calls") and not self._writes(text, messages, tools, number):
+                    lost("answers", message.content)
             elif message.role != "assistant" and not self._writes(text, messages, tools, number):
                 lost(f"{message.role} turns", message.content)
-            reasoning = str(message.extra.get("reasoning_content") or "")
-            if reasoning.strip() not in text:
-                lost("reasoning", reasoning)
+            if number in silent:
+                lost("reasoning", str(message.extra["reasoning_content"]))
             for call in message.extra.get("tool_calls") or ():
                 if number not in answers or _name(call) not in text[answers[number].start : answers[number].stop]:
                     lost("tool calls", json.dumps(call))
@@ -451,9 +561,10 @@ class Template:
     def _in_bytes(self, text: str, answers: Sequence[Answer], left_out: Mapping[str, int]) -> Rendered:
         """The answers in bytes; BOS is cut from the text where the tokenizer puts one before every text."""
         bos = self.tokenizer.bos_token or ""
-        cut = len(bos) if bos and text.startswith(bos) and self._adds_bos else 0
+        head = len(text) - len(text.lstrip()) + len(bos) if bos and text.lstrip().startswith(bos) else 0
+        cut = head if self._adds_bos else 0
+        kept = len(text[: head - cut].encode())
         text = text[cut:]
-        kept = len(bos.encode()) if bos and not cut and text.startswith(bos) else 0
 
         def size(place: int) -> int:
             return len(text[: place - cut].encode())

@@ -85,6 +85,12 @@ def moved(names: dict[str, str]) -> None:
     names[first] = ONE if names[first] == TWO else TWO
 
 
+def other_weights(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+
+
 FAULTS: dict[str, Callable[[Path], object]] = {
     "transformers reads the first, mergekit the shards": stale_index,
     f"`{INDEX}` is damaged": lambda f: [sharded(f), (f / INDEX).write_text('{"weight_map": {')],
@@ -94,6 +100,12 @@ FAULTS: dict[str, Callable[[Path], object]] = {
     "which the index puts there": lambda f: edited_index(f, moved),
     "which the index does not put there": lambda f: edited_index(f, lambda names: names.pop(next(iter(names)))),
     f"there are shards (`{ONE}`, `{TWO}`) and no {INDEX}": lambda f: [sharded(f), (f / INDEX).unlink()],
+    "it begins with a byte order mark": lambda f: [
+        sharded(f),
+        (f / INDEX).write_text("\ufeff" + (f / INDEX).read_text()),
+    ],
+    "transformers reads `other.safetensors`": lambda f: other_weights(f),
+    "an adapter lies beside `model.safetensors`": lambda f: (f / "adapter_config.json").write_text("{}"),
     "is cut off or damaged": lambda f: (f / "model.safetensors").write_bytes(b"\0" * 64),
 }
 
@@ -136,6 +148,7 @@ class Code:
         (lambda tensors: {"state_dict": tensors}, "they lie under `state_dict`"),
         (lambda tensors: {"epoch": 3, **tensors}, "is no flat mapping of names to tensors"),
         (lambda tensors: [*tensors.values()], "is no flat mapping of names to tensors"),
+        (lambda tensors: {name: tensor.to_sparse() for name, tensor in tensors.items()}, "has sparse tensors"),
         (lambda tensors: {**tensors, "x": Code()}, "cannot be read without running code of its own"),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 import tiny_sources
 import tiny_tokenizers
 from click.testing import CliRunner
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 import fusion_trainer.representations.extract as extraction
@@ -31,7 +32,7 @@ from fusion_trainer.representations.asking import AskedModel
 from fusion_trainer.representations.extract import extract
 from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.templates import Template
-from fusion_trainer.tokens import TextTokenizer
+from fusion_trainer.tokens import TextTokenizer, supervised_positions
 
 PIVOT_END, SOURCE_END = "<|im_end|>", "<turn|>"
 CHATML = (
@@ -490,3 +491,73 @@ def test_what_a_killed_extraction_has_done_of_a_shard_is_not_done_again(
     assert len(asked) - first < len(CHATS) - 1
     for name in ("shard-00000.arrow", "manifest.json"):
         assert (tmp_path / "store" / name).read_bytes() == (whole.folder / name).read_bytes()
+
+
+# Ends of answers that real templates have
+
+
+def learnt_by(jinja: str, special: Sequence[Any], messages: list[Message], **tokens: str) -> list[str]:
+    tokenizer = tiny_tokenizers.train("byte_level_bpe")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)}, replace_extra_special_tokens=False)
+    for name, token in tokens.items():
+        setattr(tokenizer, name, token)
+    rendered = Template("mine", jinja, tokenizer).render(messages)
+    reader = TextTokenizer(tokenizer, "mine")
+    (read,) = reader.encode([rendered.text])
+    ids = read.ids[supervised_positions(read, rendered.spans) + 1].tolist()
+    spans = [rendered.text.encode()[slice(*span)].decode() for span in rendered.spans]
+    assert tokenizer.decode(ids).replace(" ", "") == "".join(spans).replace(" ", "").replace("\n", "")
+    return spans
+
+
+TWO_TURNS = [Message("user", "hi"), Message("assistant", "yes"), Message("user", "hi"), Message("assistant", "no")]
+
+
+def test_an_end_that_takes_the_line_break_after_it_is_learnt() -> None:
+    """Phi-3's ``<|end|>``."""
+    end = AddedToken("<|end|>", rstrip=True, special=True, normalized=False)
+    jinja = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    assert learnt_by(jinja, [end], TWO_TURNS) == ["yes<|end|>\n", "no<|end|>\n"]
+
+
+def test_an_end_of_two_tokens_is_learnt_whole() -> None:
+    """Command-R7B's."""
+    jinja = "{% for m in messages %}<|t|>{{ m.role }}<|/t|>{{ m.content }}"
+    jinja += "{% if m.role == 'assistant' %}<|er|>{% endif %}<|et|>{% endfor %}"
+    assert learnt_by(jinja, ["<|t|>", "<|/t|>", "<|er|>", "<|et|>"], TWO_TURNS) == [
+        "yes<|er|><|et|>",
+        "no<|er|><|et|>",
+    ]
+
+
+CALLS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|a|>"
+    "{% if loop.last %}<think></think>{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% endfor %}"
+    "{% else %}<|{{ m.role[0] }}|>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|a|>{% endif %}"
+)
+
+
+def test_no_output_of_a_tool_is_learnt_and_a_call_ends_where_the_turn_of_the_tool_begins() -> None:
+    """GLM's way: no end of turn, and reasoning that goes once a turn follows."""
+    call = {"type": "function", "function": {"name": "look", "arguments": {}}}
+    messages = [
+        Message("user", "hi"),
+        Message("assistant", "", extra={"tool_calls": [call]}),
+        Message("tool", "look at OUTPUT"),
+        Message("assistant", "done"),
+        Message("user", "thanks"),
+        Message("assistant", "bye"),
+    ]
+    special = ["<|a|>", "<|u|>", "<|t|>", "<call>", "</call>", "<think>", "</think>"]
+    spans = learnt_by(CALLS, special, messages)
+    assert spans[-2:] == ["done<|u|>", "<think></think>bye"]
+    assert not any("OUTPUT" in span for span in spans)
+    stays = CALLS.replace("{% if loop.last %}<think></think>{% endif %}", "<think></think>")
+    assert learnt_by(stays, special, messages)[0] == "<think></think><call>look</call><|t|>"
+
+
+def test_reasoning_whose_words_stand_elsewhere_is_not_taken_for_rendered() -> None:
+    asked = block("2", {"reasoning_content": "hi"})
+    assert read(reader(GEMMA), asked)[1:] == ([], [], False)

@@ -14,12 +14,14 @@ import tiny_models
 import torch
 import transformers
 import yaml
+from click.testing import CliRunner
 from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
+from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
 from tiny_models import Family
 
 from varm_merge.errors import VarmError
@@ -200,16 +202,46 @@ def test_a_finished_merge_leaves_no_weights_of_an_earlier_one(mistral: Family, t
         assert merged.tensors.keys() == fresh.tensors.keys()
 
 
-def test_what_fails_after_the_weights_does_not_cost_them(mistral: Family, tmp_path: Path) -> None:
-    """The merge is the work of hours; a chat template can be put right by hand."""
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("what", ["config", "tokenizer"])
+def test_what_fails_after_the_weights_leaves_nothing_half(
+    what: str, earlier: bool, mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New weights beside the config of an earlier merge would load, as neither of the two."""
     checkpoints = Family(shutil.copytree(mistral.pivot, tmp_path / "pivot"), mistral.targets)
     tiny_models.train_tokenizer(checkpoints.pivot, "the cat sat on the mat")
-    lines = ["tokenizer: {source: base}", "chat_template: no such template"]
-    out = tmp_path / "out"
-    with pytest.raises(RuntimeError, match="Invalid chat template"):
-        runs.merge(runs.recipe(checkpoints, *lines, granularity="layer"), out)
-    assert (out / "model.safetensors").exists()
-    assert (out / "varm_weights.json").exists()
+    out = tmp_path / "deep" / "out"
+    if earlier:
+        runs.merge(runs.recipe(mistral, granularity="layer"), out, out_shard_size=2000)
+        (out / "notes.txt").write_text("mine")
+    before = contents(out) if earlier else None
+    recipe = runs.recipe(checkpoints, "tokenizer: {source: base}", granularity="matrix")
+
+    owner = {"config": transformers.MistralConfig, "tokenizer": transformers.PreTrainedTokenizerFast}[what]
+    save: Callable[..., Any] = owner.save_pretrained
+
+    def save_unless_full(self: Any, folder: str, **options: Any) -> Any:
+        if any(Path(folder).glob("*.safetensors")):
+            raise OSError(28, "No space left on device")
+        return save(self, folder, **options)
+
+    monkeypatch.setattr(owner, "save_pretrained", save_unless_full)
+    with pytest.raises(OSError, match="No space left"):
+        runs.merge(recipe, out)
+    assert (contents(out) if out.exists() else None) == before
+    assert (tmp_path / "deep").exists() == earlier
+
+
+def test_mergekit_pytorch_writes_weights_and_leaves_the_config(mistral: Family, tmp_path: Path) -> None:
+    out, recipe = tmp_path / "out", tmp_path / "recipe.yaml"
+    out.mkdir()
+    shutil.copy(mistral.pivot / "config.json", out)
+    files = [path / "model.safetensors" for path in (mistral.pivot, *mistral.targets)]
+    recipe.write_text(runs.recipe(Family(files[0], tuple(files[1:])), granularity="layer"))
+    done = CliRunner().invoke(mergekit_pytorch, [str(recipe), str(out)])
+    assert done.exit_code == 0, done.output
+    assert {*contents(out)} == {"config.json", "model.safetensors", "varm_weights.json"}
+    assert (out / "config.json").read_bytes() == (mistral.pivot / "config.json").read_bytes()
 
 
 def test_a_refused_recipe_leaves_an_earlier_merge_as_it_was(mistral: Family, tmp_path: Path) -> None:

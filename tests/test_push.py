@@ -661,6 +661,11 @@ def add_shard(out: Path) -> None:
     save_file({"a": torch.ones(1)}, out / "model-00009-of-00009.safetensors")
 
 
+def edit_config(out: Path, **entries: object) -> None:
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, **entries}))
+
+
 def add(name: str, content: str = "x") -> Callable[[Path], object]:
     def adding(out: Path) -> None:
         (out / name).parent.mkdir(exist_ok=True)
@@ -683,6 +688,8 @@ WRONG: list[tuple[Callable[[Path], object], str]] = [
     (lambda out: (out / "gone").symlink_to("nowhere"), "`gone` is a link to nothing"),
     (lambda out: os.mkfifo(out / "pipe"), "`pipe` is no plain file"),
     (add("config.json", '{"model_type": "nonsense"}'), "`config.json` does not load: "),
+    (lambda out: edit_config(out, num_hidden_layers=1), "`config.json` has fewer layers than the weight files"),
+    (lambda out: edit_config(out, vocab_size=99), "and `config.json` asks for [99, "),
     (add("config.json", "{"), "`config.json` is no config: "),
     (lambda out: (out / "config.json").unlink(), "has no config.json: it is no model"),
     (add("tokenizer.json", "{}"), "the tokenizer does not load: "),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import yaml
 from click.testing import CliRunner, Result
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from programs import BIN, tree
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import Family
 
 from varm_merge.cli import main
@@ -151,6 +152,200 @@ def test_by_names_means_whole_models_of_one_layout(mistral: Family, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+# Layers
+
+
+SIZE = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4}
+SIZE |= {"num_attention_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0}
+MOE = {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8}
+DEEP: dict[str, dict[str, Any]] = {
+    "Gemma2Config": {"head_dim": 8},
+    "Cohere2Config": {"layer_types": ["full_attention", *["sliding_attention"] * 3]},
+    "SmolLM3Config": {"no_rope_layers": [1, 0, 1, 1]},
+    "GptOssConfig": MOE,
+    "OPTConfig": {"ffn_dim": 24, "word_embed_proj_dim": 16},
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 2]]},
+}
+BY_LAYER = ("layer_types", "no_rope_layers", "attention_layers")
+
+
+def models_of(config: transformers.PretrainedConfig, folder: Path, targets: int = 2, cls: Any = None) -> Family:
+    """A pivot of the config with random weights, and targets that moved."""
+    paths = [folder / "pivot", *(folder / f"target_{number}" for number in range(1, targets + 1))]
+    for number, path in enumerate(paths):
+        torch.manual_seed(0)
+        model = (cls or transformers.AutoModelForCausalLM).from_config(config)
+        if number:
+            tiny_models.move(model.parameters(), seed=number)
+        model.save_pretrained(path)
+    return Family(paths[0], tuple(paths[1:]))
+
+
+def sliced(models: Family, *spans: tuple[int, int]) -> str:
+    """A recipe that takes the same layers of all models."""
+    slices = [
+        {"sources": [{"model": str(one), "layer_range": [*span]} for one in (models.pivot, *models.targets)]}
+        for span in spans
+    ]
+    recipe = {"merge_method": "varm", "base_model": str(models.pivot), "dtype": "float32", "slices": slices}
+    return yaml.safe_dump(recipe, sort_keys=False)
+
+
+def loaded(folder: Path) -> tuple[transformers.PreTrainedModel, dict[str, Any]]:
+    """The model, and whatever transformers has to say against the folder."""
+    (name,) = json.loads((folder / "config.json").read_text())["architectures"]
+    model, info = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
+    return model, {
+        kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
+    }
+
+
+@pytest.mark.parametrize("spans", [[(0, 3)], [(0, 3), (1, 4)], [(1, 2), (0, 1), (2, 4)]], ids=str)
+@pytest.mark.parametrize("config", DEEP)
+def test_a_merge_has_the_layers_of_its_slices_and_a_config_that_tells_of_them(
+    config: str, spans: list[tuple[int, int]], tmp_path: Path
+) -> None:
+    """mergekit knows the key of the depth for few architectures, and lists by layer (``layer_types``) for none."""
+    layers = [layer for span in spans for layer in range(*span)]
+    models = models_of(getattr(transformers, config)(**SIZE, **DEEP[config]), tmp_path, targets=1)
+    check, _ = both(sliced(models, *spans), tmp_path / "out")
+    assert check.exit_code == 0, check.output
+    merged, faults = loaded(tmp_path / "out")
+    target, _ = loaded(models.targets[0])
+    assert faults == {}
+    assert merged.config.num_hidden_layers == len(layers)
+    for name in BY_LAYER:
+        if (own := getattr(target.config, name, None)) is not None:
+            assert getattr(merged.config, name) == [own[layer] for layer in layers]
+    own_state = target.state_dict()
+    for name, tensor in merged.state_dict().items():  # of one target the merge is that target
+        parts = name.split(".")
+        parts = [str(layers[int(part)]) if part.isdigit() else part for part in parts]
+        assert torch.equal(tensor, own_state[".".join(parts)]), name
+
+
+def test_layers_that_the_config_cannot_tell_of_are_refused(tmp_path: Path) -> None:
+    """Every other layer of this model has experts, by number; in the slices two such layers are neighbours."""
+    config = transformers.Llama4TextConfig(**SIZE, **MOE, intermediate_size_mlp=24, moe_layers=[1, 3])
+    models = models_of(config, tmp_path)
+    told = ("layers.5.feed_forward.experts.down_proj", "transformers would drop them", "they would be random")
+    refused(sliced(models, (0, 3), (1, 4)), tmp_path / "out", *told, line=4)
+
+
+def test_a_vocabulary_that_the_config_does_not_tell_of_is_refused(mistral: Family, tmp_path: Path) -> None:
+    wide = tiny_models.save_family(tmp_path / "wide", "mistral", vocab_size=tiny_models.VOCABULARY + 2)
+    text = runs.recipe(Family(wide.pivot, (wide.targets[0], mistral.targets[0])))
+    out, flag = tmp_path / "out", "--unsafe-truncate-embeddings"
+    check, merge = both(text, out, flag)
+    for result in (check, merge):
+        assert result.exit_code == 1
+        assert (
+            f"`lm_head.weight` of the merge would have the shape [{tiny_models.VOCABULARY}, 16]" in result.output
+        )
+    check, _ = both(runs.recipe(Family(mistral.pivot, (mistral.targets[0], wide.targets[0]))), out, flag)
+    assert check.exit_code == 0
+    assert loaded(out)[1] == {}
+
+
+def test_a_tokenizer_that_leaves_a_tensor_behind_is_refused(tmp_path: Path) -> None:
+    config = tiny_models.CONFIGS["bart"]()
+    models = models_of(config, tmp_path, cls=transformers.AutoModelForSeq2SeqLM)
+    for path in (models.pivot, *models.targets):
+        tiny_models.train_tokenizer(path, "the cat sat on the mat")
+    text = runs.recipe(models, "tokenizer: {source: union, tokens: {new: {source: {kind: zero}}}}")
+    refused(text, tmp_path / "out", "`final_logits_bias` of the merge would have the shape", line=7)
+    text = runs.recipe(models, "tokenizer: {source: union, tokens: {new: {}}}")
+    refused(text, tmp_path / "out", "a token under `tokenizer: tokens` that no model has needs a `source`")
+
+
+# By names
+
+
+def by_name(models: Family, out: Path, *lines: str) -> tuple[Result, Result]:
+    """``check --by-name`` and the merge, which agree."""
+    recipe = out.parent / "by_name.yaml"
+    recipe.write_text(runs.recipe(models, *lines))
+    check = CliRunner().invoke(main, ["check", "--by-name", str(recipe), "--out", str(out)])
+    merge = CliRunner().invoke(main, ["yaml", "--by-name", str(recipe), str(out), "--quiet"])
+    assert check.exit_code == merge.exit_code, check.output + merge.output
+    assert out.exists() == (merge.exit_code == 0)
+    return check, merge
+
+
+def tied(target: Path) -> None:
+    tiny_models.edit(target, lambda tensors: tensors.pop("lm_head.weight"))
+    rewrite(target, tie_word_embeddings=True)
+
+
+def packed(target: Path) -> None:
+    state = loaded(target)[0].state_dict()
+    tiny_models.edit(
+        target, lambda tensors: (tensors.clear(), tensors.update({n: t.clone() for n, t in state.items()}))
+    )
+
+
+def renamed(target: Path) -> None:
+    tiny_models.edit(target, lambda ts: [ts.update({f"base.{name}": ts.pop(name)}) for name in [*ts]])
+
+
+def rewrite(folder: Path, **entries: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **entries}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "told"),
+    [
+        ("mixtral", packed, "and in their place `model.layers.*.mlp.experts."),
+        ("mistral", tied, "ties its head to the embeddings, and"),
+        ("mistral", renamed, "has only 0 of the 21 tensors of"),
+    ],
+)
+def test_by_names_a_target_of_another_layout_is_refused(
+    architecture: str,
+    change: Callable[[Path], None],
+    told: str,
+    family: Callable[..., Family],
+    tmp_path: Path,
+) -> None:
+    """Its tensors would be left out, and the merge be the pivot there."""
+    models = family(architecture)
+    target = shutil.copytree(models.targets[0], tmp_path / "target")
+    change(target)
+    for result in by_name(Family(models.pivot, (target, models.targets[1])), tmp_path / "out"):
+        assert result.exit_code == 1
+        assert told in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_counters_keep_their_dtype_and_are_the_pivots(dtype: str, tmp_path: Path) -> None:
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    models = models_of(config, tmp_path, cls=transformers.AutoModelForImageClassification)
+    for number, path in enumerate((models.pivot, *models.targets)):
+        counted = 100001 + number  # no number of either dtype
+        tiny_models.edit(
+            path, lambda ts, n=counted: [t.fill_(n) for name, t in ts.items() if name.endswith("tracked")]
+        )
+    _, merge = by_name(models, tmp_path / "out", f"dtype: {dtype}")
+    assert merge.exit_code == 0, merge.output
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    counters = {name: tensor for name, tensor in written.items() if name.endswith("tracked")}
+    assert counters
+    assert all(tensor.dtype == torch.int64 and tensor.item() == 100001 for tensor in counters.values())
+
+
+def test_mergekit_pytorch_is_not_named_where_experts_are_packed(tmp_path: Path) -> None:
+    """It knows no config, and so not which rows of the pack are of the gate."""
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}
+    models = models_of(transformers.Qwen3MoeConfig(**SIZE, **experts, attention_bias=True), tmp_path)
+    for path in (models.pivot, *models.targets):
+        packed(path)
+    check, _ = both(runs.recipe(models), tmp_path / "out")
+    assert check.exit_code == 1
+    assert "varm-merge yaml --by-name" in check.output
+    assert "mergekit-pytorch" not in check.output
+
+
 # Weights that are none
 
 
@@ -206,6 +401,27 @@ def test_a_quantization_config_of_plain_weights_is_refused_as_well(mistral: Fami
     refused(text, tmp_path / "out", "remove that entry from its config.json", line=5)
 
 
+def test_float64_is_no_code_and_whole_numbers_are_no_weights(mistral: Family, tmp_path: Path) -> None:
+    paths = [shutil.copytree(path, tmp_path / path.name) for path in (mistral.pivot, *mistral.targets)]
+    models, out = Family(paths[0], tuple(paths[1:])), tmp_path / "out"
+    for path in paths:
+        tiny_models.edit(path, lambda ts: ts.update({name: tensor.double() for name, tensor in ts.items()}))
+    check, _ = both(runs.recipe(models), out)
+    assert check.exit_code == 0, check.output
+    runs.assert_merges(runs.read(out), models, runs.MATRIX)
+    for dtype, told in (
+        (torch.int64, "has whole numbers (I64) as weights: `model.norm.weight`"),
+        (torch.int16, "is quantised: `model.norm.weight`"),
+        (torch.float8_e4m3fnuz, "is quantised: `model.norm.weight`"),
+    ):
+        tensors = runs.read_tensors(mistral.targets[0])
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+        shutil.rmtree(paths[1])
+        shutil.copytree(mistral.targets[0], paths[1]).joinpath("model.safetensors").unlink()
+        torch.save(tensors, paths[1] / "pytorch_model.bin")
+        refused(runs.recipe(models), tmp_path / "none", told, line=5)
+
+
 # Folders
 
 
@@ -240,6 +456,73 @@ def test_two_paths_to_a_folder_are_one_model(mistral: Family, tmp_path: Path) ->
     assert all(torch.equal(tensor, plain.tensors[name]) for name, tensor in merged.tensors.items())
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00002.safetensors"])
+def test_no_file_of_an_input_lies_in_the_output(name: str, mistral: Family, tmp_path: Path) -> None:
+    target, out = shutil.copytree(mistral.targets[0], tmp_path / "target"), tmp_path / "out"
+    out.mkdir()
+    (target / "model.safetensors").rename(out / name)
+    (target / "model.safetensors").symlink_to(out / name)
+    before = tree(tmp_path)
+    refused(runs.recipe(Family(mistral.pivot, (target,))), out, "links to a file in", line=5)
+    (tmp_path / "recipe.yaml").unlink()
+    assert tree(tmp_path) == before
+
+
+def test_what_the_output_links_to_is_not_written(mistral: Family, tmp_path: Path) -> None:
+    pivot, out = shutil.copytree(mistral.pivot, tmp_path / "pivot"), tmp_path / "out"
+    before = tree(pivot)
+    out.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (out / name).symlink_to(pivot / name)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(runs.recipe(Family(pivot, mistral.targets), "dtype: bfloat16"))
+    assert CliRunner().invoke(mergekit_yaml, [str(recipe), str(out), "--quiet"]).exit_code == 0
+    assert tree(pivot) == before
+    assert loaded(out)[1] == {}
+
+
+def test_an_adapter_in_the_output_is_not_left_to_be_loaded(mistral: Family, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    tiny_models.save_adapter(mistral.pivot, out, 1)
+    before = tree(out)
+    refused(runs.recipe(mistral), out, "transformers would load that adapter with the merge")
+    assert tree(out) == before
+
+
+def test_code_of_the_base_models_own_is_copied(mistral: Family, tmp_path: Path) -> None:
+    paths = [shutil.copytree(path, tmp_path / path.name) for path in (mistral.pivot, *mistral.targets)]
+    for path in paths:
+        (path / "names.py").write_text("NAME = 'my_mistral'\n")
+        (path / "configuration_my.py").write_text(
+            "from transformers import MistralConfig\nfrom .names import NAME\n"
+            "class MyConfig(MistralConfig):\n    model_type = NAME\n"
+        )
+        (path / "modeling_my.py").write_text(
+            "from transformers import MistralForCausalLM\nfrom .configuration_my import MyConfig\n"
+            "class MyForCausalLM(MistralForCausalLM):\n    config_class = MyConfig\n"
+        )
+        named = {"AutoConfig": "configuration_my.MyConfig", "AutoModelForCausalLM": "modeling_my.MyForCausalLM"}
+        rewrite(path, architectures=["MyForCausalLM"], model_type="my_mistral", auto_map=named)
+    check, _ = both(runs.recipe(Family(paths[0], tuple(paths[1:]))), tmp_path / "out", "--trust-remote-code")
+    assert check.exit_code == 0, check.output
+    for path in paths:
+        shutil.rmtree(path)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(merged).__name__ == "MyForCausalLM"
+
+
+def test_a_relative_folder_is_no_model_of_the_hub(
+    mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mergekit would ask the Hub for `models/pivot`, to link it in the card."""
+    paths = [shutil.copytree(path, tmp_path / "models" / path.name) for path in (mistral.pivot, *mistral.targets)]
+    monkeypatch.chdir(tmp_path)
+    names = [path.relative_to(tmp_path) for path in paths]
+    check, merge = both(runs.recipe(Family(names[0], tuple(names[1:]))), tmp_path / "out")
+    assert check.exit_code == 0, merge.output
+    assert "https://huggingface.co/models/" not in (tmp_path / "out" / "README.md").read_text()
+
+
 def big_recipe(folder: Path) -> Path:
     """A merge of some seconds, in many shards."""
     wide = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12}
@@ -264,7 +547,7 @@ def test_a_stopped_merge_leaves_what_was_there(number: signal.Signals, before: b
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    while not (out / "model-2.safetensors").exists():
+    while not any(out.glob(".*/*/model-2.safetensors")):
         assert running.poll() is None, running.stderr and running.stderr.read()
         time.sleep(0.001)
     running.send_signal(number)
@@ -335,6 +618,59 @@ def test_another_encoding_is_a_sentence(mistral: Family, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "no recipe"),
+        ("- a\n- b\n", "no recipe"),
+        ("merge_method: VaRM\nbase_model: a\n", "mergekit knows no method `VaRM`; did you mean `varm`?"),
+        ("merge_method: [varm]\n", "mergekit knows no method `['varm']`"),
+        ("merge_method: !!binary dmFybQ==\n", "did you mean `varm`?"),
+        ("merge_method: !x varm\n", "not valid YAML"),
+    ],
+)
+def test_what_is_nearly_a_recipe_is_a_sentence(text: str, told: str, tmp_path: Path) -> None:
+    refused(text, tmp_path / "out", told, line=1)
+
+
+def test_a_source_needs_a_layer_range(mistral: Family, tmp_path: Path) -> None:
+    text = re.sub(r"    layer_range:\n(    - \d\n)+", "", sliced(mistral, (0, 2)))
+    assert "layer_range" not in text
+    refused(text, tmp_path / "out", "no `layer_range` in `slices.0.sources.0`")
+
+
+def test_a_model_of_another_architecture_by_name_only_is_refused(mistral: Family, tmp_path: Path) -> None:
+    text = runs.recipe(mistral).replace(
+        f"  - model: {mistral.targets[1]}",
+        f"  - model: {{model: {{path: {mistral.targets[1]}}}, override_architecture: LlamaForCausalLM}}",
+    )
+    refused(text, tmp_path / "out", f"{mistral.targets[1]} is a LlamaForCausalLM", "--allow-crimes", line=6)
+    refused(text, mistral.targets[1] / "out", "the merge would be written to", line=6)
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("lines", [[], ["tokenizer: {source: base}"]], ids=["copied", "made"])
+def test_a_chat_template_is_one_and_arrives(lines: list[str], mistral: Family, tmp_path: Path) -> None:
+    pivot, out = shutil.copytree(mistral.pivot, tmp_path / "pivot"), tmp_path / "out"
+    models = Family(pivot, mistral.targets)
+    for template, told in (
+        ("nonsense", "`chat_template` is `nonsense`, neither Jinja nor one of auto, alpaca"),
+        ("/no/such/file.jinja", "neither Jinja nor one of"),
+        ("{% for m in messages %}{{ m.content", "`chat_template` is no sound Jinja: "),
+    ):
+        tiny_models.train_tokenizer(pivot, "the cat sat on the mat")
+        refused(runs.recipe(models, f"chat_template: {json.dumps(template)}", *lines), out, told, line=7)
+    for template, written in (("chatml", "<|im_start|>"), (TEMPLATE, TEMPLATE)):
+        both(runs.recipe(models, f"chat_template: {json.dumps(template)}", *lines), out)
+        assert written in str(transformers.AutoTokenizer.from_pretrained(out).chat_template)
+
+
+def test_a_chat_template_needs_a_tokenizer(mistral: Family, tmp_path: Path) -> None:
+    refused(runs.recipe(mistral, "chat_template: chatml"), tmp_path / "out", "there is no tokenizer", line=7)
+
+
+@pytest.mark.parametrize(
     ("change", "told"),
     [
         ({"architectures": None}, "names no `architectures`"),
@@ -393,6 +729,85 @@ def test_adapters_are_checked_inspected_and_merged(family: Callable[..., Family]
     log = runs.read(out).log
     own = {unit["unit"]: unit["targets"] for unit in json.loads(inspected.stdout)["units"]["recipe"]}
     assert {unit["unit"]: unit["targets"] for unit in log["units"]} == own
+
+
+def cut_off(adapter: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def changed(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def edit(adapter: Path) -> None:
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, adapter / "adapter_model.safetensors")
+
+    return edit
+
+
+def prompt(adapter: Path) -> None:
+    config = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+
+UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
+    "names": (changed(lambda ts: [ts.update({f"x.{name}": ts.pop(name)}) for name in [*ts]]), "it lacks"),
+    "one lacks": (changed(lambda ts: ts.pop(min(ts))), "it lacks"),
+    "one more": (
+        changed(lambda ts: ts.update({"base_model.model.x.lora_A.weight": torch.ones(1)})),
+        "fit nothing",
+    ),
+    "width": (changed(lambda ts: ts.update({n: torch.ones(2, 32) for n in ts if "lora_A" in n})), "size mismatch"),
+    "NaN": (changed(lambda ts: ts[min(ts)].fill_(torch.nan)), "NaN or Inf in its"),
+    "empty": (changed(lambda ts: ts.clear()), "has no tensors"),
+    "cut off": (cut_off, "is cut off or damaged"),
+    "config": (lambda adapter: (adapter / "adapter_config.json").write_text("{"), "adapter_config.json of the"),
+    "kind": (prompt, "is a PROMPT_TUNING adapter, which cannot be merged into weights"),
+}
+
+
+@pytest.mark.parametrize("fault", UNFIT)
+def test_an_adapter_that_does_not_fit_is_told_before_the_merge(
+    fault: str, mistral: Family, tmp_path: Path
+) -> None:
+    adapter = tiny_models.save_adapter(mistral.pivot, tmp_path / "lora", 1)
+    UNFIT[fault][0](adapter)
+    text = runs.recipe(Family(mistral.pivot, (Path(f"{mistral.pivot}+{adapter}"), mistral.targets[0])))
+    check, merge = both(text, tmp_path / "out", "--lora-merge-cache", str(tmp_path / "cache"))
+    for result in (check, merge):
+        assert result.exit_code == 1
+        assert f"line 5: {'the adapter' if fault not in ('kind', 'config') else ''}" in result.output
+        assert UNFIT[fault][1] in result.output
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("what", ["adapter", "base"])
+def test_a_kept_merge_of_an_adapter_is_of_that_adapter_and_base(
+    what: str, mistral: Family, tmp_path: Path
+) -> None:
+    base = shutil.copytree(mistral.targets[1], tmp_path / "base")
+    adapter = tiny_models.save_adapter(base, tmp_path / "lora", 1)
+    text = runs.recipe(Family(mistral.pivot, (Path(f"{base}+{adapter}"),)))
+    flags = ("--lora-merge-cache", str(tmp_path / "cache"))
+    for out in ("one", "again"):
+        check, _ = both(text, tmp_path / out, *flags)
+        assert check.exit_code == 0, check.output
+    if what == "adapter":
+        changed(lambda ts: [tensor.mul_(5) for tensor in ts.values()])(adapter)
+    else:
+        tiny_models.edit(base, lambda ts: [tensor.mul_(2) for tensor in ts.values()])
+    check, _ = both(text, tmp_path / "stale", *flags)
+    assert "was made of another version of it: remove that folder" in check.output
+    (kept,) = (tmp_path / "cache").iterdir()
+    shutil.rmtree(kept)
+    check, _ = both(text, tmp_path / "new", *flags)
+    assert check.exit_code == 0
+    written = load_file(tmp_path / "new" / "model.safetensors")[UP]
+    assert torch.equal(written, load_file(kept / "model.safetensors")[UP])
+    (kept / "varm_adapter.json").unlink()
+    check, _ = both(text, tmp_path / "unknown", *flags)
+    assert "does not say of what it was made" in check.output
 
 
 def test_crimes_are_allowed_where_mergekit_allows_them(family: Callable[..., Family], tmp_path: Path) -> None:

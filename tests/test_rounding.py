@@ -49,8 +49,18 @@ def remarks(models: Family, folder: Path, *lines: str) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("frozen", ["", "self_attn"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_light_fine_tune_in_16_bits_is_remarked_on(dtype: torch.dtype, frozen: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "lines", "pickled"),
+    [
+        (torch.bfloat16, (), False),
+        (torch.float16, (), False),
+        (torch.bfloat16, ("dtype: float32",), False),
+        (torch.float16, (), True),
+    ],
+)
+def test_a_light_fine_tune_in_16_bits_is_remarked_on(
+    dtype: torch.dtype, lines: tuple[str, ...], pickled: bool, frozen: str, tmp_path: Path
+) -> None:
     eps = torch.finfo(dtype).eps
     models = saved(tmp_path / "m", 0.1 * eps, dtype, dtype, frozen)
     pivot, target = (load_file(path / "model.safetensors") for path in (models.pivot, models.targets[0]))
@@ -58,7 +68,10 @@ def test_a_light_fine_tune_in_16_bits_is_remarked_on(dtype: torch.dtype, frozen:
     equal = sum(int((pivot[name] == target[name]).sum()) for name in moved)
     share = equal / sum(pivot[name].numel() for name in moved)
     assert share > 0.8
-    for said in remarks(models, tmp_path):
+    for path in (models.pivot, *models.targets) if pickled else ():
+        torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+        (path / "model.safetensors").unlink()
+    for said in remarks(models, tmp_path, *lines):
         for path in models.targets:
             (line,) = [line for line in said.splitlines() if f"of {path}'s elements equal the pivot's" in line]
             assert "its weights are mostly rounding; merge the float32 checkpoint" in line

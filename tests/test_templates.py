@@ -375,7 +375,8 @@ def test_spans_are_bytes_of_the_text() -> None:
         dialogue("🙂", "é", "日", "ñ")
     )
     answers = (Answer(1, 11, ((11, 13, 0),), 13, 17), Answer(3, 27, ((27, 29, 0),), 29, 33))
-    assert rendered == Rendered("U: 🙂\nA: é</s>U: 日\nA: ñ</s>", answers)
+    contents = {1: "é", 3: "ñ"}
+    assert rendered == Rendered("U: 🙂\nA: é</s>U: 日\nA: ñ</s>", answers, contents=contents)
     assert rendered.spans == ((11, 17), (27, 33))
 
 

@@ -77,10 +77,14 @@ def choose_weight_files(names: set[str], read: Callable[[str], str | bytes]) -> 
     if index not in names:
         return WeightFiles([whole], remarks=_not_read(shards, whole))
     try:
-        weight_map = json.loads(read(index))["weight_map"]
+        text = content if isinstance(content := read(index), str) else content.decode("utf-8")
+        if text.startswith("\ufeff"):
+            raise ValueError("it begins with a byte order mark, which mergekit does not read")
+        weight_map = json.loads(text)["weight_map"]
         named = {str(tensor): str(shard) for tensor, shard in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return WeightFiles([], problems=[f"`{index}` is damaged ({error!r}): copy it again"])
+        why = "it is no UTF-8" if isinstance(error, UnicodeDecodeError) else repr(error)
+        return WeightFiles([], problems=[f"`{index}` is damaged ({why}): copy it again"])
     files = sorted(set(named.values()))
     if whole in names and files != [whole]:
         problem = (
@@ -101,7 +105,33 @@ def choose_weight_files(names: set[str], read: Callable[[str], str | bytes]) -> 
 def weight_files(folder: Path) -> WeightFiles:
     """The weight files of a local checkpoint."""
     names = {path.name for path in folder.iterdir() if path.is_file()} if folder.is_dir() else set()
-    return choose_weight_files(names, lambda name: (folder / name).read_bytes())
+    chosen = choose_weight_files(names, lambda name: (folder / name).read_bytes())
+    if chosen.names:
+        chosen.problems.extend(_read_otherwise(folder, chosen.names))
+    return chosen
+
+
+def _read_otherwise(folder: Path, names: Sequence[str]) -> Iterator[str]:
+    """What makes transformers load something else than the weight files that mergekit reads."""
+
+    def entry(file: str, key: str) -> Any:
+        try:
+            return json.loads((folder / file).read_text(encoding="utf-8")).get(key)
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    other = entry("config.json", "transformers_weights")
+    if other and [other] != [*names]:
+        yield (
+            f"transformers reads `{other}` (`transformers_weights` in config.json), mergekit {some(names)}: "
+            "remove that entry, or give the file the name that mergekit reads"
+        )
+    if (folder / "adapter_config.json").is_file():
+        base = entry("adapter_config.json", "base_model_name_or_path")
+        yield (
+            f"an adapter lies beside {some(names)}: transformers loads that adapter on `{base}`, mergekit the "
+            "weights without it. Keep the adapter in a folder of its own, and merge `model+adapter` if it is meant"
+        )
 
 
 @dataclass(frozen=True)
@@ -192,6 +222,10 @@ def _pickled(path: Path) -> dict[str, Any]:
             f"`{path.name}` cannot be read without running code of its own, or is damaged ({reason}): "
             "save the model as safetensors"
         ) from error
+    if isinstance(content, dict):
+        odd = [n for n, v in content.items() if isinstance(v, torch.Tensor) and v.layout != torch.strided]
+        if odd:
+            raise ValueError(f"`{path.name}` has sparse tensors: {some(odd)}. Save them dense, by .to_dense()")
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         where = " under `state_dict`" if isinstance(content, dict) and "state_dict" in content else ""
         raise ValueError(

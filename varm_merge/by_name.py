@@ -8,6 +8,7 @@ from typing import Any
 
 from mergekit.common import ModelReference
 
+from varm_merge.experts import PLAIN, matrices
 from varm_merge.headers import Model
 from varm_merge.recipe_tree import Path as TreePath
 from varm_merge.recipe_tree import nodes
@@ -55,7 +56,10 @@ def next_step(
 
 
 def _flat_recipe(document: Mapping[str, Any], models: Mapping[ModelReference, Model]) -> str | None:
-    """The recipe for mergekit-pytorch, which reads one file of each model; None where it cannot merge them."""
+    """The recipe for mergekit-pytorch, which reads one file of each model; None where it cannot merge them alike.
+
+    It knows no configs, and so not where in a packed tensor each expert's matrices lie.
+    """
     from mergekit.scripts.merge_raw_pytorch import InputModelDefinition, RawPyTorchMergeConfig
 
     files = {str(reference): {*model.files.values()} for reference, model in models.items()}
@@ -63,6 +67,7 @@ def _flat_recipe(document: Mapping[str, Any], models: Mapping[ModelReference, Mo
     keys = {*document} - {"name"}
     if (
         any(len(own) != 1 for own in files.values())
+        or any(matrices(name, shape, PLAIN) for m in models.values() for name, (shape, _) in m.tensors.items())
         or any(reference.lora is not None for reference in models)
         or any(own != names[0] for own in names)
         or not keys <= RawPyTorchMergeConfig.model_fields.keys()

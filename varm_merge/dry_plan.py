@@ -26,10 +26,11 @@ from mergekit.tokenizer import PermutedVocabulary
 from safetensors import safe_open
 
 from varm_common.checkpoints import DTYPES
-from varm_merge import planner
+from varm_merge import outcome, planner
 from varm_merge.errors import VarmError
 from varm_merge.headers import Model, is_buffer
-from varm_merge.loading import Unloadable, loaded, numberless, patterns
+from varm_merge.loading import Unloadable, numberless, patterns
+from varm_merge.method import METHOD_NAME
 
 __all__ = ["DryPlan", "Finding", "dry_plan"]
 
@@ -53,6 +54,7 @@ class DryPlan:
         remarks: What one should know.
         mixed: Whether the models are of several architectures, which mergekit refuses.
         lost: Tensors that the base model has and loads, and that the merge would lack.
+        faults: Why the finished merge would not load as it is.
         architecture: The class of the output model.
         outputs: Shape and bytes of an element of every tensor that it would write.
     """
@@ -61,6 +63,7 @@ class DryPlan:
     remarks: list[Finding] = field(default_factory=list)
     mixed: bool = False
     lost: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
     architecture: str = ""
     outputs: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
 
@@ -82,7 +85,7 @@ def dry_plan(
         by_name: Whether the base model's tensors are merged by their names.
     """
     found = DryPlan()
-    config = deepcopy(config)  # mergekit rewrites it as it plans
+    recipe, config = config, deepcopy(config)  # mergekit rewrites it as it plans
     for model in models:
         if model.lora is not None and not options.lora_merge_cache:
             message = "is an adapter: give --lora-merge-cache FOLDER, where mergekit keeps the merged model"
@@ -93,6 +96,8 @@ def dry_plan(
         loaders = stack.enter_context(_headers_only(models))
         if by_name:
             stack.enter_context(planner.by_name())
+        if by_name or config.merge_method == METHOD_NAME:
+            stack.enter_context(planner.whole_numbers_kept())
         try:
             with _quiet_logs():
                 plan = planner.new_plan(config, options, dry=True)
@@ -102,10 +107,12 @@ def dry_plan(
             return found
         found.architecture = plan.architecture
         outputs = _judge(plan, loaders, found)
+        if by_name:
+            _other_layouts(loaders, options, found)
         if not found.problems:
             _only_some(loaders, found)
             _untied(plan, loaders, options, found)
-            found.lost = _lost(plan, outputs, loaders, options)
+            _outcome(recipe, plan, outputs, loaders, options, found)
     saved = dtype_from_name(config.out_dtype)
     for name, tensor in outputs.items():
         dtype = saved if saved is not None and tensor.is_floating_point() else tensor.dtype
@@ -121,6 +128,7 @@ class _HeaderLoader:
 
     Attributes:
         used: Names of the tensors that were loaded.
+        lacking: Names of planned tensors that it has not, and need not have.
     """
 
     def __init__(self, model: Model) -> None:
@@ -128,6 +136,7 @@ class _HeaderLoader:
         self.index = ShardedTensorIndex(base_path="", is_safetensors=True, tensor_paths=paths, shards=[])
         self.model = model
         self.used: set[str] = set()
+        self.lacking: list[str] = []
 
     def get_tensor(self, key: str, **_options: Any) -> torch.Tensor:
         self.used.add(key)
@@ -173,7 +182,6 @@ def _judge(plan: planner.Plan, loaders: Loaders, found: DryPlan) -> dict[str, to
     """Gather and check every planned tensor; the outputs, without data."""
     outputs: dict[str, torch.Tensor] = {}
     lacking: dict[ModelReference, list[str]] = {}
-    skipped: dict[ModelReference, list[str]] = {}
     errors: dict[str, tuple[ModelReference | None, list[str]]] = {}
 
     def fails(message: str, model: ModelReference | None = None) -> None:
@@ -192,7 +200,7 @@ def _judge(plan: planner.Plan, loaders: Loaders, found: DryPlan) -> dict[str, to
                     fails(f"`{weight.name}` of {load.model}: {_first_line(error)}", load.model)
                 continue
             if tensor is None:
-                skipped.setdefault(load.model, []).append(weight.name)
+                loaders[load.model].lacking.append(weight.name)
             else:
                 tensors[load.model] = tensor
         if any(weight.name in names[-1:] for names in lacking.values()):
@@ -201,13 +209,12 @@ def _judge(plan: planner.Plan, loaders: Loaders, found: DryPlan) -> dict[str, to
             if isinstance(source, PermutedVocabulary):
                 tensors = _permuted(source, plan.tokenizer, tensors)
             elif source is not getattr(source, "gather_tensors", source):
-                tensors = source.execute(tensors)
+                with _quiet_logs():
+                    tensors = source.execute(tensors)
             if differs := _other_shapes(weight, task, tensors):
                 fails(*differs)
                 continue
-            output = ExecuteMergeMethodTask.execute(task, tensors)
-        except NotImplementedError:  # buffers of a model on the Hub, whose values are not known
-            output = next(iter(tensors.values()))
+            output = _merged(task, tensors)
         except Exception as error:  # of whatever kind: it would end the run
             fails(_first_line(error))
             continue
@@ -219,12 +226,23 @@ def _judge(plan: planner.Plan, loaders: Loaders, found: DryPlan) -> dict[str, to
     for model, messages in errors.values():
         more = f" ({len(messages)} tensors like this one)" if messages[1:] else ""
         found.problems.append(Finding(messages[0] + more, model))
-    for model, names in skipped.items():
-        merged = [name for name in names if name in outputs]
+    for model, loader in loaders.items():
+        merged = [name for name in loader.lacking if name in outputs]
         if merged:
             message = f"`{model}` has no {patterns(merged)}: merged of the other models alone"
             found.remarks.append(Finding(message, model))
     return outputs
+
+
+def _merged(task: ExecuteMergeMethodTask, tensors: dict[ModelReference, torch.Tensor]) -> torch.Tensor | None:
+    output: torch.Tensor | None
+    try:
+        output = ExecuteMergeMethodTask.execute(task, tensors)
+    except NotImplementedError:
+        if all(tensor.is_floating_point() for tensor in tensors.values()):
+            raise
+        output = next(iter(tensors.values()))  # buffers of a model on the Hub, whose values are not known
+    return output
 
 
 def _first_input(
@@ -273,7 +291,13 @@ def _permuted(
         original_vocabs=tokenizer.original_vocabs,
     )
     with _quiet_logs():
-        source.execute(reduced, tensors)
+        try:
+            source.execute(reduced, tensors)
+        except NotImplementedError as error:
+            told = (
+                "a token under `tokenizer: tokens` that no model has needs a `source`: a model, or `{kind: zero}`"
+            )
+            raise VarmError(told) from error
     size, step = len(vocabulary), source.pad_to_multiple_of or 1
     size += -size % step
     made = {}
@@ -299,7 +323,12 @@ def _quiet_logs() -> Iterator[None]:
 
 def _explained(error: Exception, models: Mapping[ModelReference, Model]) -> Iterator[Finding]:
     """Why mergekit makes no plan."""
-    names = {model: (header.config.get("architectures") or [None]) for model, header in models.items()}
+    names = {
+        model: [model.override_architecture]
+        if model.override_architecture
+        else (header.config.get("architectures") or [None])
+        for model, header in models.items()
+    }
     base, *others = models
     if "--allow-crimes" in str(error):
         for other in others:
@@ -329,6 +358,45 @@ def _explained(error: Exception, models: Mapping[ModelReference, Model]) -> Iter
 
 
 # What would be missing
+
+
+def _other_layouts(loaders: Loaders, options: MergeOptions, found: DryPlan) -> None:
+    """Refuse models that keep the base model's tensors under other names: merged by names they are left out."""
+    base, *others = loaders
+    known = loaders[base].model.tensors
+    for model in others:
+        loader = loaders[model]
+        lacking = [name for name in loader.lacking if not is_buffer(name)]
+        extra = [name for name in loader.model.tensors if name not in loader.used and name not in known]
+        shared = {_place(name) for name in lacking} & {_place(name) for name in extra}
+        heads = [name for name in lacking if name.endswith(HEADS)]
+        if shared:
+            here, there = ([name for name in names if _place(name) in shared] for names in (lacking, extra))
+            message = (
+                f"`{model}` has not {patterns(here)} of {base}, and in their place {patterns(there)}: a merge "
+                "by names needs one layout. Load each model with transformers and save it again"
+            )
+        elif heads and _ties(model.config(trust_remote_code=options.trust_remote_code)):
+            message = (
+                f"`{model}` ties its head to the embeddings, and {base} has {patterns(heads)}: save that model "
+                "with `tie_word_embeddings` false and a head of its own"
+            )
+        elif len(lacking) > len(known) / 2:
+            message = (
+                f"`{model}` has only {len(known) - len(lacking)} of the {len(known)} tensors of {base} by name: a "
+                "merge by names needs one layout. Save both from the same class of transformers"
+            )
+        else:
+            continue
+        found.problems.append(Finding(message, model))
+        found.remarks = [remark for remark in found.remarks if remark.model != model]
+
+
+def _place(name: str) -> str:
+    """Where in the model a tensor is, however its layout names and packs what lies there."""
+    if (experts := re.match(r"(.*?\.\d+)\..*experts", name)) is not None:
+        return f"{experts[1]}.experts"
+    return name.rsplit(".", 2)[0] if re.search(r"\.\d+\.", name) else name
 
 
 def _only_some(loaders: Loaders, found: DryPlan) -> None:
@@ -366,32 +434,36 @@ def _ties(config: Any) -> bool:
     return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
-def _lost(
-    plan: planner.Plan, outputs: Mapping[str, torch.Tensor], loaders: Loaders, options: MergeOptions
-) -> list[str]:
-    """Tensors that the pivot has and loads, and that the finished merge would lack."""
+def _outcome(
+    recipe: MergeConfiguration,
+    plan: planner.Plan,
+    outputs: Mapping[str, torch.Tensor],
+    loaders: Loaders,
+    options: MergeOptions,
+    found: DryPlan,
+) -> None:
+    """Whether the finished merge would load, with all that the base model has."""
     base, loader = next(iter(loaders.items()))
-    names = loader.model.tensors
-    if names.keys() <= outputs.keys():
-        return []
-    unread = [name for name in names if name not in loader.used and not is_buffer(name)]
-    if not unread:  # whatever the base model has is in an output, perhaps packed
-        return []
     try:
-        own_config = base.config(trust_remote_code=options.trust_remote_code)
-        code = base.model if options.trust_remote_code else None
-        before = loaded(own_config, {name: loader.get_tensor(name) for name in names}, code)
-        after = loaded(plan.out_config, outputs, code)
-    except Unloadable:  # names must do
-        written = {numberless(name) for name in outputs}
-        return [name for name in unread if numberless(name) not in written]
-    missing = {numberless(name) for name in after.missing} - {numberless(name) for name in before.missing}
-    if not missing:
-        return []
-    ignored = {numberless(name) for name in before.unexpected}
-    return [name for name in unread if numberless(name) not in ignored] or sorted(
-        name for name in after.missing if numberless(name) in missing
-    )
+        out_config = outcome.saved(plan.out_config)
+    except ValueError as error:
+        found.problems.append(Finding(f"the config of the merge cannot be saved: {error}"))
+        return
+    except Unloadable as error:
+        found.faults.append(f"the config of the merge could not be read again: {error}")
+        return
+    names = loader.model.tensors
+    unread = [name for name in names if name not in loader.used and not is_buffer(name)]
+    sliced = bool(outcome.layers_taken(recipe))
+    as_base = plan.tokenizer is None and not sliced
+    same_shapes = all(tuple(tensor.shape) == names[name][0] for name, tensor in outputs.items() if name in names)
+    if as_base and same_shapes and (names.keys() <= outputs.keys() or not unread):
+        return  # whatever the base model has is in an output, perhaps packed: its class need not be imported
+    own = {name: loader.get_tensor(name) for name in names}
+    own_config = base.config(trust_remote_code=options.trust_remote_code)
+    code = base.model if options.trust_remote_code else None
+    verdict = outcome.judge(out_config, outputs, own_config, own, None if sliced else unread, code)
+    found.lost, found.faults = verdict.lost, verdict.faults
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ No weight is read. Of a Hub model the headers come over HTTP ranges, a few kilob
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,16 @@ from varm_common.checkpoints import PICKLED, Tensors, read_header, some
 from varm_merge.lineage import Place, files_on_the_hub
 from varm_merge.presence import Hub
 
-__all__ = ["Model", "estimate", "is_buffer", "other_dtypes", "other_tokens", "read_model", "why_quantised"]
+__all__ = [
+    "Model",
+    "estimate",
+    "is_buffer",
+    "other_dtypes",
+    "other_tokens",
+    "read_model",
+    "why_quantised",
+    "why_whole",
+]
 
 STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 """Of an element, by safetensors' names of dtypes; all others are one byte wide."""
@@ -34,6 +44,9 @@ QUANTISED_NAMES = {
     "SCB",
 }
 """Last parts of the names of tensors that only a quantised checkpoint has."""
+NARROW = re.compile(r"F[468](_|$)|float[468]_")
+"""Dtypes of codes; a dtype of torch that safetensors has no name for goes by torch's."""
+WHOLE_WEIGHTS = ("I64", "BOOL")
 DEQUANTISED = {
     "fp8": "FineGrainedFP8Config(dequantize=True)",
     "mxfp4": "Mxfp4Config(dequantize=True)",
@@ -130,9 +143,12 @@ def why_quantised(model: Model) -> str | None:
     codes = [
         name
         for name, (_, dtype) in model.tensors.items()
-        if dtype.startswith(("F8", "F4", "F6"))
+        if NARROW.match(dtype)
         or name.rpartition(".")[2] in QUANTISED_NAMES
-        or (name.endswith((".weight", "_blocks")) and dtype in ("I8", "U8", "I32", "U32"))
+        or (
+            name.endswith((".weight", "_blocks", "_proj"))
+            and dtype not in (*WHOLE_WEIGHTS, "F64", "F32", "F16", "BF16")
+        )
     ]
     if not quantised and not codes:
         return None
@@ -145,6 +161,15 @@ def why_quantised(model: Model) -> str | None:
         f"`{model.name}` is {what}{shown}. Codes cannot be merged as weights: merge the checkpoint it was made "
         f"from, or load it with transformers in full precision ({how}) and save that"
     )
+
+
+def why_whole(model: Model) -> str | None:
+    """Why a model's weights cannot be averaged though they are no codes: they are whole numbers."""
+    whole = [n for n, (_, dtype) in model.tensors.items() if n.endswith(".weight") and dtype in WHOLE_WEIGHTS]
+    if not whole:
+        return None
+    dtype = model.tensors[whole[0]][1]
+    return f"`{model.name}` has whole numbers ({dtype}) as weights: {some(whole)}. Save them in a floating dtype"
 
 
 def other_dtypes(base: Model, other: Model) -> str | None:

@@ -20,7 +20,6 @@ from typing import Any, get_args
 import torch
 import yaml
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import TensorGroup
 from mergekit.options import MergeOptions
 from tqdm import tqdm
@@ -59,8 +58,7 @@ def inspect(
     Args:
         path: A recipe; or a merged model's folder or its ``varm_weights.json``, which tells the units of that
             merge and nothing else.
-        options: Of mergekit: device, caches (one for adapters is made and removed if there is none), whether code
-            from the Hub may run.
+        options: Of the run; a cache for adapters is made and removed if there is none.
         granularities: Those to show beside the recipe's own; default all five.
         by_name: Whether tensors are merged by their names.
 
@@ -73,16 +71,8 @@ def inspect(
     Raises:
         VarmError: The recipe cannot be merged; all that is wrong with it is told.
     """
-    if path.is_dir():
-        if not (path / FILE_NAME).exists():
-            raise VarmError(
-                f"`{path}` has no {FILE_NAME}: it was not merged by varm; give a recipe, or such a folder"
-            )
-        path = path / FILE_NAME
-    if path.suffix == ".json":
-        if granularities:
-            raise VarmError(f"`{path}` tells the weights of one merge; give its recipe to see other granularities")
-        return _of_a_merge(path, recipe.read(path))
+    if path.is_dir() or path.suffix == ".json":
+        return _of_a_merge(path, granularities)
     text = recipe.read(path)
     with ExitStack() as stack:
         if options.lora_merge_cache is None:
@@ -91,20 +81,14 @@ def inspect(
         looked = recipe.Looked()
         problems = recipe.check(text, options=options, by_name=by_name, path=path, looked=looked)
         recipe.refuse(problems, path, "cannot be inspected")
-        if not recipe.uses_varm(text):
-            raise VarmError(
-                f"{path} does not merge by `varm`: weights are given for `merge_method: varm` alone. "
-                "`varm-merge check` tells what there is to say of other methods, and of misspelt ones"
-            )
-        _demand_device(options.device)
+        _demand(path, text, options.device)
         content = yaml.safe_load(text)
         config = recipe.one_spelling(MergeConfiguration.model_validate(content))
         if by_name:
             stack.enter_context(planner.by_name())
-        stack.enter_context(planner.fast_conversion())
-        stack.enter_context(planner.swapped(LoaderCache, "loaders", {}))
+        stack.enter_context(planner.as_merged(options))
         tensors = planner.planned_tensors(config, options)
-        tally = rounding.Tally()
+        tally = rounding.Tally(looked)
         measured = [
             part
             for tensor in tqdm(tensors, unit="tensor", desc="measure", disable=options.quiet)
@@ -124,11 +108,17 @@ def inspect(
         "units": {name: _units(measured, None if name == RECIPE else name) for name in wanted},
         "tensors": [_described(one) for one in measured],
         "agreement": _agreement(measured, targets),
-        "remarks": [remark.message for remark in looked.remarks] + tally.remarks(content, looked),
+        "remarks": [remark.message for remark in looked.remarks] + tally.remarks(content),
     }
 
 
-def _demand_device(device: str | None) -> None:
+def _demand(path: Path, text: str, device: str | None) -> None:
+    """The recipe is one of varm, and the device is there."""
+    if not recipe.uses_varm(text):
+        raise VarmError(
+            f"{path} does not merge by `varm`: weights are given for `merge_method: varm` alone. "
+            "`varm-merge check` tells what there is to say of other methods, and of misspelt ones"
+        )
     try:
         torch.empty(0, device=device or "cpu")
     except (RuntimeError, AssertionError) as error:
@@ -136,7 +126,16 @@ def _demand_device(device: str | None) -> None:
         raise VarmError(f"nothing can be measured on the device `{device}`: {reason}") from error
 
 
-def _of_a_merge(path: Path, text: str) -> dict[str, Any]:
+def _of_a_merge(path: Path, granularities: Sequence[str]) -> dict[str, Any]:
+    if path.is_dir():
+        if not (path / FILE_NAME).exists():
+            raise VarmError(
+                f"`{path}` has no {FILE_NAME}: it was not merged by varm; give a recipe, or such a folder"
+            )
+        path = path / FILE_NAME
+    if granularities:
+        raise VarmError(f"`{path}` tells the weights of one merge; give its recipe to see other granularities")
+    text = recipe.read(path)
     try:
         found = json.loads(text)
         _expect_units(found["units"], found["targets"])

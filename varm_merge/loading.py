@@ -25,10 +25,12 @@ class Loaded:
     Attributes:
         missing: Names of the model's tensors that would be random; tied ones are not among them.
         unexpected: Names that nothing in the model has.
+        mismatched: Shape given and shape wanted of each tensor of another shape than the model's.
     """
 
     missing: frozenset[str]
     unexpected: frozenset[str]
+    mismatched: Mapping[str, tuple[Sequence[int], Sequence[int]]]
 
 
 def loaded(config: Any, tensors: Mapping[str, torch.Tensor], code: Any = None) -> Loaded:
@@ -62,7 +64,10 @@ def loaded(config: Any, tensors: Mapping[str, torch.Tensor], code: Any = None) -
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-    return Loaded(frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]))
+    wrong = sorted((str(name), tuple(given), tuple(wanted)) for name, given, wanted in info["mismatched_keys"])
+    mismatched = {name: (given, wanted) for name, given, wanted in wrong}
+    missing = frozenset(info["missing_keys"]) - mismatched.keys()
+    return Loaded(missing, frozenset(info["unexpected_keys"]), mismatched)
 
 
 def _model_class(config: Any, code: Any) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from varm_common.checkpoints import INDEX, WHOLE, read_header, weight_files
-from varm_merge.loading import Unloadable, loaded, patterns
+from varm_merge.loading import Unloadable, loaded, numberless, patterns
 
 __all__ = ["Contents", "look", "secrets_in"]
 
@@ -220,7 +220,7 @@ def _loads(folder: Path, contents: Contents) -> None:
 
 
 def _missing(folder: Path, config: Any) -> list[str]:
-    """Tensors that no weight file has and transformers would fill with random values."""
+    """Tensors that no file has, that transformers would drop, or that have another shape than it wants."""
     import torch
 
     header = read_header(folder)
@@ -228,11 +228,21 @@ def _missing(folder: Path, config: Any) -> list[str]:
         return []  # problems of their own, and codes that only their quantizer knows
     tensors = {name: torch.empty(shape, device="meta") for name, (shape, _) in header.tensors.items()}
     try:
-        missing = loaded(config, tensors).missing
+        found = loaded(config, tensors)
     except Unloadable:
         return []
-    told = f"the weight files lack {patterns(sorted(missing))}: transformers would load random weights there"
-    return [f"{told}; merge again (`varm-merge check` tells what a recipe loses)"] if missing else []
+    again = "merge again (`varm-merge check` tells what a recipe loses)"
+    problems = []
+    if found.missing:
+        told = f"the weight files lack {patterns(sorted(found.missing))}"
+        problems.append(f"{told}: transformers would load random weights there; {again}")
+    read = {numberless(name) for name in tensors if name not in found.unexpected}
+    if dropped := sorted(name for name in found.unexpected if numberless(name) in read):
+        told = f"`config.json` has fewer layers than the weight files: transformers would drop {patterns(dropped)}"
+        problems.append(f"{told}; {again}")
+    for name, (given, wanted) in [*found.mismatched.items()][:1]:
+        problems.append(f"`{name}` has the shape {[*given]}, and `config.json` asks for {[*wanted]}; {again}")
+    return problems
 
 
 def _first_line(error: Exception) -> str:

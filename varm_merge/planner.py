@@ -18,13 +18,11 @@ and a unit's tree inside each of its N tensors' trees would make planning O(N²)
 import functools
 import inspect
 import logging
-import shutil
-import signal
 import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +32,7 @@ from typing import Any
 import click
 import torch
 import yaml
-from mergekit import merge_methods
+from mergekit import card, merge_methods
 from mergekit.architecture import WeightInfo, conversion
 from mergekit.common import ImmutableMap, ModelReference, dtype_from_name
 from mergekit.config import ConditionalParameter, MergeConfiguration
@@ -46,25 +44,25 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from pydantic import BaseModel
 
-from varm_common.checkpoints import WEIGHT_FILE, weight_files
-from varm_merge import method, recipe
+from varm_merge import adapters, method, outcome, recipe, staging
 from varm_merge.errors import VarmError
 from varm_merge.experts import Layout, layout_of
 from varm_merge.method import DtypeError, NonFiniteError
 from varm_merge.presence import TOKENIZER_FILES
-from varm_merge.report import FILE_NAME, UnitRecord, WeightLog, natural_order
+from varm_merge.report import UnitRecord, WeightLog, natural_order
 from varm_merge.weights import SPANNING, Granularity, Settings, UnitStatistics, block_of, unit_of
 
 __all__ = [
     "Plan",
     "PlannedTensor",
+    "as_merged",
     "attach",
     "by_name",
     "fast_conversion",
-    "merged_adapter",
     "new_plan",
     "planned_tensors",
     "swapped",
+    "whole_numbers_kept",
 ]
 
 SUPPORTED_MERGEKIT = ">=0.1.5,<0.2"
@@ -197,21 +195,13 @@ class MergeTensor(_ByIdentity, ExecuteMergeMethodTask, arbitrary_types_allowed=T
 
 
 class FinalizeMerge(_ByIdentity, FinalizeModel, arbitrary_types_allowed=True):  # type: ignore[misc,call-arg]
-    """mergekit's last task; it also leaves ``varm_weights.json``, and no weights of an earlier merge."""
+    """mergekit's last task; it also leaves ``varm_weights.json``."""
 
     log: WeightLog
 
     def execute(self, writer: Any, **_kwargs: Any) -> None:
-        folder = Path(writer.out_path)
-        (folder / FILE_NAME).unlink(missing_ok=True)  # it would describe weights that are about to be replaced
         super().execute(writer)
-        written = {*writer.weight_map.values()} if writer.shards_written > 1 else set()
-        prefix, extension = writer._get_name_components()
-        written.add(f"{prefix}.{extension}.index.json" if written else f"{prefix}.{extension}")
-        for path in folder.iterdir():
-            if WEIGHT_FILE.fullmatch(path.name) and path.name not in written:
-                path.unlink()
-        self.log.write(folder)
+        self.log.write(Path(writer.out_path))
 
 
 def _finalized(tasks: Sequence[Task[Any]], log: WeightLog) -> list[Task[Any]]:
@@ -284,8 +274,9 @@ def _attach_to_planning(plan: ModuleType) -> None:
 
 
 def _attach_to_run(merge: ModuleType) -> None:
-    run_merge = merge.run_merge
+    run_merge, model_out_config = merge.run_merge, merge._model_out_config
     _expect(run_merge, "merge_config", "out_path", "options", "config_source")
+    _expect(model_out_config, "config", "arch_info", "trust_remote_code")
     _expect(LoadTensor._load_converted_tensor, "loader")
     _expect_fields(vars(conversion), "_iter_transform_matches", "_expanded_target_keys")
 
@@ -298,7 +289,7 @@ def _attach_to_run(merge: ModuleType) -> None:
             run_merge(merge_config, out_path, options, config_source)
             return
         text = config_source if config_source is not None else yaml.safe_dump(_content(merge_config))
-        with _located(text), _clean_ending(Path(out_path), options), fast_conversion():
+        with _located(text), as_merged(options):
             looked = recipe.Looked()
             problems = recipe.check(
                 text,
@@ -319,9 +310,20 @@ def _attach_to_run(merge: ModuleType) -> None:
             ):
                 LOG.warning("`%s` has no tokenizer: none is copied beside the merge", folder)
                 options = options.model_copy(update={"copy_tokenizer": False})
-            run_merge(recipe.one_spelling(merge_config), out_path, options, config_source)
+            with staging.staged(Path(out_path), options) as place:
+                run_merge(recipe.one_spelling(merge_config), str(place), options, config_source)
+                staging.copy_code(merge_config, place)
+
+    @functools.wraps(model_out_config)
+    def _out_config(config: MergeConfiguration, arch_info: Any, trust_remote_code: bool = False) -> Any:
+        result = model_out_config(config, arch_info, trust_remote_code=trust_remote_code)
+        if config.merge_method == method.METHOD_NAME and config.base_model:
+            own = config.base_model.config(trust_remote_code=trust_remote_code)
+            outcome.follow_slices(result, config, arch_info, own)
+        return result
 
     merge.run_merge = _run_merge  # type: ignore[attr-defined]
+    merge._model_out_config = _out_config  # type: ignore[attr-defined]
 
 
 def _without_tokenizer(config: MergeConfiguration) -> Path | None:
@@ -364,7 +366,7 @@ def _attach_to_command(script: ModuleType) -> None:
             is_varm = recipe.uses_varm(text)
             if out is not None and is_varm:
                 stack.enter_context(_located(text))
-                stack.enter_context(_clean_ending(out, options))
+                arguments["out_path"] = str(stack.enter_context(staging.staged(out, options)))
             stack.enter_context(swapped(_state, "path", path))
             try:
                 return callback(**arguments)
@@ -507,7 +509,7 @@ def new_plan(config: MergeConfiguration, options: MergeOptions, *, dry: bool = F
     if (reason := merge_methods.get(method.METHOD_NAME).refusal) is not None:
         raise VarmError(reason)
     try:
-        _expect(merge._model_out_config, "trust_remote_code")
+        _expect(merge._update_config_vocab, "config", "arch_info", "tokenizer", "pad_to_multiple_of")
         _expect_fields(vars(merge), "get_architecture_info")
         _expect_fields(plan.MergePlanner.__annotations__, "_tokenizer_task")
     except (AttributeError, TypeError) as error:
@@ -523,6 +525,9 @@ def new_plan(config: MergeConfiguration, options: MergeOptions, *, dry: bool = F
     planner = plan.MergePlanner(config, architecture, options=options, out_model_config=out_config)
     planner._plan()
     tokenizer = planner._tokenizer_task.execute() if planner._tokenizer_task else None
+    if tokenizer is not None:
+        multiple = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
+        merge._update_config_vocab(out_config, architecture, tokenizer.tokenizer, pad_to_multiple_of=multiple)
     tensors = list({weight.name: (weight, task) for weight, task in planner._tensors}.values())
     return Plan(planner.config, out_config, tensors, _planned_blocks(planner), tokenizer)
 
@@ -546,11 +551,6 @@ def planned_tensors(config: MergeConfiguration, options: MergeOptions) -> list[P
         )
         for weight, task in sorted(plan.tensors, key=lambda one: natural_order(one[0].name))
     ]
-
-
-def merged_adapter(reference: ModelReference, cache: str) -> Path:
-    """Where mergekit keeps the model that it makes of an adapter; it uses a folder that is there as it is."""
-    return Path(cache) / f"{reference.model._unique_id()}_{reference.lora._unique_id()}"
 
 
 @contextmanager
@@ -621,6 +621,60 @@ def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 _NOTHING = object()
+
+
+@contextmanager
+def as_merged(options: MergeOptions) -> Iterator[None]:
+    """Load, merge and save in the block as a run of ``varm`` does."""
+    is_hf = card.is_hf
+
+    def on_the_hub(
+        path: str,
+    ) -> bool:  # mergekit would ask the Hub whether it has a folder like `models/mine`, too
+        return not Path(path).exists() and bool(is_hf(path))
+
+    with (
+        fast_conversion(),
+        whole_numbers_kept(),
+        adapters.stamped(options),
+        swapped(LoaderCache, "loaders", {}),  # of an earlier run in this process, whose files may have changed
+        swapped(card, "is_hf", on_the_hub),
+    ):
+        yield
+
+
+@contextmanager
+def whole_numbers_kept() -> Iterator[None]:
+    """Leave buffers of whole numbers as they are: ``dtype`` and ``out_dtype`` are of weights.
+
+    mergekit would round the counter of a batch norm to float16, and find that it differs between the models.
+    """
+    load, save, merge = LoadTensor.execute, SaveTensor.execute, ExecuteMergeMethodTask.execute
+
+    def loaded(self: LoadTensor) -> torch.Tensor | None:
+        raw: torch.Tensor | None = load(self.model_copy(update={"dtype": None}) if self.dtype else self)
+        if raw is None or not self.dtype or not raw.is_floating_point():
+            return raw
+        return raw.to(dtype_from_name(self.dtype))
+
+    def merged(
+        self: ExecuteMergeMethodTask, tensors: dict[Any, torch.Tensor], **others: Any
+    ) -> torch.Tensor | None:
+        if self.output_weight.name.endswith(".num_batches_tracked") and self.base_model in tensors:
+            return tensors[self.base_model].clone()
+        result: torch.Tensor | None = merge(self, tensors, **others)
+        return result
+
+    def saved(self: SaveTensor, writer: Any, tensor: torch.Tensor | None) -> None:
+        whole = tensor is not None and self.dtype and not tensor.is_floating_point()
+        save(self.model_copy(update={"dtype": None}) if whole else self, writer, tensor)
+
+    with (
+        swapped(LoadTensor, "execute", loaded),
+        swapped(SaveTensor, "execute", saved),
+        swapped(ExecuteMergeMethodTask, "execute", merged),
+    ):
+        yield
 
 
 @contextmanager
@@ -829,71 +883,6 @@ def _evaluate(task: Task[Any], tokenizer: Any) -> Any:
     if isinstance(task, BuildTokenizer):
         return tokenizer
     return task.execute(**{name: _evaluate(part, tokenizer) for name, part in task.arguments().items()})
-
-
-@contextmanager
-def _clean_ending(out: Path, options: MergeOptions | None) -> Iterator[None]:
-    """A merge that fails or is stopped leaves nothing that was not there before; finished weights stay.
-
-    A signal that would end the process (SIGTERM, SIGHUP) ends the merge as Ctrl-C does.
-    """
-    cache = Path(options.lora_merge_cache) if options and options.lora_merge_cache else None
-    folders = [folder for folder in (out, cache) if folder is not None]
-    before = {folder: {*folder.iterdir()} if folder.is_dir() else set() for folder in folders}
-    new = next((path for path in reversed((out, *out.absolute().parents)) if not path.exists()), None)
-    weights = {path: path.stat().st_mtime_ns for path in before[out] if WEIGHT_FILE.fullmatch(path.name)}
-    try:
-        with _signals_raise():
-            yield
-    except BaseException:
-        if not _is_finished(out, weights):
-            for path in {*out.iterdir()} - before[out] if out.is_dir() else ():
-                _remove(path)
-            if new is not None:
-                _remove(new)
-        if cache is not None and cache.is_dir():
-            for path in {*cache.iterdir()} - before[cache]:
-                if path.is_dir() and (not (chosen := weight_files(path)).names or chosen.problems):
-                    _remove(path)
-        raise
-
-
-def _is_finished(out: Path, before: Mapping[Path, int]) -> bool:
-    """Whether the folder has whole weights that were not there before."""
-    if not out.is_dir():
-        return False
-    chosen = weight_files(out)
-    files = [out / name for name in chosen.names]
-    return bool(files) and not chosen.problems and all(before.get(f) != f.stat().st_mtime_ns for f in files)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink()
-
-
-@contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise ``SystemExit``, where nobody else handles or ignores them."""
-
-    def stop(number: int, _frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    handled = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
-    for number in handled:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in handled:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _content(value: Any) -> Any:

@@ -155,7 +155,7 @@ def check(
         documents = list(yaml.safe_load_all(text))
         lines = [lines_of(root) for root in roots]
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if not every and not re.search(rf"merge_method:\s*['\"]?{METHOD_NAME}\b", text):
+        if not every and not re.search(rf"merge_method:.*\b{METHOD_NAME}\b", text, re.IGNORECASE):
             return []
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -163,26 +163,16 @@ def check(
     options = options or MergeOptions(transformers_cache=cache_dir)
     names = {str(document["name"]) for document in documents if isinstance(document, dict) and "name" in document}
     problems: list[Problem] = []
-    if every and not documents:
+    if not documents and (every or kind == "yaml"):
         problems.append(Problem(NO_RECIPE, 1))
     hub = Hub()
     for document_lines, document in zip(lines, documents, strict=True):
-        if every and not isinstance(document, dict):
+        if not isinstance(document, dict) and (every or kind == "yaml"):
             problems.append(Problem(NO_RECIPE, document_lines[()]))
-        elif isinstance(document, dict) and (every or document.get("merge_method") == METHOD_NAME):
-            own_names = names if kind == "multi" else set()
-            checker = _Checker(
-                document,
-                document_lines,
-                kind,
-                own_names,
-                looked=looked or Looked(),
-                hub=hub,
-                options=options,
-                by_name=by_name,
-                path=path,
-                out=out,
-            )
+        elif isinstance(document, dict) and (every or _means_varm(document)):
+            checker = _Checker(document, document_lines, kind, names if kind == "multi" else set(), hub=hub)
+            checker.looked, checker.options = looked or Looked(), options
+            checker.by_name, checker.path, checker.out = by_name, path, out
             checker.run(models)
             problems += checker.problems
             if len(documents) > 1 and kind != "multi":
@@ -238,14 +228,26 @@ def _overwritten(document: Mapping[str, Any], out: Path, raw: bool) -> Iterator[
             model = here.resolve()
             if here.exists() and (place in (model, *model.parents) or model in place.parents):
                 yield path, f"the merge would be written to `{out}`, where `{part}` lies: name another folder"
+                continue
+            for file in here.iterdir() if here.is_dir() else ():
+                if file.is_symlink() and place in file.resolve().parents:
+                    message = f"`{file}` links to a file in `{out}`, where the merge would be written"
+                    yield path, f"{message}: name another folder"
+    for adapter in [out / "adapter_config.json"] if (out / "adapter_config.json").is_file() and not raw else []:
+        message = "transformers would load that adapter with the merge: move it, or name another folder"
+        yield ("merge_method",), f"`{adapter}` is there, and {message}"
 
 
 def _model_names(document: Mapping[str, Any]) -> Iterator[tuple[TreePath, str]]:
     """Every place of a recipe that names a model, and the name."""
     for path, node, _ in nodes(document):
         for key in ("base_model", "model"):
-            if isinstance(node.get(key), str):
-                yield (*path, key), node[key]
+            value = node.get(key)
+            with suppress(RuntimeError, ValueError):
+                if isinstance(value, dict):
+                    value = str(ModelReference.model_validate(value))
+            if isinstance(value, str):
+                yield (*path, key), value
     for path, source, _ in recipe_models.tokenizers(document):
         if isinstance(source, str):
             yield path, source
@@ -255,8 +257,15 @@ def uses_varm(text: str) -> bool:
     """Whether any recipe in ``text`` merges by ``varm``."""
     with suppress(yaml.YAMLError, ValueError, RecursionError):
         documents = yaml.safe_load_all(text)
-        return any(isinstance(doc, dict) and doc.get("merge_method") == METHOD_NAME for doc in documents)
+        return any(isinstance(document, dict) and _means_varm(document) for document in documents)
     return False
+
+
+def _means_varm(document: Mapping[str, Any]) -> bool:
+    """Whether a recipe merges by ``varm``, or tries to."""
+    name = document.get("merge_method")
+    text = name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+    return re.search(rf"\b{METHOD_NAME}\b", text, re.IGNORECASE) is not None
 
 
 def refuse(problems: Sequence[Problem], path: Path | None = None, ended: str = "was not merged") -> None:
@@ -311,7 +320,7 @@ class _Checker:
                 self.add(path, message)
         if models:
             self._models()
-            steps = (self._headers, self._plan, self._pivots, self._tokens, self._cards)
+            steps = (self._headers, self._template, self._plan, self._pivots, self._tokens, self._cards)
             for step in steps if self.kind != "raw" else ():
                 if not self.problems:
                     step()
@@ -320,13 +329,14 @@ class _Checker:
         """Find what mergekit knows of the method."""
         method = self.document.get("merge_method")
         known = {one.spec.name: one.spec for one in merge_methods.registered_methods()}
-        if method in known:
+        if isinstance(method, str) and method in known:
             self.spec = known[method]
         elif method is None:
             self.add((), "no `merge_method`")
         else:
             self.add(
-                ("merge_method",), f"mergekit knows no method `{method}`{_suggest(str(method), tuple(known))}"
+                ("merge_method",),
+                f"mergekit knows no method `{method}`{_suggest(str(method).lower(), tuple(known))}",
             )
 
     def add(self, path: TreePath, message: str) -> None:
@@ -447,7 +457,12 @@ class _Checker:
                 path = tuple(detail["loc"])
                 if path[0] in TOLD_BEFORE or ("parameters" in path and self.problems):
                     continue
-                if "layer_range" not in path or not self._wrong_range(path[: path.index("layer_range") + 1]):
+                absent = detail["type"] == "missing" and path[-1] == "layer_range"
+                if (
+                    absent
+                    or "layer_range" not in path
+                    or not self._wrong_range(path[: path.index("layer_range") + 1])
+                ):
                     self.add(path, plainly(path, detail["type"], detail["msg"], detail["input"]))
             return False
         except (RuntimeError, TypeError) as error:
@@ -517,7 +532,7 @@ class _Checker:
 
     def _headers(self) -> None:
         """Read the headers of all models, the base's first."""
-        from varm_merge.planner import merged_adapter
+        from varm_merge import adapters
 
         content = {key: value for key, value in self.document.items() if key != "name"}
         config = one_spelling(MergeConfiguration.model_validate(content))
@@ -527,9 +542,13 @@ class _Checker:
                 continue
             where = self._place_of(reference)
             place = Place(reference.model.path, reference.model.revision, self.cache_dir)
-            if reference.lora is not None and self.options.lora_merge_cache:
-                made = merged_adapter(reference, self.options.lora_merge_cache)
-                place = Place(str(made)) if made.is_dir() else place
+            if reference.lora is not None:
+                cache = self.options.lora_merge_cache
+                made = adapters.merged_adapter(reference, cache) if cache else None
+                place = Place(str(made)) if made is not None and made.is_dir() else place
+                if message := adapters.why_unfit(reference, self.options):
+                    self.add(where, message)
+                    continue
             try:
                 model = headers.read_model(place, self.hub)
             except ValueError as error:
@@ -537,13 +556,33 @@ class _Checker:
                 continue
             self.looked.models[reference] = model
             self.looked.lines[reference] = self.lines.get(where, 1)
-            if message := headers.why_quantised(model):
-                self.tell(where, message)
+            kept = Path(place.path) if place.path != reference.model.path else None
+            stale = adapters.why_stale(reference, kept, self.cache_dir) if kept else None
+            for why in (stale, headers.why_quantised(model), headers.why_whole(model)):
+                if why:
+                    self.tell(where, why)
             for message in model.remarks:
                 self.remark(where, f"{message} (`{model.name}`)")
             base = next(iter(self.looked.models.values()))
             if message := headers.other_dtypes(base, model):
                 self.remark(where, message)
+
+    def _template(self) -> None:
+        """The chat template is one, and there is a tokenizer to carry it."""
+        content = {key: value for key, value in self.document.items() if key != "name"}
+        config = MergeConfiguration.model_validate(content)
+        if not config.chat_template:
+            return
+        has_tokenizer = bool(config.tokenizer or config.tokenizer_source)
+        if found := recipe_models.why_no_template(config):
+            message, raises = found  # with a tokenizer of its own; it copies one without a word about the template
+            (self.add if raises and has_tokenizer else self.tell)(("chat_template",), message)
+        elif not has_tokenizer:
+            model = (config.base_model or config.referenced_models()[0]).model
+            if model.path in self.names:
+                return
+            if why := self.hub.why_no_tokenizer(model.path, model.revision, self.cache_dir):
+                self.tell(("chat_template",), f"there is no tokenizer to write the `chat_template` into: {why}")
 
     def _plan(self) -> None:
         """Let mergekit plan the merge, and judge its plan."""
@@ -562,6 +601,9 @@ class _Checker:
             self.add(self._place_of(finding.model), finding.message)
         for finding in plan.remarks:
             self.remark(self._place_of(finding.model), finding.message)
+        for message in plan.faults:
+            keys = ("slices", "modules", "tokenizer", "tokenizer_source", "merge_method")
+            self.tell((next(key for key in keys if key in self.document),), message)
         if plan.lost:
             self.tell(
                 ("merge_method",),
@@ -570,7 +612,7 @@ class _Checker:
             )
         if (plan.lost or plan.problems) and not self.by_name and not [*by_name.obstacles(self.document)]:
             other = dry_plan(config, self.options, models, by_name=True)
-            if not other.problems and not other.remarks and not plan.mixed:
+            if not (other.problems or other.faults or other.remarks or plan.mixed):
                 self.tell(("merge_method",), by_name.next_step(self.document, models, self.path, self.out))
         if not plan.problems:
             self.looked.estimate = headers.estimate(list(models.values()), plan.outputs)
@@ -581,7 +623,7 @@ class _Checker:
         """Where the recipe first names a model; its ``merge_method`` for none."""
         for path, value in _model_names(self.document):
             with suppress(RuntimeError, ValueError):
-                if model is not None and _identity(self._reference(value)) == _identity(model):
+                if model is not None and _identity(self._reference(value))[:2] == _identity(model)[:2]:
                     return path
         return ("merge_method",)
 

@@ -1,16 +1,20 @@
 """The models of one list that is merged: what mergekit takes of them, judged as it judges."""
 
+import importlib.resources as resources
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import jinja2
 from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import BasePolicy, MergeMethodSpec
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 
 from varm_merge.recipe_tree import Path as TreePath
 
-__all__ = ["amounts", "in_all", "repeated", "required", "tokenizers"]
+__all__ = ["amounts", "in_all", "repeated", "required", "tokenizers", "why_no_template"]
 
 Found = Iterator[tuple[TreePath, str]]
 """Places and what is wrong there."""
@@ -110,3 +114,28 @@ def tokenizers(recipe: Mapping[str, Any]) -> Iterator[tuple[TreePath, Any, bool]
             where, source = (*where, "model"), source.get("model")
         if source is not None:
             yield where, source, False
+
+
+def why_no_template(config: MergeConfiguration) -> tuple[str, bool] | None:
+    """Why a recipe's ``chat_template`` is none, and whether mergekit knows: it takes broken Jinja."""
+    import mergekit.merge
+    from mergekit._data import chat_templates
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if config.chat_template == "auto":
+        return None
+    carrier = SimpleNamespace(chat_template="")
+    try:
+        mergekit.merge._set_chat_template(carrier, config)
+    except RuntimeError:
+        names = [one.name for one in resources.files(chat_templates).iterdir() if one.name.endswith(".jinja")]
+        known = ", ".join(sorted(name.removesuffix(".jinja") for name in names))
+        return f"`chat_template` is `{config.chat_template}`, neither Jinja nor one of auto, {known}", True
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        render_jinja_template([messages], chat_template=carrier.chat_template, bos_token="", eos_token="")
+    except jinja2.TemplateSyntaxError as error:
+        return f"`chat_template` is no sound Jinja: {error.message} (line {error.lineno} of it)", False
+    except Exception:  # of whatever kind: a template may demand what this conversation has not
+        return None
+    return None

@@ -5,8 +5,12 @@ equal the pivot's, and the rest moved by one unit in the last place. Its deltas,
 Tensors that a target did not move at all are not counted: they were frozen.
 """
 
+import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +30,7 @@ MOSTLY = 0.5
 SAMPLE_ELEMENTS = 4_000_000
 SAMPLE_TENSORS = 24
 CHUNK = 1 << 20
+HALF = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass
@@ -101,26 +106,39 @@ def _ordered(values_C: Tensor) -> Tensor:
 
 @dataclass
 class Tally:
-    """Counts of each target over the tensors of a merge, as they are loaded."""
+    """Counts of each target over the tensors of a merge, as they are loaded.
 
+    Attributes:
+        looked: The headers of the recipe's models. A recipe's ``dtype`` may widen what a checkpoint has rounded.
+        counts: Of each target.
+    """
+
+    looked: Looked
     counts: dict[str, Counts] = field(default_factory=dict)
 
     def add(self, group: TensorGroup) -> None:
         """Count one tensor."""
         assert group.base is not None
         for entry in group.non_base:
-            self.counts.setdefault(str(entry.id), Counts()).add(compared(group.base.tensor, entry.tensor))
+            stored = self._stored.get(str(entry.id), entry.tensor.dtype)
+            counts = compared(group.base.tensor, entry.tensor.to(stored))
+            self.counts.setdefault(str(entry.id), Counts()).add(counts)
 
-    def remarks(self, recipe: Mapping[str, Any], looked: Looked) -> list[str]:
-        """What to tell of targets that are mostly rounding.
+    @cached_property
+    def _stored(self) -> dict[str, torch.dtype]:
+        """The dtype of each model that is stored in one of 16 bits."""
+        dtypes = {
+            str(reference): {stored for _, stored in model.tensors.values()} & {"F64", "F32", "F16", "BF16"}
+            for reference, model in self.looked.models.items()
+            if reference.lora is None
+        }
+        return {name: HALF[next(iter(one))] for name, one in dtypes.items() if len(one) == 1 and one <= {*HALF}}
 
-        Args:
-            recipe: Whose tensors were counted.
-            looked: Its models' headers.
-        """
+    def remarks(self, recipe: Mapping[str, Any]) -> list[str]:
+        """What to tell of targets that are mostly rounding; ``recipe`` is the one whose tensors were counted."""
         wide = {
             str(reference)
-            for reference, model in looked.models.items()
+            for reference, model in self.looked.models.items()
             if any(stored in ("F32", "F64") for _, stored in model.tensors.values())
         }
         found = (
@@ -160,7 +178,7 @@ def _sample(pivot: Model, target: Model) -> list[str]:
         if stored in ("F32", "F16", "BF16")
         and len(shape) > 1
         and pivot.tensors.get(name, ((), ""))[0] == shape
-        and all(model.files.get(name) and model.files[name].suffix == ".safetensors" for model in (pivot, target))
+        and all(model.files.get(name) for model in (pivot, target))
     ]
     step = max(len(shared) // SAMPLE_TENSORS, 1)
     return shared[::step][:SAMPLE_TENSORS]
@@ -168,12 +186,21 @@ def _sample(pivot: Model, target: Model) -> list[str]:
 
 def _read(model: Model, name: str) -> Tensor:
     """The first rows of a tensor: about SAMPLE_ELEMENTS over the whole sample."""
-    with safe_open(model.files[name], "pt") as file:
-        part = file.get_slice(name)
-        shape = part.get_shape()
-        width = 1
-        for size in shape[1:]:
-            width *= size
-        rows = max(SAMPLE_ELEMENTS // SAMPLE_TENSORS // max(width, 1), 1)
-        result: Tensor = part[:rows]
+    width = math.prod(model.tensors[name][0][1:])
+    rows = max(SAMPLE_ELEMENTS // SAMPLE_TENSORS // max(width, 1), 1)
+    result: Tensor
+    if model.files[name].suffix != ".safetensors":
+        result = _pickled(model.files[name])[name][:rows]
         return result
+    with safe_open(model.files[name], "pt") as file:
+        result = file.get_slice(name)[:rows]
+        return result
+
+
+@lru_cache(maxsize=2)
+def _pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle, mapped: no more is read than is used."""
+    content: dict[str, Tensor] = {}
+    with suppress(RuntimeError):  # a file in the format of torch before 1.6 cannot be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return content or torch.load(path, map_location="cpu", weights_only=True)

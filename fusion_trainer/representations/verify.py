@@ -24,6 +24,7 @@ def all_problems(store: RepresentationStore) -> Iterator[str]:
         for path in sorted(dialogues.folder.glob("tokens-*-*.arrow")):
             if not sha256_of(path).startswith(path.stem.rpartition("-")[2][:DIGITS]):
                 yield f"{path}: the bytes are not those that were written; remove it, it is made again"
-    for path in sorted(store.folder.resolve().parent.glob("*.safetensors")):
+    folder = store.folder.resolve().parent
+    for path in sorted((*folder.glob("*.safetensors"), *folder.parent.glob("maps/*.safetensors"))):
         if problem := damage(path):
             yield problem
