@@ -12,9 +12,11 @@ import huggingface_hub
 import pytest
 import runs
 import tiny_models
+import torch
 import yaml
 from click.testing import CliRunner, Result
 from mergekit.scripts import run_yaml
+from safetensors.torch import save
 from tiny_fusion import World
 from tiny_models import Family
 from transformers import AutoModelForCausalLM
@@ -67,20 +69,26 @@ def moved(pivot: Path, folder: Path) -> Path:
 # The fingerprint
 
 
+def weights(name: str) -> bytes:
+    """A file of one tensor, another for every name."""
+    return save({name: torch.zeros(1)})
+
+
 def sharded(folder: Path) -> None:
     """Two files with an index, and one that is no part of it."""
     for name in ("model-00001-of-00002", "model-00002-of-00002", "training"):
-        (folder / f"{name}.safetensors").write_bytes(name.encode())
-    index = {"weight_map": {"a": "model-00002-of-00002.safetensors", "b": "model-00001-of-00002.safetensors"}}
+        (folder / f"{name}.safetensors").write_bytes(weights(name))
+    first, second = "model-00001-of-00002", "model-00002-of-00002"
+    index = {"weight_map": {first: f"{first}.safetensors", second: f"{second}.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 LAYOUTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
-    "whole": (lambda folder: (folder / "model.safetensors").write_bytes(b"model"), ("model",)),
+    "whole": (lambda folder: (folder / "model.safetensors").write_bytes(weights("model")), ("model",)),
     "sharded": (sharded, ("model-00001-of-00002", "model-00002-of-00002")),
     "once more": (
         lambda folder: [
-            (folder / f"{n}.safetensors").write_bytes(n.encode()) for n in ("consolidated", "model", "x")
+            (folder / f"{n}.safetensors").write_bytes(weights(n)) for n in ("consolidated", "model", "x")
         ],
         ("model",),
     ),
@@ -91,7 +99,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
 def test_both_packages_tell_the_fingerprint_that_is_documented(layout: str, tmp_path: Path) -> None:
     write, names = LAYOUTS[layout]
     write(tmp_path)
-    expected = fingerprint_of(**{name: sha256(name.encode()) for name in names})
+    expected = fingerprint_of(**{name: sha256(weights(name)) for name in names})
     assert weights_fingerprint(Place(str(tmp_path))) == expected
     assert models.weights_fingerprint(tmp_path, "a model") == expected
 
@@ -134,7 +142,7 @@ def cache(tmp_path: Path) -> Path:
     """``org/pivot`` of two files whose blobs' names are believed: their content is another."""
     index = json.dumps({"weight_map": {"a": "model-2.safetensors", "b": "model-1.safetensors"}}).encode()
     files = {"config.json": git_blob(b"{}"), "model.safetensors.index.json": git_blob(index)}
-    files |= {"model-1.safetensors": (b"one", "1" * 64), "model-2.safetensors": (b"two", "2" * 64)}
+    files |= {"model-1.safetensors": (weights("b"), "1" * 64), "model-2.safetensors": (weights("a"), "2" * 64)}
     cached(tmp_path / "cache", "org/pivot", files)
     return tmp_path / "cache"
 
