@@ -26,8 +26,10 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from fusion_trainer.alignment.positions import CONTAINED, boundary_pairs, warping_path
+from fusion_trainer.alignment.pairing import Read, position_pairs
+from fusion_trainer.alignment.positions import CONTAINED, Pairs, warping_path
 from fusion_trainer.alignment.vocabulary import min_edit_distance
+from fusion_trainer.answers import places, whole_text
 from fusion_trainer.tokens import TextTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -58,10 +60,17 @@ def report(rounds: int, vocabulary: int, naive: bool) -> str:
     of_pivot, of_source = pivot.encode([text])[0], source.encode([text])[0]
     theirs = [pivot.words[token] for token in of_pivot.ids.tolist()]
     ours = [source.words[token] for token in of_source.ids.tolist()]
+    raw = text.encode()
+    answers = (whole_text(len(raw)),)
+
+    def paired() -> Pairs:
+        read = [Read(one, answers, (), places(one, raw, answers)) for one in (of_pivot, of_source)]
+        return position_pairs(read[0], read[1], (pivot, source), None)
+
     times: dict[str, list[float]] = {"tokenise both, byte ends": [], "boundary": [], "dtw": []}
     for _ in range(rounds + 1):
         timed(times["tokenise both, byte ends"], lambda: (pivot.encode([text]), source.encode([text])))
-        timed(times["boundary"], lambda: boundary_pairs(of_pivot, of_source))
+        timed(times["boundary"], paired)
         timed(times["dtw"], lambda: warping_path(theirs, ours))
     rows = []
     for what, taken in times.items():
@@ -73,7 +82,7 @@ def report(rounds: int, vocabulary: int, naive: bool) -> str:
         rows.append(["dtw by two loops in Python, once", f"{once[0]:.0f}", "", ""])
     in_map = map_seconds(vocabulary)
     mapped = [[f"MinED, {vocabulary:,} × {vocabulary:,}", f"{in_map:.1f}", *limits([in_map], MAP_BUDGET_S, "s")]]
-    pairs = len(boundary_pairs(of_pivot, of_source))
+    pairs = len(paired())
     return "\n".join(
         [
             f"# Alignment benchmark, {date.today()}",

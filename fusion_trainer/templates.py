@@ -303,19 +303,17 @@ class Template:
             self._apply(messages[:number], tools, prompt=True),
             self._apply(messages[: number + 1], tools),
         )
-        if not text.startswith(before):
+        if not (text.startswith(before) and after.startswith(before)):
             return None
         start = len(before)
-        if not after.startswith(before):
-            return None
         ending = self._last_token(after[start:])
         if text.startswith(after):
             stop = start + len(after[start:].rstrip().removesuffix(ending)) if ending else len(after)
         else:  # later turns change it: its end is the first one after its last call, before the next turn
             names = [_name(call) for call in messages[number].extra.get("tool_calls") or ()]
-            called = max((text.find(name, start) for name in names), default=start)
-            stop = text.find(ending, called) if ending else -1
-            if stop < called or called < start or stop > self._next_turn(text, messages, tools, number):
+            places = [text.find(name, start) for name in names]
+            stop = text.find(ending, max(places, default=start)) if ending else -1
+            if min([stop, *places]) < start or stop > self._next_turn(text, messages, tools, number):
                 return None
         content = messages[number].content
         piece = self._place_of_content(text, messages, tools, number, start, stop) if content.strip() else ()

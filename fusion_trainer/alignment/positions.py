@@ -39,7 +39,10 @@ class Pairs:
 
 
 def boundary_pairs(pivot: Tokens, source: Tokens) -> Pairs:
-    """Positions whose tokens end at the same byte of the text: all of them, each at most once.
+    """Positions of one text, read by both, whose tokens end at the same byte: all of them, each at most once.
+
+    An alignment pairs answer by answer (``pairing.position_pairs``). For a text that is one answer it pairs the
+    same positions, except the last, which predicts nothing.
 
     Of several tokens with one end (BOS and an empty token, the pieces a normaliser made of one character) only the
     last has read up to there.
