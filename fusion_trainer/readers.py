@@ -70,11 +70,10 @@ class Reader:
     @property
     def identity(self) -> dict[str, Any]:
         """What a store says of how its model read the dialogues."""
-        own = self.template is not None and self.way == OWN
-        return {
-            "reading": self.template.sha256 if own and self.template else self.way,
-            "jinja": self.template.jinja if own and self.template else None,
-        }
+        if self.template is None or self.way != OWN:
+            return {"reading": self.way, "jinja": None}
+        with_tools = {"jinja_with_tools": self.template.with_tools} if self.template.with_tools else {}
+        return {"reading": self.template.sha256, "jinja": self.template.jinja, **with_tools}
 
     def read(self, block: Block) -> Reading:
         """The block's text, and its answers as far as they can be compared with the pivot's."""
@@ -174,7 +173,8 @@ def reader_of_store(identity: Mapping[str, Any], tokenizer: TextTokenizer) -> Re
     """The reader that a store was made with."""
     if identity["jinja"] is None:
         return Reader(tokenizer, identity["reading"])
-    template = Template(f"of {tokenizer.name}", identity["jinja"], tokenizer.tokenizer)
+    templates = identity["jinja"], tokenizer.tokenizer, identity.get("jinja_with_tools")
+    template = Template(f"of {tokenizer.name}", *templates)
     if template.sha256 != identity["reading"]:
         raise FusionError(f"the store of {tokenizer.name} names another template than it was made with")
     return Reader(tokenizer, OWN, template)

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,16 +103,25 @@ class _Frame:
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template and the tokenizer whose special tokens it may name."""
+    """A chat template and the tokenizer whose special tokens it may name.
+
+    Attributes:
+        name: For messages.
+        jinja: The template.
+        tokenizer: Of the model.
+        with_tools: The template of conversations with tools, where the tokenizer has one of its own for them.
+    """
 
     name: str
     jinja: str
     tokenizer: Any
+    with_tools: str | None = None
 
     @property
     def sha256(self) -> str:
         bos = self.tokenizer.bos_token or ""
-        return hashlib.sha256(f"{self.jinja}\0{bos}\0{self.tokenizer.eos_token or ''}".encode()).hexdigest()
+        jinja = self.jinja if self.with_tools is None else f"{self.jinja}\0{self.with_tools}"
+        return hashlib.sha256(f"{jinja}\0{bos}\0{self.tokenizer.eos_token or ''}".encode()).hexdigest()
 
     @property
     def end_ids(self) -> list[int]:
@@ -178,8 +188,9 @@ class Template:
     ) -> str:
         turns = [{"role": message.role, "content": message.content, **message.extra} for message in messages]
         options = {"tools": list(tools) if tools else None, "tokenize": False, "add_generation_prompt": prompt}
+        jinja = self.with_tools if tools and self.with_tools else self.jinja
         try:
-            return str(self.tokenizer.apply_chat_template(turns, chat_template=_dated(self.jinja), **options))
+            return str(self.tokenizer.apply_chat_template(turns, chat_template=_dated(jinja), **options))
         except Exception as error:
             raise TemplateError(f"the template {self.name} refuses it: {error}") from error
 
@@ -377,9 +388,9 @@ class Template:
             Message(("user", "assistant")[n % 2], text) for n, text in enumerate((user, answer, again, second))
         ]
         system = [Message("system", "\ue0009\ue000")]
-        for head in ([], system):  # some templates demand a system turn
+        for head, exchanges in (([], 4), (system, 4), ([], 2), (system, 2)):  # what a template may demand
             try:
-                text = self._apply([*head, *turns])
+                text = self._apply([*head, *turns[:exchanges]])
                 before, with_prompt = (self._apply([*head, turns[0]], prompt=asked) for asked in (False, True))
                 break
             except TemplateError:
@@ -387,6 +398,8 @@ class Template:
         else:
             return _Frame()
         prompt = with_prompt.removeprefix(before) if with_prompt.startswith(before) else ""
+        if exchanges == 2:
+            return _Frame(prompt, "", self._marker(text.partition(answer)[2], prompt) or "")
         if not all(mark in text for mark in (user, answer, again)):
             return _Frame(prompt)
         first_header = text.partition(user)[0].removeprefix(self.tokenizer.bos_token or "")
@@ -515,6 +528,7 @@ class Template:
             missing[f"{kind}, turns"] += 1
 
         answers = {one.turn: one for one in found}
+        written = set(_written_between(text, messages, found))
         for number, message in enumerate(messages):
             if message.role == "assistant" and message.content.strip():
                 if number not in answers:
@@ -525,9 +539,13 @@ class Template:
                         gone = len(message.content.encode()) - len(kept.encode())
                         missing["parts of answers (reasoning)"] += gone
                         missing["parts of answers (reasoning), turns"] += 1
-                elif message.extra.get("tool_calls") and not self._writes(text, messages, tools, number):
+                elif message.extra.get("tool_calls") and not (
+                    message.content.strip() in text or self._writes(messages, tools, number)
+                ):
                     lost("answers", message.content)
-            elif message.role != "assistant" and not self._writes(text, messages, tools, number):
+            elif (
+                message.role != "assistant" and number not in written and not self._writes(messages, tools, number)
+            ):
                 lost(f"{message.role} turns", message.content)
             if number in silent:
                 lost("reasoning", str(message.extra["reasoning_content"]))
@@ -542,10 +560,8 @@ class Template:
                 lost("tools", json.dumps(list(tools)))
         return dict(missing)
 
-    def _writes(self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, number: int) -> bool:
-        """Whether a turn is in the text, as it is or changed."""
-        if messages[number].content.strip() in text:
-            return True
+    def _writes(self, messages: Sequence[Message], tools: Sequence[Any] | None, number: int) -> bool:
+        """Whether a turn is rendered, as it is or changed."""
         changed = list(messages)
         mark = "\ue000turn\ue000"
         changed[number] = replace(messages[number], content=mark)
@@ -598,14 +614,14 @@ def find_template(choice: str | None, tokenizer: Any, model: str) -> Template:
     """
     known = ", ".join(BUILT_IN)
     if choice is None:
-        own = tokenizer.chat_template
-        if isinstance(own, dict):
-            own = own.get("default")
+        templates = tokenizer.chat_template
+        named = templates if isinstance(templates, dict) else {"default": templates}
+        own, with_tools = named.get("default"), named.get("tool_use")
         if not own:
             raise FusionError(
                 f"{model} has no chat template; choose one with --template: {known}, or a Jinja file"
             )
-        return Template("of the pivot", own, tokenizer)
+        return Template("of the pivot", own, tokenizer, with_tools)
     if choice in BUILT_IN:
         return Template(choice, (FOLDER / f"{choice}.jinja").read_text(encoding="utf-8"), tokenizer)
     path = Path(choice)
@@ -628,6 +644,22 @@ def _without_system(messages: Sequence[Message]) -> list[Message] | None:
         return None
     system, user = messages[:2]
     return [replace(user, content=f"{system.content}\n\n{user.content}"), *messages[2:]]
+
+
+def _written_between(text: str, messages: Sequence[Message], answers: Sequence[_Found]) -> Iterator[int]:
+    """The turns that surely are in the text: all those between two answers stand there, in their order."""
+    bounds = [_Found(-1, 0, 0), *answers, _Found(len(messages), len(text), len(text))]
+    for before, after in pairwise(bounds):
+        numbers = [n for n in range(before.turn + 1, after.turn) if messages[n].role != "assistant"]
+        place = before.stop
+        for number in numbers:
+            content = messages[number].content.strip()
+            place = text.find(content, place, after.start)
+            if place < 0:
+                break
+            place += len(content)
+        else:
+            yield from numbers
 
 
 def _name(of_tool: Any) -> str:

@@ -5,6 +5,8 @@ text is put together from the bytes that the supervised tokens have read, not fr
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -420,3 +422,35 @@ def test_a_template_that_asks_for_the_date_gives_one_text_whenever_it_is_rendere
     first, second = template.render(TWO_TURNS), template.render(TWO_TURNS)
     assert first == second
     assert first.text.startswith("26 Jul 2024 00:00:00")
+
+
+def test_a_template_for_tools_is_used_where_there_are_tools() -> None:
+    tokenizer = shared("byte_level_bpe", ())
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.chat_template = {
+        "default": turns("plain {{ m.content }}"),
+        "tool_use": turns("tool {{ m.content }}"),
+    }
+    template = find_template(None, tokenizer, "org/pivot")
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert template.render(dialogue("q", "a")).text == "U: q\nplain a"
+    assert template.render(dialogue("q", "a"), tools).text == "U: q\ntool a"
+    assert template.sha256 != replace(template, with_tools=None).sha256
+
+
+def test_a_template_of_one_exchange_has_an_end_of_turn() -> None:
+    jinja = (
+        "{% if messages|length > 2 %}{{ raise_exception('one exchange') }}{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    template = Template("one", jinja, shared("byte_level_bpe", SPECIAL["chatml"]))
+    assert template.end_ids == [template.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+
+
+@pytest.mark.parametrize(
+    ("system", "question"), [("Be brief.", "They say: Be brief. Why?"), ("Hi", "Hi there"), ("a", "a a")]
+)
+def test_a_turn_that_is_left_out_is_counted_though_its_words_stand_elsewhere(system: str, question: str) -> None:
+    jinja = "{% for m in messages if m.role != 'system' %}<{{ m.content }}>{% endfor %}"
+    rendered = Template("t", jinja, shared("byte_level_bpe", ())).render(dialogue(question, "x", system=system))
+    assert rendered.left_out == {"system turns": len(system), "system turns, turns": 1}

@@ -9,6 +9,7 @@ import hashlib
 import json
 import pickle
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -155,6 +156,7 @@ def read_header(folder: Path) -> Header:
     """The tensors of a local checkpoint, by index and headers. A pickle is read without running its code."""
     chosen = weight_files(folder)
     header = Header(problems=[*chosen.problems], remarks=[*chosen.remarks])
+    kinds: dict[tuple[tuple[int, ...], str], tuple[tuple[int, ...], str]] = {}
     for name in chosen.names:
         if not (folder / name).is_file():
             continue  # a problem already
@@ -165,8 +167,9 @@ def read_header(folder: Path) -> Header:
             continue
         if chosen.named is not None:
             header.problems.extend(_disagreements(name, chosen.named, tensors))
-        header.tensors.update(tensors)
-        header.files.update(dict.fromkeys(tensors, folder / name))
+        for tensor, described in tensors.items():  # names and shapes repeat, within a model and between models
+            header.tensors[sys.intern(tensor)] = kinds.setdefault(described, described)
+        header.files.update(dict.fromkeys(map(sys.intern, tensors), folder / name))
     return header
 
 

@@ -290,19 +290,7 @@ def _attach_to_run(merge: ModuleType) -> None:
             return
         text = config_source if config_source is not None else yaml.safe_dump(_content(merge_config))
         with _located(text), as_merged(options):
-            looked = recipe.Looked()
-            problems = recipe.check(
-                text,
-                every=by_name,
-                looked=looked,
-                options=options,
-                by_name=by_name,
-                path=_state.path,
-                out=Path(out_path),
-            )
-            recipe.refuse(problems, _state.path)
-            for remark in looked.remarks:
-                LOG.warning("line %d: %s", remark.line, remark.message)
+            _refuse_or_remark(text, options, Path(out_path))
             if (
                 options.copy_tokenizer
                 and not merge_config.chat_template
@@ -324,6 +312,17 @@ def _attach_to_run(merge: ModuleType) -> None:
 
     merge.run_merge = _run_merge  # type: ignore[attr-defined]
     merge._model_out_config = _out_config  # type: ignore[attr-defined]
+
+
+def _refuse_or_remark(text: str, options: MergeOptions, out: Path) -> None:
+    """Check the recipe of a run; nothing that the check reads is kept during the merge."""
+    looked, by_name, path = recipe.Looked(), _state.by_name, _state.path
+    problems = recipe.check(
+        text, every=by_name, looked=looked, options=options, by_name=by_name, path=path, out=out
+    )
+    recipe.refuse(problems, path)
+    for remark in looked.remarks:
+        LOG.warning("line %d: %s", remark.line, remark.message)
 
 
 def _without_tokenizer(config: MergeConfiguration) -> Path | None:
@@ -685,17 +684,24 @@ def fast_conversion() -> Iterator[None]:
     whenever one is loaded a second time. The conversion itself stays mergekit's.
     """
 
+    shared: dict[
+        tuple[str | None, frozenset[str]], dict[str, tuple[str, ...]]
+    ] = {}  # checkpoints with the same names
+
     def load_converted(self: LoadTensor, loader: Any) -> torch.Tensor | None:
         if (known := vars(loader).get("_varm_conversion")) is None:
             model_type = self.model.config(trust_remote_code=LoaderCache().trust_remote_code).model_type
-            known = loader._varm_conversion = (
-                model_type,
-                _conversion_sources(model_type, loader.index.tensor_paths),
-            )
-        model_type, sources = known
+            names = frozenset(loader.index.tensor_paths)
+            if (model_type, names) not in shared:
+                shared[model_type, names] = _conversion_sources(model_type, names)
+            known = loader._varm_conversion = model_type, names, shared[model_type, names]
+        model_type, names, sources = known
         device = self.device or "cpu"
         for target in (self.tensor, *(self.aliases or ())):
-            tensors = {name: functools.partial(_read, loader, name, device) for name in sources.get(target, ())}
+            tensors = {
+                name: functools.partial(_read, loader, name, device)
+                for name in sources.get(target, {target} & names)
+            }
             tensor = conversion.convert_checkpoint_tensors(model_type, tensors, target) if tensors else None
             if tensor is not None:
                 converted: torch.Tensor = tensor.to(device)
@@ -718,8 +724,8 @@ def _read(loader: Any, name: str, device: str) -> torch.Tensor:
     return read
 
 
-def _conversion_sources(model_type: str | None, names: Iterable[str]) -> dict[str, set[str]]:
-    """The checkpoint's tensors that each name of the model's layout can be made of."""
+def _conversion_sources(model_type: str | None, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The checkpoint's tensors that each name of the model's layout can be made of, but those of the same name."""
     sources = {name: {name} for name in names}
     for transform in conversion.get_checkpoint_conversion_mapping(model_type) or [] if model_type else []:
         made: dict[str, set[str]] = {}
@@ -731,7 +737,7 @@ def _conversion_sources(model_type: str | None, names: Iterable[str]) -> dict[st
                 made.setdefault(target, set()).update(sources[match.source_key])
         for target, own in made.items():
             sources[target] = sources.get(target, set()) | own
-    return sources
+    return {target: tuple(own) for target, own in sources.items() if own != {target}}
 
 
 @contextmanager

@@ -7,6 +7,7 @@ a ``varm_weights.json`` holds the whole of it.
 import hashlib
 import json
 import os
+import textwrap
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,9 +67,15 @@ class WeightLog:
             )
 
     def as_json(self) -> dict[str, Any]:
-        records = sorted(
+        records = self._sorted()
+        return {**self._head(records), "units": [record.as_json() for record in records]}
+
+    def _sorted(self) -> list[UnitRecord]:
+        return sorted(
             self._records.values(), key=lambda one: (natural_order(one.tensors[0]), natural_order(one.unit))
         )
+
+    def _head(self, records: Sequence[UnitRecord]) -> dict[str, Any]:
         targets = dict.fromkeys(str(target) for record in records for target in record.weights)
         return {
             "format": FORMAT,
@@ -77,15 +84,20 @@ class WeightLog:
             "recipe": {"sha256": recipe_fingerprint(self.recipe), "content": self.recipe},
             "base_model": self.base_model,
             "targets": list(targets),
-            "units": [record.as_json() for record in records],
         }
 
     def write(self, folder: Path) -> None:
-        """Write the file into ``folder`` so that it is there whole or not at all."""
+        """Write the file into ``folder``, one unit at a time, so that it is there whole or not at all."""
+        records = self._sorted()
+        head = json.dumps({**self._head(records), "units": []}, indent=1).removesuffix("]\n}")
         temporary = folder / f".{FILE_NAME}.{os.getpid()}"
         try:
             with temporary.open("w", encoding="utf-8") as file:
-                json.dump(self.as_json(), file, indent=1)
+                file.write(head)
+                for number, record in enumerate(records):
+                    unit = json.dumps(record.as_json(), indent=1)
+                    file.write(("," if number else "") + "\n" + textwrap.indent(unit, "  "))
+                file.write("\n ]\n}" if records else "]\n}")
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(folder / FILE_NAME)

@@ -19,7 +19,8 @@ def show_manifest(store: RepresentationStore) -> str:
     sizes = {key: value for key, value in store.manifest.items() if isinstance(value, int)}
     sizes |= {"shards": len(store.manifest["shards"]), "bytes": store.bytes}
     facts: dict[str, Any] = {**store.identity, **sizes}
-    facts.pop("jinja", None)  # long
+    for name in ("jinja", "jinja_with_tools"):  # long
+        facts.pop(name, None)
     facts["made with"] = " and then ".join(str(one) for one in store.manifest["made_with"])
     width = max(map(len, facts))
     return "\n".join(f"{key:{width}}  {value}" for key, value in facts.items())

@@ -70,7 +70,7 @@ OWN_FACTS = ("positions", "batch_tokens")
 ALIGNED_COLUMNS = (("paired", pa.uint8()), ("gold_bytes", pa.uint16()))
 CROSS_ENTROPIES = ("ce_per_token", "ce_per_byte", "pivot_ce_per_token", "pivot_ce_per_byte")
 ANSWERS = pa.list_(pa.list_(pa.int32(), 4))
-NAMES = ("model", "pivot", "pivot_revision", "jinja")
+NAMES = ("model", "pivot", "pivot_revision", "jinja", "jinja_with_tools")
 """Of an identity: a folder that has moved is the same by its hashes, and so is a template."""
 LEAST = float(np.finfo(np.float16).min)
 SLACK = 2e-3
