@@ -29,8 +29,8 @@ from transformers import PreTrainedTokenizerFast
 from fusion_trainer.alignment.pairing import Read, position_pairs
 from fusion_trainer.alignment.positions import CONTAINED, Pairs, warping_path
 from fusion_trainer.alignment.vocabulary import min_edit_distance
-from fusion_trainer.answers import places, whole_text
-from fusion_trainer.tokens import TextTokenizer
+from fusion_trainer.data.answers import places, whole_text
+from fusion_trainer.text.tokenizer import TextTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from make_sharegpt import byte_level_bpe, conversations, sentencepiece_bpe, texts

@@ -45,14 +45,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from fusion_trainer.config import ExtractConfig
-from fusion_trainer.prepare import prepare
-from fusion_trainer.readers import DIALOGUES, Reader
-from fusion_trainer.representations import asking
-from fusion_trainer.representations.asking import AskedModel
+from fusion_trainer.data.prepare import prepare
+from fusion_trainer.data.readers import DIALOGUES, Reader
+from fusion_trainer.representations import topk_model as asking
 from fusion_trainer.representations.extract import _Extraction, _identity, shard_starts
-from fusion_trainer.representations.store import RepresentationStore, StoreWriter, Supervised, id_dtype
+from fusion_trainer.representations.store import RepresentationStore, Supervised, id_dtype
+from fusion_trainer.representations.store_writer import StoreWriter
 from fusion_trainer.representations.topk import top_k
-from fusion_trainer.tokens import load_tokenizer
+from fusion_trainer.representations.topk_model import AskedModel
+from fusion_trainer.text.tokenizer import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from make_sharegpt import byte_level_bpe, conversations, texts, write_jsonl

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from statistics import median
 
-from varm_merge.measure import CommandError, Run, machine, measured, spread, table
+from varm_common.process_usage import CommandError, Run, machine, measured, spread, table
 
 __all__ = ["CommandError", "Run", "machine", "measured", "spread", "table", "verdict"]
 

@@ -36,11 +36,11 @@ import numpy as np
 from measure import machine, table
 
 from fusion_trainer.alignment.pairing import read_blocks
-from fusion_trainer.answers import END
-from fusion_trainer.dialogues import Dialogues
-from fusion_trainer.readers import DIALOGUES, Reader, reader_of_store
+from fusion_trainer.data.answers import END
+from fusion_trainer.data.dialogues import Dialogues
+from fusion_trainer.data.readers import DIALOGUES, Reader, reader_of_store
 from fusion_trainer.representations.store import RepresentationStore
-from fusion_trainer.tokens import load_tokenizer
+from fusion_trainer.text.tokenizer import load_tokenizer
 
 QUESTIONS = Path(__file__).parent / "data" / "questions.tsv"
 SYSTEM = "Answer in a few plain sentences."

@@ -47,14 +47,14 @@ from measure import machine, measured, spread, table, verdict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PrinterCallback, Trainer, TrainingArguments
 
-from fusion_trainer import loss
-from fusion_trainer.batches import Collator, Example, FusionData, TokenFile, pack, write_tokens
 from fusion_trainer.config import PrepareConfig
-from fusion_trainer.fusion import Rule
-from fusion_trainer.prepare import prepare
-from fusion_trainer.representations import store
-from fusion_trainer.tokens import load_tokenizer
-from fusion_trainer.trainer import FusionTrainer
+from fusion_trainer.data.prepare import prepare
+from fusion_trainer.representations import store, store_writer
+from fusion_trainer.text.tokenizer import load_tokenizer
+from fusion_trainer.training import loss
+from fusion_trainer.training.batches import Collator, Example, FusionData, TokenFile, pack, write_tokens
+from fusion_trainer.training.fusion import Rule
+from fusion_trainer.training.trainer import FusionTrainer
 
 # The project's budgets
 TIME_BUDGET = 1.05  # wall, our step / plain step
@@ -133,7 +133,7 @@ def random_store(folder: Path, tokens: TokenFile, number: int, vocabulary: int) 
     rng, blocks = np.random.default_rng(number), len(tokens.lengths)
     identity = {"top_k": K, "vocabulary": vocabulary}
     identity |= {"kind": store.ALIGNED, "version": store.ALIGNED_VERSION} if number else {}
-    writer = store.StoreWriter(folder, identity, [0, blocks])
+    writer = store_writer.StoreWriter(folder, identity, [0, blocks])
     writer.begin()
     rows = [random_row(rng, tokens, block, vocabulary, number > 0) for block in range(blocks)]
     writer.write(0, [(f"block {block}", 0) for block in range(blocks)], rows, {"positions": sum(map(len, rows))})

@@ -20,10 +20,10 @@ from fusion_trainer.config import (
     TrainConfig,
     read_config,
 )
-from fusion_trainer.errors import FusionError, listed
-from fusion_trainer.processes import end_with_the_run
-from fusion_trainer.stages import KINDS
-from fusion_trainer.talking import completion, talks
+from fusion_trainer.pipeline.processes import end_with_the_run
+from fusion_trainer.pipeline.stage import KINDS
+from varm_common.console import completion, talks
+from varm_common.errors import UserError, listed
 
 __all__ = ["main"]
 
@@ -43,7 +43,7 @@ def main() -> None:
     end_with_the_run()
 
 
-main.add_command(completion)
+main.add_command(completion("fusion-trainer"))
 
 
 def _settings_as_flags(kind: type[BaseModel]) -> Callable[[Command], Command]:
@@ -102,7 +102,7 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
 @click.option("--until", type=click.Choice(KINDS), help="The last kind of stage to run.")
 @click.option("--only", metavar="TARGET", help="This target, and what it needs.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the stages as JSON.")
-@talks
+@talks()
 def run(pipeline: Path, dry_run: bool, until: str | None, only: str | None, as_json: bool) -> None:
     """Run every stage of the file PIPELINE that is not made yet, from chat data to the merged and scored models.
 
@@ -112,9 +112,9 @@ def run(pipeline: Path, dry_run: bool, until: str | None, only: str | None, as_j
     Example:
       fusion-trainer run pipeline.yaml --dry-run
     """
-    from fusion_trainer.overview import overview, report, standings
-    from fusion_trainer.pipeline import chosen, read_pipeline
-    from fusion_trainer.stages import Plan
+    from fusion_trainer.pipeline.plan import chosen, read_pipeline
+    from fusion_trainer.pipeline.stage import Plan
+    from fusion_trainer.pipeline.summary import overview, report, standings
 
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run")
@@ -137,7 +137,7 @@ def run(pipeline: Path, dry_run: bool, until: str | None, only: str | None, as_j
 
 @main.command()
 @_settings_as_flags(PrepareConfig)
-@talks
+@talks()
 def prepare(config: Path | None, **flags: Any) -> None:
     """Render and split the chat data; `extract` does it too, when it has not been done.
 
@@ -145,7 +145,7 @@ def prepare(config: Path | None, **flags: Any) -> None:
     Example:
       fusion-trainer prepare --data chats.jsonl --pivot openchat/openchat_3.5 --dialogues dialogues/
     """
-    from fusion_trainer.prepare import prepare as run
+    from fusion_trainer.data.prepare import prepare as run
 
     settings = read_config(PrepareConfig, config, _given(flags))
     dialogues = run(settings, Path())
@@ -154,7 +154,7 @@ def prepare(config: Path | None, **flags: Any) -> None:
 
 @main.command()
 @_settings_as_flags(ExtractConfig)
-@talks
+@talks()
 def extract(config: Path | None, **flags: Any) -> None:
     """Keep a model's top-k distributions at every token of the assistant.
 
@@ -168,7 +168,7 @@ def extract(config: Path | None, **flags: Any) -> None:
     """
     from accelerate import PartialState
 
-    from fusion_trainer.readers import of_template
+    from fusion_trainer.data.readers import of_template
     from fusion_trainer.representations.extract import extract as run
 
     start = time.monotonic()
@@ -187,7 +187,7 @@ def extract(config: Path | None, **flags: Any) -> None:
 
 @main.command()
 @_settings_as_flags(AlignConfig)
-@talks
+@talks()
 def align(config: Path | None, **flags: Any) -> None:
     """Bring a source's store into the pivot's positions and vocabulary.
 
@@ -207,7 +207,7 @@ def align(config: Path | None, **flags: Any) -> None:
 
 @main.command()
 @_settings_as_flags(TrainConfig)
-@talks
+@talks()
 def train(config: Path | None, **flags: Any) -> None:
     """Fine-tune the pivot on the fused distributions: a target.
 
@@ -221,8 +221,8 @@ def train(config: Path | None, **flags: Any) -> None:
     """
     from accelerate import PartialState
 
-    from fusion_trainer.rounding import rounding_told
-    from fusion_trainer.train import train as run
+    from fusion_trainer.training.rounding import rounding_told
+    from fusion_trainer.training.train import train as run
 
     target = run(read_config(TrainConfig, config, _given(flags)))
     if PartialState().is_main_process:
@@ -234,7 +234,7 @@ def train(config: Path | None, **flags: Any) -> None:
 @main.command()
 @_settings_as_flags(EvaluateConfig)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON, as they stand in --output.")
-@talks
+@talks()
 def evaluate(config: Path | None, as_json: bool, **flags: Any) -> None:
     """Score a model on held-out dialogues: nats per byte and exact matches, by group of conversations.
 
@@ -245,7 +245,7 @@ def evaluate(config: Path | None, as_json: bool, **flags: Any) -> None:
     """
     from accelerate import PartialState
 
-    from fusion_trainer.evaluate import evaluate as run
+    from fusion_trainer.training.evaluate import evaluate as run
 
     result = run(read_config(EvaluateConfig, config, _given(flags)))
     if not PartialState().is_main_process:
@@ -280,8 +280,8 @@ def write_recipe(
     Example:
       fusion-trainer recipe targets/mixtral targets/solar --out recipe.yaml && mergekit-yaml recipe.yaml out/
     """
-    from fusion_trainer.files import whole_file, written_to
-    from fusion_trainer.recipe import recipe
+    from fusion_trainer.pipeline.merge_recipe import recipe
+    from varm_common.files import whole_file, written_to
 
     text = recipe(targets, pivot=pivot, granularity=granularity, dtype=dtype)
     if out is None:
@@ -312,10 +312,10 @@ def show_map(file: Path, weighed: Path | None, trust_remote_code: bool, **moved_
     Example:
       fusion-trainer vocab-map show aligned/vocab-map-….safetensors --store stores/solar
     """
-    from fusion_trainer.alignment.maps import coverage, load_map, mass_by_id
-    from fusion_trainer.errors import unlike
-    from fusion_trainer.representations.reader import tokenizer_at
+    from fusion_trainer.alignment.saved_map import coverage, load_map, mass_by_id
     from fusion_trainer.representations.store import RepresentationStore
+    from fusion_trainer.representations.store_tokenizer import tokenizer_at
+    from varm_common.errors import unlike
 
     saved = load_map(file)
     readers = {}
@@ -325,7 +325,7 @@ def show_map(file: Path, weighed: Path | None, trust_remote_code: bool, **moved_
     wanted = {side: reader.sha256 for side, reader in readers.items()}
     found = {side: saved.identity[side] for side in wanted}
     if difference := unlike(f"`{file}` is a map of other tokenizers:", wanted, found):
-        raise FusionError(difference)
+        raise UserError(difference)
     mass = mass_by_id(RepresentationStore(weighed).demand(tokenizer=found["source"])) if weighed else None
     click.echo(coverage(saved.map, readers["source"], readers["pivot"], mass))
 
@@ -352,7 +352,7 @@ def verify(folder: Path) -> None:
     opened = RepresentationStore(folder)
     problems = list(all_problems(opened))
     if problems:
-        raise FusionError(f"the store `{folder}` has {len(problems)} problems:{listed(problems)}")
+        raise UserError(f"the store `{folder}` has {len(problems)} problems:{listed(problems)}")
     click.echo(f"{folder}: {len(opened.manifest['shards'])} shards, {len(opened):,} rows, nothing wrong")
 
 
@@ -372,12 +372,12 @@ def show(
     Example:
       fusion-trainer store show stores/solar --row 17
     """
-    from fusion_trainer.representations.show import show_manifest, show_row
+    from fusion_trainer.representations.show_store import show_manifest, show_row
     from fusion_trainer.representations.store import RepresentationStore
 
     opened = RepresentationStore(folder)
     if not 0 <= row < len(opened):
-        raise FusionError(f"the store has the rows 0 to {len(opened) - 1}, not {row}")
+        raise UserError(f"the store has the rows 0 to {len(opened) - 1}, not {row}")
     click.echo(show_manifest(opened))
     click.echo(show_row(opened, row, positions, dialogues, tokenizer, trust_remote_code))
 

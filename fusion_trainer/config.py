@@ -13,7 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
 
-from fusion_trainer.errors import FusionError, listed
+from varm_common.errors import UserError, listed
 
 __all__ = [
     "NOT_OF_THE_RESULT",
@@ -273,7 +273,7 @@ def read_config(kind: type[Config], path: Path | None, flags: Mapping[str, Any])
     """The settings of ``path``, with ``flags`` in place of what the file says.
 
     Raises:
-        FusionError: The file is no YAML, or some settings are unknown, missing or out of range: all of them are
+        UserError: The file is no YAML, or some settings are unknown, missing or out of range: all of them are
             told, with their lines.
     """
     settings, lines = read_yaml(path) if path else ({}, {})
@@ -290,29 +290,29 @@ def read_config(kind: type[Config], path: Path | None, flags: Mapping[str, Any])
         found = [one for problem in error.errors() for one in explained(kind, problem, "")]
         problems = [f"line {from_file[at]}: {text}" if at in from_file else text for at, text in found]
         where = f"{path} cannot be used" if path else "the settings cannot be used"
-        raise FusionError(f"{where}:{listed(problems)}") from error
+        raise UserError(f"{where}:{listed(problems)}") from error
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The mapping of a YAML file, and the line of each key: ``training.learning_rate``, ``sources[1].model``.
 
     Raises:
-        FusionError: It is no YAML file, no mapping, or a key is there twice.
+        UserError: It is no YAML file, no mapping, or a key is there twice.
     """
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         settings = yaml.safe_load(text) or {}
     except OSError as error:
-        raise FusionError(f"cannot read the config `{path}`: {error.strerror}") from error
+        raise UserError(f"cannot read the config `{path}`: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FusionError(f"{path} is not YAML: {error}") from error
+        raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(settings, dict):
-        raise FusionError(f"{path} is not a mapping of settings but a {type(settings).__name__}")
+        raise UserError(f"{path} is not a mapping of settings but a {type(settings).__name__}")
     lines: dict[str, int] = {}
     for name, line in _keys(root) if root else ():
         if name in lines:
-            raise FusionError(f"{path}, line {line}: `{name}` was already set")
+            raise UserError(f"{path}, line {line}: `{name}` was already set")
         lines[name] = line
     return settings, lines
 

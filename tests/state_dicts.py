@@ -7,7 +7,7 @@ import torch
 from mergekit.merge_methods import merge_state_dicts
 from torch import Tensor
 
-from varm_merge.weights import Granularity
+from varm_merge.merging.weights import Granularity
 
 StateDict = Mapping[str, Tensor]
 GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
     "README.md",
     *(f"docs/{name}.md" for name in ("fusing", "merging", "formats", "scaling", "differences")),
+    *(f"docs/{name}.md" for name in ("results", "extending")),
 ]
 JUDGE = "http://localhost:8000/v1"
 PIVOT, SOLAR = "openchat/openchat_3.5", "NousResearch/Nous-Hermes-2-SOLAR-10.7B"
@@ -201,13 +202,13 @@ class Reader:
 
 def save_models(folder: Path) -> dict[str, Path]:
     """By their names: the pivot, a source, and the two published targets."""
-    template = (ROOT / "fusion_trainer" / "templates" / "openchat.jinja").read_text()
+    template = (ROOT / "fusion_trainer" / "data" / "templates" / "openchat.jinja").read_text()
     small = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
     models = {name: folder / str(number) for number, name in enumerate((PIVOT, SOLAR, *TARGETS))}
     tiny_sources.save_source(
         models[PIVOT], "mistral", "sentencepiece_bpe", template=template, num_key_value_heads=1, **small
     )
-    chatml = (ROOT / "fusion_trainer" / "templates" / "chatml.jinja").read_text()  # Solar's own
+    chatml = (ROOT / "fusion_trainer" / "data" / "templates" / "chatml.jinja").read_text()  # Solar's own
     special = ("<|im_start|>", "<|im_end|>")
     tiny_sources.save_source(models[SOLAR], "llama", "byte_level_bpe", seed=1, template=chatml, special=special)
     for seed, target in enumerate(TARGETS):

@@ -8,7 +8,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from fusion_trainer.config import TrainConfig, read_config
-from fusion_trainer.pipeline import read_pipeline
+from fusion_trainer.pipeline.plan import read_pipeline
 
 ROOT = Path(__file__).parent.parent
 PIPELINES = sorted((ROOT / "examples").glob("fuse*/pipeline.yaml"))
@@ -64,8 +64,8 @@ def test_the_pipelines_of_the_real_models_are_whole(path: Path) -> None:
     assert f"fusion-trainer run examples/{path.parent.name}/pipeline.yaml" in path.read_text()
 
 
-def test_the_readmes_training_config_is_one(tmp_path: Path) -> None:
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_training_config_of_the_documents_is_one(tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "fusing.md").read_text(), re.DOTALL)
     (shown,) = [block for block in blocks if "aligned_stores" in block]
     path = tmp_path / "target.yaml"
     path.write_text(shown)

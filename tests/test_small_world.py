@@ -13,9 +13,9 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from fusion_trainer.conversations import Message
-from fusion_trainer.pipeline import read_pipeline
-from fusion_trainer.templates import Template
+from fusion_trainer.data.conversations import Message
+from fusion_trainer.data.templates import Template
+from fusion_trainer.pipeline.plan import read_pipeline
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "small_world")]

@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from fusion_trainer.alignment.align import align
-from fusion_trainer.batches import Collator, FusionData, TokenFile, write_tokens
 from fusion_trainer.config import AlignConfig, ExtractConfig, TrainConfig
-from fusion_trainer.dialogues import Dialogues
-from fusion_trainer.fusion import Rule
+from fusion_trainer.data.dialogues import Dialogues
+from fusion_trainer.data.templates import FOLDER
 from fusion_trainer.representations.extract import extract
 from fusion_trainer.representations.store import RepresentationStore
-from fusion_trainer.templates import FOLDER
-from fusion_trainer.tokens import TextTokenizer, load_tokenizer
-from fusion_trainer.trainer import FusionTrainer
+from fusion_trainer.text.tokenizer import TextTokenizer, load_tokenizer
+from fusion_trainer.training.batches import Collator, FusionData, TokenFile, write_tokens
+from fusion_trainer.training.fusion import Rule
+from fusion_trainer.training.trainer import FusionTrainer
 
 CHATS = tiny_sources.made_up_chats(20, seed=5, words=30, turns=2)
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}

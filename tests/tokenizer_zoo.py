@@ -20,7 +20,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from fusion_trainer.tokens import TextTokenizer, Tokens
+from fusion_trainer.text.tokenizer import TextTokenizer, Tokens
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|end_of_turn|>")
 BYTE_OF = {char: byte for byte, char in bytes_to_unicode().items()}

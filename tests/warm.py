@@ -29,8 +29,8 @@ with socket.socket(socket.AF_UNIX) as to:
 SERVER = """
 import importlib, json, os, signal, socket, sys, threading, traceback
 import torch, transformers, datasets, peft, matplotlib.figure, openai, rich.table, jinja2
-import mergekit.scripts.run_yaml, mergekit.merge, mergekit.plan, varm_merge.cli, varm_merge.inspection
-import fusion_trainer.representations.extract, fusion_trainer.alignment.align, fusion_trainer.train
+import mergekit.scripts.run_yaml, mergekit.merge, mergekit.plan, varm_merge.cli, varm_merge.inspection.measure
+import fusion_trainer.representations.extract, fusion_trainer.alignment.align, fusion_trainer.training.train
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM, Qwen2ForCausalLM
 
 PROGRAMS = {programs!r}

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+from varm_common.console import completion
 from varm_merge.commands.check import check
 from varm_merge.commands.compare import compare
-from varm_merge.commands.completion import completion
 from varm_merge.commands.doctor import doctor
 from varm_merge.commands.evaluate import evaluate
 from varm_merge.commands.inspect import inspect
@@ -55,6 +55,6 @@ main.add_command(inspect)
 main.add_command(compare)
 main.add_command(doctor)
 main.add_command(yaml_command)
-main.add_command(completion)
+main.add_command(completion("varm-merge"))
 main.add_command(push)
 main.add_command(evaluate)

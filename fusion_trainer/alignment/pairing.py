@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusion_trainer.alignment.positions import Pairs, warping_path
-from fusion_trainer.answers import Answer, Places, places
-from fusion_trainer.dialogues import Block
-from fusion_trainer.readers import Reader
-from fusion_trainer.tokens import Span, TextTokenizer, Tokens, supervised_positions
+from fusion_trainer.data.answers import Answer, Places, places
+from fusion_trainer.data.blocks import Block
+from fusion_trainer.data.readers import Reader
+from fusion_trainer.text.tokenizer import Span, TextTokenizer, Tokens, supervised_positions
 
 __all__ = ["Read", "compared", "end_pairs", "position_pairs", "read_blocks", "sizes", "token_pairs"]
 

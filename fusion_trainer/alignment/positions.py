@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from fusion_trainer.tokens import Tokens
+from fusion_trainer.text.tokenizer import Tokens
 
 __all__ = ["CONTAINED", "Pairs", "boundary_pairs", "warping_costs", "warping_path"]
 

@@ -26,7 +26,7 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 from scipy.sparse import csr_array
 
-from fusion_trainer.tokens import TextTokenizer, Tokens
+from fusion_trainer.text.tokenizer import TextTokenizer, Tokens
 
 __all__ = [
     "METHODS",

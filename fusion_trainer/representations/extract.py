@@ -3,14 +3,13 @@
 The rows are cut into shards by the dialogues alone, and a shard's rows into batches of similar length by the
 model's tokens alone. So what is computed together does not depend on how many processes share the work or on
 where an earlier run was stopped, and neither do the bytes of the store. The next shard is tokenised, and the last
-one written, while a shard is computed.
-"""
+one written, while a shard is computed."""
 
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -22,71 +21,50 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from fusion_trainer.alignment.keeping import keep, kept_of
 from fusion_trainer.config import ExtractConfig
-from fusion_trainer.dialogues import Dialogues
-from fusion_trainer.errors import FusionError
-from fusion_trainer.files import fingerprint, written_to
-from fusion_trainer.models import (
+from fusion_trainer.data.dialogues import Dialogues
+from fusion_trainer.data.prepare import prepare
+from fusion_trainer.data.readers import DIALOGUES, Reader, end_ids, source_reader
+from fusion_trainer.representations.partial_shard import Answer, Partial, Row
+from fusion_trainer.representations.store import RepresentationStore, Supervised, id_dtype
+from fusion_trainer.representations.store_writer import StoreWriter, demand_free
+from fusion_trainer.representations.topk import TopK
+from fusion_trainer.representations.topk_model import AskedModel
+from fusion_trainer.text.tokenizer import TextTokenizer, load_tokenizer, supervised_positions
+from varm_common.console import is_quiet
+from varm_common.errors import UserError
+from varm_common.files import written_to
+from varm_common.models import (
     config_fingerprint,
     load_causal_lm,
     local_folder,
     resolved_dtype,
     weights_fingerprint,
 )
-from fusion_trainer.prepare import prepare
-from fusion_trainer.readers import DIALOGUES, Reader, end_ids, source_reader
-from fusion_trainer.representations.asking import AskedModel
-from fusion_trainer.representations.store import (
-    RepresentationStore,
-    StoreWriter,
-    Supervised,
-    demand_free,
-    id_dtype,
-)
-from fusion_trainer.representations.topk import TopK
-from fusion_trainer.talking import is_quiet
-from fusion_trainer.tokens import TextTokenizer, load_tokenizer, supervised_positions
 
-__all__ = ["batches", "extract", "shard_starts"]
+__all__ = [
+    "Row",
+    "batches",
+    "extract",
+    "shard_starts",
+]
+
 
 CONTEXT_SETTINGS = ("max_position_embeddings", "max_seq_len", "n_positions")
+
+
 PATIENCE = timedelta(days=1)
 """How long processes wait for each other; the launcher ends them if one fails."""
+
+
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 LEAST = torch.finfo(torch.float16).min
+
+
 KEPT_EVERY = 240.0
 """Seconds after which the part of a shard that is done is written."""
-PARTIAL = "fusion-trainer part of a shard"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A block as the model reads it: ids [tokens], the positions it is queried at, and where its answers are."""
-
-    conversation: str
-    block: int
-    source: str
-    ids: NDArray[np.int32]
-    positions: NDArray[np.int32]
-    cut_tokens: int
-    pivot_tokens: int
-    answers: list[list[int]]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a batch gave, on its way from the device: rows of the shard and their distributions, in order."""
-
-    numbers: list[int]
-    found: TopK
-    copied: Any
-
-    def arrays(self) -> list[NDArray[Any]]:
-        if self.copied is not None:
-            self.copied.synchronize()
-        parts = (self.found.ids_CK, self.found.logprobs_CK, self.found.tail_C, self.found.gold_logprob_C)
-        return [part.numpy() for part in parts]
 
 
 def shard_starts(lengths: NDArray[np.int32], shard_tokens: int) -> list[int]:
@@ -120,17 +98,17 @@ def extract(config: ExtractConfig) -> RepresentationStore:
     Under ``accelerate launch`` the processes share the shards.
 
     Raises:
-        FusionError: Anything a user can mend: the data, the model, the disk, the memory.
+        UserError: Anything a user can mend: the data, the model, the disk, the memory.
     """
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     if config.device_map and state.num_processes > 1:
-        raise FusionError("--device-map spreads one model over all GPUs: run it as one process, not with several")
+        raise UserError("--device-map spreads one model over all GPUs: run it as one process, not with several")
     folder, commit = local_folder(config.model, config.revision, code=config.trust_remote_code)
     tokenizer = load_tokenizer(folder, config.model, config.trust_remote_code)
     if config.top_k > len(tokenizer.vocabulary):
-        raise FusionError(f"--top-k {config.top_k} is more than the {len(tokenizer.vocabulary)} tokens there are")
+        raise UserError(f"--top-k {config.top_k} is more than the {len(tokenizer.vocabulary)} tokens there are")
     demand_free(config.output)
     with state.main_process_first():
         dialogues = prepare(config, config.output.parent, quiet=not state.is_main_process)
@@ -239,7 +217,7 @@ class _Extraction:
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            raise FusionError(f"{config.model} leaves no memory to run in; try --device-map auto") from error
+            raise UserError(f"{config.model} leaves no memory to run in; try --device-map auto") from error
         self.id_dtype = id_dtype(writer.identity["vocabulary"])
 
     def run(self, shards: Sequence[int], silent: bool) -> None:
@@ -279,7 +257,7 @@ class _Extraction:
             positions = supervised_positions(tokens, reading.spans)
             ids = tokens.ids[: self.context]
             if len(ids) and int(ids.max()) >= self.model.rows:
-                raise FusionError(
+                raise UserError(
                     f"{block.source}: token {int(ids.max())} of the tokenizer of {self.config.model} has no row "
                     f"in the model, which has {self.model.rows}: tokenizer and weights do not belong together"
                 )
@@ -301,7 +279,7 @@ class _Extraction:
         """
         asked = [number for number, row in enumerate(rows) if len(row.positions)]
         groups = batches([len(rows[number].ids) for number in asked], self.config.batch_tokens)
-        partial = _Partial(self.writer.path(shard).with_suffix(".partial"), rows)
+        partial = Partial(self.writer.path(shard).with_suffix(".partial"), rows)
         found = partial.read()
         waiting: Answer | None = None
         kept_at = time.monotonic()
@@ -349,7 +327,7 @@ class _Extraction:
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            raise FusionError(
+            raise UserError(
                 f"out of memory on {self.model.device} with a batch of {len(batch)} × {length} tokens; lower "
                 f"--batch-tokens (now {self.config.batch_tokens})"
                 + ("" if len(batch) > 1 else ", and as it is one block alone, --max-length")
@@ -371,7 +349,7 @@ class _Extraction:
             row = rows[number]
             stop = start + len(row.positions)
             if not finite[start:stop].all():
-                raise FusionError(self._not_finite(*self._first_not_finite(rows, row)))
+                raise UserError(self._not_finite(*self._first_not_finite(rows, row)))
             here = slice(start, stop)
             found[number] = Supervised(ids[here].astype(self.id_dtype), logprobs[here], tail[here], gold[here])
             start = stop
@@ -398,43 +376,6 @@ class _Extraction:
                 place = np.unravel_index(int(wrong.to(torch.uint8).argmax()), weight.shape)
                 return f"{message}. Its weights are not finite: {name}, first at {[int(i) for i in place]}"
         return f"{message}. Its weights are finite; a wider --dtype may help"
-
-
-@dataclass(frozen=True)
-class _Partial:
-    """The rows of a shard that are done, on the disk until the shard is written."""
-
-    path: Path
-    rows: Sequence[Row]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"rows": fingerprint([[row.ids.tolist(), row.positions.tolist()] for row in self.rows])}
-
-    def write(self, found: Sequence[Supervised | None]) -> None:
-        done = [number for number, row in enumerate(found) if row is not None]
-        if not done:
-            return
-        arrays = {
-            name: np.concatenate([getattr(found[number], name) for number in done])
-            for name in ("ids", "logprobs", "tail", "gold_logprob")
-        }
-        keep(self.path, PARTIAL, {"identity": self.identity}, {**arrays, "done": np.array(done, np.int64)})
-
-    def read(self) -> list[Supervised | None]:
-        found: list[Supervised | None] = [None] * len(self.rows)
-        if not self.path.is_file():
-            return found
-        try:
-            _, arrays = kept_of(self.path, PARTIAL, self.identity)
-        except FusionError:
-            return found  # damaged, or of other rows: done anew
-        start = 0
-        for number in arrays.pop("done").tolist():
-            stop = start + len(self.rows[number].positions)
-            found[number] = Supervised(**{name: array[start:stop] for name, array in arrays.items()})
-            start = stop
-        return found
 
 
 def _finite(

@@ -17,13 +17,10 @@ the source's (``paired``), how many bytes the token of ``gold_logprob`` covers (
 tokens differ in length), and the source's cross-entropy in the conversation per token and per byte.
 
 Each shard appears whole or not at all and depends only on its blocks, so an interrupted extraction goes on
-where it was, and the finished store has the same bytes as one that was never interrupted.
-"""
+where it was, and the finished store has the same bytes as one that was never interrupted."""
 
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,46 +30,74 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fusion_trainer.errors import FusionError, unlike
-from fusion_trainer.files import (
-    TEMPORARY,
-    read_json,
-    remove_abandoned,
-    sha256_of,
-    whole_file,
-    write_json,
-    written_to,
-)
+from varm_common.errors import UserError, unlike
+from varm_common.files import read_json, sha256_of
 
 __all__ = [
     "ALIGNED",
     "ALIGNED_VERSION",
+    "ANSWERS",
+    "CROSS_ENTROPIES",
+    "FACTS",
+    "FORMAT",
+    "MANIFEST",
+    "NAMES",
+    "OWN_FACTS",
+    "PLAN",
+    "VERSION",
     "Aligned",
     "Representation",
     "RepresentationStore",
-    "StoreWriter",
     "Supervised",
-    "demand_free",
     "id_dtype",
+    "plan_in",
+    "schema",
+    "shard_facts",
+    "wrong_size",
 ]
 
+
 FORMAT = "fusion-trainer representations"
+
+
 VERSION = 2
+
+
 MANIFEST, PLAN = "manifest.json", "extraction.json"
+
+
 ALIGNED = "aligned"
 """What the identity of an aligned store says under ``kind``."""
+
+
 ALIGNED_VERSION = 3
 """And under ``version``: raised with its columns, and with what they mean."""
+
+
 FACTS = b"fusion_trainer"
 """Key of a shard's own facts in its schema's metadata."""
+
+
 OWN_FACTS = ("positions", "batch_tokens")
 """Facts of a shard that the manifest names for each."""
+
+
 ALIGNED_COLUMNS = (("paired", pa.uint8()), ("gold_bytes", pa.uint16()))
+
+
 CROSS_ENTROPIES = ("ce_per_token", "ce_per_byte", "pivot_ce_per_token", "pivot_ce_per_byte")
+
+
 ANSWERS = pa.list_(pa.list_(pa.int32(), 4))
+
+
 NAMES = ("model", "pivot", "pivot_revision", "jinja", "jinja_with_tools")
 """Of an identity: a folder that has moved is the same by its hashes, and so is a template."""
+
+
 LEAST = float(np.finfo(np.float16).min)
+
+
 SLACK = 2e-3
 """How far Σ exp(logprobs) + tail may lie from 1: float16 keeps 11 bits of a logarithm."""
 
@@ -175,219 +200,22 @@ def schema(k: int, vocabulary: int, aligned: bool = False) -> pa.Schema:
     )
 
 
-class StoreWriter:
-    """Writes the shards of one store, behind the back of what computes them, and at last the manifest.
-
-    Args:
-        folder: The store; created if it is not there.
-        identity: What the store is of; None in a process that joins one that has begun it.
-        made_with: Device and versions. A store may be finished with others than it was begun with; the manifest
-            names all.
-        first_rows: The first block of every shard, and the number of blocks.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        identity: dict[str, Any] | None,
-        first_rows: Sequence[int],
-        made_with: dict[str, str] | None = None,
-    ) -> None:
-        self.folder = folder
-        self.identity = identity or {}
-        self.made_with = [made_with] if made_with else []
-        self.first_rows = list(first_rows)
-        self._thread = ThreadPoolExecutor(1, "store-writer")
-        self._last: Any = None
-
-    @property
-    def finished(self) -> bool:
-        return (self.folder / MANIFEST).is_file()
-
-    def begin(self) -> None:
-        """Claim the folder, in one process: check what is there, remove what is half-written.
-
-        Raises:
-            FusionError: The folder holds something else, or a store of another identity.
-        """
-        for name in demand_free(self.folder):
-            plan = _plan_in(self.folder / name)
-            found = plan["identity"]
-            renamed = {**self.identity, **{name: found.get(name) for name in NAMES if name in self.identity}}
-            if difference := unlike(f"`{self.folder}` is a store of something else:", renamed, found):
-                raise FusionError(f"{difference}\nGive another --output, or remove that folder.")
-            self.identity = found
-            new = [one for one in self.made_with if one not in plan["made_with"]]
-            if name == PLAN:
-                self.made_with = [*plan["made_with"], *new]
-            else:
-                self.made_with = plan["made_with"]
-        with written_to(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            remove_abandoned(self.folder)
-            if self.finished and not self._reopened():
-                (self.folder / PLAN).unlink(missing_ok=True)
-            else:
-                write_json(self.folder / PLAN, {"identity": self.identity, "made_with": self.made_with})
-
-    def _reopened(self) -> bool:
-        """Whether a finished store had to be begun again because shards of it are missing or damaged."""
-        shards = read_json(self.folder / MANIFEST)["shards"]
-        damaged = [self.folder / shard["file"] for shard in shards if list(_wrong_size(self.folder, shard))]
-        if not damaged:
-            return False
-        write_json(self.folder / PLAN, {"identity": self.identity, "made_with": self.made_with})
-        (self.folder / MANIFEST).unlink()
-        for path in damaged:
-            path.unlink(missing_ok=True)
-        return True
-
-    def join(self) -> None:
-        """Take over what the process that has begun the store says it is of."""
-        plan = _plan_in(self.folder / (MANIFEST if self.finished else PLAN))
-        self.identity, self.made_with = plan["identity"], plan["made_with"]
-
-    def missing(self) -> list[int]:
-        """The shards that are not written yet."""
-        return [shard for shard in range(len(self.first_rows) - 1) if not self.path(shard).is_file()]
-
-    def path(self, shard: int) -> Path:
-        return self.folder / f"shard-{shard:05}.arrow"
-
-    def write(
-        self,
-        shard: int,
-        names: Sequence[tuple[str, int]],
-        rows: Sequence[Supervised],
-        facts: dict[str, int],
-        answers: Sequence[Sequence[Sequence[int]]] | None = None,
-    ) -> None:
-        """Write a shard in the background; waits for the one before it.
-
-        Args:
-            shard: Its number.
-            names: Conversation and block of each row.
-            rows: Their distributions.
-            facts: What the manifest is to sum up over the shards.
-            answers: Of a store that is not aligned: where each row's answers are.
-
-        Raises:
-            FusionError: The shard before this could not be written.
-        """
-        self.wait()
-        self._last = self._thread.submit(self._write, shard, names, rows, facts, answers)
-
-    def wait(self) -> None:
-        """Wait until all that was given is on the disk.
-
-        Raises:
-            FusionError: It could not be written.
-        """
-        last, self._last = self._last, None
-        if last is not None:
-            with written_to(self.folder):
-                last.result()
-
-    def _write(
-        self,
-        shard: int,
-        names: Sequence[tuple[str, int]],
-        rows: Sequence[Supervised],
-        facts: dict[str, int],
-        answers: Sequence[Sequence[Sequence[int]]] | None,
-    ) -> None:
-        aligned = self.identity.get("kind") == ALIGNED
-        columns = schema(self.identity["top_k"], self.identity["vocabulary"], aligned)
-        position = columns.field("positions").type.value_type
-        offsets = np.zeros(len(rows) + 1, np.int32)
-        np.cumsum([len(row) for row in rows], out=offsets[1:])
-        parts = []
-        for field in position:
-            joined = np.concatenate([getattr(row, field.name) for row in rows])
-            flat = pa.array(joined.ravel())
-            parts.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type) if joined.ndim == 2 else flat)
-        struct = pa.StructArray.from_arrays(parts, fields=list(position))
-        conversations, blocks = zip(*names, strict=True)
-        arrays = [
-            pa.array(conversations, pa.string()),
-            pa.array(blocks, pa.int32()),
-            *(
-                [pa.array([getattr(row, name) for row in rows], pa.float32()) for name in CROSS_ENTROPIES]
-                if aligned
-                else [pa.array([[] for _ in rows] if answers is None else answers, ANSWERS)]
-            ),
-            pa.ListArray.from_arrays(pa.array(offsets), struct, type=columns.field("positions").type),
-        ]
-        facts = {"shard": shard, "first_row": self.first_rows[shard], **facts}
-        columns = columns.with_metadata({FACTS: json.dumps(facts).encode()})
-        with whole_file(self.path(shard)) as file, pa.ipc.new_file(file, columns) as writer:
-            writer.write_batch(pa.record_batch(arrays, schema=columns))
-        self.path(shard).with_suffix(".partial").unlink(missing_ok=True)
-
-    def abandon(self) -> None:
-        """After a failure: remove the folder if nothing in it is worth going on with."""
-        with suppress(FusionError):
-            self.wait()
-        if not any(self.folder.glob("shard-*")) and not self.finished:
-            (self.folder / PLAN).unlink(missing_ok=True)
-            with suppress(OSError):
-                self.folder.rmdir()
-
-    def finish(self) -> None:
-        """Write the manifest, in one process, once every shard is there."""
-        shards, sums = [], dict[str, int]()
-        for shard in range(len(self.first_rows) - 1):
-            path = self.path(shard)
-            facts = _facts(path)
-            first, last = self.first_rows[shard : shard + 2]
-            described = {"file": path.name, "first_row": first, "rows": last - first, "bytes": path.stat().st_size}
-            own = {key: facts[key] for key in OWN_FACTS if key in facts}
-            shards.append({**described, **own, "sha256": sha256_of(path)})
-            for key in facts.keys() - {"shard", "first_row", "batch_tokens"}:
-                sums[key] = sums.get(key, 0) + facts[key]
-        totals = {"rows": self.first_rows[-1], **dict(sorted(sums.items()))}
-        about = {"format": FORMAT, "version": VERSION, "identity": self.identity, "made_with": self.made_with}
-        manifest = {**about, **totals, "shards": shards}
-        with written_to(self.folder):
-            for path in (*self.folder.glob(f"*{TEMPORARY}"), *self.folder.glob("*.partial")):
-                path.unlink(missing_ok=True)
-            write_json(self.folder / MANIFEST, manifest)
-            (self.folder / PLAN).unlink(missing_ok=True)
-
-
-def demand_free(folder: Path) -> list[str]:
-    """Check that a store may be written to a folder; which of manifest and plan are there already.
-
-    Raises:
-        FusionError: It holds something else.
-    """
-    with written_to(folder):
-        if folder.exists() and not folder.is_dir():
-            raise FusionError(f"`{folder}` is a file; --output names the store's folder")
-        content = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    known = [name for name in (MANIFEST, PLAN) if name in content]
-    if content and not known and not all(name.endswith(TEMPORARY) for name in content):
-        some = ", ".join(sorted(content)[:3])
-        raise FusionError(f"`{folder}` holds something else ({some}); give a new folder")
-    return known
-
-
-def _plan_in(path: Path) -> dict[str, Any]:
+def plan_in(path: Path) -> dict[str, Any]:
     """What a manifest or plan says the store is of, and made with.
 
     Raises:
-        FusionError: It is none.
+        UserError: It is none.
     """
     try:
         found = read_json(path)
         return {"identity": dict(found["identity"]), "made_with": list(found["made_with"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise FusionError(
+        raise UserError(
             f"`{path.parent}` holds something else: its {path.name} is no store's; give a new folder"
         ) from error
 
 
-def _wrong_size(folder: Path, shard: dict[str, Any]) -> Iterator[str]:
+def wrong_size(folder: Path, shard: dict[str, Any]) -> Iterator[str]:
     path = folder / shard["file"]
     if not path.is_file():
         yield f"{path.name} is missing"
@@ -395,7 +223,7 @@ def _wrong_size(folder: Path, shard: dict[str, Any]) -> Iterator[str]:
         yield f"{path.name} has {path.stat().st_size} bytes, not {shard['bytes']}"
 
 
-def _facts(path: Path) -> dict[str, int]:
+def shard_facts(path: Path) -> dict[str, int]:
     with pa.memory_map(str(path)) as source:
         return dict(json.loads(pa.ipc.open_file(source).schema.metadata[FACTS]))
 
@@ -447,7 +275,7 @@ class RepresentationStore:
         checked: Whether all shards were held against their hashes already.
 
     Raises:
-        FusionError: No finished store is there, or a shard is missing or has not the size the manifest names.
+        UserError: No finished store is there, or a shard is missing or has not the size the manifest names.
     """
 
     def __init__(self, folder: Path | str, checked: bool = False) -> None:
@@ -457,9 +285,9 @@ class RepresentationStore:
         self.k: int = self.identity["top_k"]
         self._first_rows = np.array([shard["first_row"] for shard in self.manifest["shards"]])
         self._open: dict[int, _Shard] = {}
-        problems = [problem for shard in self.manifest["shards"] for problem in _wrong_size(self.folder, shard)]
+        problems = [problem for shard in self.manifest["shards"] for problem in wrong_size(self.folder, shard)]
         if problems:
-            raise FusionError(
+            raise UserError(
                 f"the store `{self.folder}` is damaged: {'; '.join(problems)}.\nRun the command that made it "
                 "again: it makes only what is missing."
             )
@@ -471,7 +299,7 @@ class RepresentationStore:
         """This store, once all its shards were held against the manifest's hashes.
 
         Raises:
-            FusionError: The bytes of some are others.
+            UserError: The bytes of some are others.
         """
         if not self.checked:
             damaged = [shard["file"] for shard in self.manifest["shards"] if not self._intact(shard)]
@@ -483,8 +311,8 @@ class RepresentationStore:
     def _intact(self, shard: dict[str, Any]) -> bool:
         return sha256_of(self.folder / shard["file"]) == str(shard["sha256"])
 
-    def _damaged(self, files: Sequence[str]) -> FusionError:
-        return FusionError(
+    def _damaged(self, files: Sequence[str]) -> UserError:
+        return UserError(
             f"the store `{self.folder}` is damaged: {', '.join(files)} does not have the SHA-256 of the manifest."
             "\nRemove what is damaged and run the command that made the store: it makes only what is missing."
         )
@@ -498,11 +326,11 @@ class RepresentationStore:
         """This store, if its identity has the values named.
 
         Raises:
-            FusionError: It has others; both stand side by side in the message.
+            UserError: It has others; both stand side by side in the message.
         """
         found = {key: self.identity.get(key) for key in wanted}
         if difference := unlike(f"the store `{self.folder}` does not fit:", wanted, found):
-            raise FusionError(difference)
+            raise UserError(difference)
         return self
 
     def __len__(self) -> int:
@@ -534,22 +362,22 @@ class RepresentationStore:
     def _manifest(self) -> dict[str, Any]:
         if not (self.folder / MANIFEST).is_file():
             if not (self.folder / PLAN).is_file():
-                raise FusionError(f"no store `{self.folder}`: there is no {MANIFEST} in it")
-            aligned = _plan_in(self.folder / PLAN)["identity"].get("kind") == ALIGNED
+                raise UserError(f"no store `{self.folder}`: there is no {MANIFEST} in it")
+            aligned = plan_in(self.folder / PLAN)["identity"].get("kind") == ALIGNED
             work = "alignment" if aligned else "extraction"
-            raise FusionError(
+            raise UserError(
                 f"the store `{self.folder}` is not finished; run its {work} again: it goes on where it stopped"
             )
         try:
             manifest = read_json(self.folder / MANIFEST)
         except ValueError as error:
-            raise FusionError(f"`{self.folder / MANIFEST}` is not JSON: {error}") from error
+            raise UserError(f"`{self.folder / MANIFEST}` is not JSON: {error}") from error
         described = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
         if described != (FORMAT, VERSION):
-            raise FusionError(f"`{self.folder}` is not a store of {FORMAT}, version {VERSION}: found {described}")
+            raise UserError(f"`{self.folder}` is not a store of {FORMAT}, version {VERSION}: found {described}")
         identity = manifest["identity"]
         if identity.get("kind") == ALIGNED and identity.get("version") != ALIGNED_VERSION:
-            raise FusionError(
+            raise UserError(
                 f"the aligned store `{self.folder}` is of version {identity.get('version', 1)}, not "
                 f"{ALIGNED_VERSION}, and lacks what is needed now; align its source again, into a new folder"
             )

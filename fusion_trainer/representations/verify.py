@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from fusion_trainer.alignment.keeping import damage
-from fusion_trainer.batches import DIGITS
-from fusion_trainer.dialogues import Dialogues
-from fusion_trainer.errors import FusionError
-from fusion_trainer.files import sha256_of
+from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.representations.store import RepresentationStore
+from fusion_trainer.training.batches import DIGITS
+from varm_common.errors import UserError
+from varm_common.files import sha256_of
+from varm_common.saved_arrays import damage
 
 __all__ = ["all_problems"]
 
@@ -19,7 +19,7 @@ def all_problems(store: RepresentationStore) -> Iterator[str]:
     if dialogues is not None:
         try:
             len(dialogues)
-        except FusionError as error:
+        except UserError as error:
             yield str(error)
         for path in sorted(dialogues.folder.glob("tokens-*-*.arrow")):
             if not sha256_of(path).startswith(path.stem.rpartition("-")[2][:DIGITS]):

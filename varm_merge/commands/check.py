@@ -2,58 +2,67 @@
 
 import json
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-import psutil
+import yaml
 
+from varm_common.console import talks
+from varm_common.tables import size
 from varm_merge.commands.flags import by_name_flag, merge_flags
-from varm_merge.commands.style import talks
-from varm_merge.tables import size
 
 __all__ = ["check"]
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("recipes", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option("--offline", is_flag=True, help="Look at the recipe alone, not at its models.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where the merge will be written: is there room, how fast is it?",
+    help="Where the merge will be written: is there room?",
 )
-@talks
+@talks(libraries=False)
 @by_name_flag
 @merge_flags
 def check(
-    recipe: Path, as_json: bool, offline: bool, out: Path | None, by_name: bool, options: Any, quiet: bool
+    recipes: tuple[Path, ...], as_json: bool, offline: bool, out: Path | None, by_name: bool, options: Any
 ) -> None:
-    """Find all that is wrong with a recipe of any merge method, before weights are read or downloaded.
+    """Find all that is wrong with recipes of any merge method, before weights are read or downloaded.
 
-    mergekit plans the merge from configs and headers of weight files (of a model on the Hub by HTTP ranges), and
-    transformers tells whether the result would load. What the merge would take is estimated: memory by a formula,
-    time by a second of measurements on this machine. Of targets in 16 bits a sample of the weights is read, to see
-    how much of the fine-tune rounding has left. Exit code 0 if it can be merged (with --out: written there), 1 if
-    not.
+    mergekit plans the merge from the configs and the headers of the weight files (for a model on the Hub, by HTTP
+    ranges). transformers then shows whether the result would load. Memory, disk space and downloads are estimated.
+    For targets in 16 bits, a sample of the weights is read to see how much of the fine-tune survived rounding.
+    Exit code 0 if all recipes can be merged (with --out: and written there), else 1.
 
     \b
     Examples:
       varm-merge check recipe.yaml
       varm-merge check recipe.yaml --out /data/out
-      varm-merge check recipe.yaml --offline
+      varm-merge check yaml_recipes/*.yaml --offline
       varm-merge check recipe.yaml --json
     """
-    from varm_merge import rounding
-    from varm_merge.errors import VarmError
-    from varm_merge.recipe import Looked, Problem, read
-    from varm_merge.recipe import check as problems_of
+    results = [_checked(recipe, offline, out, by_name, options) for recipe in recipes]
+    if as_json:
+        click.echo(json.dumps(results if results[1:] else results[0], indent=1))
+    else:
+        for recipe, result in zip(recipes, results, strict=True):
+            _print(recipe, result, offline)
+    sys.exit(1 if any(result["problems"] for result in results) else 0)
 
-    start_s = time.time() - psutil.Process().create_time()
-    looked = Looked()
+
+def _checked(recipe: Path, offline: bool, out: Path | None, by_name: bool, options: Any) -> dict[str, Any]:
+    """The problems, remarks and estimate of one recipe, as ``--json`` prints them."""
+    from varm_common.errors import UserError
+    from varm_merge.recipes import cost, rounding
+    from varm_merge.recipes.check import check as problems_of
+    from varm_merge.recipes.problems import Looked, Problem
+    from varm_merge.recipes.recipe_file import read
+
+    looked, text = Looked(), ""
     try:
         text = read(recipe)
         problems = problems_of(
@@ -66,38 +75,30 @@ def check(
             path=recipe,
             out=out,
         )
-    except VarmError as error:
+    except UserError as error:
         problems = [Problem(error.message, 1)]
     found: dict[str, Any] = {} if offline else looked.estimate
     if not problems and not offline:
         looked.remarks += rounding.remarks(text, looked)
     remarks = sorted(looked.remarks, key=lambda one: one.line)
     if found and not problems:
-        import yaml
-
-        from varm_merge import estimate
-
-        found = estimate.estimate(yaml.safe_load(text), looked, start_s, out, options.transformers_cache)
-        remarks += [Problem(one, 1) for one in estimate.shortages(found)]
+        found = cost.estimate(yaml.safe_load(text), looked, options.transformers_cache)
+        remarks += [Problem(one, 1) for one in cost.shortages(found)]
     if out is not None:
-        from varm_merge import estimate
+        problems += [Problem(one, 1) for one in cost.obstacles(found, out)]
+    listed = {name: [asdict(one) for one in some] for name, some in (("problems", problems), ("remarks", remarks))}
+    return {"recipe": str(recipe), **listed, "estimate": found}
 
-        problems += [Problem(one, 1) for one in estimate.obstacles(found, out)]
-    if as_json:
-        told = {
-            name: [asdict(one) for one in some] for name, some in (("problems", problems), ("remarks", remarks))
-        }
-        click.echo(json.dumps({"recipe": str(recipe), **told, "estimate": found}, indent=1))
-    else:
-        for mark, colour, some in (("✗", "red", problems), ("!", "yellow", remarks)):
-            for one in some:
-                click.secho(f"{mark} line {one.line}: {one.message}", fg=colour)
-        if not problems:
-            verdict = "is sound; its models were not looked at" if offline else "can be merged"
-            click.secho(f"✓ {recipe} {verdict}", fg="green")
-        for line in _told(found):
-            click.echo(line)
-    sys.exit(1 if problems else 0)
+
+def _print(recipe: Path, result: dict[str, Any], offline: bool) -> None:
+    for mark, colour, some in (("✗", "red", result["problems"]), ("!", "yellow", result["remarks"])):
+        for one in some:
+            click.secho(f"{mark} line {one['line']}: {one['message']}", fg=colour)
+    if not result["problems"]:
+        verdict = "is sound; its models were not looked at" if offline else "can be merged"
+        click.secho(f"✓ {recipe} {verdict}", fg="green")
+    for line in _told(result["estimate"]):
+        click.echo(line)
 
 
 def _told(found: dict[str, Any]) -> list[str]:
@@ -114,15 +115,4 @@ def _told(found: dict[str, Any]) -> list[str]:
         lines[1] += f", downloads {sizes['download_bytes']} first"
     if "memory_bytes" in found:
         lines.append(f"holds about {sizes['memory_bytes']} in memory at the peak")
-    if seconds := found.get("seconds"):
-        parts = ", ".join(f"{name} {_rounded(seconds[name])}" for name in ("start", "read", "merge", "write"))
-        lines.append(f"takes about {_rounded(seconds['total'])} on this CPU ({parts})")
-    elif "seconds" in found:
-        lines.append(f"how long it takes could not be measured: {found['not_measured']}")
     return lines
-
-
-def _rounded(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from varm_merge.commands.style import talks
-from varm_merge.tables import show
+from varm_common.console import talks
+from varm_common.tables import show
 
 __all__ = ["compare"]
 
@@ -47,7 +47,7 @@ def _listed(_context: click.Context, _parameter: click.Parameter, given: tuple[s
 @click.option("--cache-dir", type=click.Path(file_okay=False), help="Of models from the Hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the model repositories bring along.")
 @click.option("--json", "as_json", is_flag=True, help="Print report.json.")
-@talks
+@talks(libraries=False)
 def compare(
     recipes: tuple[Path, ...], out: Path, methods: tuple[str, ...], as_json: bool, quiet: bool, **options: Any
 ) -> None:
@@ -70,13 +70,13 @@ def compare(
       varm-merge compare *.yaml --out report/ --tasks hellaswag,mine --include-path tasks/ --limit 200
       varm-merge compare *.yaml --out report/ --repeat 5 --device cuda --json > numbers.json
     """
-    from varm_merge.comparison.entries import entries, family, sound
-    from varm_merge.comparison.evaluation import HeldOut, Tasks
+    from varm_common.errors import UserError
+    from varm_merge.comparison.cache import demand_folder, locked
+    from varm_merge.comparison.recipes import entries, family, sound
     from varm_merge.comparison.report import problems, terminal, write_report
-    from varm_merge.comparison.run import Settings
-    from varm_merge.comparison.run import compare as run
-    from varm_merge.comparison.steps import demand_folder, locked
-    from varm_merge.errors import VarmError
+    from varm_merge.comparison.runner import Settings
+    from varm_merge.comparison.runner import compare as run
+    from varm_merge.comparison.scores import HeldOut, Tasks
 
     base, models = options.pop("base"), options.pop("models")
     held_out = HeldOut(found, options["template"]) if (found := options.pop("held_out")) else None
@@ -102,7 +102,7 @@ def compare(
         try:
             report = run(found_entries, models_of, settings, command)
         except OSError as error:  # a file that was there when it began
-            raise VarmError(f"`{error.filename}`: {error.strerror or error}") from error
+            raise UserError(f"`{error.filename}`: {error.strerror or error}") from error
         text = json.dumps(report, indent=1, allow_nan=False) + "\n"
         write_report(report, out, text)
     if as_json:

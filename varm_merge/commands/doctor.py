@@ -39,7 +39,7 @@ def doctor() -> None:
     Example:
       varm-merge doctor
     """
-    from varm_merge.report import versions
+    from varm_common.versions import versions
 
     for package, number in {"python": sys.version.split()[0], **versions()}.items():
         click.echo(f"{package:14} {number}")

@@ -1,34 +1,51 @@
-"""``varm-merge evaluate``: answers to MT-Bench and AlpacaEval 2, judged, as tables."""
+"""``varm-merge evaluate``: answer MT-Bench and AlpacaEval 2, have the answers judged, show tables."""
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from varm_merge.commands.style import talks
-from varm_merge.tables import show
+from varm_common.console import talks
+from varm_common.tables import show
 
 if TYPE_CHECKING:
-    from varm_merge.evaluation.endpoint import Endpoint, Judged, Load
+    from varm_merge.evaluation.endpoint import Endpoint, Usage
+    from varm_merge.evaluation.judging import Judging, Outcome
 
 __all__ = ["evaluate"]
 
 READ = click.Path(exists=True, dir_okay=False, path_type=Path)
 WRITTEN = click.Path(dir_okay=False, path_type=Path)
+POSITIVE = click.FloatRange(min=0, min_open=True)
+COUNT = click.IntRange(min=1)
+LOCAL = ("revision", "device", "dtype", "batch_size", "chat_template", "trust_remote_code")
+CLIENT = ("key_variable", "timeout", "max_retries", "requests_per_minute", "tokens_per_minute")
+REMOTE = (*CLIENT, "concurrency")
+"""Options of a model on this machine, of the client of an endpoint, and of all requests to it."""
+CUT_ANSWERS = {
+    "length": "answers cut at --max-new-tokens",
+    "context": "answers cut at the end of the model's context",
+    "no room": "empty answers, because the question fills the model's context",
+}
+"""Messages about answers that did not end by themselves."""
+SHOWN = 10
+"""How many failures are listed; the others are only counted."""
 Command = Callable[..., None]
+option = partial(click.option, show_default=True)
 
 
 @click.group()
 def evaluate() -> None:
     """Answer MT-Bench and AlpacaEval 2, have the answers judged, show the results.
 
-    Answers and judgments are in the files of FastChat's llm_judge and of alpaca_eval: each step can be theirs.
-    Every step goes on where it was stopped. Exit codes: 0 all is there; 1 something is missing or wrong, and said;
-    2 the command line is wrong.
+    The files are those of FastChat's llm_judge and of alpaca_eval, so each step can also be done by them. If a
+    step is interrupted, run the same command again. Exit codes: 0: complete. 1: something is missing or wrong; it
+    was printed. 2: bad usage.
 
     \b
     Examples:
@@ -51,122 +68,73 @@ def judge() -> None:
     """
 
 
+def with_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Give a command several options, in this order."""
+    return lambda command: reduce(lambda decorated, add: add(decorated), reversed(options), command)
+
+
 def through_endpoint(prefix: str) -> Callable[[Command], Command]:
-    """The options of how an endpoint is asked."""
-    options: list[Callable[[Command], Command]] = [
-        click.option(
-            f"--{prefix}key-env",
-            "key_variable",
-            metavar="NAME",
-            help="Environment variable with the endpoint's key.  [default: OPENAI_API_KEY for api.openai.com; no "
-            "other endpoint is sent a key]",
-        ),
-        click.option(
-            "--timeout",
-            type=click.FloatRange(min=0, min_open=True),
-            default=120,
-            show_default=True,
-            help="Seconds for one try.",
-        ),
-        click.option(
-            "--max-retries",
-            type=click.IntRange(min=0),
-            default=8,
-            show_default=True,
-            help="Tries after the first, after timeouts, 429, 5xx and broken replies.",
-        ),
-        click.option(
-            "--concurrency", type=click.IntRange(min=1), default=4, show_default=True, help="Requests at a time."
-        ),
-        click.option(
-            "--requests-per-minute", type=click.FloatRange(min=0, min_open=True), help="At most, tries included."
-        ),
-        click.option(
-            "--tokens-per-minute",
-            type=click.FloatRange(min=0, min_open=True),
-            help="At most, of estimated prompts and the longest answers there may be.",
-        ),
-    ]
-
-    def decorated(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorated
+    """The options for requests to an endpoint."""
+    key_help = (
+        "Environment variable with the endpoint's key.  [default: OPENAI_API_KEY for api.openai.com; no other "
+        "endpoint is sent a key]"
+    )
+    retries_help = "Tries after the first, after timeouts, 429, 5xx and broken replies."
+    return with_options(
+        option(f"--{prefix}key-env", "key_variable", metavar="NAME", help=key_help),
+        option("--timeout", type=POSITIVE, default=120, help="Seconds for one try."),
+        option("--max-retries", type=click.IntRange(min=0), default=8, help=retries_help),
+        option("--concurrency", type=COUNT, default=4, help="Requests at a time."),
+        option("--requests-per-minute", type=POSITIVE, help="Limit for all tries."),
+        option("--tokens-per-minute", type=POSITIVE, help="Limit for estimated prompts and the longest answers."),
+    )
 
 
-def judged(command: Command) -> Command:
-    """The options of a command that asks a judge."""
-    options: list[Callable[[Command], Command]] = [
-        click.option("--judge", "judge_model", required=True, help="The judge's name at the endpoint."),
-        click.option(
-            "--judge-url",
-            "url",
-            default="https://api.openai.com/v1",
-            show_default=True,
-            help="The endpoint, without /chat/completions.",
-        ),
-        through_endpoint("judge-"),
-        click.option("--price-in", type=click.FloatRange(min=0), help="Dollars for a million prompt tokens."),
-        click.option("--price-out", type=click.FloatRange(min=0), help="Dollars for a million answered tokens."),
-        click.option("--yes", "-y", is_flag=True, help="Do not ask before it starts."),
-        click.option("--dry-run", is_flag=True, help="Show what it would cost, and ask nothing."),
-        click.option("--json", "as_json", is_flag=True, help="Print what came of it as JSON."),
-        talks,
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+with_judge = with_options(
+    option("--judge", "judge_model", required=True, help="The judge's name at the endpoint."),
+    option(
+        "--judge-url",
+        "url",
+        default="https://api.openai.com/v1",
+        help="The endpoint, without /chat/completions.",
+    ),
+    through_endpoint("judge-"),
+    option("--price-in", type=click.FloatRange(min=0), help="Dollars per million prompt tokens."),
+    option("--price-out", type=click.FloatRange(min=0), help="Dollars per million answer tokens."),
+    click.option("--yes", "-y", is_flag=True, help="Start without asking."),
+    click.option("--dry-run", is_flag=True, help="Estimate the cost and send nothing."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    talks(libraries=False),
+)
+"""The options of a command that queries a judge."""
 
 
 @evaluate.command()
 @click.argument("model")
-@click.option("--questions", required=True, type=READ, help="MT-Bench's question.jsonl or AlpacaEval's JSON.")
-@click.option("--output", "-o", required=True, type=WRITTEN, help="The file of answers.")
-@click.option("--name", help="What the model is called in the file.  [default: the last part of MODEL]")
-@click.option(
-    "--max-new-tokens",
-    type=click.IntRange(min=1),
-    default=1024,
-    show_default=True,
-    help="Most tokens of an answer.",
+@option("--questions", required=True, type=READ, help="MT-Bench's question.jsonl or AlpacaEval's JSON.")
+@option("--output", "-o", required=True, type=WRITTEN, help="The file of answers.")
+@option("--name", help="The model's name in the file.  [default: the last part of MODEL]")
+@option("--max-new-tokens", type=COUNT, default=1024, help="Longest answer.")
+@option(
+    "--num-choices", type=COUNT, default=1, help="Answers to each question of MT-Bench; judges read the first."
 )
-@click.option(
-    "--num-choices",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Answers to each question of MT-Bench; judges read the first.",
-)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    help="For all questions.  [default: FastChat's by category; 0 for AlpacaEval]",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    default=16,
-    show_default=True,
-    help="Answers at a time; halved when memory does not suffice.",
-)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda:1, …; auto: all accelerators.")
-@click.option(
+@option("--temperature", type=click.FloatRange(min=0), help="[default: FastChat's by category; 0 for AlpacaEval]")
+@option("--seed", type=int, default=0, help="Seed of the sampling.")
+@option("--batch-size", type=COUNT, default=16, help="Answers at a time; halved when memory runs out.")
+@option("--device", default="auto", help="cpu, cuda:1, …; auto: all accelerators.")
+@option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
-    show_default=True,
-    help="Of the weights; auto: as they are stored.",
+    help="Dtype of the weights; auto: the stored one.",
 )
-@click.option("--chat-template", type=READ, help="A Jinja file to use in place of the model's template.")
-@click.option("--revision", help="Of a model on the Hub.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings along.")
-@click.option("--url", help="Ask MODEL at an OpenAI-compatible endpoint (vLLM, …), without /chat/completions.")
+@option("--chat-template", type=READ, help="A Jinja file that replaces the model's template.")
+@option("--revision", help="Revision of a model on the Hub.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@option("--url", help="Query MODEL at an OpenAI-compatible endpoint (vLLM, …), without /chat/completions.")
 @through_endpoint("")
-@click.option("--json", "as_json", is_flag=True, help="Print what came of it as JSON.")
-@talks
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@talks(libraries=False)
 def answers(
     model: str,
     questions: Path,
@@ -181,13 +149,13 @@ def answers(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Answer the questions of MT-Bench or AlpacaEval; which of the two, the file of questions tells.
+    """Answer the questions of MT-Bench or AlpacaEval; the file of questions decides which.
 
     MODEL is a folder, a Hub id, or with --url a model's name at the endpoint. Its own chat template is used, and a
-    second turn is asked after its own first answer. Samples (FastChat's temperatures, and of the generation config
-    top-k, else 50, and top-p) depend on seed, question and turn, not on the batch. A killed run goes on when the
-    same command is given again; OUTPUT is there when the last answer is. It sits beside OUTPUT.settings.json, by
-    which a run with another model or other settings is refused.
+    second turn follows its own first answer. Samples use FastChat's temperatures, and top-k (default 50) and top-p
+    of the generation config. They depend on seed, question and turn, not on the batch. If a run is interrupted,
+    run the same command again; OUTPUT appears with the last answer. OUTPUT.settings.json describes the model and
+    the settings; a run with others is refused.
 
     \b
     Examples:
@@ -196,88 +164,74 @@ def answers(
       varm-merge evaluate answers VaRM --url http://localhost:8000/v1 --concurrency 16 \\
         --questions question.jsonl --output model_answer/VaRM.jsonl
     """
-    from varm_merge.evaluation.answers import Asking, answer_at_endpoint, answer_locally
+    from varm_merge.evaluation.answers import Settings, answer_at_endpoint, answer_locally, write_answers
     from varm_merge.evaluation.questions import read_questions
 
-    _refuse_unread(LOCAL if url else REMOTE, "it is of no use with --url" if url else "it is for --url alone")
-    read = read_questions(questions)
-    if num_choices > 1 and read.benchmark == "AlpacaEval":
-        raise click.UsageError(
-            "--num-choices is for MT-Bench: AlpacaEval's file has one output for an instruction"
-        )
-    called = name or (Path(model).resolve() if Path(model).is_dir() else Path(model)).name
-    asking = Asking(called, max_new_tokens, num_choices, temperature, seed)
+    _refuse_unused(LOCAL if url else REMOTE, "has no effect with --url" if url else "needs --url")
+    file = read_questions(questions)
+    if num_choices > 1 and file.benchmark == "AlpacaEval":
+        raise click.UsageError("--num-choices is for MT-Bench: AlpacaEval's file has one output per instruction")
+    folder = Path(model).resolve() if Path(model).is_dir() else Path(model)
+    settings = Settings(name or folder.name, max_new_tokens, num_choices, temperature, seed)
     if url is None:
         from varm_merge.evaluation.local import LocalModel
 
-        local = LocalModel(
-            model,
-            max_new_tokens=max_new_tokens,
-            say=lambda text: click.secho(f"! {text}", fg="yellow", err=True),
-            **{key: options[key] for key in LOCAL},
-        )
-        outcome = answer_locally(read, asking, local, output, quiet)
+        own = {key: options[key] for key in LOCAL} | {"max_new_tokens": max_new_tokens}
+        local = LocalModel(model, warn=partial(_warn, err=True), **own)
+        identity, answer = local.about(), partial(answer_locally, file.questions, settings, local)
     else:
-        endpoint = _endpoint(url, model, **options)
-        endpoint.open()
-        outcome = answer_at_endpoint(read, asking, endpoint, output, options["concurrency"], quiet)
+        endpoint, identity = _endpoint(url, model, **options), {"endpoint": url, "model": model}
+        answer = partial(answer_at_endpoint, file.questions, settings, endpoint, options["concurrency"])
+    outcome = write_answers(file, settings, identity, answer, output, quiet)
     if as_json:
-        click.echo(json.dumps({"output": str(output), "benchmark": read.benchmark, **vars(outcome)}, indent=1))
+        click.echo(json.dumps({"output": str(output), "benchmark": file.benchmark, **vars(outcome)}, indent=1))
     else:
-        _tell_failures(outcome.failed)
-        before = f", {outcome.there} before" if outcome.there else ""
-        click.echo(f"{read.benchmark}: {outcome.answered} of {len(read.questions)} questions answered{before}")
-        for end, what in ENDS.items():
-            if outcome.ends[end]:
-                click.secho(f"! {what}: {outcome.ends[end]}", fg="yellow")
+        _show_failures(outcome.failed)
+        counts = f"{outcome.answered} of {len(file.questions)} questions answered"
+        click.echo(f"{file.benchmark}: {counts}" + (f", {outcome.there} before" if outcome.there else ""))
+        for end in filter(outcome.ends.get, CUT_ANSWERS):
+            _warn(f"{CUT_ANSWERS[end]}: {outcome.ends[end]}")
         if not outcome.failed:
             click.secho(f"✓ {output}", fg="green")
     sys.exit(1 if outcome.failed else 0)
 
 
-LOCAL = ("revision", "device", "dtype", "batch_size", "chat_template", "trust_remote_code")
-CLIENT = ("key_variable", "timeout", "max_retries", "requests_per_minute", "tokens_per_minute")
-REMOTE = (*CLIENT, "concurrency")
-"""Options of a model on this machine, of the client of an endpoint, and of how an endpoint is asked."""
+def _endpoint(url: str, model: str, **options: Any) -> "Endpoint":
+    from varm_merge.evaluation.endpoint import Endpoint
+
+    return Endpoint(url, model, **{key: options[key] for key in CLIENT})
 
 
-def _refuse_unread(names: tuple[str, ...], why: str) -> None:
+def _refuse_unused(names: tuple[str, ...], why: str) -> None:
     context = click.get_current_context()
-    for option in context.command.params:
-        given = context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
-        if given and option.name in names:
-            raise click.BadOptionUsage(str(option.name), f"{option.opts[0]}: {why}")
-
-
-ENDS = {
-    "length": "answers cut at --max-new-tokens",
-    "context": "answers cut where the model's context ends",
-    "no room": "empty answers, where the question fills the model's context",
-}
-"""What is said of answers that did not stop of themselves."""
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if name in names and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.BadOptionUsage(name, f"{parameter.opts[0]} {why}")
 
 
 @judge.command("mt-bench")
 @click.argument("answers", nargs=-1, required=True, type=READ)
-@click.option("--questions", required=True, type=READ, help="MT-Bench's question.jsonl.")
-@click.option("--prompts", required=True, type=READ, help="FastChat's judge_prompts.jsonl.")
-@click.option("--references", type=READ, help="Right answers, FastChat's reference_answer/….jsonl.")
-@click.option("--output", "-o", required=True, type=WRITTEN, help="The file of judgments; it may have others.")
-@judged
+@option("--questions", required=True, type=READ, help="MT-Bench's question.jsonl.")
+@option("--prompts", required=True, type=READ, help="FastChat's judge_prompts.jsonl.")
+@option("--references", type=READ, help="Reference answers, FastChat's reference_answer/….jsonl.")
+@option("--output", "-o", required=True, type=WRITTEN, help="The file of judgments; it may hold others.")
+@with_judge
 def judge_mt_bench(
     answers: tuple[Path, ...],
     questions: Path,
     prompts: Path,
     references: Path | None,
     output: Path,
+    quiet: bool,
     **options: Any,
 ) -> None:
     """Rate each turn of each answer from 1 to 10 (single-answer grading), at temperature 0.
 
-    ANSWERS are files of answers, one for each model, named after it. Questions of math, reasoning and coding are
-    judged beside a reference answer. OUTPUT has FastChat's keys, and grows by lines: what it has is not asked
-    again. As with FastChat, a judgment without [[rating]] (or [rating]) is kept with the score -1 and in no
-    average; it is counted, and asked again when its line is removed.
+    ANSWERS are files of answers, one for each model, named after it. The judge of math, reasoning and coding is
+    shown a reference answer. OUTPUT has FastChat's keys and grows line by line; judgments in it are not requested
+    again. As with FastChat, a judgment without [[rating]] (or [rating]) is kept with the score -1 and does not
+    count in averages. Remove its line to have it judged again.
 
     \b
     Examples:
@@ -289,35 +243,28 @@ def judge_mt_bench(
         --judge-url http://localhost:8000/v1 --output model_judgment/prometheus_single.jsonl --yes
     """
     from varm_merge.evaluation import mt_bench
-    from varm_merge.evaluation.journal import rows_in
     from varm_merge.evaluation.questions import read_questions
 
     games = mt_bench.games(read_questions(questions), answers, prompts, references)
-    missing = mt_bench.missing(games, options["judge_model"], output, rows_in(output))
-    _judge(
-        mt_bench.load(missing),
-        len(games) - len(missing),
-        output,
-        lambda endpoint: mt_bench.judge(games, endpoint, output, options["concurrency"], options["quiet"]),
-        **options,
-    )
+    with mt_bench.judgments(games, options["judge_model"], output) as judging:
+        _judge(judging, output, quiet, **options)
 
 
 @judge.command("alpaca-eval")
 @click.argument("outputs", type=READ)
-@click.option("--reference-outputs", required=True, type=READ, help="What the model is compared with.")
-@click.option("--prompt", required=True, type=READ, help="alpaca_eval's alpaca_eval_clf.txt.")
-@click.option("--output", "-o", required=True, type=WRITTEN, help="The file of annotations.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of which output is shown first.")
-@judged
+@option("--reference-outputs", required=True, type=READ, help="The outputs to compare with.")
+@option("--prompt", required=True, type=READ, help="alpaca_eval's alpaca_eval_clf.txt.")
+@option("--output", "-o", required=True, type=WRITTEN, help="The file of annotations.")
+@option("--seed", type=int, default=0, help="Decides which output is shown first.")
+@with_judge
 def judge_alpaca_eval(
-    outputs: Path, reference_outputs: Path, prompt: Path, output: Path, seed: int, **options: Any
+    outputs: Path, reference_outputs: Path, prompt: Path, output: Path, seed: int, quiet: bool, **options: Any
 ) -> None:
     """Compare a model's outputs with reference outputs, weighted by how sure the judge is (AlpacaEval 2).
 
-    The judge must return log-probabilities. OUTPUT is alpaca_eval's annotations.json; win rate and standard error
-    are computed here. The length-controlled win rate needs data that alpaca_eval downloads; it computes it from
-    OUTPUT, if that has all 805 instructions in their order:
+    The judge must return log-probabilities. OUTPUT is alpaca_eval's annotations.json; `evaluate results` shows its
+    win rate and standard error. The length-controlled win rate needs data that alpaca_eval downloads. alpaca_eval
+    computes it from OUTPUT, if that has all 805 instructions in their order:
 
     \b
       python -c "import pandas, alpaca_eval.metrics as metrics; \\
@@ -331,27 +278,16 @@ def judge_alpaca_eval(
     """
     from varm_merge.evaluation import alpaca_eval
 
-    pairs = alpaca_eval.pairs(outputs, reference_outputs)
     messages = alpaca_eval.read_prompt(prompt)
-    there = alpaca_eval.there(pairs, messages, options["judge_model"], seed, output)
-    asked = alpaca_eval.unequal(pairs)
-    missing = [pair for pair in asked if pair.number not in there]
-    _judge(
-        alpaca_eval.load(missing, messages, seed),
-        len(asked) - len(missing),
-        output,
-        lambda endpoint: alpaca_eval.annotate(
-            pairs, messages, endpoint, output, options["concurrency"], seed, options["quiet"]
-        ),
-        **options,
-    )
+    pairs = alpaca_eval.pairs(outputs, reference_outputs, messages, seed)
+    with alpaca_eval.annotations(pairs, messages, options["judge_model"], output, seed) as judging:
+        _judge(judging, output, quiet, **options)
 
 
 def _judge(
-    load: "Load",
-    there: int,
+    judging: "Judging",
     output: Path,
-    work: "Callable[[Endpoint], Judged]",
+    quiet: bool,
     *,
     judge_model: str,
     url: str,
@@ -360,117 +296,107 @@ def _judge(
     yes: bool,
     dry_run: bool,
     as_json: bool,
-    quiet: bool,
     **options: Any,
 ) -> None:
-    """Say what it costs, do it, say what it has cost."""
+    """Print the estimated cost, have the judgments made, print what they cost."""
+    from varm_merge.evaluation.endpoint import Usage
+    from varm_merge.evaluation.judging import judge as judge_all
+
     if (price_in is None) != (price_out is None):
         raise click.UsageError("--price-in and --price-out go together")
-    prices = None if price_in is None or price_out is None else (price_in, price_out)
-    told: dict[str, Any] = {"output": str(output), "estimate": vars(load)}
-    if prices:
-        told["estimated_price"] = load.price(*prices)
-    click.echo(f"{load.requests} requests to {judge_model} at {url}; {there} judgments are there", err=as_json)
-    if load.requests:
-        price = f", at most {_dollars(load.price(*prices))}" if prices else ""
+
+    def price(usage: Usage) -> float | None:
+        return None if price_in is None or price_out is None else usage.price(price_in, price_out)
+
+    estimate = judging.estimate()
+    result: dict[str, Any] = {"output": str(output), "estimate": vars(estimate)}
+    result |= {} if price_in is None else {"estimated_price": price(estimate)}
+    click.echo(
+        f"{estimate.requests} requests to {judge_model} at {url}; {judging.already} judgments exist", err=as_json
+    )
+    if judging.requests:
         click.echo(
-            f"about {load.prompt_tokens:,} prompt tokens (a token for every 4 bytes), at most "
-            f"{load.completion_tokens:,} completion tokens{price}",
+            f"about {estimate.prompt_tokens:,} prompt tokens (4 bytes each), at most "
+            f"{estimate.completion_tokens:,} completion tokens{_dollars(price(estimate), ', at most ')}",
             err=as_json,
         )
-    if dry_run:
-        if as_json:
-            click.echo(json.dumps(told, indent=1))
-        return
-    endpoint = _endpoint(url, judge_model, **options)
-    if load.requests:
-        endpoint.open()
+    endpoint = outcome = None
+    if judging.requests and not dry_run:
+        endpoint = _endpoint(url, judge_model, **options)
         if not yes:
-            click.confirm("Start? (--yes does not ask)", abort=True, err=True)
-    outcome = work(endpoint)
+            click.confirm("Start? (--yes skips this question)", abort=True, err=True)
+    used = endpoint.used if endpoint else Usage()
+    if not dry_run:
+        outcome = judge_all(judging, endpoint, options["concurrency"], quiet)
+        result |= {**vars(outcome), "used": vars(used)}
+        result |= {} if price_in is None else {"price": price(used)}
     if as_json:
-        told |= {**vars(outcome), "used": vars(endpoint.used)}
-        if prices:
-            told["price"] = endpoint.used.price(*prices)
-        click.echo(json.dumps(told, indent=1))
-    else:
-        _tell_judged(outcome, output, endpoint, prices)
-    sys.exit(1 if outcome.failed else 0)
+        click.echo(json.dumps(result, indent=1))
+    elif outcome:
+        _show_judged(outcome, output, used, _dollars(price(used), ", "))
+    sys.exit(1 if outcome and outcome.failed else 0)
 
 
-def _tell_judged(
-    outcome: "Judged", output: Path, endpoint: "Endpoint", prices: tuple[float, float] | None
-) -> None:
-    _tell_failures(outcome.failed)
-    used = endpoint.used
+def _show_judged(outcome: "Outcome", output: Path, used: "Usage", price: str) -> None:
+    _show_failures(outcome.failed)
     if used.requests:
-        price = f", {_dollars(used.price(*prices))}" if prices else ""
         click.echo(
             f"{outcome.asked} judged; the endpoint counted {used.prompt_tokens:,} prompt tokens and "
             f"{used.completion_tokens:,} completion tokens{price}"
         )
-        if used.uncounted:
-            click.secho(f"! of {used.uncounted} replies it told no tokens", fg="yellow")
+    if used.uncounted:
+        _warn(f"the endpoint did not count the tokens of {used.uncounted} replies")
     if outcome.unrated:
-        click.secho(f"! judgments without a rating, which are in no average: {outcome.unrated}", fg="yellow")
+        _warn(f"judgments without a rating, which do not count in averages: {outcome.unrated}")
     if not outcome.failed:
         click.secho(f"✓ {output}", fg="green")
 
 
-def _dollars(price: float) -> str:
-    return f"${price:.2f}" if price >= 1 else f"${price:.4f}"
+def _dollars(price: float | None, before: str) -> str:
+    return "" if price is None else f"{before}${price:.{2 if price >= 1 else 4}f}"
 
 
-SHOWN = 10
-"""Failures that are told; the others are counted."""
+def _warn(message: str, err: bool = False) -> None:
+    click.secho(f"! {message}", fg="yellow", err=err)
 
 
-def _tell_failures(failed: dict[str, str]) -> None:
-    for what, why in list(failed.items())[:SHOWN]:
-        click.secho(f"✗ {what}: {why}", fg="red", err=True)
+def _show_failures(failed: Mapping[str, str]) -> None:
+    lines = [f"{name}: {reason}" for name, reason in list(failed.items())[:SHOWN]]
     if len(failed) > SHOWN:
-        click.secho(f"✗ and {len(failed) - SHOWN} more", fg="red", err=True)
+        lines.append(f"and {len(failed) - SHOWN} more")
     if failed:
-        click.secho(f"✗ {len(failed)} are missing; the same command asks these alone", fg="red", err=True)
-
-
-def _endpoint(url: str, model: str, **options: Any) -> "Endpoint":
-    from varm_merge.evaluation.endpoint import Endpoint
-
-    return Endpoint(url, model, **{key: options[key] for key in CLIENT})
+        lines.append(f"{len(failed)} are missing; run the same command again to request only these")
+    for line in lines:
+        click.secho(f"✗ {line}", fg="red", err=True)
 
 
 @evaluate.command()
 @click.argument("files", nargs=-1, required=True, type=READ)
-@click.option("--questions", type=READ, help="MT-Bench's question.jsonl, for the categories.")
-@click.option("--baseline", help="A model of MT-Bench that the others are compared with, in percent.")
+@option("--questions", type=READ, help="MT-Bench's question.jsonl, for the categories.")
+@option("--baseline", help="A model of MT-Bench to compare the others with, in percent.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def results(files: tuple[Path, ...], questions: Path | None, baseline: str | None, as_json: bool) -> None:
     """Show judgments: MT-Bench by category and turn, as in the papers, or the win rates of AlpacaEval.
 
-    FILES are judgments of MT-Bench, or annotations of AlpacaEval, one file for each model; FastChat's and
-    alpaca_eval's own are read as well.
+    FILES are judgments of MT-Bench, or annotations of AlpacaEval, one file for each model. Files that FastChat and
+    alpaca_eval wrote work as well.
 
     \b
     Examples:
       varm-merge evaluate results model_judgment/gpt-4_single.jsonl --questions question.jsonl --baseline CLM
       varm-merge evaluate results CLM/annotations.json VaRM/annotations.json
     """
-    from varm_merge.evaluation import results as made
+    from varm_merge.evaluation import results as tables
 
-    kinds = {made.is_alpaca_eval(path) for path in files}
+    kinds = {tables.is_alpaca_eval(path) for path in files}
     if len(kinds) > 1:
-        raise click.UsageError("judgments of MT-Bench and annotations of AlpacaEval are shown one after the other")
-    if kinds == {True}:
-        if questions or baseline:
-            raise click.UsageError("--questions and --baseline are for MT-Bench")
-        found = made.alpaca_eval(files)
-    else:
-        found = made.mt_bench(files, questions, baseline)
+        raise click.UsageError("show judgments of MT-Bench and annotations of AlpacaEval by separate commands")
+    if kinds == {True} and (questions or baseline):
+        raise click.UsageError("--questions and --baseline are for MT-Bench")
+    numbers = tables.alpaca_eval(files) if kinds == {True} else tables.mt_bench(files, questions, baseline)
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        click.echo(json.dumps(numbers, indent=1))
         return
-    for table in made.tables(found):
-        show(*table)
-    for remark in made.remarks(found):
-        click.secho(f"! {remark}", fg="yellow")
+    show(*tables.table(numbers))
+    for remark in tables.remarks(numbers):
+        _warn(remark)

@@ -6,10 +6,10 @@ from typing import Any, get_args
 
 import click
 
+from varm_common.console import talks
+from varm_common.tables import show
 from varm_merge.commands.flags import by_name_flag, merge_flags
-from varm_merge.commands.style import talks
-from varm_merge.tables import show
-from varm_merge.weights import Granularity
+from varm_merge.merging.weights import Granularity
 
 __all__ = ["inspect"]
 
@@ -38,7 +38,7 @@ __all__ = ["inspect"]
     "--top", type=click.IntRange(min=0), default=5, show_default=True, help="Most and least moved tensors."
 )
 @click.option("--device", default="cpu", show_default=True, help="Where tensors are measured.")
-@talks
+@talks(libraries=False)
 @by_name_flag
 @merge_flags
 def inspect(
@@ -66,9 +66,11 @@ def inspect(
       varm-merge inspect recipe.yaml --granularity module --png weights.png
       varm-merge inspect merged/ --html weights.html
     """
-    from varm_merge import inspection, inspection_page, picture
-    from varm_merge.errors import VarmError
-    from varm_merge.files import demand_place
+    from varm_common.errors import UserError
+    from varm_common.files import demand_place
+    from varm_merge.inspection import heatmap as picture
+    from varm_merge.inspection import html as inspection_page
+    from varm_merge.inspection import measure as inspection
 
     for path in filter(None, (html, png)):  # known before hours of measuring
         demand_place(path)
@@ -79,7 +81,7 @@ def inspect(
             picture.draw(found, granularities[-1] if granularities else inspection.RECIPE, png)
         if html is not None:
             inspection_page.draw(found, html)
-    except VarmError as error:
+    except UserError as error:
         raise click.ClickException(str(error)) from error
     if as_json:
         click.echo(json.dumps(found, indent=1))

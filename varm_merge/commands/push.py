@@ -1,4 +1,4 @@
-"""``varm-merge push``: a merged model to the Hub, looked at first, with a model card."""
+"""``varm-merge push``: check a merged model and publish it on the Hub, with a model card."""
 
 import json
 import sys
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from varm_merge.commands.style import talks
+from varm_common.console import talks
+from varm_common.tables import show, size
 
 if TYPE_CHECKING:
-    from varm_merge.pushing import Plan
+    from varm_merge.publishing.publish import Plan
 
 __all__ = ["push"]
 
@@ -18,31 +19,31 @@ __all__ = ["push"]
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("repository")
-@click.option("--public", is_flag=True, help="Create the repository for all to see; it is private otherwise.")
-@click.option("--license", "license_id", help="Of the merge, where its parents' licences do not settle it.")
+@click.option("--public", is_flag=True, help="Create a public repository; the default is a private one.")
+@click.option("--license", "license_id", help="Licence of the merge, if its parents have different ones.")
 @click.option(
     "--comparison",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Markdown for the card, such as report.md of `varm-merge compare`.",
+    help="Markdown to include in the card, such as report.md of `varm-merge compare`.",
 )
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Files to leave out; may be given several times.")
-@click.option("--overwrite-card", is_flag=True, help="Write over a README.md that a person wrote or edited.")
+@click.option("--exclude", multiple=True, metavar="GLOB", help="Files to leave out; may be repeated.")
+@click.option("--overwrite-card", is_flag=True, help="Replace a README.md that a person wrote or edited.")
 @click.option("--allow-pickle", is_flag=True, help="Upload .bin and .pt files, too.")
-@click.option("--revision", help="Branch to push to; it is created if there is none.")
+@click.option("--revision", help="Branch to push to; it is created if it does not exist.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
-@click.option("--message", default="Upload a merge by varm-merge", show_default=True, help="Of the commit.")
+@click.option("--message", default="Upload a merge by varm-merge", show_default=True, help="Commit message.")
 @click.option("--dry-run", is_flag=True, help="Show files and card, and send nothing; needs no token.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@talks
+@talks(libraries=False)
 def push(folder: Path, repository: str, dry_run: bool, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Upload a merged model with a model card: recipe, parents, weights, how to make it again.
+    """Publish a merged model with a model card: recipe, parents, weights, how to reproduce it.
 
-    REPOSITORY is user/name on the Hub; it is created, private, if it is not there. FOLDER is looked at first, and
-    nothing is sent if something is wrong; it is not changed. The files arrive in one commit. If a push is cut off,
-    the same command goes on; if nothing has changed, it does nothing.
+    REPOSITORY is user/name on the Hub; if it does not exist, it is created as private. FOLDER is checked before
+    anything is uploaded, and does not change. All files arrive in one commit. If a push is interrupted, run the
+    same command again. If nothing has changed, nothing is sent.
 
-    The token is that of `hf auth login` or HF_TOKEN. It is no option, because others on the machine can read
-    command lines.
+    The token comes from `hf auth login` or HF_TOKEN. There is no option for it, because other users of the machine
+    can read command lines.
 
     \b
     Examples:
@@ -51,42 +52,38 @@ def push(folder: Path, repository: str, dry_run: bool, as_json: bool, quiet: boo
       varm-merge push out/ user/name --public --comparison compared/report.md
       varm-merge push out/ user/name --revision layer-level --exclude '*.log' --message "Layer level"
     """
-    from varm_merge import pushing
+    from varm_merge.publishing import publish
 
-    wishes = pushing.Wishes(**options)
-    plan = pushing.prepare(folder, repository, wishes, dry_run=dry_run, quiet=quiet)
+    settings = publish.Options(**options)
+    plan = publish.prepare(folder, repository, settings, dry_run=dry_run, quiet=quiet)
     if not as_json:
         _show(plan, dry_run)
-    commit = None if plan.problems or dry_run else pushing.send(plan, wishes)
+    commit = None if plan.problems or dry_run else publish.send(plan, settings)
     if as_json:
-        click.echo(json.dumps(pushing.as_json(plan, commit), indent=1))
+        click.echo(json.dumps(publish.as_json(plan, commit), indent=1))
     elif not plan.problems:
-        _verdict(plan, commit, dry_run)
+        _show_outcome(plan, commit)
     sys.exit(1 if plan.problems else 0)
 
 
 def _show(plan: "Plan", dry_run: bool) -> None:
-    """Files, card (of a dry run), remarks and problems."""
-    from varm_merge.tables import show, size
-
-    rows = [[one.path, size(one.size), one.state] for one in plan.changes]
+    """Print files, problems and remarks, and the card of a dry run."""
+    rows = [[change.path, size(change.size), change.state] for change in plan.changes]
     rows += [[path, "", f"left out: {why}"] for path, why in plan.left_out.items() if rows]
     show(f"{plan.repository}: files", ["file", "size", "on the Hub"], rows)
     if dry_run and plan.card:
         click.echo(f"\nREADME.md\n\n{plan.card}")
-    for mark, colour, some in (("✗", "red", plan.problems), ("!", "yellow", plan.remarks)):
-        for one in some:
-            click.secho(f"{mark} {one}", fg=colour)
+    for problem in plan.problems:
+        click.secho(f"✗ {problem}", fg="red")
+    for remark in plan.remarks:
+        click.secho(f"! {remark}", fg="yellow")
 
 
-def _verdict(plan: "Plan", commit: Any, dry_run: bool) -> None:
-    from varm_merge.tables import size
-
-    sent = [one for one in plan.changes if one.state in ("new", "changed", "?")]
-    amount = f"{len(sent)} {'file' if len(sent) == 1 else 'files'}, {size(sum(one.size for one in sent))}"
-    if plan.remote is not None and not plan.has_work:
-        click.secho(f"✓ nothing to do: {plan.repository} has all of it", fg="green")
-    elif dry_run:
-        click.secho(f"✓ would send {amount}", fg="green")
+def _show_outcome(plan: "Plan", commit: Any) -> None:
+    sent = [change for change in plan.changes if change.state in ("new", "changed", "?")]
+    amount = f"{len(sent)} {'file' if len(sent) == 1 else 'files'}, {size(sum(change.size for change in sent))}"
+    if plan.remote is not None and not plan.to_send:
+        text = f"nothing to do: {plan.repository} is up to date"
     else:
-        click.secho(f"✓ sent {amount}: {commit.pr_url or commit.commit_url}", fg="green")
+        text = f"sent {amount}: {commit.pr_url or commit.commit_url}" if commit else f"would send {amount}"
+    click.secho(f"✓ {text}", fg="green")

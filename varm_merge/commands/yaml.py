@@ -30,8 +30,8 @@ def yaml_command(by_name: bool, arguments: tuple[str, ...]) -> None:
     """
     from mergekit.scripts.run_yaml import main as mergekit_yaml  # importing varm_merge has set the hook
 
-    from varm_merge import planner
+    from varm_merge.merging import planning
 
     others = [argument for argument in arguments if argument != "--by-name"]  # it may stand behind the recipe, too
-    with planner.by_name() if by_name or len(others) < len(arguments) else nullcontext():
+    with planning.by_name() if by_name or len(others) < len(arguments) else nullcontext():
         mergekit_yaml.main(others, prog_name="varm-merge yaml")

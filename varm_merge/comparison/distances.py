@@ -11,8 +11,8 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from torch import Tensor
 from tqdm import tqdm
 
-from varm_merge import tensor_math
-from varm_merge.errors import VarmError
+from varm_common.errors import UserError
+from varm_merge.merging import tensor_math
 
 __all__ = ["distances", "moved_layers"]
 
@@ -57,7 +57,7 @@ def distances(merged: Path, pivot: Path, targets: Mapping[str, Path], quiet: boo
         are not in all models in one shape, and the names of some.
 
     Raises:
-        VarmError: There is nothing to compare, a file is damaged, or the merged model or the pivot holds NaN or
+        UserError: There is nothing to compare, a file is damaged, or the merged model or the pivot holds NaN or
             Inf.
     """
     try:
@@ -66,10 +66,10 @@ def distances(merged: Path, pivot: Path, targets: Mapping[str, Path], quiet: boo
             for folder in (pivot, merged, *targets.values())
         ]
         return _compared(loaders, list(targets), quiet)
-    except VarmError:
+    except UserError:
         raise
     except Exception as error:  # whatever a damaged file makes of its reader
-        raise VarmError(f"the distances cannot be measured: {error}") from error
+        raise UserError(f"the distances cannot be measured: {error}") from error
 
 
 def _compared(loaders: Sequence[LazyTensorLoader], targets: Sequence[str], quiet: bool) -> dict[str, Any]:
@@ -87,11 +87,11 @@ def _compared(loaders: Sequence[LazyTensorLoader], targets: Sequence[str], quiet
         found = _of_tensor(loaded[0], loaded[1], loaded[2:])
         for which, total in (("pivot", found.pivot), ("model", found.merged)):
             if not math.isfinite(total):
-                raise VarmError(f"NaN or Inf in the tensor `{name}` of the {which}")
+                raise UserError(f"NaN or Inf in the tensor `{name}` of the {which}")
         sums.add(found)
         tensors, elements = tensors + 1, elements + loaded[0].numel()
     if not tensors:
-        raise VarmError("no tensor has one name and one shape in the merged model, the pivot and the targets")
+        raise UserError("no tensor has one name and one shape in the merged model, the pivot and the targets")
     return {
         "pivot": _ratio(math.sqrt(sums.merged), math.sqrt(sums.pivot)),
         "targets": {name: dict(_of_target(sums, number)) for number, name in enumerate(targets)},

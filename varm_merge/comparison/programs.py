@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from varm_merge.measure import LINUX, CommandError, ends_with_us, measured
+from varm_common.process_usage import LINUX, CommandError, ends_with_us, measured
 
 __all__ = ["Program"]
 

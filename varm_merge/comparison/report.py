@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from varm_common.files import write_whole
+from varm_common.process_usage import spread, table
 from varm_common.standard_errors import NOISE
-from varm_merge import page
 from varm_merge.comparison import plots
-from varm_merge.files import write_whole
-from varm_merge.measure import spread, table
+from varm_merge.inspection import page
 
 __all__ = ["Cell", "Table", "markdown", "tables", "terminal", "write_page", "write_report"]
 
@@ -408,7 +408,7 @@ def write_report(report: Mapping[str, Any], folder: Path, text: str) -> None:
     """Write ``report.json`` (its ``text``), ``report.md`` and ``report.html``.
 
     Raises:
-        VarmError: They cannot be written.
+        UserError: They cannot be written.
     """
     write_whole(folder / "report.json", text)
     write_whole(folder / "report.md", markdown(report))
@@ -419,7 +419,7 @@ def write_page(report: Mapping[str, Any], path: Path) -> None:
     """Write the page.
 
     Raises:
-        VarmError: It cannot be written.
+        UserError: It cannot be written.
     """
     html = page.render(
         "compare.html",

@@ -1,6 +1,6 @@
-"""MT-Bench and AlpacaEval 2: answers in the files that their judges read, judgments in those that they write.
+"""Evaluates a chat model on MT-Bench and AlpacaEval 2, with the files that FastChat and alpaca_eval read.
 
-``questions`` reads what others have written, ``local`` and ``endpoint`` answer, ``answers`` makes the files of
-answers, ``mt_bench`` and ``alpaca_eval`` those of judgments, ``results`` the tables. ``journal`` keeps what a
-killed run has made.
+``local`` and ``endpoint`` query models. ``answers`` writes files of answers, ``mt_bench`` and ``alpaca_eval`` have
+them judged (by ``judging``), ``results`` makes the tables. ``questions`` and ``rows`` read and check files;
+``journal`` keeps finished records when a run is killed.
 """

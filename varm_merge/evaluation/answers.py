@@ -1,55 +1,51 @@
-"""A model's answers to MT-Bench or AlpacaEval, in the files that FastChat's and alpaca_eval's judges read.
+"""Writes a model's answers to MT-Bench or AlpacaEval, in the files that FastChat's and alpaca_eval's judges read.
 
-A later turn is asked after the model's own answers to the earlier ones. What was answered is kept when a run is
-killed; the file itself appears when the last answer is there.
+A later turn follows the model's own answers to the earlier ones. Finished answers survive a crash; the file
+appears when the last answer is there.
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from varm_merge.evaluation.chat import Answer, Prompt
 from varm_merge.evaluation.endpoint import Endpoint, Failed, in_parallel
 from varm_merge.evaluation.journal import Journal
-from varm_merge.evaluation.questions import Answer, Prompt, Question, Questions, by_id
+from varm_merge.evaluation.questions import Question, Questions
 
 if TYPE_CHECKING:
     from varm_merge.evaluation.local import LocalModel
 
-__all__ = ["TEMPERATURES", "Asking", "Outcome", "answer_at_endpoint", "answer_locally"]
+__all__ = ["Outcome", "Settings", "answer_at_endpoint", "answer_locally", "write_answers"]
 
 FORMAT = "varm-merge answers"
-TEMPERATURES = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "extraction": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "reasoning": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
-    "arena-hard-200": 0.0,
-}
-"""Of MT-Bench's categories, as FastChat has them."""
+GREEDY = ("extraction", "math", "coding", "reasoning", "arena-hard-200")
+TEMPERATURES = {**dict.fromkeys(GREEDY, 0.0), "stem": 0.1, "humanities": 0.1}
+"""FastChat's temperatures for MT-Bench's categories."""
 OTHER_TEMPERATURE = 0.7
-"""Of other categories, as FastChat has it."""
+"""FastChat's temperature for writing, roleplay and unknown categories."""
+
+Choices = list[list[Answer]]
+"""The answers to a question: for each choice, one for each turn."""
+Answers = Iterator[tuple[Question, Choices | Failed]]
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How questions are asked.
+class Settings:
+    """How questions are answered.
 
     Attributes:
-        name: What the model is called in the file.
-        max_new_tokens: Most tokens of one answer.
+        name: The model's name in the file.
+        max_new_tokens: The longest answer.
         choices: Answers to each question.
         temperature: For all questions; None for FastChat's by category, and 0 for AlpacaEval.
-        seed: Of the sampling.
+        seed: The seed of the sampling.
     """
 
     name: str
@@ -58,138 +54,155 @@ class Asking:
     temperature: float | None = None
     seed: int = 0
 
-    def temperature_of(self, question: Question) -> float:
-        if self.temperature is not None:
-            return self.temperature
-        return TEMPERATURES.get(question.category, OTHER_TEMPERATURE) if question.category else 0.0
-
-    def seed_of(self, question: Question, choice: int, turn: int) -> str:
-        return f"{self.seed}/{question.id}/{choice}/{turn}"
+    def prompt(self, chat: Sequence[dict[str, str]], question: Question, choice: int, turn: int) -> Prompt:
+        """The prompt for the next answer of a chat."""
+        temperature = self.temperature
+        if temperature is None:
+            temperature = TEMPERATURES.get(question.category, OTHER_TEMPERATURE) if question.category else 0.0
+        return Prompt(tuple(chat), temperature, f"{self.seed}/{question.id}/{choice}/{turn}")
 
 
 @dataclass
 class Outcome:
-    """What came of it.
+    """The result of a run.
 
     Attributes:
         there: Questions that were answered before.
-        answered: Now.
-        failed: Why others were not, by question.
+        answered: Questions answered now.
+        failed: Why the others were not, by question.
         ends: How many answers ended how: ``stop``, ``length``, ``context``, ``no room``.
     """
 
     there: int
-    answered: int
-    failed: dict[str, str]
-    ends: Counter[str]
+    answered: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    ends: Counter[str] = field(default_factory=Counter)
 
 
-def about(questions: Questions, asking: Asking, model: Mapping[str, Any]) -> dict[str, Any]:
-    """What the answers in a file are of."""
-    return {"format": FORMAT, **model, "questions": questions.sha256, **vars(asking)}
+def write_answers(
+    questions: Questions,
+    settings: Settings,
+    model: Mapping[str, Any],
+    answer: Callable[[Container[Any]], Answers],
+    output: Path,
+    quiet: bool = False,
+) -> Outcome:
+    """Write the answers that ``output`` lacks.
+
+    Args:
+        questions: All questions.
+        settings: How they are answered.
+        model: What identifies the model.
+        answer: Answers the questions whose ids are not in a container.
+        output: The file to write.
+        quiet: Whether to hide progress.
+
+    Raises:
+        UserError: The model cannot answer, or the output was made with other settings.
+    """
+    about = {"format": FORMAT, **model, "questions": questions.sha256, **vars(settings)}
+    number = len(questions.questions)
+    with Journal(output, about) as journal:
+        if journal.finished:
+            return Outcome(number)
+        outcome = Outcome(len(journal.records))
+        with tqdm(total=number, initial=outcome.there, unit="question", disable=quiet) as bar:
+            for question, choices in answer(journal.records):
+                if isinstance(choices, Failed):
+                    outcome.failed[str(question.id)] = str(choices)
+                    continue
+                journal.add(question.id, [[answer.text for answer in turns] for turns in choices])
+                outcome.answered += 1
+                outcome.ends.update(answer.end for turns in choices for answer in turns)
+                bar.update()
+        if not outcome.failed:
+            journal.finish(_content(questions, settings, journal))
+    return outcome
+
+
+def _content(questions: Questions, settings: Settings, journal: Journal) -> str:
+    """The file as FastChat or alpaca_eval reads it."""
+    said = journal.records
+    if questions.benchmark == "AlpacaEval":
+        rows = [
+            {**question.row, "output": said[question.id][0][0], "generator": settings.name}
+            for question in questions.questions
+        ]
+        return json.dumps(rows, indent=2) + "\n"
+    rows = []
+    for question in sorted(questions.questions, key=lambda question: question.sort_key):
+        identity = json.dumps([settings.name, question.id, said[question.id]])
+        row = {
+            "question_id": question.id,
+            "answer_id": hashlib.sha256(identity.encode()).hexdigest()[:22],
+            "model_id": settings.name,
+            "choices": [{"index": index, "turns": turns} for index, turns in enumerate(said[question.id])],
+            "tstamp": journal.began,
+        }
+        rows.append(row)
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+# A model on this machine
 
 
 def answer_locally(
-    questions: Questions, asking: Asking, model: "LocalModel", output: Path, quiet: bool = False
-) -> Outcome:
-    """Make the file ``output`` of the answers of a model on this machine, or what is missing in it.
+    questions: Sequence[Question], settings: Settings, model: "LocalModel", done: Container[Any]
+) -> Answers:
+    """Answer questions in batches of similar length.
 
-    Raises:
-        VarmError: The model cannot answer, or the output is of something else.
+    The longest come first, so a lack of memory shows at once. A batch of which only a part is done is answered as
+    a whole: in another batch, the last bits of the logits would differ.
     """
-    with Journal(output, about(questions, asking, model.about())) as journal:
-        outcome = Outcome(_there(journal, questions), 0, {}, Counter())
-        if journal.finished:
-            return outcome
-        model.load()
-        bar = tqdm(total=len(questions.questions), initial=outcome.there, unit="question", disable=quiet)
-        with bar:
-            for batch in _batches(questions.questions, asking, model):
-                missing = [one.id for one in batch if one.id not in journal.records]
-                if not missing:
-                    continue
-                # the whole batch again, if part of it was lost: other company would change the last bits of logits
-                for question, choices in zip(batch, _answered(batch, asking, model), strict=True):
-                    if question.id in missing:
-                        _keep(journal, question, choices, outcome)
-                        bar.update()
-        _finish(journal, questions, asking)
-    return outcome
-
-
-def _there(journal: Journal, questions: Questions) -> int:
-    return len(questions.questions) if journal.finished else len(journal.records)
-
-
-def _batches(questions: Sequence[Question], asking: Asking, model: "LocalModel") -> Iterator[list[Question]]:
-    """Questions of like length, the longest first: if memory does not suffice, it is told at once."""
-    lengths = {one.id: len(model.tokens([_user(one.turns[0])])) for one in questions}
-    ordered = sorted(questions, key=lambda one: (-lengths[one.id], by_id(one.id)))
-    size = max(1, model.batch_size // asking.choices)
+    lengths = {question.id: len(model.tokens([_user(question.turns[0])])) for question in questions}
+    ordered = sorted(questions, key=lambda question: (-lengths[question.id], question.sort_key))
+    size = max(1, model.batch_size // settings.choices)
     for start in range(0, len(ordered), size):
-        yield ordered[start : start + size]
+        batch = ordered[start : start + size]
+        if any(question.id not in done for question in batch):
+            for question, choices in zip(batch, _answer_batch(batch, settings, model), strict=True):
+                if question.id not in done:
+                    yield question, choices
 
 
-def _answered(batch: Sequence[Question], asking: Asking, model: "LocalModel") -> list[list[list[Answer]]]:
-    """For each question of a batch its choices, each the answers to its turns."""
-    chats: dict[tuple[int, int], list[dict[str, str]]] = {
-        (number, choice): [] for number in range(len(batch)) for choice in range(asking.choices)
-    }
-    answers: dict[tuple[int, int], list[Answer]] = {place: [] for place in chats}
+def _answer_batch(batch: Sequence[Question], settings: Settings, model: "LocalModel") -> list[Choices]:
+    places = [(question, choice) for question in batch for choice in range(settings.choices)]
+    chats: list[list[dict[str, str]]] = [[] for _ in places]
+    answers: list[list[Answer]] = [[] for _ in places]
     for turn in range(max(len(question.turns) for question in batch)):
-        places = [place for place in chats if turn < len(batch[place[0]].turns)]
-        prompts = []
-        for number, choice in places:
-            question = batch[number]
-            chats[number, choice].append(_user(question.turns[turn]))
-            seed = asking.seed_of(question, choice, turn)
-            prompts.append(Prompt(tuple(chats[number, choice]), asking.temperature_of(question), seed))
-        for place, answer in zip(places, model.answer(prompts), strict=True):
-            chats[place].append({"role": "assistant", "content": answer.text})
-            answers[place].append(answer)
-    return [[answers[number, choice] for choice in range(asking.choices)] for number in range(len(batch))]
+        active = [number for number, (question, _) in enumerate(places) if turn < len(question.turns)]
+        for number in active:
+            chats[number].append(_user(places[number][0].turns[turn]))
+        prompts = [settings.prompt(chats[number], *places[number], turn) for number in active]
+        for number, answer in zip(active, model.answer(prompts), strict=True):
+            chats[number].append({"role": "assistant", "content": answer.text})
+            answers[number].append(answer)
+    return [answers[start : start + settings.choices] for start in range(0, len(places), settings.choices)]
+
+
+# A model behind an endpoint
 
 
 def answer_at_endpoint(
-    questions: Questions, asking: Asking, endpoint: Endpoint, output: Path, threads: int, quiet: bool = False
-) -> Outcome:
-    """Make the file ``output`` of the answers of a model behind an endpoint, or what is missing in it.
+    questions: Sequence[Question], settings: Settings, endpoint: Endpoint, concurrency: int, done: Container[Any]
+) -> Answers:
+    """Answer questions at an endpoint, several at a time."""
 
-    Raises:
-        VarmError: The endpoint takes no request, or the output is of something else.
-    """
-    identity = {"endpoint": endpoint.url, "model": endpoint.model}
-    with Journal(output, about(questions, asking, identity)) as journal:
-        outcome = Outcome(_there(journal, questions), 0, {}, Counter())
-        if journal.finished:
-            return outcome
-        missing = [one for one in questions.questions if one.id not in journal.records]
-        done = in_parallel(lambda question: _asked(question, asking, endpoint), missing, threads)
-        bar = tqdm(total=len(questions.questions), initial=outcome.there, unit="question", disable=quiet)
-        with bar:
-            for question, choices in done:
-                if isinstance(choices, Failed):
-                    outcome.failed[str(question.id)] = str(choices)
-                else:
-                    _keep(journal, question, choices, outcome)
-                    bar.update()
-        if not outcome.failed:
-            _finish(journal, questions, asking)
-    return outcome
+    def choices(question: Question) -> Choices:
+        return [_chat(question, choice, settings, endpoint) for choice in range(settings.choices)]
+
+    missing = [question for question in questions if question.id not in done]
+    return in_parallel(choices, missing, concurrency)
 
 
-def _asked(question: Question, asking: Asking, endpoint: Endpoint) -> list[list[Answer]]:
-    return [_choice(question, choice, asking, endpoint) for choice in range(asking.choices)]
-
-
-def _choice(question: Question, choice: int, asking: Asking, endpoint: Endpoint) -> list[Answer]:
+def _chat(question: Question, choice: int, settings: Settings, endpoint: Endpoint) -> list[Answer]:
     chat: list[dict[str, str]] = []
     answers = []
-    temperature = asking.temperature_of(question)
     for turn, text in enumerate(question.turns):
         chat.append(_user(text))
-        seed = int(hashlib.sha256(asking.seed_of(question, choice, turn).encode()).hexdigest()[:7], 16)
-        reply = endpoint.ask(chat, asking.max_new_tokens, temperature=temperature, seed=seed)
+        prompt = settings.prompt(chat, question, choice, turn)
+        seed = int(hashlib.sha256(prompt.seed.encode()).hexdigest()[:7], 16)
+        reply = endpoint.ask(chat, settings.max_new_tokens, temperature=prompt.temperature, seed=seed)
         end = "length" if reply.choice.get("finish_reason") == "length" else "stop"
         answers.append(Answer(reply.text.strip(), end))
         chat.append({"role": "assistant", "content": answers[-1].text})
@@ -198,38 +211,3 @@ def _choice(question: Question, choice: int, asking: Asking, endpoint: Endpoint)
 
 def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
-
-
-# The files
-
-
-def _keep(journal: Journal, question: Question, choices: Sequence[Sequence[Answer]], outcome: Outcome) -> None:
-    journal.add(question.id, [[answer.text for answer in turns] for turns in choices])
-    outcome.answered += 1
-    outcome.ends.update(answer.end for turns in choices for answer in turns)
-
-
-def _finish(journal: Journal, questions: Questions, asking: Asking) -> None:
-    if questions.benchmark == "MT-Bench":
-        ordered = sorted(questions.questions, key=lambda one: by_id(one.id))
-        rows = [_mt_bench_row(one, journal.records[one.id], asking, journal.began) for one in ordered]
-        journal.finish("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        rows = [
-            {**one.row, "output": journal.records[one.id][0][0], "generator": asking.name}
-            for one in questions.questions
-        ]
-        journal.finish(json.dumps(rows, indent=2) + "\n")
-
-
-def _mt_bench_row(
-    question: Question, choices: Sequence[Sequence[str]], asking: Asking, began: float
-) -> dict[str, Any]:
-    said = json.dumps([asking.name, question.id, choices])
-    return {
-        "question_id": question.id,
-        "answer_id": hashlib.sha256(said.encode()).hexdigest()[:22],
-        "model_id": asking.name,
-        "choices": [{"index": index, "turns": list(turns)} for index, turns in enumerate(choices)],
-        "tstamp": began,
-    }

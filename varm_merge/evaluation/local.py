@@ -1,64 +1,48 @@
-"""A chat model on this machine, asked in batches.
+"""Generates answers with a chat model on this machine, in batches.
 
-A batch is padded on the left. Greedy and sampled rows share it: sampling is the argmax of logits / temperature
-plus Gumbel noise, and each row draws its noise from a generator of its own, so that an answer depends on its
-question and seed, and not on what else is in the batch or when the run was killed.
+Batches are padded on the left. Greedy and sampled rows share a batch: a sample is the argmax of logits /
+temperature plus Gumbel noise, and each row draws its noise from its own generator. So an answer depends on its
+question and seed, and not on the batch or on when a run was killed.
 """
 
 import hashlib
-import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import jinja2
 import torch
 import transformers
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from varm_common.checkpoints import fingerprint, weight_files
-from varm_merge.errors import VarmError
-from varm_merge.evaluation.questions import Answer, Prompt
+from varm_common.errors import UserError
+from varm_common.files import fingerprint, sha256_of
+from varm_common.models import load_causal_lm, local_folder, weights_fingerprint
+from varm_merge.evaluation.chat import Answer, Prompt
+from varm_merge.evaluation.questions import read_text
 
 __all__ = ["LocalModel", "Sampler"]
 
-DOWNLOADED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.safetensors")
-"""Of a model on the Hub."""
 SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".py")
 CONTEXT_SETTINGS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-"""By which configs tell how many tokens a model reads."""
+"""Names under which configs store the longest context."""
 GREEDY_BELOW = 1e-4
-"""Temperatures that are none."""
+"""Temperatures below this mean greedy decoding."""
 MARK = "\u2713answered\u2713"
 log = logging.getLogger(__name__)
 
 
 class LocalModel:
-    """A chat model in a folder or on the Hub, loaded when it is first asked.
+    """A chat model in a folder or on the Hub; its weights are loaded for the first answer.
 
-    Args:
-        name: The folder or Hub id.
-        revision: Of a model on the Hub.
-        chat_template: A file with a chat template to use in place of the model's own.
-        device: As torch writes it; ``auto`` takes the accelerators that are there.
-        dtype: Of the weights; ``auto`` as they are stored.
-        batch_size: Most rows at a time; halved when memory does not suffice.
-        max_new_tokens: Most tokens of an answer.
-        trust_remote_code: Whether the model's own code may run.
-        say: Told what the user should know.
+    The arguments are the options of ``varm-merge evaluate answers``; ``warn`` is called with messages to show.
 
     Raises:
-        VarmError: It is no chat model that can be loaded.
+        UserError: The model cannot be loaded, or is not a chat model.
     """
 
     def __init__(
@@ -72,102 +56,90 @@ class LocalModel:
         batch_size: int = 16,
         max_new_tokens: int = 1024,
         trust_remote_code: bool = False,
-        say: Callable[[str], None] = log.warning,
+        warn: Callable[[str], None] = log.warning,
     ) -> None:
-        self.name, self.device, self.dtype = name, device, dtype
-        self.batch_size, self.max_new_tokens, self.say = batch_size, max_new_tokens, say
-        self.code = trust_remote_code
-        self._alone_told = False
-        self.folder = _folder(name, revision)
-        self.tokenizer = self._loaded(transformers.AutoTokenizer, "tokenizer")
+        self.name, self.device, self.dtype, self.code = name, device, dtype, trust_remote_code
+        self.batch_size, self.max_new_tokens, self.warn = batch_size, max_new_tokens, warn
+        self.folder, _ = local_folder(name, revision, code=trust_remote_code)
+        if not (self.folder / "config.json").is_file():
+            raise UserError(f"the folder `{name}` has no config.json: it is not a model")
+        with self._loading("tokenizer"):
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.code)
         if chat_template is not None:
-            try:
-                self.tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise VarmError(f"`{chat_template}` cannot be read: {error}") from error
+            self.tokenizer.chat_template = read_text(chat_template)
         if not self.tokenizer.chat_template:
-            raise VarmError(f"`{name}` has no chat template; give one by --chat-template FILE")
+            raise UserError(f"`{name}` has no chat template; give one by --chat-template FILE")
 
-    def _loaded(self, kind: Any, what: str, **settings: Any) -> Any:
+    @contextmanager
+    def _loading(self, what: str) -> Iterator[None]:
         try:
-            return kind.from_pretrained(self.folder, trust_remote_code=self.code, **settings)
-        except Exception as error:  # whatever a file of the model, or its code, raises
+            yield
+        except Exception as error:  # the model's files and code may raise anything
             if "trust_remote_code" in str(error) and not self.code:
-                raise VarmError(
-                    f"`{self.name}` brings code of its own, which runs only with --trust-remote-code"
+                raise UserError(
+                    f"`{self.name}` has its own code, which runs only with --trust-remote-code"
                 ) from error
+            if isinstance(error, UserError):
+                raise
             message = str(error).strip() or type(error).__name__
-            raise VarmError(f"the {what} of `{self.name}` cannot be loaded: {message}") from error
+            raise UserError(f"the {what} of `{self.name}` cannot be loaded: {message}") from error
 
     @cached_property
     def model(self) -> Any:
-        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
-        found = self._loaded(
-            transformers.AutoModelForCausalLM,
-            "model",
-            dtype=dtype,
-            device_map=self.device,
-            use_safetensors=True,
-        )
-        if len(self.tokenizer) > (rows := found.get_input_embeddings().weight.shape[0]):
-            self.say(f"{self.name}: the tokenizer has {len(self.tokenizer)} tokens, the model {rows}")
-        return found.eval()
-
-    def load(self) -> None:
-        """Load the weights now."""
-        assert self.model is not None
+        settings = {"attention": None, "device": None, "device_map": self.device, "load_in": None}
+        with self._loading("model"):
+            return load_causal_lm(
+                self.folder,
+                self.name,
+                dtype=self.dtype,
+                trust_remote_code=self.code,
+                **settings,
+            )
 
     def about(self) -> dict[str, Any]:
-        """What decides its answers, by hash."""
+        """Hashes of everything that decides the answers."""
         files = sorted(
             path for path in self.folder.iterdir() if path.suffix in SMALL_FILES and "safetensors" not in path.name
         )
-        sums = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
-        chosen = weight_files(self.folder)
-        if chosen.problems:
-            raise VarmError(f"the weights of `{self.name}`: {'; '.join(chosen.problems)}")
-        if not any(name.endswith(".safetensors") for name in chosen.names):
-            raise VarmError(f"`{self.name}` has no weights in safetensors")
-        template = self.tokenizer.chat_template
         return {
-            "weights": fingerprint(self.folder),
-            "model's files": hashlib.sha256(json.dumps(sums).encode()).hexdigest(),
-            "chat template": hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest(),
+            "weights": weights_fingerprint(self.folder, self.name),
+            "model's files": fingerprint([[path.name, sha256_of(path)] for path in files]),
+            "chat template": fingerprint(self.tokenizer.chat_template),
             "dtype": self.dtype,
         }
 
     def tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """A conversation as its template renders it for the next answer."""
-        return list(self.tokenizer(self._asked(messages), add_special_tokens=False)["input_ids"])
+        """Tokenize a conversation as the chat template renders it for the next answer."""
+        return list(self.tokenizer(self._prompt(messages), add_special_tokens=False)["input_ids"])
 
-    def _asked(self, messages: Sequence[dict[str, str]]) -> str:
+    def _prompt(self, messages: Sequence[dict[str, str]]) -> str:
         text = self._rendered(messages, add_generation_prompt=True)
         if text != self._rendered(messages):
             return text
-        # the template knows no generation prompt; what it puts before an answer is one, a last space aside, which
-        # is the beginning of the answer's first token
+        # The template has no generation prompt, so what it writes before an answer serves as one. A space at its
+        # end belongs to the first token of the answer.
         answered = self._rendered([*messages, {"role": "assistant", "content": MARK}])
-        before, found, _ = answered.rpartition(MARK)
-        return before.rstrip(" ") if found else text
+        before, mark, _ = answered.rpartition(MARK)
+        return before.rstrip(" ") if mark else text
 
     def _rendered(self, messages: Sequence[dict[str, str]], **settings: Any) -> str:
         try:
             return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **settings))
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise VarmError(f"the chat template of `{self.name}` cannot be rendered: {error}") from error
+            raise UserError(f"the chat template of `{self.name}` cannot be rendered: {error}") from error
 
     @cached_property
     def stops(self) -> frozenset[int]:
-        """The tokens that end an answer: those of the generation config, and what the template has after one."""
-        told = self.model.generation_config.eos_token_id
-        found = {told} if isinstance(told, int) else set(told or ())
-        found.add(self.tokenizer.eos_token_id)
+        """The tokens that end an answer: the generation config's, the tokenizer's and the template's."""
+        configured = self.model.generation_config.eos_token_id
+        stops = {configured} if isinstance(configured, int) else set(configured or ())
+        stops.add(self.tokenizer.eos_token_id)
         answered = self._rendered([{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}])
         after = answered.rpartition(MARK)[2].lstrip()
         ids = self.tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
-        found.update(ids[:1] if set(ids[:1]) <= special else ())
-        return frozenset(one for one in found if one is not None)
+        stops.update(ids[:1] if set(ids[:1]) <= special else ())
+        return frozenset(stops - {None})
 
     @cached_property
     def context(self) -> int | None:
@@ -175,34 +147,21 @@ class LocalModel:
         return next((int(limit) for name in CONTEXT_SETTINGS if (limit := getattr(settings, name, None))), None)
 
     def answer(self, prompts: Sequence[Prompt]) -> list[Answer]:
-        """The answers to prompts, in at most ``batch_size`` rows at a time.
+        """Answer prompts, at most ``batch_size`` at a time.
 
         Raises:
-            VarmError: Memory does not suffice for a single row, or tokenizer and weights do not belong together.
+            UserError: Memory does not suffice for one row, or tokenizer and weights do not fit together.
         """
         rows = [self.tokens(prompt.messages) for prompt in prompts]
-        answers: dict[int, Answer] = {}
-        together = []
-        for number, row in enumerate(rows):
-            room = self.max_new_tokens if self.context is None else self.context - len(row)
-            if room <= 0:
-                answers[number] = Answer("", "no room")
-            elif room < self.max_new_tokens:  # alone: no row of a batch is continued beyond its context
-                self._tell_alone()
-                (answers[number],) = self._in_batches([row], [prompts[number]], room)
-            else:
-                together.append(number)
-        chosen = [rows[number] for number in together], [prompts[number] for number in together]
-        answers |= dict(zip(together, self._in_batches(*chosen, self.max_new_tokens), strict=True))
+        rooms = [self.max_new_tokens if self.context is None else self.context - len(row) for row in rows]
+        answers = {number: Answer("", "no room") for number, room in enumerate(rooms) if room <= 0}
+        together = [number for number, room in enumerate(rooms) if room >= self.max_new_tokens]
+        alone = [[number] for number, room in enumerate(rooms) if 0 < room < self.max_new_tokens]
+        for numbers in [together, *alone]:  # alone, a row is not continued beyond the model's context
+            limit = min([self.max_new_tokens, *(rooms[number] for number in numbers)])
+            chosen = [rows[number] for number in numbers], [prompts[number] for number in numbers]
+            answers |= dict(zip(numbers, self._in_batches(*chosen, limit), strict=True))
         return [answers[number] for number in range(len(prompts))]
-
-    def _tell_alone(self) -> None:
-        if not self._alone_told:
-            self.say(
-                f"{self.name} reads {self.context} tokens: answers that could go beyond are made one at a time; a "
-                "lower --max-new-tokens makes them together"
-            )
-        self._alone_told = True
 
     def _in_batches(self, rows: Sequence[list[int]], prompts: Sequence[Prompt], limit: int) -> list[Answer]:
         answers: list[Answer] = []
@@ -214,21 +173,18 @@ class LocalModel:
             except RuntimeError as error:
                 if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                     raise
-                size = len(rows[part])
+            size = len(rows[part])
             if size == 1:
-                raise VarmError(
-                    f"memory does not suffice for one answer of {limit} tokens: lower --max-new-tokens"
-                )
+                raise UserError(f"out of memory for one answer of {limit} tokens: lower --max-new-tokens")
             self.batch_size = size // 2
-            self.say(f"memory does not suffice for {size} answers at a time; going on with {self.batch_size}")
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            self.warn(f"out of memory for {size} answers at a time; continuing with {self.batch_size}")
+            torch.cuda.empty_cache()
         return answers
 
     @torch.inference_mode()
     def _generated(self, rows: Sequence[list[int]], prompts: Sequence[Prompt], limit: int) -> list[Answer]:
         if max(map(max, rows)) >= self.model.get_input_embeddings().weight.shape[0]:
-            raise VarmError(f"the tokenizer of `{self.name}` has tokens that its weights have no row for")
+            raise UserError(f"the tokenizer of `{self.name}` has tokens for which its weights have no row")
         width, pad = max(map(len, rows)), self.tokenizer.pad_token_id or 0
         device = self.model.get_input_embeddings().weight.device
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
@@ -244,7 +200,7 @@ class LocalModel:
             eos_token_id=sorted(self.stops) or None,
             pad_token_id=pad,
         )
-        said = self.model.generate(
+        generated = self.model.generate(
             ids,
             attention_mask=mask,
             generation_config=config,
@@ -252,21 +208,21 @@ class LocalModel:
             tokenizer=self.tokenizer,
         )
         end = "length" if limit == self.max_new_tokens else "context"
-        return [self._decoded(row, end) for row in said[:, width:].tolist()]
+        return [self._decoded(row, end) for row in generated[:, width:].tolist()]
 
     def _decoded(self, ids: list[int], otherwise: str) -> Answer:
-        stop = next((number for number, one in enumerate(ids) if one in self.stops), None)
+        stop = next((place for place, token in enumerate(ids) if token in self.stops), None)
         text = self.tokenizer.decode(ids[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Answer(text.strip(), otherwise if stop is None else "stop")
 
 
 class Sampler(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
-    """Logits whose argmax is a sample, for rows with a temperature; those of the others stay as they are.
+    """Turns logits into logits whose argmax is a sample; rows without a temperature stay as they are.
 
     Args:
         prompts: The rows, with temperature and seed.
-        top_k: How many of the likeliest tokens a sample is drawn from; 0 for all.
-        top_p: The probability that these together have at least; 1 for all.
+        top_k: Samples come from this many of the likeliest tokens; 0 for all.
+        top_p: Samples come from the likeliest tokens with this total probability; 1 for all.
     """
 
     def __init__(self, prompts: Sequence[Prompt], top_k: int = 0, top_p: float = 1.0) -> None:
@@ -289,15 +245,3 @@ class Sampler(LogitsProcessor):  # type: ignore[misc]  # transformers is not typ
                 logits_1V = warper(input_ids[row : row + 1], logits_1V)
             sampled[row] = (logits_1V - torch.empty_like(logits_1V).exponential_(generator=generator).log())[0]
         return sampled
-
-
-def _folder(name: str, revision: str | None) -> Path:
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise VarmError(f"the folder `{name}` has no config.json: it is no model")
-        return Path(name)
-    try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED)))
-    except Exception as error:  # whatever the HTTP client raises without a network
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise VarmError(f"no model folder `{name}`, and none on the Hub: {reason}") from error

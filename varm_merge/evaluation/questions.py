@@ -1,210 +1,116 @@
-"""Questions, answers and prompts of others, read and checked: all that is wrong with a file is told at once.
+"""Reads and checks the files of MT-Bench and AlpacaEval. All problems of a file are reported at once.
 
-MT-Bench's questions are JSON lines with ``question_id``, ``category`` and ``turns``; AlpacaEval's a JSON list with
-``instruction``. Which of the two a file is, its rows tell.
+A file is JSON lines or a JSON list. MT-Bench's questions have ``question_id``, ``category`` and ``turns``;
+AlpacaEval's have ``instruction``. Every function that reads a file raises a UserError if it cannot be used.
 """
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from varm_merge.errors import VarmError
+from pydantic import BaseModel, ValidationError
 
-__all__ = [
-    "Answer",
-    "Benchmark",
-    "Prompt",
-    "Question",
-    "Questions",
-    "by_id",
-    "read_answers",
-    "read_outputs",
-    "read_questions",
-    "refuse",
-    "rows_of",
-]
+from varm_common.errors import UserError, listed
+from varm_common.files import fingerprint
+from varm_merge.evaluation.rows import Instruction, MTBenchQuestion
 
-Benchmark = Literal["MT-Bench", "AlpacaEval"]
-SHOWN = 10
-"""Problems of a file that are told; the others are counted."""
+__all__ = ["Question", "Questions", "checked", "problems_of", "read_questions", "read_text", "refuse", "rows_of"]
 
 
 @dataclass(frozen=True)
 class Question:
-    """What one chat asks.
-
-    Attributes:
-        id: MT-Bench's ``question_id``; of AlpacaEval the number of the row, from 0.
-        turns: The user's messages, one after the other.
-        category: MT-Bench's; empty for AlpacaEval.
-        row: As the file has it.
-    """
+    """The user's messages of one chat, and the row of the file; AlpacaEval has row numbers as ids, from 0."""
 
     id: int | str
-    turns: tuple[str, ...]
+    turns: list[str]
     category: str
     row: Mapping[str, Any]
+
+    @property
+    def sort_key(self) -> tuple[bool, Any]:
+        """Sorts questions by id, numbers before texts."""
+        return isinstance(self.id, str), self.id
 
 
 @dataclass(frozen=True)
 class Questions:
     """A file of questions."""
 
-    benchmark: Benchmark
-    questions: tuple[Question, ...]
+    benchmark: Literal["MT-Bench", "AlpacaEval"]
+    questions: Sequence[Question]
 
     @property
     def sha256(self) -> str:
-        """Of what is asked; other keys of the rows do not change it."""
-        asked = [[one.id, one.category, list(one.turns)] for one in self.questions]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        """A hash of ids, categories and turns; other keys of the rows do not matter."""
+        return fingerprint([[question.id, question.category, question.turns] for question in self.questions])
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What is asked: a conversation whose last message is the user's, how hot, and the seed of the sampling."""
-
-    messages: tuple[dict[str, str], ...]
-    temperature: float
-    seed: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What was said; ``end`` tells how it came to its end: ``stop``, ``length``, ``context`` or ``no room``."""
-
-    text: str
-    end: str
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def rows_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The objects of a file, JSON lines or a JSON list, and where each stands ("line 3").
-
-    Raises:
-        VarmError: The file cannot be read, or is neither.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise VarmError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    """Read the objects of a file and their places ("line 3")."""
+    text = read_text(path)
     rows: list[tuple[str, Any]] = []
     problems = []
-    if text.lstrip().startswith("["):
-        try:
+    try:
+        if text.lstrip().startswith("["):
             rows = [(f"row {number}", row) for number, row in enumerate(json.loads(text), 1)]
+            text = ""
+    except ValueError as error:
+        refuse(path, [f"not JSON: {error}"])
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [(f"line {number}", json.loads(line))] if line.strip() else []
         except ValueError as error:
-            problems.append(f"no JSON: {error}")
-    else:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    rows.append((f"line {number}", json.loads(line)))
-                except ValueError as error:
-                    problems.append(f"line {number}: no JSON: {error}")
-    problems += [f"{where}: no JSON object" for where, row in rows if not isinstance(row, dict)]
-    refuse(path, problems)
-    if not rows:
-        raise VarmError(f"`{path}` is empty")
+            problems.append(f"line {number}: not JSON: {error}")
+    problems += [f"{where}: not a JSON object" for where, row in rows if not isinstance(row, dict)]
+    refuse(path, problems if problems or rows else ["it is empty"])
     return rows
+
+
+def checked(path: Path, kind: type[BaseModel]) -> list[dict[str, Any]]:
+    """Read the rows of a file, each with the entries of ``kind``."""
+    rows = rows_of(path)
+    refuse(path, [problem for where, row in rows for problem in problems_of(where, row, kind)])
+    return [row for _, row in rows]
+
+
+def problems_of(where: str, row: Any, kind: type[BaseModel]) -> Iterator[str]:
+    """Describe the entries that keep a row from being of a kind."""
+    try:
+        kind.model_validate(row)
+    except ValidationError as error:
+        for problem in error.errors():
+            yield f"{where}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
 
 
 def refuse(path: Path, problems: Sequence[str]) -> None:
-    """Raise what is wrong with a file, if something is."""
+    """Raise a UserError that lists the problems of a file, if there are any."""
     if problems:
-        more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise VarmError(f"`{path}` cannot be used:\n  " + "\n  ".join([*problems[:SHOWN], *more]))
+        raise UserError(f"`{path}` cannot be used:{listed(problems)}")
 
 
 def read_questions(path: Path) -> Questions:
-    """The questions of a file of either benchmark.
-
-    Raises:
-        VarmError: It is none; all that is wrong with it is told.
-    """
-    rows = rows_of(path)
-    if any("turns" in row for _, row in rows):
-        return Questions("MT-Bench", tuple(_mt_bench(path, rows)))
-    if any("instruction" in row for _, row in rows):
-        return Questions("AlpacaEval", tuple(_alpaca_eval(path, rows)))
-    raise VarmError(
+    """Read the questions of either benchmark."""
+    keys = {key for _, row in rows_of(path) for key in row}
+    if "turns" in keys:
+        rows = checked(path, MTBenchQuestion)
+        ids = [row["question_id"] for row in rows]
+        refuse(path, [f"question {id_} occurs twice" for id_ in dict.fromkeys(ids) if ids.count(id_) > 1])
+        questions = [Question(row["question_id"], row["turns"], row["category"], row) for row in rows]
+        return Questions("MT-Bench", questions)
+    if "instruction" in keys:
+        numbered = enumerate(checked(path, Instruction))
+        return Questions("AlpacaEval", [Question(n, [row["instruction"]], "", row) for n, row in numbered])
+    raise UserError(
         f"`{path}` has neither MT-Bench's questions (`question_id`, `category`, `turns`) nor AlpacaEval's "
-        f"(`instruction`); its first row has {', '.join(f'`{key}`' for key in rows[0][1]) or 'nothing'}"
+        f"(`instruction`); its rows have {', '.join(f'`{key}`' for key in sorted(keys)) or 'nothing'}"
     )
-
-
-def _mt_bench(path: Path, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Question]:
-    problems, found = [], {}
-    for where, row in rows:
-        id_, category, turns = row.get("question_id"), row.get("category"), row.get("turns")
-        if not _is_id(id_):
-            problems.append(f"{where}: `question_id` is {id_!r}, not a whole number or a text")
-        elif id_ in found:
-            problems.append(f"{where}: question {id_} is there twice")
-        if not isinstance(category, str):
-            problems.append(f"{where}: `category` is {category!r}, not a text")
-        if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
-            problems.append(f"{where}: `turns` is not a list of texts")
-            continue
-        found[id_] = Question(id_, tuple(turns), str(category), row)  # type: ignore[arg-type]
-    refuse(path, problems)
-    return list(found.values())
-
-
-def _alpaca_eval(path: Path, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[Question]:
-    problems, found = [], []
-    for number, (where, row) in enumerate(rows):
-        if not isinstance(row.get("instruction"), str):
-            problems.append(f"{where}: `instruction` is {row.get('instruction')!r}, not a text")
-        elif row.get("input"):
-            problems.append(f"{where}: has an `input` beside its `instruction`; make them one text")
-        else:
-            found.append(Question(number, (row["instruction"],), "", row))
-    refuse(path, problems)
-    return found
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, (int, str)) and not isinstance(value, bool)
-
-
-def by_id(id_: Any) -> tuple[bool, Any]:
-    """A sort key of question ids, numbers before texts."""
-    return isinstance(id_, str), id_
-
-
-def read_answers(path: Path) -> dict[int | str, tuple[str, ...]]:
-    """The turns of the first choice of each answer, by question, of a file as FastChat's judge reads it.
-
-    Raises:
-        VarmError: It is none.
-    """
-    problems, found = [], {}
-    for where, row in rows_of(path):
-        try:
-            turns = row["choices"][0]["turns"]
-            if not _is_id(row["question_id"]) or not all(isinstance(turn, str) for turn in turns):
-                raise TypeError
-            found[row["question_id"]] = tuple(turns)
-        except (KeyError, IndexError, TypeError):
-            problems.append(f"{where}: no `question_id` with `choices`, of which the first has `turns`")
-    refuse(path, problems)
-    return found
-
-
-def read_outputs(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file as alpaca_eval reads it: ``instruction``, ``output``, ``generator``.
-
-    Raises:
-        VarmError: It is none.
-    """
-    problems, rows = [], []
-    for where, row in rows_of(path):
-        for key in ("instruction", "output", "generator"):
-            if not isinstance(row.get(key), str):
-                problems.append(f"{where}: `{key}` is {row.get(key)!r}, not a text")
-        rows.append(row)
-    refuse(path, problems)
-    return rows

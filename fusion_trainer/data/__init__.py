@@ -1,0 +1,1 @@
+"""Stage 1, prepare: chat data to dialogues."""

@@ -1,0 +1,132 @@
+"""The answers in a text: where their content and their ends lie, and which answer's byte a position predicts.
+
+Every model reads a conversation in its own template, so texts differ, and only the content of the answers is the
+same bytes in all of them. A position is therefore named by what it predicts: byte c of answer a, or the end of
+answer a. Positions of two models correspond where their names are equal: then both have read the same bytes of
+the same answer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusion_trainer.text.tokenizer import Span, Tokens
+
+__all__ = ["END", "Answer", "Places", "comparable_spans", "places", "supervised_spans", "whole_text"]
+
+END = -2
+"""The place of a position that predicts the end of an answer."""
+NOWHERE = -1
+Piece = tuple[int, int, int]
+"""First byte in the text, the one after the last, and the byte of the content that the piece begins with."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer in a text; all numbers are bytes of the text's UTF-8.
+
+    Attributes:
+        turn: Which message of the conversation it is.
+        open: Where the assistant begins to write: after the generation prompt. What stands between this and the
+            content (a tag that opens the reasoning) is learnt, but compared with no other model.
+        pieces: Where the content stands, in order. There are several where the template puts something between.
+        mark: Where the marker of the answer's end begins, white space before it excluded.
+        end: Where that marker ends; ``mark`` if there is none.
+        closed: Whether the marker follows the whole content. Otherwise no other model's end corresponds to it.
+    """
+
+    turn: int
+    open: int
+    pieces: tuple[Piece, ...]
+    mark: int
+    end: int
+    closed: bool = True
+
+    def cut(self, size: int) -> "Answer":
+        """The same answer in a text that was cut after ``size`` bytes."""
+        if self.end <= size:
+            return self
+        pieces = tuple((start, min(stop, size), at) for start, stop, at in self.pieces if start < size)
+        return replace(self, pieces=pieces, mark=min(self.mark, size), end=size, closed=False)
+
+    def moved(self, by: int) -> "Answer":
+        """The same answer ``by`` bytes further on."""
+        pieces = tuple((start + by, stop + by, at) for start, stop, at in self.pieces)
+        return replace(self, open=self.open + by, pieces=pieces, mark=self.mark + by, end=self.end + by)
+
+
+def whole_text(size: int) -> Answer:
+    """A text of ``size`` bytes, all of which is learnt."""
+    return Answer(0, 0, ((0, size, 0),), size, size, closed=False)
+
+
+def supervised_spans(answers: Sequence[Answer]) -> list[Span]:
+    """What a model learns to write: each answer from its opening to its end."""
+    return [(answer.open, answer.end) for answer in answers]
+
+
+def comparable_spans(answers: Sequence[Answer]) -> list[Span]:
+    """What a model is queried for: the content of each answer, and its end where that can be compared."""
+    spans: list[Span] = []
+    for answer in answers:
+        if not answer.pieces:
+            continue
+        last = answer.end if answer.closed else answer.pieces[-1][1]
+        spans.append((answer.pieces[0][0], last))
+    return spans
+
+
+@dataclass(frozen=True)
+class Places:
+    """What each position of a tokenised text predicts.
+
+    Attributes:
+        turn: int32 [positions], the answer's turn; −1 for a position whose next token is of no answer.
+        begins: int32 [positions], the byte of the answer's content at which the next token begins; ``END`` where
+            the next token is the whole marker of the answer's end; −1 for none.
+        place: The same, but −1 for positions that have not read up to there: of tokens with one end only the last
+            has.
+        lead: Positions whose next token begins before the content, and what of the text it takes from there.
+    """
+
+    turn: NDArray[np.int32]
+    begins: NDArray[np.int32]
+    place: NDArray[np.int32]
+    lead: dict[int, bytes] = field(default_factory=dict)
+
+    def content(self, turn: int) -> NDArray[np.intp]:
+        """The positions that predict content of an answer, ascending."""
+        return np.flatnonzero((self.turn == turn) & (self.place >= 0))
+
+    def end(self, turn: int) -> int | None:
+        """The position that predicts the answer's end."""
+        found = np.flatnonzero((self.turn == turn) & (self.place == END))
+        return int(found[0]) if len(found) else None
+
+
+def places(tokens: Tokens, text: bytes, answers: Sequence[Answer]) -> Places:
+    """Name the positions of a tokenised text.
+
+    Args:
+        tokens: The text's.
+        text: Its UTF-8.
+        answers: Where its answers are.
+    """
+    before, after = tokens.ends[:-1], tokens.ends[1:]
+    turn, begins = np.full(len(before), NOWHERE, np.int32), np.full(len(before), NOWHERE, np.int32)
+    lead: dict[int, bytes] = {}
+    for answer in answers:
+        for number, (start, stop, done) in enumerate(answer.pieces):
+            first, last = np.searchsorted(before, [start, stop])
+            here = slice(int(first), int(last))
+            turn[here], begins[here] = answer.turn, before[here] - start + done
+            if number == 0 and first > 0 and before[first - 1] < start < after[first - 1]:
+                turn[first - 1], begins[first - 1] = answer.turn, done
+                lead[int(first) - 1] = text[before[first - 1] : start]
+        if answer.closed and answer.pieces and answer.mark < answer.end:
+            ending = int(np.searchsorted(after, answer.mark, side="right"))
+            if ending < len(after) and after[ending] == answer.end and before[ending] >= answer.pieces[-1][1]:
+                turn[ending], begins[ending] = answer.turn, END
+    return Places(turn, begins, np.where(before == after, NOWHERE, begins).astype(np.int32), lead)

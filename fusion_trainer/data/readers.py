@@ -1,0 +1,200 @@
+"""How one model reads the blocks of the dialogues: the pivot as they are, a source in its own template.
+
+A source reads the same answers in other words around them. What is compared with the pivot is the content of an
+answer as far as both have it, and its end where both close it right after the content.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fusion_trainer.data.answers import Answer, comparable_spans
+from fusion_trainer.data.blocks import Block
+from fusion_trainer.data.conversations import Message
+from fusion_trainer.data.template_frame import TemplateError
+from fusion_trainer.data.templates import BUILT_IN, OWN, PIVOT, Template, find_template
+from fusion_trainer.text.tokenizer import Span, TextTokenizer
+from varm_common.errors import UserError
+
+__all__ = [
+    "DIALOGUES",
+    "OWN",
+    "PIVOT",
+    "Reader",
+    "Reading",
+    "end_ids",
+    "of_template",
+    "reader_of_store",
+    "source_reader",
+]
+
+DIALOGUES = "dialogues"
+"""How the pivot reads them: as they are."""
+
+
+LEFT_OUT = "left_out_"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A block as one model reads it.
+
+    Attributes:
+        text: The text.
+        answers: The answers that are compared with the pivot's.
+        spans: The bytes of ``text`` at which the model is queried.
+    """
+
+    text: str
+    answers: tuple[Answer, ...]
+    spans: tuple[Span, ...]
+
+
+@dataclass
+class Reader:
+    """Renders blocks for one model.
+
+    Attributes:
+        tokenizer: The model's.
+        way: ``dialogues`` for the pivot, ``pivot`` or ``own``.
+        template: With ``own``: how conversations are rendered; None where nothing but plain text is read.
+        counts: What became of the blocks read so far.
+    """
+
+    tokenizer: TextTokenizer
+    way: str
+    template: Template | None = None
+    counts: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a store says of how its model read the dialogues."""
+        if self.template is None or self.way != OWN:
+            return {"reading": self.way, "jinja": None}
+        with_tools = {"jinja_with_tools": self.template.with_tools} if self.template.with_tools else {}
+        return {"reading": self.template.sha256, "jinja": self.template.jinja, **with_tools}
+
+    def read(self, block: Block) -> Reading:
+        """The block's text, and its answers as far as they can be compared with the pivot's."""
+        if self.way == DIALOGUES:
+            return Reading(block.text, block.answers, block.spans)
+        if self.way == PIVOT or not block.messages:
+            return self._as_the_pivot_s(block)
+        assert self.template is not None
+        try:
+            rendered = self.template.render(block.messages, block.tools)
+        except TemplateError:
+            self.counts["refused"] += 1
+            return Reading("", (), ())
+        self.counts["folded"] += rendered.folded
+        self.counts.update({f"{LEFT_OUT}{kind}": size for kind, size in rendered.left_out.items()})
+        theirs = {answer.turn: answer for answer in rendered.answers}
+        answers = tuple(
+            _compared(theirs[own.turn], own, block.messages[own.turn], own.turn in rendered.silent)
+            for own in block.answers
+            if own.turn in theirs
+        )
+        answers = tuple(self._without_spelled(answer, rendered.text) for answer in answers)
+        return Reading(rendered.text, answers, tuple(comparable_spans(answers)))
+
+    def _as_the_pivot_s(self, block: Block) -> Reading:
+        """The pivot's text without its BOS."""
+        block = block.without_bos()
+        answers = tuple(self._without_spelled(answer, block.text) for answer in block.answers)
+        return Reading(block.text, answers, tuple(comparable_spans(answers)))
+
+    def _without_spelled(self, answer: Answer, text: str) -> Answer:
+        """The answer without its marker where this model has no token for it."""
+        marker = text.encode()[answer.mark : answer.end].decode()
+        if marker in self.tokenizer.tokenizer.get_added_vocab():
+            return answer
+        return replace(answer, end=answer.mark, closed=False)
+
+
+def _compared(answer: Answer, own: Answer, message: Message, silent: bool) -> Answer:
+    """The answer with the pieces that both models have read up to; none where its reasoning is not rendered."""
+    if not own.pieces or silent:
+        return replace(answer, pieces=(), closed=False)
+    content = message.content.encode()
+    pieces: list[tuple[int, int, int]] = []
+    done = 0
+    for start, stop, at in answer.pieces:
+        if content[done:at].strip():  # the template leaves this out
+            return replace(answer, pieces=tuple(pieces), closed=False)
+        pieces.append((start, stop, at))
+        done = at + stop - start
+    whole = not content[done:].strip()
+    return replace(answer, pieces=tuple(pieces), closed=answer.closed and own.closed and whole)
+
+
+def of_template(counts: Mapping[str, Any]) -> Iterator[str]:
+    """What a source's template did to the conversations, for the user.
+
+    Args:
+        counts: A store's manifest.
+    """
+    if refused := counts.get("refused"):
+        yield f"{refused:,} blocks are refused by the source's template: it has no distributions there"
+    if folded := counts.get("folded"):
+        yield f"{folded:,} system turns stand before the first user turn: the source's template has none"
+    for name in sorted(counts):
+        kind = name.removeprefix(LEFT_OUT)
+        if name.startswith(LEFT_OUT) and f"{name}, turns" in counts:
+            turns = counts[f"{name}, turns"]
+            yield f"{counts[name]:,} bytes of {kind} in {turns:,} turns are left out by the source's template"
+
+
+def source_reader(choice: str, tokenizer: TextTokenizer, chats: bool = True) -> Reader:
+    """The reader of a source.
+
+    Args:
+        choice: ``own``, ``pivot``, a built-in template's name or a Jinja file.
+        tokenizer: The source's.
+        chats: Whether there is more to read than plain text.
+
+    Raises:
+        UserError: There is no such template.
+    """
+    if choice == PIVOT:
+        return Reader(tokenizer, PIVOT)
+    if choice == OWN and not tokenizer.tokenizer.chat_template:
+        if chats:
+            raise UserError(
+                f"{tokenizer.name} has no chat template to be queried in. Choose one with --source-template: "
+                f"{', '.join(BUILT_IN)}, a Jinja file, or `pivot` to let it read the pivot's text"
+            )
+        return Reader(tokenizer, OWN)
+    template = find_template(None if choice == OWN else choice, tokenizer.tokenizer, tokenizer.name)
+    return Reader(tokenizer, OWN, replace(template, name=f"of {tokenizer.name}" if choice == OWN else choice))
+
+
+def reader_of_store(identity: Mapping[str, Any], tokenizer: TextTokenizer) -> Reader:
+    """The reader that a store was made with."""
+    if identity["jinja"] is None:
+        return Reader(tokenizer, identity["reading"])
+    templates = identity["jinja"], tokenizer.tokenizer, identity.get("jinja_with_tools")
+    template = Template(f"of {tokenizer.name}", *templates)
+    if template.sha256 != identity["reading"]:
+        raise UserError(f"the store of {tokenizer.name} names another template than it was made with")
+    return Reader(tokenizer, OWN, template)
+
+
+def end_ids(reader: Reader, folder: Path) -> list[int]:
+    """Every id that ends a turn of the model: its template's, its generation config's, its tokenizer's.
+
+    Args:
+        reader: How it reads.
+        folder: The model's.
+    """
+    from transformers import GenerationConfig
+
+    try:
+        named = GenerationConfig.from_pretrained(folder).eos_token_id
+    except (OSError, ValueError, TypeError):
+        named = None
+    of_config = named if isinstance(named, list) else [named]
+    own = reader.template.end_ids if reader.template else []
+    found = dict.fromkeys([*own, *of_config, reader.tokenizer.tokenizer.eos_token_id])
+    return [token for token in found if token is not None and token in reader.tokenizer.vocabulary]

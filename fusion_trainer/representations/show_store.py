@@ -1,0 +1,89 @@
+"""A store for reading: its manifest, and a row as a table of tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusion_trainer.data.dialogues import Dialogues
+from fusion_trainer.data.readers import DIALOGUES, Reader, reader_of_store
+from fusion_trainer.representations.store import ALIGNED, RepresentationStore
+from fusion_trainer.representations.store_tokenizer import tokenizer_of
+from fusion_trainer.text.tokenizer import TextTokenizer, supervised_positions
+
+__all__ = ["show_manifest", "show_row"]
+
+
+def show_manifest(store: RepresentationStore) -> str:
+    """What the store is of and how large it is, a line each."""
+    sizes = {key: value for key, value in store.manifest.items() if isinstance(value, int)}
+    sizes |= {"shards": len(store.manifest["shards"]), "bytes": store.bytes}
+    facts: dict[str, Any] = {**store.identity, **sizes}
+    for name in ("jinja", "jinja_with_tools"):  # long
+        facts.pop(name, None)
+    facts["made with"] = " and then ".join(str(one) for one in store.manifest["made_with"])
+    width = max(map(len, facts))
+    return "\n".join(f"{key:{width}}  {value}" for key, value in facts.items())
+
+
+def show_row(
+    store: RepresentationStore,
+    row: int,
+    positions: int,
+    dialogues: Path | None,
+    tokenizer: str | None,
+    code: bool = False,
+) -> str:
+    """The row's top-k, a line per position: what followed, how likely it was, and the k best with their shares.
+
+    Args:
+        store: The store.
+        row: Its number.
+        positions: Most positions shown.
+        dialogues: The folder the store was made from; without it the tokens that followed are not known. By
+            default one beside the store with the same fingerprint.
+        tokenizer: Where the model's tokenizer is, if not where the manifest says.
+        code: Run code that the model's repository brings along.
+
+    Raises:
+        UserError: The tokenizer or the dialogues are not those the store was made with.
+    """
+    reader = tokenizer_of(store, tokenizer, code)
+    found = store[row]
+    prepared = _dialogues(store, dialogues)
+    golds: list[str] = ["?"] * len(found)
+    head = f"\nrow {row}: conversation {found.conversation!r}, block {found.block}, {len(found)} supervised tokens"
+    if prepared is not None:
+        block = prepared[row]
+        aligned = store.identity.get("kind") == ALIGNED
+        asked = (Reader(reader, DIALOGUES) if aligned else reader_of_store(store.identity, reader)).read(block)
+        tokens = reader.encode([asked.text])[0]
+        golds = [_shown(reader, int(tokens.ids[p + 1])) for p in supervised_positions(tokens, asked.spans)]
+        first = asked.spans[0][0] if asked.spans else 0
+        before = asked.text.encode()[:first].decode(errors="replace")
+        bos = "".join(reader.tokenizer.convert_ids_to_tokens(reader.prefix))
+        head += f"\nread before the first answer: {bos + before.removeprefix(bos)!r}\n{asked.text}\n"
+    lines = [f"{'next token':16} {'log p':>7}  {'tail':>6}  top {store.k}"]
+    for number in range(min(positions, len(found))):
+        shares = np.exp(found.logprobs[number].astype(np.float32))
+        best = "  ".join(
+            f"{_shown(reader, int(token))} {share:.3f}"
+            for token, share in zip(found.ids[number], shares, strict=True)
+        )
+        gold, tail = float(found.gold_logprob[number]), float(found.tail[number])
+        lines.append(f"{golds[number]:16} {gold:7.3f}  {tail:6.4f}  {best}")
+    if len(found) > positions:
+        lines.append(f"… {len(found) - positions} more; --positions shows them")
+    return "\n".join([head, *lines])
+
+
+def _shown(reader: TextTokenizer, token: int) -> str:
+    return repr(reader.tokenizer.decode([token])) if token in reader.vocabulary else f"<{token}>"
+
+
+def _dialogues(store: RepresentationStore, folder: Path | None) -> Dialogues | None:
+    if folder is not None:
+        prepared = Dialogues(folder)
+        store.demand(data=prepared.fingerprint)
+        return prepared
+    return Dialogues.beside(store.folder, store.identity["data"])

@@ -1,0 +1,235 @@
+"""Writes a store shard by shard.
+
+A shard appears when it is complete. Any number of processes, on any number of machines, may write one store."""
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fusion_trainer.representations.store import (
+    ALIGNED,
+    ANSWERS,
+    CROSS_ENTROPIES,
+    FACTS,
+    FORMAT,
+    MANIFEST,
+    NAMES,
+    OWN_FACTS,
+    PLAN,
+    VERSION,
+    Supervised,
+    plan_in,
+    schema,
+    shard_facts,
+    wrong_size,
+)
+from varm_common.errors import UserError, unlike
+from varm_common.files import TEMPORARY, read_json, remove_abandoned, sha256_of, whole_file, write_json, written_to
+
+__all__ = [
+    "StoreWriter",
+    "demand_free",
+]
+
+
+class StoreWriter:
+    """Writes the shards of one store, behind the back of what computes them, and at last the manifest.
+
+    Args:
+        folder: The store; created if it is not there.
+        identity: What the store is of; None in a process that joins one that has begun it.
+        made_with: Device and versions. A store may be finished with others than it was begun with; the manifest
+            names all.
+        first_rows: The first block of every shard, and the number of blocks.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict[str, Any] | None,
+        first_rows: Sequence[int],
+        made_with: dict[str, str] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.identity = identity or {}
+        self.made_with = [made_with] if made_with else []
+        self.first_rows = list(first_rows)
+        self._thread = ThreadPoolExecutor(1, "store-writer")
+        self._last: Any = None
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / MANIFEST).is_file()
+
+    def begin(self) -> None:
+        """Claim the folder, in one process: check what is there, remove what is half-written.
+
+        Raises:
+            UserError: The folder holds something else, or a store of another identity.
+        """
+        for name in demand_free(self.folder):
+            plan = plan_in(self.folder / name)
+            found = plan["identity"]
+            renamed = {**self.identity, **{name: found.get(name) for name in NAMES if name in self.identity}}
+            if difference := unlike(f"`{self.folder}` is a store of something else:", renamed, found):
+                raise UserError(f"{difference}\nGive another --output, or remove that folder.")
+            self.identity = found
+            new = [one for one in self.made_with if one not in plan["made_with"]]
+            if name == PLAN:
+                self.made_with = [*plan["made_with"], *new]
+            else:
+                self.made_with = plan["made_with"]
+        with written_to(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(self.folder)
+            if self.finished and not self._reopened():
+                (self.folder / PLAN).unlink(missing_ok=True)
+            else:
+                write_json(self.folder / PLAN, {"identity": self.identity, "made_with": self.made_with})
+
+    def _reopened(self) -> bool:
+        """Whether a finished store had to be begun again because shards of it are missing or damaged."""
+        shards = read_json(self.folder / MANIFEST)["shards"]
+        damaged = [self.folder / shard["file"] for shard in shards if list(wrong_size(self.folder, shard))]
+        if not damaged:
+            return False
+        write_json(self.folder / PLAN, {"identity": self.identity, "made_with": self.made_with})
+        (self.folder / MANIFEST).unlink()
+        for path in damaged:
+            path.unlink(missing_ok=True)
+        return True
+
+    def join(self) -> None:
+        """Take over what the process that has begun the store says it is of."""
+        plan = plan_in(self.folder / (MANIFEST if self.finished else PLAN))
+        self.identity, self.made_with = plan["identity"], plan["made_with"]
+
+    def missing(self) -> list[int]:
+        """The shards that are not written yet."""
+        return [shard for shard in range(len(self.first_rows) - 1) if not self.path(shard).is_file()]
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:05}.arrow"
+
+    def write(
+        self,
+        shard: int,
+        names: Sequence[tuple[str, int]],
+        rows: Sequence[Supervised],
+        facts: dict[str, int],
+        answers: Sequence[Sequence[Sequence[int]]] | None = None,
+    ) -> None:
+        """Write a shard in the background; waits for the one before it.
+
+        Args:
+            shard: Its number.
+            names: Conversation and block of each row.
+            rows: Their distributions.
+            facts: What the manifest is to sum up over the shards.
+            answers: Of a store that is not aligned: where each row's answers are.
+
+        Raises:
+            UserError: The shard before this could not be written.
+        """
+        self.wait()
+        self._last = self._thread.submit(self._write, shard, names, rows, facts, answers)
+
+    def wait(self) -> None:
+        """Wait until all that was given is on the disk.
+
+        Raises:
+            UserError: It could not be written.
+        """
+        last, self._last = self._last, None
+        if last is not None:
+            with written_to(self.folder):
+                last.result()
+
+    def _write(
+        self,
+        shard: int,
+        names: Sequence[tuple[str, int]],
+        rows: Sequence[Supervised],
+        facts: dict[str, int],
+        answers: Sequence[Sequence[Sequence[int]]] | None,
+    ) -> None:
+        aligned = self.identity.get("kind") == ALIGNED
+        columns = schema(self.identity["top_k"], self.identity["vocabulary"], aligned)
+        position = columns.field("positions").type.value_type
+        offsets = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        parts = []
+        for field in position:
+            joined = np.concatenate([getattr(row, field.name) for row in rows])
+            flat = pa.array(joined.ravel())
+            parts.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type) if joined.ndim == 2 else flat)
+        struct = pa.StructArray.from_arrays(parts, fields=list(position))
+        conversations, blocks = zip(*names, strict=True)
+        arrays = [
+            pa.array(conversations, pa.string()),
+            pa.array(blocks, pa.int32()),
+            *(
+                [pa.array([getattr(row, name) for row in rows], pa.float32()) for name in CROSS_ENTROPIES]
+                if aligned
+                else [pa.array([[] for _ in rows] if answers is None else answers, ANSWERS)]
+            ),
+            pa.ListArray.from_arrays(pa.array(offsets), struct, type=columns.field("positions").type),
+        ]
+        facts = {"shard": shard, "first_row": self.first_rows[shard], **facts}
+        columns = columns.with_metadata({FACTS: json.dumps(facts).encode()})
+        with whole_file(self.path(shard)) as file, pa.ipc.new_file(file, columns) as writer:
+            writer.write_batch(pa.record_batch(arrays, schema=columns))
+        self.path(shard).with_suffix(".partial").unlink(missing_ok=True)
+
+    def abandon(self) -> None:
+        """After a failure: remove the folder if nothing in it is worth going on with."""
+        with suppress(UserError):
+            self.wait()
+        if not any(self.folder.glob("shard-*")) and not self.finished:
+            (self.folder / PLAN).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.folder.rmdir()
+
+    def finish(self) -> None:
+        """Write the manifest, in one process, once every shard is there."""
+        shards, sums = [], dict[str, int]()
+        for shard in range(len(self.first_rows) - 1):
+            path = self.path(shard)
+            facts = shard_facts(path)
+            first, last = self.first_rows[shard : shard + 2]
+            described = {"file": path.name, "first_row": first, "rows": last - first, "bytes": path.stat().st_size}
+            own = {key: facts[key] for key in OWN_FACTS if key in facts}
+            shards.append({**described, **own, "sha256": sha256_of(path)})
+            for key in facts.keys() - {"shard", "first_row", "batch_tokens"}:
+                sums[key] = sums.get(key, 0) + facts[key]
+        totals = {"rows": self.first_rows[-1], **dict(sorted(sums.items()))}
+        about = {"format": FORMAT, "version": VERSION, "identity": self.identity, "made_with": self.made_with}
+        manifest = {**about, **totals, "shards": shards}
+        with written_to(self.folder):
+            for path in (*self.folder.glob(f"*{TEMPORARY}"), *self.folder.glob("*.partial")):
+                path.unlink(missing_ok=True)
+            write_json(self.folder / MANIFEST, manifest)
+            (self.folder / PLAN).unlink(missing_ok=True)
+
+
+def demand_free(folder: Path) -> list[str]:
+    """Check that a store may be written to a folder; which of manifest and plan are there already.
+
+    Raises:
+        UserError: It holds something else.
+    """
+    with written_to(folder):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"`{folder}` is a file; --output names the store's folder")
+        content = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    known = [name for name in (MANIFEST, PLAN) if name in content]
+    if content and not known and not all(name.endswith(TEMPORARY) for name in content):
+        some = ", ".join(sorted(content)[:3])
+        raise UserError(f"`{folder}` holds something else ({some}); give a new folder")
+    return known

@@ -1,0 +1,86 @@
+"""A causal language model asked for its next-token distributions at chosen positions only.
+
+The layers run once over a padded batch; then the hidden states of the supervised positions alone go through the
+model's head, a chunk at a time (``heads``). That this gives the model's logits is tried when it is loaded.
+"""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusion_trainer.representations.split_model import CHUNK_BYTES, SplitModel
+from fusion_trainer.representations.topk import TopK, top_k
+
+__all__ = ["AskedModel"]
+
+
+class AskedModel:
+    """A model of transformers and the ids its tokenizer knows.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        vocabulary: The ids that stand for a token; other rows of the head never win a place.
+
+    Attributes:
+        rows: Rows of the head, [rows] logits per position.
+        separable: Whether the layers and the head could be told apart; if not, logits are computed for every
+            position of a batch.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: Any, vocabulary: frozenset[int]) -> None:
+        self.model = model
+        self.split = SplitModel(model)
+        self.device = self.split.device
+        logits_LV, self.separable = self.split.trial()
+        if not self.separable:
+            warnings.warn(
+                f"{type(model).__name__} does not give its logits from its layers' output alone: they are "
+                "computed at every position, which takes more memory; lower --batch-tokens if it is too much",
+                stacklevel=2,
+            )
+        self.rows = logits_LV.shape[-1]
+        absent = sorted(set(range(self.rows)) - vocabulary)
+        self.absent = torch.tensor(absent, device=logits_LV.device) if absent else None
+        self.chunk = max(1, CHUNK_BYTES.get(logits_LV.device.type, CHUNK_BYTES["cuda"]) // (4 * self.rows))
+
+    @torch.inference_mode()
+    def bare_forward(self, ids_BL: Tensor, mask_BL: Tensor | None) -> Tensor:
+        """What transformers does with a batch: logits [B, L, V]. Benchmarks compare with it."""
+        logits_BLV: Tensor = self.model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits
+        return logits_BLV
+
+    @torch.inference_mode()
+    def distributions(
+        self, ids_BL: Tensor, mask_BL: Tensor | None, positions_S: Tensor, gold_S: Tensor, k: int
+    ) -> TopK:
+        """The distributions at some positions of a batch.
+
+        Args:
+            ids_BL: int64, padded at the end.
+            mask_BL: int64, 1 for tokens and 0 for padding; None where nothing is padded.
+            positions_S: int64, indices into the flattened [B · L].
+            gold_S: int64, the tokens that follow them.
+            k: Entries kept.
+
+        Returns:
+            The ``TopK`` of all S positions, on the device of the logits.
+        """
+        if self.separable:
+            hidden_SH = self.split.hidden(input_ids=ids_BL, attention_mask=mask_BL).flatten(0, 1)
+            hidden_SH = hidden_SH.index_select(0, positions_S.to(hidden_SH.device))
+            chunks: Iterator[Tensor] = (
+                self.split.head(hidden_CH) for hidden_CH in torch.split(hidden_SH, self.chunk)
+            )
+        else:
+            logits_SV = self.bare_forward(ids_BL, mask_BL).flatten(0, 1)
+            logits_SV = logits_SV.index_select(0, positions_S.to(logits_SV.device))
+            chunks = iter(torch.split(logits_SV, self.chunk))
+        parts = [
+            top_k(logits_CV, gold_C.to(logits_CV.device), k, self.absent)
+            for logits_CV, gold_C in zip(chunks, torch.split(gold_S, self.chunk), strict=True)
+        ]
+        return TopK(*(torch.cat([getattr(part, name) for part in parts]) for name in TopK.__annotations__))

@@ -1,0 +1,1 @@
+"""Texts through any tokenizer: token ids, and the byte at which each token ends."""

@@ -1,0 +1,236 @@
+"""L = λ·L_CLM + (1 − λ)·L_fusion, sparse and exact (paper, equations 3 and 4).
+
+At a position whose next token is g and whose fused distribution gives p_i to the ids t_i:
+
+    CLM    = logsumexp(z) − z_g
+    fusion = Σ p_i (logsumexp(z) − z_{t_i})
+
+so both share one logsumexp, and their gradients in the logits are softmax(z) − onehot(g) and softmax(z) − p. If
+the rest of the distribution is kept as one outcome of probability r, its term is −r·log of the probability the
+student gives to all ids outside the t_i.
+
+The student's logits exist for supervised positions only, a chunk at a time, and are computed again in the backward
+pass. Sums are float32, whatever the model's dtype.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fusion_trainer.representations.split_model import CHUNK_BYTES, SplitModel
+
+__all__ = ["Targets", "Terms", "give_fusion_loss", "sparse_terms"]
+
+
+class Targets:
+    """What the supervised positions of a batch learn from.
+
+    No dataclass and no mapping, so that mixed precision leaves its tensors as they are.
+
+    Attributes:
+        positions: int64 [S], indices into the flattened batch [B · L].
+        gold: int64 [S], the tokens that follow.
+        ids: int64 [S, M], of the fused distribution; M may be 0.
+        probabilities: float32 [S, M].
+        tail: float32 [S], the probability of all other ids together; None where it is dropped.
+        clm_weight: float32 [S], λ.
+        scale: Of the loss: the inverse of the number of tokens it is the mean over.
+        norms: Whether to measure the gradients of both terms.
+        terms: Both terms once the model has run, detached.
+        loss: The loss, detached; float32 where mixed precision rounds what a model returns.
+    """
+
+    def __init__(
+        self,
+        positions: Tensor,
+        gold: Tensor,
+        ids: Tensor,
+        probabilities: Tensor,
+        tail: Tensor | None,
+        clm_weight: Tensor,
+        scale: Tensor | float = 1.0,
+        norms: bool = False,
+    ) -> None:
+        self.positions, self.gold, self.ids, self.probabilities = positions, gold, ids, probabilities
+        self.tail, self.clm_weight, self.scale, self.norms = tail, clm_weight, scale, norms
+        self.terms: Terms | None = None
+        self.loss: Tensor | None = None
+
+
+class Terms:
+    """Both terms at each supervised position.
+
+    Attributes:
+        clm: float32 [S].
+        fusion: float32 [S].
+        squares: float32 [S, 2], squared norms of their gradients in the logits; zeros if not measured.
+    """
+
+    def __init__(self, clm: Tensor, fusion: Tensor, squares: Tensor) -> None:
+        self.clm, self.fusion, self.squares = clm, fusion, squares
+
+
+class _SparseTerms(torch.autograd.Function):
+    """Logits → both terms; saves the logits and one number per position."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_CV: Tensor,
+        gold_C: Tensor,
+        ids_CM: Tensor,
+        probabilities_CM: Tensor,
+        tail_C: Tensor | None,
+        norms: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z_CV = logits_CV.float()
+        lse_C = z_CV.logsumexp(1)
+        z_gold_C = z_CV.gather(1, gold_C[:, None])[:, 0]
+        z_CM = z_CV.gather(1, ids_CM)
+        clm_C = lse_C - z_gold_C
+        fusion_C = (probabilities_CM * (lse_C[:, None] - z_CM)).sum(1)
+        outside_C = None
+        if tail_C is not None:
+            outside_C = _outside(z_CV, ids_CM, probabilities_CM).logsumexp(1)
+            fusion_C = fusion_C + tail_C * (lse_C - outside_C)
+        squares_C2 = logits_CV.new_zeros(len(clm_C), 2, dtype=torch.float32)
+        if norms:
+            gradients = (
+                _gradient(z_CV, lse_C, outside_C, gold_C, ids_CM, probabilities_CM, tail_C, *weights)
+                for weights in ((torch.ones_like(lse_C), None), (None, torch.ones_like(lse_C)))
+            )
+            squares_C2 = torch.stack([gradient.square_().sum(1) for gradient in gradients], 1)
+        ctx.save_for_backward(logits_CV, lse_C, outside_C, gold_C, ids_CM, probabilities_CM, tail_C)
+        ctx.mark_non_differentiable(squares_C2)
+        return clm_C, fusion_C, squares_C2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        logits_CV, *saved = ctx.saved_tensors
+        gradient_CV = _gradient(logits_CV.float(), *saved, *gradients[:2])
+        return gradient_CV.to(logits_CV.dtype), None, None, None, None, None
+
+
+def _gradient(
+    z_CV: Tensor,
+    lse_C: Tensor,
+    outside_C: Tensor | None,
+    gold_C: Tensor,
+    ids_CM: Tensor,
+    probabilities_CM: Tensor,
+    tail_C: Tensor | None,
+    of_clm_C: Tensor | None,
+    of_fusion_C: Tensor | None,
+) -> Tensor:
+    """Of the weighted terms in the logits, float32 [C, V]."""
+    zero_C = torch.zeros_like(lse_C)
+    of_clm_C = zero_C if of_clm_C is None else of_clm_C
+    of_fusion_C = zero_C if of_fusion_C is None else of_fusion_C
+    mass_C = probabilities_CM.sum(1) if tail_C is None else probabilities_CM.sum(1) + tail_C
+    gradient_CV = (z_CV - lse_C[:, None]).exp_()
+    gradient_CV *= (of_clm_C + of_fusion_C * mass_C)[:, None]
+    gradient_CV.scatter_add_(1, gold_C[:, None], -of_clm_C[:, None])
+    gradient_CV.scatter_add_(1, ids_CM, -(of_fusion_C[:, None] * probabilities_CM))
+    if tail_C is not None and outside_C is not None:
+        rest_CV = (_outside(z_CV, ids_CM, probabilities_CM) - outside_C[:, None]).exp_()
+        gradient_CV -= rest_CV.mul_((of_fusion_C * tail_C)[:, None])
+    return gradient_CV
+
+
+def _outside(z_CV: Tensor, ids_CM: Tensor, probabilities_CM: Tensor) -> Tensor:
+    """The logits without those of ids that have a probability of their own."""
+    if not ids_CM.shape[1]:
+        return z_CV
+    likeliest_C1 = ids_CM.gather(1, probabilities_CM.argmax(1, keepdim=True))
+    return z_CV.scatter(1, torch.where(probabilities_CM > 0, ids_CM, likeliest_C1), -torch.inf)
+
+
+def sparse_terms(
+    head: Callable[[Tensor], Tensor], hidden_SH: Tensor, targets: Targets, chunk: int | None = None
+) -> Terms:
+    """Both terms at S positions, for hidden states whose logits never exist all at once.
+
+    Args:
+        head: Hidden states [C, H] → logits [C, V].
+        hidden_SH: Of the supervised positions.
+        targets: What they learn from.
+        chunk: Positions at a time; default so many that their logits take ``CHUNK_BYTES``.
+    """
+
+    measured: set[int] = set()
+
+    def terms(number: int, hidden_CH: Tensor, *of_chunk: Any) -> tuple[Tensor, Tensor, Tensor]:
+        norms = targets.norms and number not in measured  # not once more in the backward pass
+        measured.add(number)
+        found: tuple[Tensor, Tensor, Tensor] = _SparseTerms.apply(  # type: ignore[no-untyped-call]
+            head(hidden_CH), *of_chunk, norms
+        )
+        return found
+
+    size = chunk or len(hidden_SH) or 1
+    tails = torch.split(targets.tail, size) if targets.tail is not None else None
+    columns = (hidden_SH, targets.gold, targets.ids, targets.probabilities)
+    parts = []
+    for number, of_chunk in enumerate(zip(*(torch.split(column, size) for column in columns), strict=True)):
+        given = (number, *of_chunk, None if tails is None else tails[number])
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(terms, *given, use_reentrant=False))
+        else:
+            parts.append(terms(*given))
+    return Terms(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def give_fusion_loss(model: Any, chunk_bytes: int | None = None) -> None:
+    """Teach a causal language model's ``forward`` to take ``targets`` and return the loss of their positions.
+
+    The loss is computed inside the model's own forward, where DDP, FSDP, DeepSpeed and autocast expect it. Called
+    without ``targets`` the model does what it did. With them it returns a dict with ``loss``, the scaled sum of
+    λ·CLM + (1 − λ)·fusion over the positions (and the load-balancing loss of a mixture of experts whose config
+    asks for it, times the number of positions), and leaves that and both terms in the ``Targets``.
+
+    Args:
+        model: Of transformers; a bare one, not one wrapped for distribution or by adapters.
+        chunk_bytes: Of the logits that exist at a time, in float32.
+    """
+    split = SplitModel(model)
+
+    def forward(*args: Any, targets: Targets | None = None, **inputs: Any) -> Any:
+        if targets is None:
+            return split.forward(*args, **inputs)
+        inputs.pop("use_cache", None)
+        router = bool(getattr(model.config, "output_router_logits", False))
+        output = split.layers_output(**inputs, **({"output_router_logits": True} if router else {}))
+        hidden_SH = output[0].flatten(0, 1).index_select(0, targets.positions)
+        if len(hidden_SH):
+            size = chunk_bytes or CHUNK_BYTES.get(hidden_SH.device.type, CHUNK_BYTES["cuda"])
+            found = sparse_terms(split.head, hidden_SH, targets, max(1, size // (4 * _rows(model))))
+            loss = (targets.clm_weight * found.clm + (1 - targets.clm_weight) * found.fusion).sum()
+        else:  # nothing to learn, but every process takes part in the backward pass
+            none = torch.zeros(0, device=hidden_SH.device)
+            found = Terms(none, none, none.reshape(0, 2))
+            loss = 0.0 * split.head(output[0][0, :1]).float().sum()
+        if router:
+            loss = loss + len(hidden_SH) * _balance(split, output, inputs.get("attention_mask"))
+        loss = loss * targets.scale
+        targets.terms = Terms(found.clm.detach(), found.fusion.detach(), found.squares)
+        targets.loss = loss.detach()
+        return {"loss": loss}
+
+    forward.__signature__ = inspect.signature(split.forward)  # type: ignore[attr-defined]  # generate() looks
+    model.forward = forward
+
+
+def _rows(model: Any) -> int:
+    return int(getattr(model.config, "vocab_size", 0) or model.get_input_embeddings().num_embeddings)
+
+
+def _balance(split: SplitModel, output: Any, mask_BL: Tensor | None) -> Tensor:
+    """The weighted load-balancing loss that the model's own forward adds to its loss."""
+    output.last_hidden_state = output.last_hidden_state[:, :1]
+    found = split.given(output, attention_mask=mask_BL, output_router_logits=True)
+    weight: Tensor = split.model.config.router_aux_loss_coef * found.aux_loss
+    return weight

@@ -1,0 +1,657 @@
+"""The parts of ``varm-merge compare``: recipes of methods, distances, records, measuring, the command line."""
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import mergekit.merge
+import numpy as np
+import pytest
+import tiny_models
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import registered_methods
+from mergekit.options import MergeOptions
+from runs import checkpoint
+from tiny_models import Family
+
+import varm_merge.merging.method  # noqa: F401  registers varm
+from varm_common import process_usage as measure
+from varm_common.errors import UserError
+from varm_common.files import write_whole
+from varm_common.process_usage import CommandError, Run, measured
+from varm_merge.cli import main
+from varm_merge.comparison import programs
+from varm_merge.comparison.cache import Contents, Steps, demand_folder, locked
+from varm_merge.comparison.distances import distances, moved_layers
+from varm_merge.comparison.recipes import Entry, check, entries, family, short_names
+from varm_merge.comparison.scores import Scorers, Tasks
+from varm_merge.merging.lineage import Place, weights_fingerprint
+
+METHODS = sorted(one.spec.name for one in registered_methods())
+OF_TWO_MODELS = {"slerp", "nearswap", "arcee_fusion"}
+FITS = {
+    1: {*METHODS} - {"nuslerp", "model_stock"},
+    2: {*METHODS} - {"passthrough"},
+    3: {*METHODS} - {"passthrough", "nuslerp", *OF_TWO_MODELS},
+}
+"""The methods that merge so many targets, by mergekit's contracts."""
+
+
+# Recipes of methods
+
+
+def of_methods(methods: list[str], base: Path, targets: list[Path], folder: Path) -> list[Entry]:
+    found = entries([], methods, str(base), [str(target) for target in targets], folder)
+    for entry in found:
+        check(entry, None)
+    return found
+
+
+@pytest.mark.parametrize("targets", [1, 2, 3])
+def test_every_method_that_fits_gets_a_sound_recipe_and_the_others_a_reason(
+    targets: int, family: Callable[..., Family], tmp_path: Path
+) -> None:
+    members = family("llama", targets=3)
+    found = of_methods(METHODS, members.pivot, list(members.targets[:targets]), tmp_path)
+    assert {entry.name for entry in found if not entry.problems} == FITS[targets]
+    for entry in found:
+        assert entry.path.read_text() == entry.text
+        assert all("merges" in problem for problem in entry.problems), entry.problems
+    if targets == 3:
+        (slerp,) = [entry for entry in found if entry.name == "slerp"]
+        assert slerp.problems[0].endswith("not 4; multislerp and karcher merge more than two")
+
+
+def test_targets_that_tell_their_pivot_may_be_interpolated_without_it(mistral: Family, tmp_path: Path) -> None:
+    pivot = {"model": str(mistral.pivot), "weights": weights_fingerprint(Place(str(mistral.pivot)))}
+    targets = [shutil.copytree(target, tmp_path / target.name) for target in mistral.targets]
+    for target in targets:
+        (target / "fusion.json").write_text(json.dumps({"pivot": pivot}))
+    found = of_methods(["slerp", "ties"], mistral.pivot, targets, tmp_path)
+    assert [entry.problems for entry in found] == [[], []]
+    foreign = of_methods(["ties"], mistral.targets[0], targets, tmp_path)
+    assert "was fine-tuned from" in foreign[0].problems[0]
+
+
+@pytest.mark.parametrize("method", sorted(FITS[2]))
+def test_the_published_settings_merge_two_targets(
+    method: str, family: Callable[..., Family], tmp_path: Path
+) -> None:
+    members = family("llama", targets=3)
+    (entry,) = of_methods([method], members.pivot, list(members.targets[:2]), tmp_path)
+    options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
+    out = tmp_path / "out"
+    mergekit.merge.run_merge(MergeConfiguration.model_validate(entry.content), str(out), options=options)
+    assert all(np.isfinite(tensor).all() for tensor in checkpoint(out).values())
+
+
+def test_sce_is_given_the_share_of_elements_that_was_published(mistral: Family, tmp_path: Path) -> None:
+    (sce,) = of_methods(["sce"], mistral.pivot, list(mistral.targets), tmp_path)
+    assert sce.content["parameters"] == {"select_topk": 0.1}  # 10 % in FuseChat-7B v2
+
+
+def test_a_recipes_models_and_its_other_keys_are_taken_for_methods(mistral: Family, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    models = [{"model": str(target)} for target in mistral.targets]
+    content = {"merge_method": "varm", "base_model": str(mistral.pivot), "models": models, "dtype": "bfloat16"}
+    recipe.write_text(yaml.safe_dump(content))
+    found = entries([recipe], ["ties", "varm:layer"], None, [], tmp_path / "recipes")
+    assert [entry.name for entry in found] == ["mine", "ties", "varm-layer"]
+    ties, layer = found[1].content, found[2].content
+    assert (ties["base_model"], ties["models"], ties["dtype"]) == (str(mistral.pivot), models, "bfloat16")
+    assert ties["parameters"] == {"weight": 1.0, "density": 0.2}
+    assert layer["parameters"] == {"granularity": "layer"}
+
+
+def entry(tmp_path: Path, name: str, **content: Any) -> Path:
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_the_pivot_is_the_base_model_that_is_not_merged_itself(tmp_path: Path) -> None:
+    models = [{"model": "a"}, {"model": "b"}]
+    slerp = entry(tmp_path, "slerp", merge_method="slerp", base_model="a", models=models)
+    varm = entry(tmp_path, "varm", merge_method="varm", base_model="p", models=models)
+    sliced = entry(
+        tmp_path, "s", merge_method="linear", slices=[{"sources": [{"model": "c", "layer_range": [0, 1]}]}]
+    )
+    both = entries([slerp, varm, sliced], [], None, [], tmp_path)
+    assert (family(both).pivot, family(both).targets) == ("p", ("a", "b", "c"))
+    assert family(both[:1]).pivot == "a"
+    assert family(both, "b").targets == ("a", "c")
+    other = entries([varm, entry(tmp_path, "o", base_model="q", models=models)], [], None, [], tmp_path)
+    with pytest.raises(UserError, match="the pivot is one of p or q: say with --base"):
+        family(other)
+    with pytest.raises(UserError, match="name no base_model: say with --base"):
+        family(both[2:])
+
+
+def test_two_names_of_one_folder_are_one_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("p", "a"):
+        Path(name).mkdir()
+    one = entry(tmp_path, "one", base_model="./p", models=[{"model": "a"}, {"model": "p"}])
+    two = entry(tmp_path, "two", base_model="./p", models=[{"model": "./a/"}])
+    found = entries([one, two], [], None, [], tmp_path)
+    assert family(found).targets == ("a",)
+
+
+def test_models_are_told_apart_by_as_little_of_their_paths_as_is_enough() -> None:
+    assert short_names(["x/a", "x/b/"]) == ["a", "b"]
+    assert short_names(["x/a", "y/a", "b"]) == ["x/a", "y/a", "b"]
+    assert short_names(["x/ties", "x/b"], taken=["ties"]) == ["x/ties", "x/b"]
+
+
+@pytest.mark.parametrize("name", ["...yaml", "..yaml", ".yaml", ".hidden.yaml", "a\\..\\b.yaml"])
+def test_a_recipe_whose_name_could_be_no_folders_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("merge_method: linear\n")
+    out = tmp_path / "out"
+    done = CliRunner().invoke(main, ["compare", str(tmp_path / name), "--out", str(out)])
+    assert done.exit_code == 1
+    assert "can be no folder of a merged model; rename the file" in done.output
+    assert not (out / "models").exists()
+
+
+def test_recipes_of_one_name_are_told_apart_by_their_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "b")
+    paths = [entry(folder, "a", merge_method="linear") for folder in (tmp_path, tmp_path / "b")]
+    found = entries([Path("../a.yaml"), Path("a.yaml")], [], None, [], tmp_path)
+    assert [one.name for one in found] == [f"{path.parent.name}-a" for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told", "code"),
+    [
+        ([], "nothing to compare: give recipes, or --methods with --base and --models", 1),
+        (["--methods", "tiess", "--base", "p", "--models", "a"], "mergekit knows no method `tiess`", 1),
+        (["--methods", "linaer", "--base", "p", "--models", "a"], "no method `linaer`; did you mean `linear`?", 1),
+        (["--methods", "xyz", "--base", "p", "--models", "a"], "no method `xyz`; it knows arcee_fusion, ", 1),
+        (["--methods", "varm:layers", "--base", "p", "--models", "a"], "`varm:layers` is no method", 1),
+        (["--methods", "ties", "--models", "a"], "--models needs --base", 1),
+        (["--methods", "ties"], "--methods needs models", 1),
+        (["--models", "a"], "--models goes with --methods", 2),
+        (["--template", "chatml"], "--template goes with --held-out", 2),
+        (["nowhere.yaml"], "'nowhere.yaml' does not exist", 2),
+        (["--quiet", "--verbose"], "exclude each other", 2),
+    ],
+)
+def test_what_cannot_be_begun_is_a_sentence(arguments: list[str], told: str, code: int, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["compare", "--out", str(tmp_path / "out"), *arguments])
+    assert told in done.output
+    assert done.exit_code == code
+
+
+def test_where_no_recipe_can_be_merged_each_is_told(tmp_path: Path) -> None:
+    bad, typo = tmp_path / "bad.yaml", tmp_path / "typo.yaml"
+    bad.write_text("merge_method: [\n")
+    typo.write_text("merge_method: tiess\nmodels: []\n")
+    done = CliRunner().invoke(main, ["compare", str(bad), str(typo), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "bad: line 2: not valid YAML" in done.output
+    assert "typo: line 1: mergekit knows no method `tiess`" in done.output
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    done = CliRunner().invoke(main, ["compare", "--out", str(tmp_path), "--methods", "ties"])
+    assert "is not empty and holds no comparison" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+@pytest.mark.parametrize("marker", [".lock", ".varm-merge-compare"])
+def test_only_the_marker_with_its_text_makes_a_folder_a_comparisons(marker: str, tmp_path: Path) -> None:
+    (tmp_path / marker).write_text("of another program")
+    (tmp_path / "thesis.md").write_text("mine")
+    done = CliRunner().invoke(main, ["compare", "--out", str(tmp_path), "--methods", "ties"])
+    assert "is not empty and holds no comparison" in done.output
+    (tmp_path / "thesis.md").rename(tmp_path.parent / "thesis.md")
+    (tmp_path / marker).unlink()
+    (tmp_path / ".varm-merge-compare").touch()  # as if killed before it was written
+    demand_folder(tmp_path)
+    with locked(tmp_path):
+        pass
+    (tmp_path / "report.json").touch()
+    demand_folder(tmp_path)
+
+
+@dataclass
+class Merging:
+    """Comparisons by ``linear``, or ``recipe``, whose merges copy the pivot in place of mergekit."""
+
+    members: Family
+    folder: Path
+    commands: list[list[str]] = field(default_factory=list)
+
+    def measured(self, command: list[str], **_options: Any) -> Run:
+        self.commands.append(command)
+        own = command.index("--quiet") - 1
+        shutil.copytree(self.members.pivot, command[own])
+        return Run(1.0, 1.0, 1.0)
+
+    def compare(self, *options: str, recipe: Path | None = None) -> Result:
+        """Merges, and the commands that it ran in ``commands``."""
+        self.commands.clear()
+        targets = [part for target in self.members.targets for part in ("--models", str(target))]
+        what = [str(recipe)] if recipe else ["--methods", "linear", *targets]
+        out = ["--base", str(self.members.pivot), "--out", str(self.folder)]
+        return CliRunner().invoke(main, ["compare", *what, *out, *options])
+
+
+@pytest.fixture
+def merging(mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Merging:
+    found = Merging(mistral, tmp_path / "out")
+    monkeypatch.setattr("varm_merge.comparison.runner.measured", found.measured)
+    return found
+
+
+@pytest.mark.parametrize("options", [[], ["--no-keep"]])
+def test_a_folder_of_the_users_among_the_models_stays(options: list[str], merging: Merging) -> None:
+    with locked(merging.folder):
+        thesis = merging.folder / "models" / "linear" / "thesis.md"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("mine")
+    done = merging.compare(*options)
+    assert (done.exit_code, merging.commands) == (1, [])
+    assert f"`{thesis.parent}` holds no merged model; move it away, or give another --out" in done.output
+    assert thesis.read_text() == "mine"
+    thesis.rename(merging.folder / "thesis.md")
+    assert merging.compare("--no-keep").exit_code == 0
+    assert not thesis.parent.exists()
+    thesis.parent.mkdir()
+    thesis.write_text("mine")
+    merging.compare("--no-keep")
+    assert thesis.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("told", "changed"),
+    [
+        ({"tokenizer_source": "{own}"}, "own/tokenizer.json"),
+        ({"tokenizer": {"source": "{own}"}}, "own/tokenizer.json"),
+        ({"tokenizer": {"tokens": {"x": {"source": "{own}"}}}}, "own/tokenizer.json"),
+        (
+            {"tokenizer": {"tokens": {"x": {"source": {"kind": "model_token", "model": "{own}", "token_id": 1}}}}},
+            "own/tokenizer.json",
+        ),
+        ({"slices": [{"base_model": "{base}"}]}, "base/config.json"),
+        ({"models": [{"model": "{pivot}+{own}"}]}, "own/adapter_config.json"),
+        ({"models": [{"model": {"model": "{pivot}", "lora": "{own}"}}]}, "own/adapter_config.json"),
+    ],
+)
+def test_a_merge_depends_on_every_model_that_its_recipe_names(
+    told: dict[str, Any], changed: str, merging: Merging, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("varm_merge.comparison.recipes.check_recipe", lambda *_, **__: [])
+    pivot, target = (str(model) for model in (merging.members.pivot, merging.members.targets[0]))
+    (tmp_path / "own").mkdir()
+    for name in ("tokenizer.json", "adapter_config.json"):
+        (tmp_path / "own" / name).write_text("{}")
+    shutil.copytree(merging.members.targets[1], tmp_path / "base")
+    text = json.dumps(told).replace("{pivot}", pivot)
+    own = json.loads(text.replace("{own}", str(tmp_path / "own")).replace("{base}", str(tmp_path / "base")))
+    if "slices" in own:
+        own["slices"][0]["sources"] = [{"model": target, "layer_range": [0, 1]}]
+    content = {"merge_method": "linear", "base_model": pivot, "models": [{"model": target}], **own}
+    if "slices" in own:
+        del content["models"]
+    recipe = entry(tmp_path, "mine", **content)
+    for merges in (1, 0):
+        done = merging.compare(recipe=recipe)
+        assert len(merging.commands) == merges, done.output
+    with (tmp_path / changed).open("a") as file:
+        file.write("\n")
+    done = merging.compare(recipe=recipe)
+    assert "mine: merged again, for other inputs" in done.output
+    assert len(merging.commands) == 1
+
+
+def test_another_seed_is_told_to_mergekit_and_merges_again(merging: Merging) -> None:
+    for seed, merges in (("0", 1), ("0", 0), ("7", 1), ("7", 0)):
+        done = merging.compare("--seed", seed)
+        assert len(merging.commands) == merges, done.output
+        for command in merging.commands:
+            assert command[command.index("--random-seed") + 1] == seed
+    done = merging.compare("--seed", "7", "--mergekit", "--lazy-unpickle")
+    assert "linear: merged again, for other options" in done.output
+    assert "--lazy-unpickle" in merging.commands[0]
+
+
+@pytest.mark.parametrize(("options", "advice"), [([], ", or --no-keep: one model"), (["--no-keep"], "room\n")])
+def test_a_disk_without_room_for_the_models_ends_it_before_the_first_merge(
+    options: list[str], advice: str, merging: Merging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = SimpleNamespace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr("varm_merge.comparison.runner.psutil.disk_usage", lambda _folder: free)
+        done = merging.compare(*options)
+        assert re.search(
+            r"Error: the merged models take about .*kB, `.*` has 1 kB free; give an --out", done.output
+        )
+        assert advice in done.output
+        assert (done.exit_code, merging.commands) == (1, [])
+        free.free = 1 << 30
+        assert merging.compare(*options).exit_code == 0
+    assert len(merging.commands) == 1
+
+
+def test_two_comparisons_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path),
+        pytest.raises(UserError, match="another `varm-merge compare` works in"),
+        locked(tmp_path),
+    ):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("varm_merge.comparison.scores.find_spec", lambda _name: None)
+    with pytest.raises(UserError, match=r"pip install 'varm-merge\[eval\]'"):
+        Tasks(("arc",)).demand()
+
+
+def test_a_tasks_fingerprint_covers_its_data_and_runs_none_of_its_code(tmp_path: Path) -> None:
+    data, folder = tmp_path / "data.jsonl", tmp_path / "tasks"
+    folder.mkdir()
+    data.write_text("{}\n")
+    (folder / "mine.yaml").write_text(
+        f"task: mine\nprocess: !function utils.x\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+    )
+    (folder / "utils.py").write_text("raise SystemExit\n")
+
+    def about() -> dict[str, Any]:
+        return Tasks(("mine",), folder).about(Contents(tmp_path / "contents.json"), "mine")
+
+    first = about()
+    assert about() == first
+    data.write_text("{}\n{}\n")
+    assert about() != first
+
+
+@pytest.mark.parametrize(
+    ("told", "changed"),
+    [
+        ({"include": "../base/common.yaml"}, "base/common.yaml"),
+        ({"include": ["../base/common.yaml"]}, "base/utils.py"),
+        ({"include": "../base/common.yaml"}, "base/more.yaml"),
+        ({"include": "../base/common.yaml"}, "included.jsonl"),
+        ({"dataset_path": "data"}, "data/deep/test.jsonl"),
+        ({"dataset_kwargs": {"data_dir": "data"}}, "data/deep/test.jsonl"),
+        ({"dataset_kwargs": {"data_files": {"test": ["data/*/te*.jsonl"]}}}, "data/deep/test.jsonl"),
+        ({"dataset_kwargs": {"data_files": "data/**/*.jsonl"}}, "data/deep/test.jsonl"),
+        ({"group": "g", "task": [{"task": "x", "dataset_path": "data"}]}, "data/deep/test.jsonl"),
+    ],
+)
+def test_a_tasks_fingerprint_covers_includes_folders_and_patterns(
+    told: dict[str, Any], changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("tasks", "base", "data/deep"):
+        Path(folder).mkdir(parents=True)
+    Path("tasks/mine.yaml").write_text(yaml.safe_dump({"task": "mine", **told}))
+    Path("base/common.yaml").write_text("include: more.yaml\n")
+    data = "dataset_kwargs: {data_files: {test: included.jsonl}}"
+    Path("base/more.yaml").write_text(f"include: common.yaml\n{data}\n")  # in a circle
+    for file in ("base/utils.py", "included.jsonl", "data/deep/test.jsonl"):
+        Path(file).write_text("{}\n")
+
+    def about(task: str) -> dict[str, Any]:
+        return Tasks((task,), Path("tasks")).about(Contents(tmp_path / "contents.json"), task)
+
+    first = [about("mine"), about("tasks/mine.yaml")]
+    assert [about("mine"), about("tasks/mine.yaml")] == first
+    with Path(changed).open("a") as appended:
+        appended.write("# changed\n")
+    assert all(one != other for one, other in zip([about("mine"), about("tasks/mine.yaml")], first, strict=True))
+
+
+CHATS = [{"conversations": [{"from": "human", "value": "fox?"}, {"from": "gpt", "value": "the fox jumps"}]}] * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--held-out", "nosuch.jsonl"], "--held-out: no file `nosuch.jsonl`"),
+        (["--held-out", "chats.jsonl", "--template", "chatmll"], "--held-out: .*`chatmll`"),
+        (["--held-out", "chats.jsonl"], "--held-out: .*template"),
+        (
+            ["--tasks", "mine,mien", "--include-path", "tasks"],
+            r"--tasks: .* no task `mien` \(did you mean `mine`\?\)",
+        ),
+    ],
+)
+def test_what_no_model_could_be_scored_on_ends_it_before_the_first_merge(
+    options: list[str], told: str, mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_models.train_tokenizer(shutil.copytree(mistral.pivot, Path("pivot")), "the fox jumps over fox?")
+    Path("chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
+    Path("tasks").mkdir()
+    Path("tasks/mine.yaml").write_text("task: mine\ndataset_path: json\noutput_type: multiple_choice\n")
+    targets = [part for target in mistral.targets for part in ("--models", str(target))]
+    command = ["compare", "--methods", "linear", "--base", "pivot", *targets, "--out", "out", *options]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 1
+    (error,) = [line for line in done.output.splitlines() if line.startswith("Error: ")]
+    assert re.match(f"Error: {told}", error)
+    assert done.output.splitlines()[-1] == error
+    assert "merging" not in done.output
+    assert not Path("out/models").exists()
+
+
+class Unscored(Scorers):
+    """Cannot score a model for want of memory, and does not start what nobody needs."""
+
+    demanded: ClassVar[list[str]] = []
+
+    def prepare(self, *_arguments: Any) -> Path:
+        raise AssertionError("prepared")
+
+    def demand(self, *_arguments: Any) -> None:
+        self.demanded.append("tasks")
+
+    def task(self, *_arguments: Any) -> dict[str, Any]:
+        raise CommandError("CUDA out of memory")
+
+
+def test_a_model_that_was_not_measured_wholly_stays_without_keep(
+    mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("varm_merge.comparison.runner.Scorers", Unscored)
+    targets = [part for target in mistral.targets for part in ("--models", str(target))]
+    base, out = str(mistral.pivot), tmp_path / "out"
+    command = ["compare", "--methods", "linear", "--base", base, *targets, "--out", str(out), "--no-keep"]
+    done = CliRunner().invoke(main, [*command, "--tasks", "mine"])
+    assert done.exit_code == 1
+    assert re.search(r"the models take about \d+(\.\d+)? kB in ", done.output)
+    assert f"linear: kept in {out / 'models' / 'linear'}, for it was not measured wholly" in done.output
+    assert (out / "models" / "linear" / "model.safetensors").is_file()
+    assert CliRunner().invoke(main, [*command, "--tasks", "mine"]).exit_code == 1
+    assert Unscored.demanded == ["tasks"]  # known from the first time
+    done = CliRunner().invoke(main, command)
+    assert (done.exit_code, "merging" in done.output) == (0, False), done.output
+    assert not (out / "models" / "linear").exists()
+
+
+# Distances
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distances_are_exact_over_shards_and_dtypes(
+    dtype: torch.dtype, family: Callable[..., Family], tmp_path: Path
+) -> None:
+    members = family("mistral", targets=3, dtype=dtype)
+    merged = tiny_models.resave(members.targets[2], tmp_path / "merged", shard_size="5KB")
+    assert len(list(merged.glob("*.safetensors"))) > 1
+    found = distances(merged, members.pivot, {"a": members.targets[0], "same": members.targets[2]})
+    arrays = [checkpoint(folder) for folder in (members.pivot, merged, members.targets[0])]
+    pivot, model, target = (np.concatenate([one[name].ravel() for name in arrays[0]]) for one in arrays)
+    size, moved = np.linalg.norm(pivot), target != pivot
+    assert found["pivot"] == pytest.approx(np.linalg.norm(model - pivot) / size, rel=1e-12)
+    assert found["targets"]["a"]["distance"] == pytest.approx(np.linalg.norm(model - target) / size, rel=1e-12)
+    agree = np.sign((model - pivot)[moved]) == np.sign((target - pivot)[moved])
+    assert found["targets"]["a"]["sign_agreement"] == np.mean(agree)
+    assert found["targets"]["same"] == {"distance": 0.0, "cosine": pytest.approx(1.0), "sign_agreement": 1.0}
+    assert found["not_compared"] == {"tensors": 0, "some": []}
+
+
+def test_the_pivot_itself_has_no_direction_and_other_shapes_are_counted(mistral: Family, tmp_path: Path) -> None:
+    found = distances(mistral.pivot, mistral.pivot, {"t": mistral.targets[0]})
+    assert found["pivot"] == 0
+    assert found["targets"]["t"]["cosine"] is None
+    assert found["targets"]["t"]["sign_agreement"] == 0
+    longer = tmp_path / "longer"
+    tiny_models.resave(mistral.targets[0], longer)
+    embeddings = "model.embed_tokens.weight"
+
+    def lengthen(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[embeddings] = torch.cat([tensors[embeddings], torch.ones(1, 16)])
+        tensors["new"] = torch.ones(1)
+
+    tiny_models.edit(longer, lengthen)
+    found = distances(longer, mistral.pivot, {})
+    assert found["not_compared"] == {"tensors": 2, "some": [embeddings, "new"]}
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=4), st.integers(0, 2))
+def test_slices_are_comparable_only_where_each_layer_keeps_its_place(sizes: list[int], shift: int) -> None:
+    ends = np.cumsum([0, *sizes]).tolist()
+    ranges = [[first + shift, last + shift] for first, last in itertools.pairwise(ends)]
+    recipe = {"slices": [{"sources": [{"model": "p", "layer_range": one}] * 2} for one in ranges]}
+    assert (moved_layers(recipe, ends[-1]) is None) == (shift == 0)
+    if not shift:
+        assert f"it has {ends[-1]} layers, the pivot {ends[-1] + 1}" == moved_layers(recipe, ends[-1] + 1)
+    assert moved_layers({"models": []}, 3) is None
+
+
+# Records
+
+
+def test_a_record_counts_only_for_what_it_depends_on(tmp_path: Path) -> None:
+    steps = Steps(tmp_path)
+    steps.save("merge", "a/b", {"recipe": "x", "inputs": ["1"]}, {"runs": [1]})
+    assert steps.found("merge", "a/b", {"recipe": "x", "inputs": ["1"]}) == {"runs": [1]}
+    assert steps.found("merge", "a/b", {"recipe": "y", "inputs": ["1"]}) is None
+    assert steps.changed("merge", "a/b", {"recipe": "y", "inputs": ["1"]}) == ["recipe"]
+    path = steps.path("merge", "a/b")
+    for half in (path.read_text()[:-20], "[]", "", '{"about": 1, "result": 2}'):
+        path.write_text(half)
+        assert steps.found("merge", "a/b", {"recipe": "x", "inputs": ["1"]}) is None
+
+
+def test_contents_are_read_once_and_again_when_they_change(tmp_path: Path) -> None:
+    file, known = tmp_path / "a.bin", tmp_path / "known.json"
+    file.write_bytes(b"one")
+    first = Contents(known).fingerprint([file])
+    again = Contents(known)
+    assert again.fingerprint([file]) == first
+    assert not again.read
+    file.write_bytes(b"two, longer")
+    assert Contents(known).fingerprint([file]) != first
+    known.write_text("broken")
+    assert Contents(known).fingerprint([file]) != first
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        Contents(known).fingerprint([tmp_path / "nowhere"])
+
+
+def test_a_full_disk_leaves_no_half_file(small_disk: Callable[[int], Path]) -> None:
+    folder = small_disk(1 << 16)
+    write_whole(folder / "a.json", "old")
+    with pytest.raises(UserError, match=r"a.json` cannot be written: No space left"):
+        write_whole(folder / "a.json", "x" * (1 << 20))
+    assert [path.name for path in folder.iterdir()] == ["a.json"]
+    assert (folder / "a.json").read_text() == "old"
+
+
+# Measuring
+
+ALLOCATE = "import time; x = bytearray({} << 20); time.sleep(0.3)"
+
+
+@pytest.mark.parametrize("linux", [True, False] if measure.LINUX else [False])
+def test_the_peak_is_that_of_a_command_and_its_children(linux: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``linux`` false as it is measured elsewhere, by psutil."""
+    monkeypatch.setattr(measure, "LINUX", linux)
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ALLOCATE.format(100)!r}])"
+    run = measured([sys.executable, "-c", child])
+    assert 100 < run.anonymous_mib < 200
+    assert run.wall_s > 0.3
+    assert run.cpu_s < run.wall_s * 4
+
+
+def test_a_mapped_file_is_no_anonymous_memory(tmp_path: Path) -> None:
+    file = tmp_path / "large"
+    file.write_bytes(bytes(200 << 20))
+    mapped = f"import mmap, time; f = open({str(file)!r}, 'rb'); m = mmap.mmap(f.fileno(), 0, prot=1)"
+    read = f"{mapped}; sum(m[::4096]); time.sleep(0.2)"
+    assert measured([sys.executable, "-c", read]).anonymous_mib < 60
+
+
+def test_a_command_that_fails_says_its_last_words(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("before\n")
+    with pytest.raises(CommandError, match=r"exited 3:\nlast words$"):
+        measured([sys.executable, "-c", "print('last words'); raise SystemExit(3)"], log=log)
+    assert log.read_text() == "before\nlast words\n"
+    with pytest.raises(CommandError, match=r"was ended by signal 9 \(killed; was memory short\?\)"):
+        measured([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    with pytest.raises(CommandError, match="`/nowhere` cannot be started: No such file"):
+        measured(["/nowhere"])
+
+
+@pytest.mark.parametrize("linux", [True, False] if measure.LINUX else [False])
+def test_a_program_runs_many_times_and_each_run_fails_alone(
+    linux: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``linux`` false each run is a process of its own."""
+    monkeypatch.setattr(programs, "LINUX", linux)
+    (tmp_path / "told.py").write_text(
+        "import sys, os\nprint('said', *sys.argv[1:])\nif 'kill' in sys.argv: os.kill(os.getppid(), 9)\n"
+        "if 'fail' in sys.argv: raise ValueError('no')\n"
+    )
+    program = programs.Program("told", ["json"], {"PYTHONPATH": str(tmp_path), "PATH": ""})
+    log = tmp_path / "log.txt"
+    program.run(["a b"], log)
+    with pytest.raises(CommandError, match="ValueError: no"):
+        program.run(["fail"], log)
+    if linux:
+        program._process.kill()  # type: ignore[union-attr]  # by whoever ends processes for memory
+    program.run(["c"], log)
+    program.close()
+    assert [line for line in log.read_text().splitlines() if line.startswith("said")] == [
+        "said a b",
+        "said fail",
+        "said c",
+    ]
+
+
+def test_the_benchmarks_measure_by_the_package() -> None:
+    folder = Path(__file__).parents[3] / "benchmarks"
+    told = "import measure, varm_common.process_usage as own; print(measure.measured is own.measured)"
+    done = subprocess.run([sys.executable, "-c", told], cwd=folder, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_the_help_has_an_example_for_each_use() -> None:
+    told = CliRunner().invoke(main, ["compare", "--help"]).output
+    for use in ("--methods varm,varm:layer", "--no-keep", "--tasks hellaswag,mine", "--repeat 5", "--json >"):
+        assert use in told

@@ -1,0 +1,77 @@
+"""What the commands of both programs share: ``--quiet``, ``--verbose``, and completion by the shell."""
+
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import click
+from click.shell_completion import get_completion_class
+
+__all__ = ["completion", "is_quiet", "talks"]
+
+Command = Callable[..., None]
+
+
+def talks(*, libraries: bool = True) -> Callable[[Command], Command]:
+    """Give a command ``--quiet`` and ``--verbose``. The command gets ``quiet`` if it has such a parameter.
+
+    ``--quiet`` hides progress bars and all messages of the libraries but errors. ``--verbose`` prints what the
+    libraries report. Both also hold for the programs that a command starts: they are set in the environment, which
+    tqdm, transformers and huggingface_hub read when they are imported.
+
+    Args:
+        libraries: Whether, with neither flag, the libraries report as they do by default; if not, only warnings.
+    """
+
+    def decorate(command: Command) -> Command:
+        wants_quiet = "quiet" in inspect.signature(command).parameters
+
+        @click.option("-q", "--quiet", is_flag=True, help="Hide progress.")
+        @click.option("-v", "--verbose", is_flag=True, help="Print what the libraries report, on stderr.")
+        @functools.wraps(command)
+        def talking(*arguments: Any, quiet: bool, verbose: bool, **options: Any) -> None:
+            if quiet and verbose:
+                raise click.UsageError("--quiet and --verbose exclude each other")
+            if quiet:
+                os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+            if quiet or verbose or not libraries:
+                os.environ["TRANSFORMERS_VERBOSITY"] = "info" if verbose else "error"
+                level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
+                logging.basicConfig(level=level, format="%(name)s: %(message)s", force=not libraries)
+            if not libraries:
+                logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+            command(*arguments, **({"quiet": quiet} if wants_quiet else {}), **options)
+
+        return talking
+
+    return decorate
+
+
+def is_quiet() -> bool:
+    """Whether progress is hidden, by ``--quiet`` or by tqdm's own variable."""
+    return bool(os.environ.get("TQDM_DISABLE"))
+
+
+def completion(program: str) -> click.Command:
+    """The command ``completion`` of a program."""
+    example = f"{program} completion bash"
+    help_text = (
+        "Print the script that completes commands and options in SHELL.\n\n\b\nExample, for the running shell and "
+        f'for all later ones:\n  eval "$({example})"\n  {example} >> ~/.bashrc'
+    )
+
+    @click.command(name="completion", help=help_text)
+    @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+    @click.pass_context
+    def command(context: click.Context, shell: str) -> None:
+        root = context.find_root()
+        name = str(root.info_name)
+        variable = f"_{name.replace('-', '_').upper()}_COMPLETE"  # click's own
+        shell_class = get_completion_class(shell)
+        assert shell_class is not None
+        click.echo(shell_class(root.command, {}, name, variable).source())
+
+    return command

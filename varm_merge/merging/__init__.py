@@ -1,0 +1,1 @@
+"""The merge: units, statistics, weights, and the method that mergekit calls."""

@@ -1,0 +1,179 @@
+"""The config of a finished merge, and whether transformers would load the merge with it.
+
+mergekit sets the depth of the output config only where its definition of the architecture names the key, and never
+the lists that tell something of each layer (``layer_types``). For ``varm`` both follow the layers that the slices
+take. What comes of it is tried without data: the config is saved and read, and transformers loads the outputs.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mergekit.config import MergeConfiguration
+
+from varm_merge.merging.loading import Loaded, Unloadable, loaded, numberless, patterns
+from varm_merge.recipes.headers import is_buffer
+
+__all__ = ["Outcome", "follow_slices", "judge", "layers_taken", "saved"]
+
+NOT_BY_LAYER = ("architectures", "token_id", "token_ids")
+"""Ends of the names of a config's lists that tell nothing of layers."""
+
+
+@dataclass
+class Outcome:
+    """What is wrong with a finished merge.
+
+    Attributes:
+        lost: Tensors that the base model has and loads, and that the merge would lack.
+        faults: Why it would not load as it is, a sentence each.
+    """
+
+    lost: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+# The config
+
+
+def layers_taken(config: MergeConfiguration) -> dict[str | None, list[int]]:
+    """The base model's layers in the order of the merge, by module; None stands for the only module."""
+    modules: dict[str | None, Any] = {name: one.slices for name, one in (config.modules or {}).items()}
+    if config.slices:
+        modules[None] = config.slices
+    taken: dict[str | None, list[int]] = {}
+    for module, slices in modules.items():
+        for one in slices or ():
+            base = one.base_model or config.base_model
+            source = next((source for source in one.sources if source.model == base), one.sources[0])
+            taken.setdefault(module, []).extend(range(*source.layer_range))
+    return taken
+
+
+def follow_slices(out_config: Any, config: MergeConfiguration, architecture: Any, own_config: Any) -> None:
+    """Give the output config the depth of the slices, and their layers' entries of its lists by layer.
+
+    Args:
+        out_config: Changed in place.
+        config: The recipe.
+        architecture: mergekit's ``ModelArchitecture``.
+        own_config: The base model's.
+    """
+    for module, layers in layers_taken(config).items():
+        name = next(iter(architecture.modules)) if module is None else module
+        key = architecture.modules[name].architecture.num_layers_config_key()
+        if key is None and len(architecture.modules) > 1:
+            continue  # which config is this module's?
+        part, own = out_config, own_config
+        *path, key = key.split(".") if key else ("num_hidden_layers",)
+        if not path and not hasattr(own, key):
+            part, own = out_config.get_text_config(), own_config.get_text_config()
+        for one in path:
+            part, own = getattr(part, one), getattr(own, one)
+        depth = getattr(own, key, None)
+        if depth is None:
+            continue
+        setattr(part, key, len(layers))
+        for entry, values in list(vars(own).items()):
+            if isinstance(values, list | tuple) and len(values) == depth and not entry.endswith(NOT_BY_LAYER):
+                setattr(part, entry, [values[layer] for layer in layers if layer < depth])
+
+
+def saved(out_config: Any) -> Any:
+    """The output config as it will be read from the merged folder.
+
+    Raises:
+        ValueError: It cannot be saved.
+        Unloadable: It can, and not be read again.
+    """
+    with tempfile.TemporaryDirectory(prefix="varm-merge-") as folder:
+        try:
+            out_config.save_pretrained(folder)
+        except Exception as error:  # of whatever kind: a config is checked by its class
+            raise ValueError(_one_line(error)) from error
+        try:
+            read = type(out_config).from_pretrained(folder)
+        except Exception as error:  # the same
+            raise Unloadable(_one_line(error)) from error
+    for name, values in vars(out_config).items():
+        if name.endswith("layers") and isinstance(values, list) and getattr(read, name, values) != values:
+            raise Unloadable(f"its `{name}` would be {getattr(read, name)}, not {values}")
+    return read
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+# Loading
+
+
+def judge(
+    out_config: Any,
+    outputs: Mapping[str, torch.Tensor],
+    own_config: Any,
+    own: Mapping[str, torch.Tensor],
+    unread: Sequence[str] | None,
+    code: Any,
+) -> Outcome:
+    """Load base model and merge without data, and compare.
+
+    Args:
+        out_config: The config of the merge.
+        outputs: Its tensors.
+        own_config: The base model's config.
+        own: The base model's tensors.
+        unread: Names of those that are in no output; None where the merge leaves out whole layers.
+        code: mergekit's ``ModelPath`` of a base model whose own code may be run; None for none.
+    """
+    architecture = (getattr(out_config, "architectures", None) or ["model"])[0]
+    try:
+        before = loaded(own_config, own, code)
+    except Unloadable:  # names must do
+        written = {numberless(name) for name in outputs}
+        return Outcome([name for name in unread or own if numberless(name) not in written])
+    try:
+        after = loaded(out_config, outputs, code)
+    except Unloadable as error:
+        return Outcome(faults=[f"transformers cannot make a {architecture} of the merge's config: {error}"])
+    outcome = Outcome(faults=[*_other_shapes(before, after), *_unexpected(before, after, own, architecture)])
+    known = {numberless(name) for name in before.missing}
+    missing = sorted(name for name in after.missing if numberless(name) not in known)
+    if missing and unread is None:
+        written = {numberless(name) for name in outputs}
+        if lacking := [name for name in missing if numberless(name) in written]:
+            outcome.faults.append(
+                f"the merge would lack {patterns(lacking)}, which a {architecture} with its config has: they "
+                "would be random. Take slices with the base's number and kinds of layers"
+            )
+        outcome.lost = [name for name in missing if numberless(name) not in written]
+    elif missing:
+        ignored = {numberless(name) for name in before.unexpected}
+        outcome.lost = [name for name in unread or () if numberless(name) not in ignored] or missing
+    return outcome
+
+
+def _other_shapes(before: Loaded, after: Loaded) -> list[str]:
+    wrong = {name: shapes for name, shapes in after.mismatched.items() if name not in before.mismatched}
+    if not wrong:
+        return []
+    name, (here, wanted) = next(iter(wrong.items()))
+    more = f" ({len(wrong)} tensors are like this)" if len(wrong) > 1 else ""
+    return [
+        f"`{name}` of the merge would have the shape {[*here]}, and its config asks for {[*wanted]}{more}: "
+        "transformers would not load it. Choose a base_model and a `tokenizer` with vocabularies of one size"
+    ]
+
+
+def _unexpected(before: Loaded, after: Loaded, own: Mapping[str, torch.Tensor], architecture: str) -> list[str]:
+    read = {numberless(name) for name in own if name not in before.unexpected}
+    ignored = {numberless(name) for name in before.unexpected} - read
+    extra = [name for name in after.unexpected if numberless(name) not in ignored and not is_buffer(name)]
+    if not extra:
+        return []
+    return [
+        f"the merge would have {patterns(sorted(extra))} that no {architecture} with its config reads: "
+        "transformers would drop them. Take slices with the base's number and kinds of layers"
+    ]

@@ -1,0 +1,278 @@
+"""mergekit's plan of a merge: output tensors, their tasks, their transformer blocks."""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit import merge_methods
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
+from mergekit.config import ConditionalParameter, MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge_methods import TensorGroup
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from pydantic import BaseModel
+
+from varm_common.errors import UserError
+from varm_merge.merging import method
+from varm_merge.merging.experts import Layout
+from varm_merge.merging.mergekit_io import SUPPORTED_MERGEKIT, expect, expect_fields, swapped
+from varm_merge.merging.tasks import expert_layout, tensor_group
+from varm_merge.merging.weight_log import natural_order
+from varm_merge.merging.weights import Settings, block_of
+
+__all__ = [
+    "Plan",
+    "PlannedTensor",
+    "architecture_names",
+    "by_name",
+    "new_plan",
+    "planned_blocks",
+    "planned_tensors",
+    "recipe_content",
+    "refuse_idle_filters",
+    "run_state",
+]
+
+
+class _State(threading.local):
+    """Of the run in this thread: the recipe's file, and whether tensors are merged by their names."""
+
+    path: Path | None = None
+    by_name: bool = False
+
+
+run_state = _State()
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of the output model before it is merged; ``block`` is None outside all transformer blocks."""
+
+    name: str
+    block: str | None
+    settings: Settings
+    layout: Layout
+    load: Callable[[], TensorGroup | None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """mergekit's plan of a merge.
+
+    Attributes:
+        config: The recipe, as mergekit has rewritten it.
+        out_config: The config of the output model.
+        tensors: Each output tensor and the task that merges it.
+        blocks: The transformer block of each tensor inside one.
+        tokenizer: The ``TokenizerInfo`` of the output model; None if the recipe has no ``tokenizer``.
+    """
+
+    config: MergeConfiguration
+    out_config: Any
+    tensors: list[tuple[WeightInfo, ExecuteMergeMethodTask]]
+    blocks: Mapping[str, str | None]
+    tokenizer: Any
+
+    @property
+    def architecture(self) -> str:
+        """The class of the output model."""
+        return str((getattr(self.out_config, "architectures", None) or ["model"])[0])
+
+
+def new_plan(config: MergeConfiguration, options: MergeOptions, *, dry: bool = False) -> Plan:
+    """Let mergekit plan a merge; no weight is read.
+
+    Args:
+        config: The recipe; mergekit rewrites it.
+        options: Of the run.
+        dry: Whether the plan's tensors are to be loaded without data, to torch's ``meta`` device.
+
+    Raises:
+        UserError: The units contradict each other, or mergekit is another than this file knows.
+        Exception: Whatever mergekit has against the recipe.
+    """
+    import mergekit.merge as merge
+    import mergekit.plan as plan
+
+    if (reason := merge_methods.get(method.METHOD_NAME).refusal) is not None:
+        raise UserError(reason)
+    try:
+        expect(merge._update_config_vocab, "config", "arch_info", "tokenizer", "pad_to_multiple_of")
+        expect_fields(vars(merge), "get_architecture_info")
+        expect_fields(plan.MergePlanner.__annotations__, "_tokenizer_task")
+    except (AttributeError, TypeError) as error:
+        raise UserError(
+            f"varm-merge works with mergekit {SUPPORTED_MERGEKIT}, and the installed one is built "
+            f'differently ({error}). Install a supported version: pip install "mergekit{SUPPORTED_MERGEKIT}"'
+        ) from error
+    LoaderCache().setup(options=options)
+    architecture = merge.get_architecture_info(config, options)
+    out_config = merge._model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
+    if dry:  # only now: mergekit remembers the architecture that it inferred for a run with these options
+        options = options.model_copy(update={"device": "meta", "read_to_gpu": True, "multi_gpu": False})
+    planner = plan.MergePlanner(config, architecture, options=options, out_model_config=out_config)
+    planner._plan()
+    tokenizer = planner._tokenizer_task.execute() if planner._tokenizer_task else None
+    if tokenizer is not None:
+        multiple = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
+        merge._update_config_vocab(out_config, architecture, tokenizer.tokenizer, pad_to_multiple_of=multiple)
+    tensors = list({weight.name: (weight, task) for weight, task in planner._tensors}.values())
+    return Plan(planner.config, out_config, tensors, planned_blocks(planner), tokenizer)
+
+
+def planned_tensors(config: MergeConfiguration, options: MergeOptions) -> list[PlannedTensor]:
+    """Every tensor that a ``varm`` recipe merges, to be loaded one by one as the merge itself would.
+
+    Raises:
+        UserError: The units contradict each other, or mergekit is another than this file knows.
+    """
+    plan = new_plan(config, options)
+    device = torch.device(options.device or "cpu")
+    layout = expert_layout(plan.out_config)
+    return [
+        PlannedTensor(
+            weight.name,
+            plan.blocks.get(weight.name),
+            Settings(**dict(task.parameters.items())),
+            layout,
+            functools.partial(tensor_group, task, plan.tokenizer, device),
+        )
+        for weight, task in sorted(plan.tensors, key=lambda one: natural_order(one[0].name))
+    ]
+
+
+@contextmanager
+def by_name() -> Iterator[None]:
+    """Merge the base model's tensors by their names, whatever mergekit's definition of its architecture says."""
+    import mergekit.merge as merge
+
+    expect_fields(vars(merge), "get_architecture_info")
+    with swapped(merge, "get_architecture_info", _names_as_architecture), swapped(run_state, "by_name", True):
+        yield
+
+
+def _names_as_architecture(config: MergeConfiguration, options: MergeOptions) -> Any:
+    """An architecture without layers, of the tensors that the base model has; a target may lack some of them."""
+    from mergekit.architecture import auto
+    from mergekit.architecture import json_definitions as definitions
+    from mergekit.architecture.base import ModelArchitecture, ModuleDefinition
+
+    LoaderCache().setup(options=options)
+    references = config.referenced_models()
+    base = config.base_model or config.models[0].model
+    names = {model: LoaderCache().get(model).index.tensor_paths for model in references}
+    axes: Mapping[str, int] = {}
+    if config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings:
+        axes = auto.get_transformers_info(base, options)[2] or {}
+    weights = [
+        WeightInfo(
+            name=name,
+            optional=not all(name in own for own in names.values()),
+            vocabulary_axis=axes.get(name),
+        )
+        for name in sorted(names[base], key=natural_order)
+    ]
+    definition = definitions.JsonModuleArchDef(
+        model_type="",
+        architectures=[],
+        pre_weights=weights,
+        layer_templates=definitions.JsonLayerTemplates(weights=[]),
+        post_weights=[],
+        override_num_layers=0,
+    )
+    module = ModuleDefinition(architecture=definitions.JsonModuleArchitecture(definition=definition))
+    return ModelArchitecture(modules={"default": module}, architectures=[], model_type="", tagalong_files=TAGALONG)
+
+
+TAGALONG = [
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+]
+"""Files of the base model that belong to the merged one, beside its config and tokenizer."""
+
+
+def planned_blocks(planner: Any) -> dict[str, str | None]:
+    """The transformer block of every tensor: by the architecture, or by its name where that has no layers."""
+    if run_state.by_name:
+        return {weight.name: block_of(weight.name) for weight, _ in planner._tensors}
+    return dict(_blocks(planner))
+
+
+def _blocks(planner: Any) -> Iterator[tuple[str, str]]:
+    """(tensor, its transformer block) for every tensor inside a block of the output model, by its architecture."""
+    taken: set[str] = set()
+    for module, definition in planner.config.modules.items():
+        architecture = planner._out_module_arch(module)
+        first_sources = (output_slice.sources[0] for output_slice in definition.slices)
+        layers = sum(source.layer_range[1] - source.layer_range[0] for source in first_sources)
+        for index in range(layers):
+            names = [weight.name for weight in architecture.layer_weights(index=index)]
+            candidates = [
+                *filter(None, [block_of(names[0]), _common_path(names)]),
+                f"{module}.layers.{index}",
+            ]
+            block = next(
+                (c for c in candidates[:-1] if c not in taken and all(name.startswith(f"{c}.") for name in names)),
+                candidates[-1],
+            )
+            taken.add(block)
+            yield from ((name, block) for name in names)
+
+
+def architecture_names(planner: Any) -> Iterator[str]:
+    """Every name a tensor of the output model could have, also of optional tensors that no input has."""
+    for module in planner.config.modules:
+        for weight in planner._out_module_arch(module).all_weights():
+            yield from (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
+
+
+def _common_path(names: Sequence[str]) -> str:
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    shared = []
+    for column in columns:
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return ".".join(shared)
+
+
+def recipe_content(value: Any) -> Any:
+    """A recipe's settings as plain data, without those left at their defaults.
+
+    ``model_dump`` does not serve: mergekit's serialiser of a model path with a space in it calls itself.
+    """
+    if isinstance(value, ModelReference) and value.override_architecture is None:
+        return str(value)
+    if isinstance(value, BaseModel):
+        defaults = {name: field.default for name, field in type(value).model_fields.items()}
+        return {name: recipe_content(setting) for name, setting in value if setting != defaults[name]}
+    if isinstance(value, Mapping):
+        return {str(key): recipe_content(item) for key, item in value.items()}
+    return [recipe_content(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def refuse_idle_filters(config: Any, tensors: Sequence[str]) -> None:
+    """A filter that matches no tensor would silently leave its value unused."""
+    modules = (getattr(config, "modules", None) or {}).values()
+    slices = [output_slice for module in modules for output_slice in module.slices or ()]
+    problems = [
+        f"`{name}` has a filter `{condition.filter}` that matches no tensor of the output model"
+        for scope in (config, *modules, *slices)
+        for name, setting in (scope.parameters or {}).items()
+        for condition in (setting if isinstance(setting, list) else [setting])
+        if isinstance(condition, ConditionalParameter)
+        and condition.filter not in (None, "*")
+        and not any(condition.filter in tensor for tensor in tensors)
+    ]
+    if problems:
+        raise UserError("; ".join(dict.fromkeys(problems)) + f". Its tensors are named like `{tensors[0]}`.")

@@ -1,0 +1,1 @@
+"""A finished merge on the Hub, with a model card."""

@@ -1,0 +1,310 @@
+"""Compares files with a repository on the Hub, and uploads the difference in one commit.
+
+huggingface_hub does the transfer. Large files are uploaded first and become visible with the commit at the end, so
+readers see the old model or the new one. The Hub recognises files that an interrupted push has uploaded by their
+hash. Tokens are removed from every message.
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub.utils.sha import git_hash
+from tqdm import tqdm
+
+from varm_common.errors import UserError
+from varm_merge.publishing.card import (
+    README,
+    Card,
+    Findings,
+    Parent,
+    is_generated,
+    license_in,
+    local_parent,
+    only_renews,
+)
+
+__all__ = [
+    "Change",
+    "Remote",
+    "card_is_edited",
+    "check_name",
+    "compare",
+    "guard_logs",
+    "look_at",
+    "parent_at",
+    "upload",
+]
+
+QUERY_TIMEOUT_SECONDS = 10
+STALLED_SECONDS = 300
+"""Seconds without any traffic after which an upload counts as interrupted."""
+WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+"""The files among which transformers chooses. Old ones left beside new ones could be loaded instead."""
+TOKENS = re.compile(
+    r"hf_[A-Za-z0-9]{8,}|(?i:bearer) +[^\s'\"]+|(?<=://)[^/@\s]+@|(?<=[?&])[^\s'\"]*(?i:signature|token)=[^\s'\"]*"
+)
+SENT = ("new", "changed", "removed")
+"""States of files that the commit changes."""
+GITATTRIBUTES = ".gitattributes"
+"""The Hub puts this file into every new repository."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a push does with a file; ``state`` is ``new``, ``changed``, ``same``, ``kept`` or ``removed``."""
+
+    path: str
+    size: int
+    state: str
+    operation: CommitOperationAdd | CommitOperationDelete
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A repository as it is on the Hub; a branch that does not exist has the files it would start from."""
+
+    exists: bool = False
+    private: bool = True
+    commit: str | None = None
+    has_revision: bool = True
+    files: Mapping[str, RepoSibling] = field(default_factory=dict)
+
+
+def check_name(repository: str) -> None:
+    """Check that a repository is named by user and name.
+
+    Raises:
+        UserError: It is not.
+    """
+    try:
+        validate_repo_id(repository)
+        if "/" not in repository:
+            raise errors.HFValidationError("the user is missing")
+    except errors.HFValidationError as error:
+        raise UserError(f"`{repository}` is not a repository name; write user/name ({error})") from error
+
+
+def look_at(repository: str, revision: str | None = None) -> Remote:
+    """Read the state of a repository.
+
+    Raises:
+        UserError: The Hub does not answer, or refuses this token.
+    """
+    with explained(repository):
+        try:
+            info = HfApi().model_info(
+                repository, revision=revision, files_metadata=True, timeout=QUERY_TIMEOUT_SECONDS
+            )
+        except errors.RevisionNotFoundError:
+            return replace(look_at(repository), commit=None, has_revision=False)
+        except errors.GatedRepoError:
+            raise
+        except errors.RepositoryNotFoundError:
+            return Remote()
+    files = {file.rfilename: file for file in info.siblings or []}
+    return Remote(True, bool(info.private), info.sha, True, files)
+
+
+def compare(files: Mapping[str, Path | bytes], remote: Remote, quiet: bool = True) -> list[Change]:
+    """Compare local files with those of a repository, by size and hash."""
+    changes = []
+    for path, content in tqdm(sorted(files.items()), unit="file", desc="compare", disable=quiet, leave=False):
+        addition = CommitOperationAdd(path, content)
+        known = remote.files.get(path)
+        state = "new" if known is None else "same" if _is_same(addition, known) else "changed"
+        changes.append(Change(path, addition.upload_info.size, state, addition))
+    return changes + [
+        Change(path, int(old.size or 0), "removed", CommitOperationDelete(path))
+        for path, old in sorted(remote.files.items())
+        if path not in files and WEIGHTS.fullmatch(path)
+    ]
+
+
+def _is_same(addition: CommitOperationAdd, known: RepoSibling) -> bool:
+    if addition.upload_info.size != (known.size or 0):
+        return False
+    if known.lfs:
+        return addition.upload_info.sha256.hex() == known.lfs.sha256
+    with addition.as_file() as file:
+        return git_hash(file.read()) == known.blob_id
+
+
+def card_is_edited(repository: str, remote: Remote, card: Card) -> bool:
+    """Whether a person wrote or edited the repository's card, and ``card`` would change what they wrote."""
+    known = remote.files.get(README)
+    if known is None or _is_same(CommitOperationAdd(README, card.text.encode()), known):
+        return False
+    with explained(repository):
+        content = Path(HfApi().hf_hub_download(repository, README, revision=remote.commit)).read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+        return not is_generated(text) and (card.generated or not only_renews(card.text, text))
+    except (ValueError, TypeError, yaml.YAMLError):  # no push has written this card
+        return True
+
+
+def parent_at(name: str, role: str, findings: Findings) -> Parent:
+    """Look up a model of the recipe on the Hub, or in its folder if it is one."""
+    if not _may_be_hub_id(name):
+        return local_parent(name, role)
+    try:
+        with explained(name):
+            info = HfApi().model_info(name, timeout=QUERY_TIMEOUT_SECONDS)
+    except UserError as error:
+        if isinstance(error.__cause__, errors.RepositoryNotFoundError):
+            findings.remarks.append(
+                f"`{name}` is neither a folder here nor a model on the Hub; the card's metadata omit it"
+            )
+            return local_parent(name, role)
+        findings.remarks.append(f"the licence of `{name}` is unknown: {error}")
+        return Parent(name, role, name)
+    return Parent(name, role, info.id or name, license_in(vars(info.card_data) if info.card_data else {}))
+
+
+def _may_be_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except errors.HFValidationError:
+        return False
+    return name[0] not in ".~" and not Path(name).exists()
+
+
+def upload(
+    repository: str,
+    changes: Sequence[Change],
+    remote: Remote,
+    *,
+    public: bool,
+    revision: str | None,
+    create_pr: bool,
+    message: str,
+) -> Any:
+    """Create repository and branch if needed, and commit the changes; returns huggingface_hub's ``CommitInfo``.
+
+    Raises:
+        UserError: The upload failed. The repository is unchanged, and the same call resumes.
+    """
+    api = HfApi()
+    with explained(repository):
+        huggingface_hub.get_session().timeout = STALLED_SECONDS
+        for change in changes:
+            if change.path == README and isinstance(change.operation, CommitOperationAdd):
+                with change.operation.as_file() as file:
+                    huggingface_hub.ModelCard(file.read().decode()).validate()
+        if not remote.exists:
+            api.create_repo(repository, private=not public, exist_ok=True)
+        if revision and revision != "main" and not (remote.exists and remote.has_revision):
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        if not (remote.exists and remote.has_revision):
+            remote = _just_created(repository, revision, remote)
+        return api.create_commit(
+            repository,
+            [change.operation for change in changes],
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=None if create_pr else remote.commit,
+        )
+
+
+def _just_created(repository: str, revision: str | None, before: Remote) -> Remote:
+    """Look again after creating a repository or branch: another push may have created and filled it first."""
+    created = look_at(repository, revision)
+    known, present = ({**state.files, GITATTRIBUTES: None} for state in (before, created))
+    if known != present:
+        raise UserError(ADVICE[412].format(repository))
+    return created
+
+
+# Tokens and errors
+
+
+def redact(text: str) -> str:
+    """Remove tokens from a text: the user's own, anything that looks like one, and secrets in URLs."""
+    if token := huggingface_hub.get_token():
+        text = text.replace(token, "<token>")
+    return TOKENS.sub("<token>", text)
+
+
+class _Redacting(logging.Formatter):
+    def __init__(self, inner: logging.Formatter) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(self.inner.format(record))
+
+
+def guard_logs() -> None:
+    """Remove tokens from what the libraries log, at any level."""
+    logging.captureWarnings(True)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+    for name in ("", "huggingface_hub", "transformers"):
+        for handler in logging.getLogger(name).handlers:
+            if not isinstance(handler.formatter, _Redacting):
+                handler.setFormatter(_Redacting(handler.formatter or logging.Formatter()))
+
+
+@contextmanager
+def explained(repository: str) -> Iterator[None]:
+    """Turn every error between here and the Hub into a sentence for the user, without tokens."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # from huggingface_hub, its HTTP client, or the disk
+        raise UserError(redact(_sentence(repository, error))) from error
+
+
+def _sentence(repository: str, error: Exception) -> str:
+    chain: list[BaseException] = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    for cause in chain:
+        if isinstance(cause, errors.HfHubHTTPError) and cause.response is not None:
+            reply = str(cause.server_message or "").strip().splitlines()
+            return _advice(repository, cause) + (f" (the Hub says: {reply[0][:300]})" if reply else "")
+        if isinstance(cause, errors.OfflineModeIsEnabled):
+            return f"HF_HUB_OFFLINE is set, so `{repository}` cannot be reached: unset it"
+        if isinstance(cause, OSError) and cause.filename:
+            return f"`{cause.filename}` cannot be read: {cause.strerror}"
+    if isinstance(error, ValueError):
+        return f"`{repository}`: {error}"
+    endpoint = huggingface_hub.constants.ENDPOINT
+    return f"the connection to {endpoint} failed ({type(chain[-1]).__name__}: {chain[-1]}): {AGAIN}"
+
+
+AGAIN = "run the same command again; files that have arrived are not sent again"
+ADVICE = {
+    400: "the Hub rejected the upload to `{0}`",
+    401: "the Hub does not recognise you: run `hf auth login`, or set HF_TOKEN to a token that may write to `{0}`",
+    402: "`{0}` has no storage left: free some, get a paid plan, or push with --public",
+    403: "your token may not write to `{0}`: it needs the `write` role or a fine-grained permission; "
+    "`hf auth whoami` shows your account",
+    404: "`{0}` is not on the Hub, or you have no access; `hf auth whoami` shows your account",
+    409: "somebody else is changing `{0}`: run the same command again",
+    412: "somebody committed to `{0}` in the meantime: check that commit, then run the same command again",
+    413: "the Hub does not take files this large: merge with --out-shard-size 5B",
+    429: "the Hub received too many requests: wait some minutes, then " + AGAIN,
+}
+
+
+def _advice(repository: str, error: errors.HfHubHTTPError) -> str:
+    status = error.response.status_code
+    if isinstance(error, errors.GatedRepoError):
+        return f"`{repository}` is gated: accept its conditions on the Hub, then run `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError) and status == 401 and huggingface_hub.get_token():
+        status = 404
+    if status >= 500:
+        return f"the Hub failed with status {status} for `{repository}`: {AGAIN}"
+    return ADVICE.get(status, f"the Hub answered {status} for `{{0}}`").format(repository)

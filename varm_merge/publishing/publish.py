@@ -1,0 +1,144 @@
+"""Plans a push and carries it out: check folder, parents and repository, then upload."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from varm_common.errors import UserError
+from varm_merge.publishing import card as model_card
+from varm_merge.publishing import folder as model_folder
+from varm_merge.publishing import hub
+from varm_merge.publishing.card import PICTURE, README, Card, Findings
+
+__all__ = ["Options", "Plan", "as_json", "prepare", "send"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of ``varm-merge push``."""
+
+    public: bool
+    license_id: str | None
+    comparison: Path | None
+    exclude: Sequence[str]
+    overwrite_card: bool
+    allow_pickle: bool
+    revision: str | None
+    create_pr: bool
+    message: str
+
+
+@dataclass
+class Plan(Findings):
+    """What a push would do; while it has problems, nothing is sent.
+
+    ``left_out`` says why files of the folder are not uploaded. ``remote`` is None if the Hub did not answer.
+    """
+
+    repository: str = ""
+    changes: list[hub.Change] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    card: str = ""
+    remote: hub.Remote | None = None
+
+    @property
+    def to_send(self) -> list[hub.Change]:
+        """The changes that the commit contains."""
+        return [change for change in self.changes if change.state in hub.SENT]
+
+
+def prepare(folder: Path, repository: str, options: Options, *, dry_run: bool, quiet: bool) -> Plan:
+    """Check folder, parents and repository, and write the card. Nothing is sent; the folder does not change.
+
+    Raises:
+        UserError: ``repository`` is not a valid name, or the Hub does not answer (a dry run only remarks this).
+    """
+    hub.check_name(repository)
+    hub.guard_logs()
+    plan = Plan(repository=repository)
+    if not dry_run and not huggingface_hub.get_token():
+        plan.problems.append("no token: run `hf auth login`, or set HF_TOKEN to a token that may write")
+    here, plan.left_out = model_folder.look(folder, plan, options.exclude, options.allow_pickle)
+    card = _card(folder, options, plan)
+    plan.card = card.text
+    files: dict[str, Path | bytes] = {**here, README: card.text.encode()}
+    if card.picture:
+        files[PICTURE] = card.picture
+    plan.remote = _remote(options, plan, dry_run)
+    if plan.problems:
+        return plan
+    plan.changes = hub.compare(files, plan.remote or hub.Remote(), quiet)
+    if plan.remote is None:
+        plan.changes = [replace(change, state="?") for change in plan.changes]
+    elif not options.overwrite_card and hub.card_is_edited(repository, plan.remote, card):
+        plan.changes = [
+            replace(change, state="kept") if change.path == README else change for change in plan.changes
+        ]
+        way = "" if card.generated else "copy it here, or "
+        plan.remarks.append(f"{README} was edited on the Hub and is kept; {way}--overwrite-card replaces it")
+    return plan
+
+
+def send(plan: Plan, options: Options) -> Any:
+    """Upload what is new or changed; returns huggingface_hub's ``CommitInfo``, or None if there is nothing to do.
+
+    Raises:
+        UserError: The upload failed.
+    """
+    assert plan.remote is not None
+    assert not plan.problems
+    wishes = {key: getattr(options, key) for key in ("public", "revision", "create_pr", "message")}
+    return hub.upload(plan.repository, plan.to_send, plan.remote, **wishes) if plan.to_send else None
+
+
+def as_json(plan: Plan, commit: Any) -> dict[str, Any]:
+    """The plan and its commit as JSON."""
+    return {
+        "repository": plan.repository,
+        "url": f"{huggingface_hub.constants.ENDPOINT}/{plan.repository}",
+        "files": [{key: getattr(file, key) for key in ("path", "size", "state")} for file in plan.changes],
+        **{key: getattr(plan, key) for key in ("left_out", "problems", "remarks", "card")},
+        "commit": commit and {"id": commit.oid, "url": commit.commit_url, "pull_request": commit.pr_url},
+    }
+
+
+def _card(folder: Path, options: Options, plan: Plan) -> Card:
+    """Write the card; its problems go into the plan."""
+    try:
+        comparison = model_card.read_comparison(options.comparison) if options.comparison else None
+        models = model_card.parents_of(model_card.read_recipe(folder)[1])
+        parents = [hub.parent_at(name, role, plan) for name, role in models]
+        name = plan.repository.partition("/")[2]
+        license_id, overwrite = options.license_id, options.overwrite_card
+        card = model_card.make(
+            folder, name, parents, plan, license_id=license_id, comparison=comparison, overwrite=overwrite
+        )
+    except UserError as error:
+        plan.problems.append(str(error))
+        return Card()
+    if folders := [f"`{parent.name}`" for parent in parents if parent.hub_id is None]:
+        plan.remarks.append(
+            f"the recipe names local folders that other people cannot load: {', '.join(folders)}; push those "
+            "first, and merge by their names on the Hub"
+        )
+    for line, kind in model_folder.secrets_in(card.text.encode()):
+        plan.problems.append(f"the card, line {line}, seems to contain {kind}: remove it from recipe or report")
+    return card
+
+
+def _remote(options: Options, plan: Plan, dry_run: bool) -> hub.Remote | None:
+    try:
+        remote = hub.look_at(plan.repository, options.revision)
+    except UserError as error:
+        if not dry_run:
+            raise
+        plan.remarks.append(f"the state of the repository is unknown: {error}")
+        return None
+    if remote.exists and remote.private and options.public:
+        plan.remarks.append(f"`{plan.repository}` stays private; change that in its settings on the Hub")
+    if remote.exists and not remote.private and not options.public:
+        plan.remarks.append(f"`{plan.repository}` is public: everybody can read what is pushed")
+    return remote
