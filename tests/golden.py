@@ -5,7 +5,8 @@
 
 Both sides get the same tiny models and chats and run the same public commands in one environment: a pipeline of
 three sources (ten steps of training), alignment by every map and both pairings, a merge at every granularity. All
-files that they write are compared, but for versions, times and file sizes in JSON, and the cache of hashes (sums.json).
+files that they write are compared, but for versions, times and file sizes in JSON and the cache of hashes
+(sums.json).
 """
 
 import argparse
