@@ -29,7 +29,7 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ("pivot", "source", "unigram", "small")
 CHATS = Path("demo_out", "sharegpt", "chats.jsonl")
-TEMPLATES = ROOT / "fusion_trainer" / "templates"
+TEMPLATES = ROOT / "fusion_trainer" / "data" / "templates"
 
 Exchange = tuple[str, str]
 """What the user says, and the answer."""
