@@ -1,6 +1,6 @@
-"""Several merges of the same models side by side: what they cost, where they end, how well they do.
+"""Several merges of the same models side by side: cost, distances, scores.
 
-``entries`` says what is compared, ``run`` does it step by step and goes on where it was stopped, ``steps`` keeps
-what was done; ``distances`` and ``evaluation`` measure a model, ``programs`` start the programs that do;
-``report``, ``plots`` and ``pages/compare.html`` tell what came of it.
+``recipes`` says what is compared. ``runner`` does it step by step and resumes after an interruption; ``cache``
+keeps finished steps. ``distances`` and ``scores`` measure a model, ``programs`` starts the programs that score.
+``report``, ``plots`` and ``pages/compare.html`` show the results.
 """

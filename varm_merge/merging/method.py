@@ -127,7 +127,7 @@ class DtypeError(UserError):
 
 
 class VarmMethod(GroupMergeMethod):  # type: ignore[misc]
-    """Variation Ratio Merge (FusionChat, arXiv 2402.16107, section 3.3) and SCE (FuseChat, ICLR 2025)."""
+    """Variation Ratio Merge (FusionChat, arXiv 2402.16107, section 3.3) and SCE (FuseChat, EMNLP 2025)."""
 
     spec = SPEC
     refusal: str | None = None
