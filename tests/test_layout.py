@@ -84,3 +84,13 @@ def test_only_the_entrances_lie_in_a_package_s_root() -> None:
         if p.name not in allowed
     }
     assert flat == set()
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_a_file_and_its_functions_fit_in_the_head(module: str) -> None:
+    text = FILES[module].read_text(encoding="utf-8")
+    assert text.count("\n") <= 450
+    functions = [
+        node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert [node.name for node in functions if (node.end_lineno or 0) - node.lineno + 1 > 60] == []

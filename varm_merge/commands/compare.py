@@ -53,14 +53,12 @@ def compare(
 ) -> None:
     """Merge the same models by several RECIPES or --methods, and report them side by side.
 
-    Each is merged by mergekit-yaml in a process of its own; time, peak anonymous memory, distances to pivot and
-    targets, and with --held-out and --tasks what the models can do go to report.md, report.json and report.html.
-    Stopped at any point, the same command goes on; done, it prints the report again. The merged models take as
-    much disk as so many checkpoints: --no-keep removes each once it is measured. With --methods every method gets
-    its published settings; with one recipe and no --models, the recipe's models.
-
-    Exit code 1 if a recipe could not be merged or measured: that is told, and the others go on. Held-out data
-    or a task that cannot be used ends it before the first merge.
+    mergekit-yaml merges each in a process of its own. report.md, report.json and report.html show time, peak
+    anonymous memory, distances to pivot and targets, and with --held-out and --tasks how well the models do. If
+    interrupted, run the same command again: finished steps are kept. --no-keep removes each merged model after it
+    was measured. With one recipe and no --models, --methods merges the recipe's models, each at its published
+    settings. Exit code 1 if a recipe could not be merged or measured; it is reported, and the rest still run.
+    Held-out data or a task that cannot be used ends the comparison before the first merge.
 
     \b
     Examples:
@@ -73,21 +71,16 @@ def compare(
     from varm_common.errors import UserError
     from varm_merge.comparison.cache import demand_folder, locked
     from varm_merge.comparison.recipes import entries, family, sound
-    from varm_merge.comparison.report import problems, terminal, write_report
-    from varm_merge.comparison.runner import Settings
+    from varm_merge.comparison.report import problems, terminal
     from varm_merge.comparison.runner import compare as run
     from varm_merge.comparison.scores import HeldOut, Tasks
+    from varm_merge.comparison.settings import Settings
+    from varm_merge.comparison.write_report import write_report
 
     base, models = options.pop("base"), options.pop("models")
     held_out = HeldOut(found, options["template"]) if (found := options.pop("held_out")) else None
-    tasks = Tasks(
-        options.pop("tasks"),
-        options.pop("include_path"),
-        options.pop("num_fewshot"),
-        options.pop("limit"),
-        options.pop("batch_size"),
-        options.pop("chat"),
-    )
+    of_tasks = ("tasks", "include_path", "num_fewshot", "limit", "batch_size", "chat")
+    tasks = Tasks(*(options.pop(name) for name in of_tasks))
     if options.pop("template") and not held_out:
         raise click.UsageError("--template goes with --held-out")
     if models and not methods:

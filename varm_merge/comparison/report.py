@@ -3,20 +3,36 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from varm_common.files import write_whole
-from varm_common.process_usage import spread, table
+from varm_common.process_usage import spread
 from varm_common.standard_errors import NOISE
-from varm_merge.comparison import plots
-from varm_merge.inspection import page
 
-__all__ = ["Cell", "Table", "markdown", "tables", "terminal", "write_page", "write_report"]
+__all__ = [
+    "ALL",
+    "Cell",
+    "Column",
+    "Row",
+    "Table",
+    "costs",
+    "distances",
+    "fairness",
+    "loss_table",
+    "main_measures",
+    "measure_of",
+    "named",
+    "problems",
+    "remarks",
+    "tables",
+    "terminal",
+]
+
 
 Row = Mapping[str, Any]
 """One of the report's ``rows``."""
+
+
 ALL = "all"
 """The group of all held-out rows."""
 
@@ -25,6 +41,8 @@ MARKED = (
     "The best of a column is marked; a held-out score or a task's only if it differs from every other by more "
     f"than {NOISE:g} standard errors."
 )
+
+
 TO_TARGETS = (
     (
         "distance",
@@ -106,7 +124,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
             "‖pivot‖. "
             "Sign agreement: of the elements that a target moved, the share that the merge moved in the same "
             f"direction; the mean over the targets. {MARKED}",
-            [*_costs(report), *_ends(), *_scores(rows)],
+            [*costs(report), *_ends(), *_scores(rows)],
             rows,
         ),
         *(
@@ -115,7 +133,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
                 title,
                 note,
                 [_of_target(target, name, form, better) for target in targets],
-                [row for row in rows if _distances(row) and row["role"] in roles],
+                [row for row in rows if distances(row) and row["role"] in roles],
             )
             for name, title, note, form, better, roles in TO_TARGETS
         ),
@@ -123,7 +141,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
             "held-out",
             "Held-out loss by group, nats per byte",
             f"Groups are the parts of the conversations' ids before the first “/”. {MARKED}",
-            [_loss(group, group) for group in _groups(rows) if group != ALL],
+            [loss_table(group, group) for group in _groups(rows) if group != ALL],
             rows,
         ),
         _table(
@@ -182,7 +200,7 @@ def _memory(report: Mapping[str, Any]) -> str:
     return f"peak of {report['memory']}" + (f", median of {report['repeat']} runs" if report["repeat"] > 1 else "")
 
 
-def _costs(report: Mapping[str, Any]) -> list[Column]:
+def costs(report: Mapping[str, Any]) -> list[Column]:
     def column(title: str, name: str, digits: int) -> Column:
         def numbers(row: Row) -> list[float]:
             return [run[name] for run in row["runs"] if run[name] is not None]
@@ -197,19 +215,19 @@ def _costs(report: Mapping[str, Any]) -> list[Column]:
     return [column("time, s", "wall_s", 1), column("memory, MiB", "anonymous_mib", 0)]
 
 
-def _distances(row: Row) -> Mapping[str, Any]:
+def distances(row: Row) -> Mapping[str, Any]:
     found = row["distances"] or {}
     return {} if "not_comparable" in found else found
 
 
 def _ends() -> list[Column]:
     def agreement(row: Row) -> float | None:
-        own = _distances(row).get("targets", {}) if row["role"] == "merge" else {}
+        own = distances(row).get("targets", {}) if row["role"] == "merge" else {}
         known = [of["sign_agreement"] for of in own.values() if of["sign_agreement"] is not None]
         return sum(known) / len(known) if known else None
 
     return [
-        Column("distance to pivot", lambda row: _distances(row).get("pivot"), lambda _, value: f"{value:#.3g}"),
+        Column("distance to pivot", lambda row: distances(row).get("pivot"), lambda _, value: f"{value:#.3g}"),
         Column("sign agreement", agreement, lambda _, value: f"{value:.1%}", "max"),
     ]
 
@@ -218,7 +236,7 @@ def _of_target(target: str, name: str, form: str, better: str) -> Column:
     def value(row: Row) -> float | None:
         if row["name"] == target:
             return None  # itself
-        found: float | None = _distances(row).get("targets", {}).get(target, {}).get(name)
+        found: float | None = distances(row).get("targets", {}).get(target, {}).get(name)
         return found
 
     return Column(target, value, lambda _, number: format(number, form), better)
@@ -228,7 +246,7 @@ def _groups(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(group for row in rows for group in row["held_out"] or {}))
 
 
-def _loss(group: str, title: str) -> Column:
+def loss_table(group: str, title: str) -> Column:
     def value(row: Row) -> float | None:
         found: float | None = (row["held_out"] or {}).get(group, {}).get("nats_per_byte")
         return found
@@ -261,7 +279,7 @@ def _less(pivot: str, group: str) -> Column:
 
 def _scores(rows: Sequence[Row]) -> Iterator[Column]:
     if any(row["held_out"] for row in rows):
-        yield _loss(ALL, "loss, nats/byte")
+        yield loss_table(ALL, "loss, nats/byte")
         yield Column(
             "answers matched",
             lambda row: (row["held_out"] or {}).get(ALL, {}).get("exact_match"),
@@ -322,20 +340,17 @@ def _measure(task: str, one: Mapping[str, Any]) -> Column:
     return Column(f"{subtask}, {metric}", value, text, better, differ)
 
 
-# Where it is shown
-
-
 def terminal(report: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
     """Title, header and rows of each table; the best of a column has a star."""
     for one in tables(report):
         starred = [
-            [_named(name, role), *(f"{cell.text}{'*' if cell.best else ' '}" for cell in cells)]
+            [named(name, role), *(f"{cell.text}{'*' if cell.best else ' '}" for cell in cells)]
             for name, role, cells in one.rows
         ]
         yield one.title, one.header, starred
 
 
-def _named(name: str, role: str) -> str:
+def named(name: str, role: str) -> str:
     return name if role in ("merge", name) else f"{name} ({role})"
 
 
@@ -371,92 +386,3 @@ def fairness(report: Mapping[str, Any]) -> str:
         "The inputs were read once before the first merge; merges ran one after another, each in a process of its "
         f"own. Memory is the {_memory(report)}: what is allocated, not mapped files."
     )
-
-
-def markdown(report: Mapping[str, Any]) -> str:
-    """The whole report."""
-    parts = ["# Merges side by side", f"    {report['command']}", report["machine"]]
-    if wrong := problems(report):
-        parts.append("## What went wrong\n\n" + "\n".join(f"- {one}" for one in wrong))
-    for one in tables(report):
-        rows = [
-            [_escaped(_named(name, role)), *(f"**{cell.text}**" if cell.best else cell.text for cell in cells)]
-            for name, role, cells in one.rows
-        ]
-        parts.append(f"## {one.title}\n\n{one.note}\n\n{table([_escaped(name) for name in one.header], rows)}")
-    parts.append("\n".join(f"- {one}" for one in [fairness(report), *remarks(report)]))
-    parts.append("## Recipes\n\n" + "\n\n".join(_recipe(row, report) for row in report["rows"] if "recipe" in row))
-    return "\n\n".join(parts) + "\n"
-
-
-def _recipe(row: Row, report: Mapping[str, Any]) -> str:
-    settings = f": {row['settings']}" if row["settings"] else ""
-    fence = "`" * (3 if "```" not in row["recipe"]["text"] else 9)
-    options = " ".join(report["mergekit_options"])
-    return (
-        f"### {row['name']}\n\n{row['method']}{settings}\n\n"
-        f"    mergekit-yaml {row['recipe']['path']} OUT {options}\n\n"
-        f"{fence}yaml\n{row['recipe']['text'].rstrip()}\n{fence}"
-    )
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def write_report(report: Mapping[str, Any], folder: Path, text: str) -> None:
-    """Write ``report.json`` (its ``text``), ``report.md`` and ``report.html``.
-
-    Raises:
-        UserError: They cannot be written.
-    """
-    write_whole(folder / "report.json", text)
-    write_whole(folder / "report.md", markdown(report))
-    write_page(report, folder / "report.html")
-
-
-def write_page(report: Mapping[str, Any], path: Path) -> None:
-    """Write the page.
-
-    Raises:
-        UserError: It cannot be written.
-    """
-    html = page.render(
-        "compare.html",
-        data={},
-        report=report,
-        tables=tables(report),
-        problems=problems(report),
-        remarks=[fairness(report), *remarks(report)],
-        plots=list(_plots(report)),
-    )
-    page.write(path, html)
-
-
-def _plots(report: Mapping[str, Any]) -> Iterator[plots.Plot]:
-    rows = report["rows"]
-    points = [
-        plots.Point(row["name"], distance, loss, row["role"])
-        for row in rows
-        if (loss := _loss(ALL, "").value(row)) is not None
-        and (distance := _distances(row).get("pivot")) is not None
-    ]
-    if len(points) > 1:
-        yield plots.scatter(
-            "Held-out loss against distance to the pivot", "distance to the pivot", "nats per byte", points
-        )
-    for column, title in zip(_costs(report), ("Time, s", "Peak anonymous memory, MiB"), strict=False):
-        yield plots.bars(title, _bars(column, rows))
-    for task, one in main_measures(rows):
-        found = [(row, measure_of(row, task, one["task"], one["metric"])) for row in rows]
-        bars = [plots.Bar(row["name"], of["value"], row["role"], of["standard_error"]) for row, of in found if of]
-        yield plots.bars(f"{one['task']}, {one['metric']}", bars)
-
-
-def _bars(column: Column, rows: Sequence[Row]) -> list[plots.Bar]:
-    found = [(row, column.value(row)) for row in rows]
-    return [
-        plots.Bar(row["name"], value, row["role"])
-        for row, value in found
-        if value is not None and math.isfinite(value)
-    ]

@@ -1,13 +1,10 @@
 """A comparison, step by step: each is done once and kept, and none that fails stops the others."""
 
-import json
 import math
 import os
-import shlex
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,66 +21,27 @@ from varm_common.versions import versions
 from varm_merge.comparison.cache import RECIPE, Contents, Steps, is_a_merge, model_files, remove
 from varm_merge.comparison.distances import distances, moved_layers
 from varm_merge.comparison.recipes import Entry, Family, short_names
-from varm_merge.comparison.scores import HeldOut, Scorers, Tasks, differences, environment
+from varm_merge.comparison.scores import HeldOut, Scorers, differences, environment
+from varm_merge.comparison.settings import (
+    FORMAT,
+    MODELS,
+    PLAIN,
+    SPARE,
+    VERSION,
+    Row,
+    Settings,
+    layers_of,
+    mergekit_command,
+    reason_of,
+    size_of_folder,
+    with_header,
+)
 from varm_merge.merging.lineage import Place
 from varm_merge.merging.weight_log import recipe_fingerprint
 
-__all__ = ["FORMAT", "Settings", "compare"]
-
-FORMAT, VERSION = "varm-merge comparison", 1
-MODELS = "models"
-PLAIN = ("--quiet", "--no-write-model-card")
-"""Without the card: for it mergekit asks the Hub after each model."""
-SPARE = 1.02
-"""Of the disk: a model's other files."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How recipes are compared.
-
-    Attributes:
-        out: The folder of the report.
-        repeat: How many times each is merged.
-        keep: Whether the merged models stay there.
-        device: ``cpu``, ``cuda``; default mergekit's, and for evaluation an accelerator if there is one.
-        seed: Of methods that drop at random.
-        mergekit: More options of mergekit-yaml.
-        held_out: Text to score the models on.
-        tasks: Of lm-evaluation-harness.
-        cache_dir: Of models from the Hub.
-        trust_remote_code: Whether code of the models' repositories may run.
-        quiet: Tell nothing of the progress.
-    """
-
-    out: Path
-    repeat: int = 1
-    keep: bool = True
-    device: str | None = None
-    seed: int = 0
-    mergekit: tuple[str, ...] = ()
-    held_out: HeldOut | None = None
-    tasks: Tasks | None = None
-    cache_dir: str | None = None
-    trust_remote_code: bool = False
-    quiet: bool = False
-
-
-@dataclass
-class Row:
-    """A model of the comparison: what was found of it, and what went wrong."""
-
-    name: str
-    role: str
-    folder: Path
-    entry: Entry | None = None
-    fingerprint: str = ""
-    found: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def file(self) -> str:
-        return f"{self.role}-{self.name}"
+__all__ = [
+    "compare",
+]
 
 
 def compare(entries: Sequence[Entry], family: Family, settings: Settings, command: str) -> dict[str, Any]:
@@ -215,7 +173,7 @@ class _Comparison:
                 self.scorers.demand(tasks, log)
                 self.steps.save(*record, {"names": tasks.names})
         except CommandError as error:
-            raise UserError(f"{option}: {_reason(str(error))} ({log})") from error
+            raise UserError(f"{option}: {reason_of(str(error))} ({log})") from error
 
     def _before(self, rows: Sequence[Row]) -> None:
         """See that the disk has room, and read the inputs once, if anything is to be merged."""
@@ -285,15 +243,15 @@ class _Comparison:
             temporary = self.models / f".{row.name}.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.parent.mkdir(parents=True, exist_ok=True)
-            command = [*_mergekit(), str(row.entry.path), str(temporary), *self._options()]
+            command = [*mergekit_command(), str(row.entry.path), str(temporary), *self._options()]
             try:
-                run = measured(_headed(command, log), log=log, environment=environment(None))
+                run = measured(with_header(command, log), log=log, environment=environment(None))
                 if not self._is_there(row, record):
                     (temporary / RECIPE).write_text(row.entry.text, encoding="utf-8")
                     record["model"] = self._put(temporary, row.folder)
             except (CommandError, OSError) as error:
-                row.problems.append(f"mergekit-yaml: {_reason(str(error))} ({log})")
-                self._tell(f"{row.name}: failed: {_reason(str(error))}")
+                row.problems.append(f"mergekit-yaml: {reason_of(str(error))} ({log})")
+                self._tell(f"{row.name}: failed: {reason_of(str(error))}")
                 return
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -364,7 +322,7 @@ class _Comparison:
 
     def _measured_distances(self, row: Row) -> dict[str, Any] | None:
         pivot, *targets = self._read()
-        if row.entry and (reason := moved_layers(row.entry.content, _layers(pivot.folder))):
+        if row.entry and (reason := moved_layers(row.entry.content, layers_of(pivot.folder))):
             return {"not_comparable": reason}
         if unread := [one for one in (pivot, *targets) if not one.fingerprint]:
             return {"not_comparable": unread[0].problems[0]}
@@ -390,7 +348,7 @@ class _Comparison:
                 try:
                     found = self._scored(row, kind, log)
                 except (CommandError, OSError, ValueError) as error:
-                    row.problems.append(f"{kind}: {_reason(str(error))} ({log})")
+                    row.problems.append(f"{kind}: {reason_of(str(error))} ({log})")
                     continue
                 self.steps.save(kind, row.file, about, found)
             row.found[kind] = found
@@ -418,7 +376,7 @@ class _Comparison:
             "memory": MEMORY,
             "repeat": settings.repeat,
             "mergekit_options": self._options(),
-            "input_bytes": sum(_size(row.folder) for row in self._read() if row.fingerprint),
+            "input_bytes": sum(size_of_folder(row.folder) for row in self._read() if row.fingerprint),
             "memory_bytes": psutil.virtual_memory().total,
             "held_out": asdict(settings.held_out) if settings.held_out else None,
             "tasks": list(settings.tasks.names) if settings.tasks else [],
@@ -462,42 +420,3 @@ class _Comparison:
     def _tell(self, message: str) -> None:
         if not self.settings.quiet:
             click.echo(message, err=True)
-
-
-def _mergekit() -> list[str]:
-    """The stock program of this environment, or ours where start-up hooks are switched off."""
-    if os.environ.get("VARM_MERGE_AUTOLOAD") == "0":
-        return [sys.executable, "-c", "from varm_merge.cli import main; main()", "yaml"]
-    beside = shutil.which("mergekit-yaml", path=str(Path(sys.executable).parent))
-    found = beside or shutil.which("mergekit-yaml")
-    if found is None:
-        raise UserError("no mergekit-yaml beside this Python; see `varm-merge doctor`")
-    return [found]
-
-
-def _headed(command: list[str], log: Path) -> list[str]:
-    """The command, written into its log."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(f"$ {shlex.join(command)}\n")
-    return command
-
-
-def _reason(message: str) -> str:
-    """Of what a failed program said last: its error, or its last line."""
-    lines = [line for line in message.splitlines() if line.strip()]
-    told = [number for number, line in enumerate(lines) if line.startswith("Error: ")]
-    return " ".join(line.strip() for line in lines[told[-1] :]).removeprefix("Error: ") if told else lines[-1]
-
-
-def _layers(folder: Path) -> int | None:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        found = (config.get("text_config") or config).get("num_hidden_layers")
-        return int(found) if found is not None else None
-    except (OSError, ValueError, AttributeError, TypeError):
-        return None
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in model_files(folder))

@@ -157,12 +157,8 @@ def blend_elements(
         merged_C, (total_C, share_C, *deltas_KC) = chunk.pivot_C, chunk.scratch_C
         for values_C, delta_C in zip(chunk.values_KC, deltas_KC, strict=True):
             torch.sub(values_C, merged_C, out=delta_C)
-        keep_KC = _keep(
-            deltas_KC,
-            total_C,
-            erase_minority,
-            None if selection is None else selection.mask(deltas_KC, chunk.start),
-        )
+        mask_C = None if selection is None else selection.mask(deltas_KC, chunk.start)
+        keep_KC = _keep(deltas_KC, total_C, erase_minority, mask_C)
         sums: list[Tensor] = []
         weights_KC = deltas_KC
         if isinstance(weights, ElementWeights):
@@ -182,9 +178,8 @@ def blend_elements(
             merged_C = chunk.values_KC[0]
             total_C.copy_(weights_KC[0])
             share_C.fill_(1.0)
-            for earlier, (values_C, weight_C) in enumerate(
-                zip(chunk.values_KC[1:], weights_KC[1:], strict=True), 1
-            ):
+            later = zip(chunk.values_KC[1:], weights_KC[1:], strict=True)
+            for earlier, (values_C, weight_C) in enumerate(later, 1):
                 total_C += weight_C
                 merged_C.lerp_(values_C, _share(weight_C, total_C, share_C, 1 / (earlier + 1)))
             if isinstance(weights, ElementWeights):  # the last running share is the last weight

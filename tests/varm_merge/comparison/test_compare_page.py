@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from browser import PHONE, Visit, contrasts
 
-from varm_merge.comparison.report import markdown, tables, write_page
+from varm_merge.comparison.report import tables
+from varm_merge.comparison.write_report import markdown, write_page
 
 pytest_plugins = ["browser"]
 
