@@ -5,10 +5,12 @@ model would have to write from there on, up to the token that ends its turn.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 from transformers import AutoTokenizer
@@ -100,8 +102,12 @@ def test_the_supervised_tokens_are_those_of_the_answers(name: str, chat: str) ->
     (tokens,) = TextTokenizer(tokenizer, name).encode([rendered.text])
     learnt = tokens.ids[supervised_positions(tokens, rendered.spans) + 1].tolist()
     raw = rendered.text.encode()
-    wanted = "".join(raw[start:stop].decode() for start, stop in rendered.spans)
-    assert tokenizer.decode(learnt, clean_up_tokenization_spaces=False) == wanted
+    decoded = normalize(
+        "NFC", tokenizer.decode(learnt, clean_up_tokenization_spaces=False)
+    )
+    answers = (normalize("NFC", raw[start:stop].decode()) for start, stop in rendered.spans)
+    # Qwen3 composes letters; the first token of an answer may take the line break before it along
+    assert re.fullmatch("".join(rf"\s*{re.escape(answer)}" for answer in answers), decoded)
     end = tokenizer.convert_tokens_to_ids(ENDS[name])
     assert learnt.count(end) >= len(rendered.spans)
     assert learnt[-1] == end
