@@ -102,9 +102,7 @@ def test_the_supervised_tokens_are_those_of_the_answers(name: str, chat: str) ->
     (tokens,) = TextTokenizer(tokenizer, name).encode([rendered.text])
     learnt = tokens.ids[supervised_positions(tokens, rendered.spans) + 1].tolist()
     raw = rendered.text.encode()
-    decoded = normalize(
-        "NFC", tokenizer.decode(learnt, clean_up_tokenization_spaces=False)
-    )
+    decoded = normalize("NFC", tokenizer.decode(learnt, clean_up_tokenization_spaces=False))
     answers = (normalize("NFC", raw[start:stop].decode()) for start, stop in rendered.spans)
     # Qwen3 composes letters; the first token of an answer may take the line break before it along
     assert re.fullmatch("".join(rf"\s*{re.escape(answer)}" for answer in answers), decoded)
