@@ -48,11 +48,8 @@ __all__ = [
     "open_sides",
 ]
 
-
 FROM_CORPUS = ("min_edit_distance", "statistics", "statistics_published")
 """Maps that depend on the data."""
-
-
 BLOCKS_AT_ONCE = 64
 """Of the corpus, in one process's hands."""
 

@@ -90,8 +90,6 @@ CAUSES = (
 )
 """What a shard counts: positions; probability mass in millionths of a position (``ends_ppm`` is what the pivot's
 end gets where the end of an answer is paired); blocks in which the source's cross-entropy is the lower."""
-
-
 NOT_STORED = (("partner not supervised", "not_supervised"), ("beyond the context", "not_read"))
 """Why a partner is not in the source's store: its next token is not the assistant's, or was not read."""
 

@@ -23,11 +23,8 @@ __all__ = [
     "name_of_tool",
 ]
 
-
 MOST_PLACES = 32
 """How many characters of an answer may be taken for markup by the template, at either end."""
-
-
 Piece = tuple[int, int, int]
 """First character in the text, the one after the last, and where in the answer the piece begins."""
 

@@ -23,7 +23,6 @@ from varm_common.errors import UserError, listed
 
 __all__ = ["NOT_OF_THE_CONTENT", "SCHEMA", "Block", "Preparation"]
 
-
 ANSWER = pa.struct(
     [
         *(pa.field(name, pa.int32(), nullable=False) for name in ("turn", "open", "mark", "end")),
@@ -31,8 +30,6 @@ ANSWER = pa.struct(
         pa.field("closed", pa.bool_(), nullable=False),
     ]
 )
-
-
 SCHEMA = pa.schema(
     [
         pa.field("conversation", pa.string(), nullable=False),  # the conversation's id
@@ -45,15 +42,9 @@ SCHEMA = pa.schema(
         pa.field("tokens", pa.int32(), nullable=False),  # of the pivot, with BOS
     ]
 )
-
-
 CONVERSATIONS_AT_ONCE = 256
-
-
 NOT_OF_THE_CONTENT = ("source", "tokens")
 """Columns that do not enter the fingerprint."""
-
-
 DOCUMENTS_APART = "\n\n"
 """What stands between two documents packed into one block."""
 

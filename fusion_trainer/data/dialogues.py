@@ -44,13 +44,8 @@ __all__ = [
     "write_dialogues",
 ]
 
-
 FORMAT = "fusion-trainer dialogues"
-
-
 VERSION = 2
-
-
 ROWS_PER_BATCH = 1024
 
 

@@ -9,7 +9,6 @@ __all__ = [
     "Report",
 ]
 
-
 COUNTERS = ("dropped", "left_out", "unused")
 """Of a report."""
 

@@ -18,11 +18,8 @@ __all__ = [
     "shared",
 ]
 
-
 TODAY = datetime(2024, 7, 26)
 """What templates are told that ask for the date (Llama 3.1's own default): one text, whenever it is rendered."""
-
-
 DIRECTIVES = "aAbBdefHIjmMpSyYZ"
 
 

@@ -24,14 +24,9 @@ __all__ = [
     "find_template",
 ]
 
-
 FOLDER = Path(__file__).parent / "templates"
-
-
 OWN, PIVOT = "own", "pivot"
 """A source's own template; the pivot's rendering, which a source reads as plain text."""
-
-
 BUILT_IN = ("openchat", "chatml", "vicuna", "mistral", "llama-3", "zephyr")
 
 

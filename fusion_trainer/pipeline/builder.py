@@ -28,7 +28,6 @@ __all__ = [
     "reference",
 ]
 
-
 Settings = dict[str, Any]
 
 
@@ -176,6 +175,7 @@ def names_of(builder: Builder) -> list[str]:
 
 
 def demand_name(builder: Builder, where: str, name: str) -> None:
+    """Note a problem if a name cannot be that of a folder."""
     if not re.fullmatch(r"\w[\w.+-]*", name):
         builder.wrong(where, f"`{name}` cannot be the name of a folder: letters, digits and . + - _ alone")
 
@@ -204,6 +204,7 @@ def folder_name(folder: Path) -> str:
 
 
 def reference(config: PipelineConfig) -> str:
+    """The pivot as a recipe names it: a folder, or a Hub id with its revision."""
     if Path(config.pivot).is_dir():
         return folder_name(Path(config.pivot))
     return f"{config.pivot}@{config.pivot_revision}" if config.pivot_revision else config.pivot

@@ -19,7 +19,6 @@ __all__ = [
     "of_the_result",
 ]
 
-
 ACCELERATE = (".yaml", ".yml")
 HARMLESS = {
     "workers",
@@ -35,6 +34,7 @@ HARMLESS = {
 
 
 def launched(launch: str | None) -> list[str]:
+    """The beginning of the command that runs a stage."""
     if not launch:
         return OWN
     if config := accelerate_config(launch):
@@ -73,6 +73,7 @@ def accelerate_config(launch: str) -> str | None:
 
 
 def of_the_result(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what a stage makes."""
     found = {name: value for name, value in settings.items() if name not in HARMLESS}
     if "training" in found:
         training = found["training"]

@@ -19,16 +19,14 @@ __all__ = [
     "merge_stages",
 ]
 
-
 WITHOUT_PIVOT = ("linear",)
 """Merge methods that take no base model."""
-
-
 BETWEEN_TWO = ("slerp",)
 """Merge methods whose base model is one of the two they merge."""
 
 
 def merge_stages(builder: Builder, trained: list[str], pairwise: list[str]) -> None:
+    """Add the stage of every merge. ``pairwise`` are the targets that a merge takes by default."""
     config, work = builder.config, builder.config.work
     recipes: dict[str, Settings] = {}
     for name, given in config.merges.items():
@@ -99,7 +97,7 @@ def _problems_of_recipes(texts: tuple[str, ...]) -> list[list[dict[str, Any]]]:
         for path, text in zip(paths, texts, strict=True):
             path.write_text(text, encoding="utf-8")
         checked = json.loads(output_of("varm-merge", ["check", "--offline", "--json", *map(str, paths)]))
-    return [one["problems"] for one in (checked if texts[1:] else [checked])]
+    return [recipe["problems"] for recipe in (checked if texts[1:] else [checked])]
 
 
 def demand_options(builder: Builder) -> None:

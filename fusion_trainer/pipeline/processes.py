@@ -27,6 +27,8 @@ OWN = [sys.executable, "-m", "fusion_trainer"]
 """How a command of this program begins."""
 MERGEKIT = ["mergekit-yaml"]
 """How a merge begins."""
+NOT_INSTALLED = 127
+"""Exit code of a program that is not there, as a shell gives it."""
 ENDS_WITH = "FUSION_TRAINER_ENDS_WITH"
 """Names the machine and the process that a stage's command must not outlive."""
 
@@ -68,13 +70,20 @@ def output_of(program: str, arguments: Sequence[str]) -> str:
     Args:
         program: Its name on the command line.
         arguments: Of the command line.
+
+    Raises:
+        UserError: It printed nothing, or ended with another exit code than 0 or 1.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
         process = get_context("fork").Process(target=_enter, args=(program, list(arguments), file.fileno()))
         process.start()
         process.join()
         file.seek(0)
-        return file.read()
+        output = file.read()
+    if process.exitcode not in (0, 1) or not output:
+        how = f"ended with exit code {process.exitcode}; its message stands above"
+        raise UserError(f"`{program} {arguments[0]}` {how}. `varm-merge doctor` checks the installation.")
+    return output
 
 
 def _forked(program: str, arguments: Sequence[str]) -> int:
@@ -98,8 +107,11 @@ def _enter(program: str, arguments: list[str], output: int | None = None) -> Non
         sys.stdout.flush()
         os.dup2(output, 1)
         sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
-    script = next(iter(entry_points(group="console_scripts", name=program)))
-    script.load()(arguments, prog_name=program)
+    scripts = list(entry_points(group="console_scripts", name=program))
+    if not scripts:
+        sys.stderr.write(f"`{program}` is not installed in this environment\n")
+        sys.exit(NOT_INSTALLED)
+    scripts[0].load()(arguments, prog_name=program)
 
 
 def _outlive_parent() -> None:

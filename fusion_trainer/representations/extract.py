@@ -49,20 +49,11 @@ __all__ = [
     "shard_starts",
 ]
 
-
 CONTEXT_SETTINGS = ("max_position_embeddings", "max_seq_len", "n_positions")
-
-
 PATIENCE = timedelta(days=1)
 """How long processes wait for each other; the launcher ends them if one fails."""
-
-
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-
-
 LEAST = torch.finfo(torch.float16).min
-
-
 KEPT_EVERY = 240.0
 """Seconds after which the part of a shard that is done is written."""
 

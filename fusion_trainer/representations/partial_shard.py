@@ -20,7 +20,6 @@ __all__ = [
     "Row",
 ]
 
-
 PARTIAL = "fusion-trainer part of a shard"
 
 

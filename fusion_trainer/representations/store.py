@@ -56,48 +56,23 @@ __all__ = [
     "wrong_size",
 ]
 
-
 FORMAT = "fusion-trainer representations"
-
-
 VERSION = 2
-
-
 MANIFEST, PLAN = "manifest.json", "extraction.json"
-
-
 ALIGNED = "aligned"
 """What the identity of an aligned store says under ``kind``."""
-
-
 ALIGNED_VERSION = 3
 """And under ``version``: raised with its columns, and with what they mean."""
-
-
 FACTS = b"fusion_trainer"
 """Key of a shard's own facts in its schema's metadata."""
-
-
 OWN_FACTS = ("positions", "batch_tokens")
 """Facts of a shard that the manifest names for each."""
-
-
 ALIGNED_COLUMNS = (("paired", pa.uint8()), ("gold_bytes", pa.uint16()))
-
-
 CROSS_ENTROPIES = ("ce_per_token", "ce_per_byte", "pivot_ce_per_token", "pivot_ce_per_byte")
-
-
 ANSWERS = pa.list_(pa.list_(pa.int32(), 4))
-
-
 NAMES = ("model", "pivot", "pivot_revision", "jinja", "jinja_with_tools")
 """Of an identity: a folder that has moved is the same by its hashes, and so is a template."""
-
-
 LEAST = float(np.finfo(np.float16).min)
-
-
 SLACK = 2e-3
 """How far Σ exp(logprobs) + tail may lie from 1: float16 keeps 11 bits of a logarithm."""
 
@@ -216,6 +191,7 @@ def plan_in(path: Path) -> dict[str, Any]:
 
 
 def wrong_size(folder: Path, shard: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a shard's file: missing, or of another size."""
     path = folder / shard["file"]
     if not path.is_file():
         yield f"{path.name} is missing"
@@ -224,6 +200,7 @@ def wrong_size(folder: Path, shard: dict[str, Any]) -> Iterator[str]:
 
 
 def shard_facts(path: Path) -> dict[str, int]:
+    """What a shard says about itself, in the metadata of its schema."""
     with pa.memory_map(str(path)) as source:
         return dict(json.loads(pa.ipc.open_file(source).schema.metadata[FACTS]))
 

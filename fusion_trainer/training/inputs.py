@@ -42,17 +42,10 @@ __all__ = [
     "with_adapters",
 ]
 
-
 FUSION, PLAN = "fusion.json", "training.json"
-
-
 FORMAT, VERSION = "fusion-trainer target", 1
-
-
 RESULT = "target" + TEMPORARY
 """The folder in which the target is written before its files take their names."""
-
-
 UNUSABLE = (
     AttributeError,
     EOFError,
@@ -160,6 +153,7 @@ def loaded(inputs: Inputs, dtype: str, load_in: str | None) -> Any:
 
 
 def with_adapters(model: Any, config: TrainConfig) -> Any:
+    """The model with the adapters that the config asks for."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if config.load_in:

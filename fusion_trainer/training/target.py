@@ -40,11 +40,8 @@ __all__ = [
     "reserved_space",
 ]
 
-
 SPARE = 1 << 16
 """Bytes of the target's other files, and of half-filled blocks."""
-
-
 REMOVE = "Remove that folder: the training resumes from the checkpoint before it, or begins again"
 
 

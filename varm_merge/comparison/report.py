@@ -28,21 +28,14 @@ __all__ = [
     "terminal",
 ]
 
-
 Row = Mapping[str, Any]
 """One of the report's ``rows``."""
-
-
 ALL = "all"
 """The group of all held-out rows."""
-
-
 MARKED = (
     "The best of a column is marked; a held-out score or a task's only if it differs from every other by more "
     f"than {NOISE:g} standard errors."
 )
-
-
 TO_TARGETS = (
     (
         "distance",
@@ -201,6 +194,8 @@ def _memory(report: Mapping[str, Any]) -> str:
 
 
 def costs(report: Mapping[str, Any]) -> list[Column]:
+    """The columns of time and memory."""
+
     def column(title: str, name: str, digits: int) -> Column:
         def numbers(row: Row) -> list[float]:
             return [run[name] for run in row["runs"] if run[name] is not None]

@@ -29,17 +29,10 @@ __all__ = [
     "with_header",
 ]
 
-
 FORMAT, VERSION = "varm-merge comparison", 1
-
-
 MODELS = "models"
-
-
 PLAIN = ("--quiet", "--no-write-model-card")
 """Without the card: for it mergekit asks the Hub after each model."""
-
-
 SPARE = 1.02
 """Of the disk: a model's other files."""
 
@@ -119,6 +112,7 @@ def reason_of(message: str) -> str:
 
 
 def layers_of(folder: Path) -> int | None:
+    """The number of layers in a model's config; None if it names none."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         found = (config.get("text_config") or config).get("num_hidden_layers")
@@ -128,4 +122,5 @@ def layers_of(folder: Path) -> int | None:
 
 
 def size_of_folder(folder: Path) -> int:
+    """Bytes of a model's files in a folder."""
     return sum(file.stat().st_size for file in model_files(folder))

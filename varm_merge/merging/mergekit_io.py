@@ -27,7 +27,6 @@ __all__ = [
     "whole_numbers_kept",
 ]
 
-
 SUPPORTED_MERGEKIT = ">=0.1.5,<0.2"
 
 
@@ -167,12 +166,14 @@ def _conversion_sources(model_type: str | None, names: Iterable[str]) -> dict[st
 
 
 def expect(function: Callable[..., Any], *parameters: str) -> None:
+    """See that a function of mergekit has these parameters; AttributeError if not."""
     missing = set(parameters) - set(inspect.signature(function).parameters)
     if missing:
         raise AttributeError(f"{function.__qualname__} takes no {', '.join(sorted(missing))}")
 
 
 def expect_fields(present: Iterable[str], *names: str) -> None:
+    """See that a class or module of mergekit has these names; AttributeError if not."""
     missing = set(names) - set(present)
     if missing:
         raise AttributeError(f"no {', '.join(sorted(missing))}")

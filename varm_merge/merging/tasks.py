@@ -43,7 +43,6 @@ __all__ = [
     "with_weight_log",
 ]
 
-
 MEASURE_PRIORITY = 1_000_000
 """Above the priorities of mergekit's own tasks, which share labels with the measuring ones."""
 
@@ -299,6 +298,7 @@ def _evaluate(task: Task[Any], tokenizer: Any) -> Any:
 
 
 def expect_task_fields() -> None:
+    """See that mergekit's tasks have the fields that are used here; AttributeError if not."""
     expect_fields(
         ExecuteMergeMethodTask.model_fields,
         *("method_name", "gather_tensors", "model_order", "base_model", "output_weight", "parameters"),

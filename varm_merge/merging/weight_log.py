@@ -6,7 +6,6 @@ a ``varm_weights.json`` holds the whole of it.
 
 import hashlib
 import json
-import os
 import textwrap
 import threading
 from collections.abc import Hashable, Mapping, Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from varm_common.files import whole_file
 from varm_common.versions import versions
 
 __all__ = ["FILE_NAME", "UnitRecord", "WeightLog", "natural_order", "recipe_fingerprint"]
@@ -91,19 +91,12 @@ class WeightLog:
         """Write the file into ``folder``, one unit at a time, so that it is there whole or not at all."""
         records = self._sorted()
         head = json.dumps({**self._head(records), "units": []}, indent=1).removesuffix("]\n}")
-        temporary = folder / f".{FILE_NAME}.{os.getpid()}"
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(head)
-                for number, record in enumerate(records):
-                    unit = json.dumps(record.as_json(), indent=1)
-                    file.write(("," if number else "") + "\n" + textwrap.indent(unit, "  "))
-                file.write("\n ]\n}" if records else "]\n}")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(folder / FILE_NAME)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(folder / FILE_NAME) as file:
+            file.write(head.encode())
+            for number, record in enumerate(records):
+                unit = textwrap.indent(json.dumps(record.as_json(), indent=1), "  ")
+                file.write(f"{',' if number else ''}\n{unit}".encode())
+            file.write(b"\n ]\n}" if records else b"]\n}")
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

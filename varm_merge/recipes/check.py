@@ -23,7 +23,6 @@ __all__ = [
     "check",
 ]
 
-
 KINDS = {"run_yaml": "yaml", "multimerge": "multi", "merge_raw_pytorch": "raw"}
 """The kind of recipe that each of mergekit's programs reads, by the module of the program."""
 

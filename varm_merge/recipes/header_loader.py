@@ -20,7 +20,6 @@ __all__ = [
     "headers_only",
 ]
 
-
 TORCH_DTYPES = {stored: getattr(torch, name) for name, stored in DTYPES.items()}
 
 
@@ -58,6 +57,7 @@ Loaders = Mapping[ModelReference, _HeaderLoader]
 
 @contextmanager
 def headers_only(models: Mapping[ModelReference, Model]) -> Iterator[Loaders]:
+    """Let mergekit load from headers in the block: the loader of each model."""
     loaders = {reference: _HeaderLoader(model) for reference, model in models.items()}
 
     def lazy_loader(self: ModelReference, **_options: Any) -> _HeaderLoader:

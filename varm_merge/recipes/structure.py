@@ -35,14 +35,9 @@ __all__ = [
     "last_part",
 ]
 
-
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-
-
 TOLD_BEFORE = ("merge_method", "dtype", "out_dtype")
 """Keys that are judged before mergekit's definition is asked."""
-
-
 NO_RECIPE = "no recipe: a recipe is a mapping with `merge_method`"
 
 

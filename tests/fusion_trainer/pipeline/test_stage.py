@@ -626,3 +626,12 @@ def test_files_of_the_user_in_the_work_folder_are_never_written_over(work: Path)
     run(pipeline(work))
     (work / "report.md").write_text("the run's")
     assert run(pipeline(work)) == []
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "code"),
+    [("varm-merge", ["nonsense"], 2), ("no-such-program", ["check"], 127), ("varm-merge", ["check", "--json"], 2)],
+)
+def test_a_program_that_does_not_do_its_work_is_an_error(program: str, arguments: list[str], code: int) -> None:
+    with pytest.raises(UserError, match=f"`{program} {arguments[0]}` ended with exit code {code}"):
+        processes.output_of(program, arguments)
