@@ -2,6 +2,7 @@
 #   make demo   a small world: three sources fused into one pivot, the targets merged, all compared; five minutes
 #   make demo-full  the same with three seeds, and why it comes out so; half an hour
 #   make test   the test suite
+#   make test-fast  the tests that take less than a second each
 #   make real   tests with real tokenizers and models in the folder VARM_REAL
 #   make lint   ruff (lint and format) and mypy
 #   make bench  merges, extraction, alignment, training: against what they replace
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup browser demo demo-full test real lint bench clean
+.PHONY: setup browser demo demo-full test test-fast real lint bench clean
 
 setup: $(READY)
 
@@ -34,6 +35,9 @@ browser: # for the tests of the pages, which say so where there is none; install
 
 test: $(READY) browser
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not real"
 
 real: $(READY)
 	@test -d "$(VARM_REAL)" || { echo "VARM_REAL=FOLDER make real: the folder of the real tokenizers and models"; exit 2; }
