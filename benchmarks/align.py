@@ -1,14 +1,14 @@
-"""Time of an alignment: positions of one text, and a vocabulary map by edit distance.
+"""Measures the time of an alignment: positions of one text, and a vocabulary map by edit distance.
 
 \b
   python benchmarks/align.py                 a pair of 2048 tokens, 32k × 32k tokens: some minutes
   python benchmarks/align.py --vocabulary 2000 --rounds 3
   python benchmarks/align.py --save
 
-The text is that of examples/make_sharegpt.py, read by a SentencePiece-style and a byte-level tokenizer
-trained on it; boundary pairing and time warping get the same pair, in turn. Beside them runs the papers'
-recurrence as one writes it down, two loops in Python, once. The vocabularies of the map are 32 000 made-up
-words each, a half of which both have, with the lengths that tokens have.
+The text is from examples/make_sharegpt.py, read by a SentencePiece-style and a byte-level tokenizer that are
+trained on it. Boundary pairing and time warping get the same pair, in turn. For comparison, the papers' recurrence
+runs once as two plain loops in Python. The vocabularies of the map have 32,000 made-up words each, as long as
+tokens usually are; half of the words are in both.
 """
 
 import random
@@ -42,7 +42,7 @@ SYLLABLES = "ba ce di fo gu har len mis tor vun a e i o s t ing er ion ent re un
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--rounds", default=15, show_default=True, help="Of the pair.")
+@click.option("--rounds", default=15, show_default=True, help="How often the pair is aligned.")
 @click.option("--vocabulary", default=32000, show_default=True, help="Tokens on each side of the map.")
 @click.option("--naive/--no-naive", default=True, show_default=True, help="Run the two loops in Python, once.")
 @click.option("--save", is_flag=True, help="Write benchmarks/results/YYYY-MM-DD-align.md.")

@@ -1,23 +1,23 @@
-"""Time of an extraction against the bare forward pass, size of the store, time to read a row of it.
+"""Measures an extraction: its time against the bare forward pass, the size of a store, the time to read a row.
 
 \b
-  python benchmarks/extract.py                              a Llama of 110M parameters, ten minutes or so;
-                                                            on a GPU a Qwen2 of 1.5B
-  python benchmarks/extract.py --model tiny --rounds 2      a trial of everything, a minute or two on two cores
+  python benchmarks/extract.py                              a Llama with 110M parameters, about ten minutes;
+                                                            on a GPU a Qwen2 with 1.5B
+  python benchmarks/extract.py --model tiny --rounds 2      a trial of everything, one or two minutes on two cores
   python benchmarks/extract.py --rounds 9 --save
 
-The models are random; what they cost does not depend on what they know. The dialogues are those of
-examples/make_sharegpt.py, and so is the tokenizer, filled up to the vocabulary of the layout with tokens that no
-text needs: all but a few rows of the head stand for a token, as in a real checkpoint.
+The models have random weights, which does not change their speed. The dialogues and the tokenizer are those of
+examples/make_sharegpt.py. The tokenizer is filled up to the vocabulary of the model with tokens that no text
+needs, so that almost all rows of the head stand for a token, as in a real checkpoint.
 
-An extraction is what the program does once the model is loaded: tokens, batches, distributions, shards and the
-manifest on the disk. The references get the very batches it makes, recorded in the warm-up, on the device already:
+An extraction is what the program does after the model is loaded: tokens, batches, distributions, shards, manifest.
+The references get the same batches, recorded in the warm-up and already on the device:
 
-- `bare forward`: transformers' logits at every position, padding included, dropped at once;
-- `layers + head`: the layers, and the head at the supervised positions alone, as the extraction runs them; nothing
-  is made of the logits. The stricter one: the difference is what the distributions and the store cost.
+- `bare forward`: transformers' logits at every position, padding included; - `layers + head`: the layers, and the
+head at the supervised positions only, as in the extraction. This reference is stricter: the difference is the cost
+of the distributions and the store.
 
-All run in one process, in an order that rotates from round to round; a ratio is taken within a round.
+All run in one process, in an order that rotates from round to round; ratios are taken within a round.
 """
 
 import json
@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -47,12 +46,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 from fusion_trainer.config import ExtractConfig
 from fusion_trainer.data.prepare import prepare
 from fusion_trainer.data.readers import DIALOGUES, Reader
-from fusion_trainer.representations import topk_model as asking
-from fusion_trainer.representations.extract import _Extraction, _identity, shard_starts
-from fusion_trainer.representations.store import RepresentationStore, Supervised, id_dtype
+from fusion_trainer.representations.extract import shard_starts, store_identity
+from fusion_trainer.representations.extraction import Extraction
+from fusion_trainer.representations.store import Representation, RepresentationStore, id_dtype
 from fusion_trainer.representations.store_writer import StoreWriter
 from fusion_trainer.representations.topk import top_k
-from fusion_trainer.representations.topk_model import AskedModel
+from fusion_trainer.representations.topk_model import TopKModel
 from fusion_trainer.text.tokenizer import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -68,8 +67,8 @@ BARE, HEAD, EXTRACTION = "bare forward", "layers + head", "extraction"
 CHARACTERS_PER_TOKEN = 3.0
 TRAINED_ON, TRAINED_TOKENS = 1000, 8000  # conversations; more tokens than that are filled in
 READ_SHARDS, ROWS_PER_SHARD, READS = 64, 64, 20_000
-SIZE_TOKENS = 32_768  # in the stores whose size is told
-CHUNK_SHAPES = ((256, 32_000), (256, 152_064), (55, 152_064))  # the last as an extraction on CPU cuts it
+SIZE_TOKENS = 32_768  # in the stores whose size is reported
+CHUNK_SHAPES = ((256, 32_000), (256, 152_064), (55, 152_064))  # the last is a chunk of an extraction on CPU
 
 
 def llama(hidden: int, layers: int) -> LlamaConfig:
@@ -99,7 +98,7 @@ def qwen2(hidden: int, layers: int, dtype: str) -> Qwen2Config:
     )
 
 
-LAYOUTS: dict[str, tuple[PretrainedConfig, int]] = {  # and the ids for which there is a token
+LAYOUTS: dict[str, tuple[PretrainedConfig, int]] = {  # and how many ids have a token
     "tiny": (llama(192, 4), 32_000),
     "llama-110m": (llama(768, 12), 32_000),
     "qwen2-1.5b": (qwen2(1536, 28, "bfloat16"), 151_936),
@@ -109,7 +108,7 @@ LAYOUTS: dict[str, tuple[PretrainedConfig, int]] = {  # and the ids for which th
 
 
 class Seconds(NamedTuple):
-    """Elapsed, and of all threads of this process together."""
+    """Elapsed time, and CPU time of all threads of this process."""
 
     wall: float
     cpu: float
@@ -117,7 +116,7 @@ class Seconds(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """What the extraction gave its model, on the device."""
+    """The input of the model in an extraction, on the device."""
 
     ids_BL: Tensor
     mask_BL: Tensor | None
@@ -141,8 +140,8 @@ def write_model(folder: Path, layout: str, lines: list[str], device: torch.devic
     path.write_text(json.dumps(state, ensure_ascii=False), "utf-8")
 
 
-def loaded(work: Path, layout: str, tokens: int, batch_tokens: int) -> _Extraction:
-    """All that the program does before the first shard: about ``tokens`` tokens of dialogues, model, writer."""
+def loaded(work: Path, layout: str, tokens: int, batch_tokens: int) -> Extraction:
+    """What the program prepares before the first shard: about ``tokens`` tokens of dialogues, model, writer."""
     device = PartialState().device
     rows, characters = [], 0
     for row in conversations(seed=0):
@@ -168,15 +167,15 @@ def loaded(work: Path, layout: str, tokens: int, batch_tokens: int) -> _Extracti
     tokenizer = load_tokenizer(folder, layout)
     assert len(tokenizer.vocabulary) == LAYOUTS[layout][1]
     reader = Reader(tokenizer, DIALOGUES)
-    identity = _identity(config, dialogues, reader, folder, None)
+    identity = store_identity(config, dialogues, reader, folder, None)
     writer = StoreWriter(config.output, identity, shard_starts(dialogues.lengths, config.shard_tokens))
-    return _Extraction(config, dialogues, reader, folder, device, writer)
+    return Extraction(config, dialogues, reader, folder, device, writer)
 
 
 # Time
 
 
-def run(extraction: _Extraction, output: Path) -> RepresentationStore:
+def run(extraction: Extraction, output: Path) -> RepresentationStore:
     """One whole extraction into a new folder."""
     writer = extraction.writer
     writer.folder = output
@@ -186,26 +185,26 @@ def run(extraction: _Extraction, output: Path) -> RepresentationStore:
     return RepresentationStore(output)
 
 
-def recorded(extraction: _Extraction, output: Path) -> tuple[RepresentationStore, list[Batch]]:
-    """An extraction that is not timed, and the batches it made."""
+def recorded(extraction: Extraction, output: Path) -> tuple[RepresentationStore, list[Batch]]:
+    """An extraction that is not timed, and its batches."""
     batches: list[Batch] = []
-    ask = extraction.model.distributions
+    distributions = extraction.model.distributions
 
     def recording(ids_BL: Tensor, mask_BL: Tensor | None, positions_S: Tensor, *others: Any) -> Any:
         batches.append(Batch(ids_BL, mask_BL, positions_S))
-        return ask(ids_BL, mask_BL, positions_S, *others)
+        return distributions(ids_BL, mask_BL, positions_S, *others)
 
     with patch.object(extraction.model, "distributions", recording):
         return run(extraction, output), batches
 
 
-def bare_forward(model: AskedModel, batches: list[Batch]) -> None:
+def bare_forward(model: TopKModel, batches: list[Batch]) -> None:
     for batch in batches:
         model.bare_forward(batch.ids_BL, batch.mask_BL)
 
 
 @torch.inference_mode()
-def layers_and_head(model: AskedModel, batches: list[Batch]) -> None:
+def layers_and_head(model: TopKModel, batches: list[Batch]) -> None:
     for batch in batches:
         hidden_SH = (
             model.split.hidden(input_ids=batch.ids_BL, attention_mask=batch.mask_BL)
@@ -230,7 +229,7 @@ def seconds(function: Callable[[], object]) -> Seconds:
 
 
 def measure_rounds(
-    extraction: _Extraction, batches: list[Batch], rounds: int, work: Path
+    extraction: Extraction, batches: list[Batch], rounds: int, work: Path
 ) -> dict[str, list[Seconds]]:
     """Seconds of each leg, round by round."""
     outputs = (work / f"round-{number}" for number in count())
@@ -251,40 +250,8 @@ def measure_rounds(
     return spent
 
 
-def profile(extraction: _Extraction, output: Path) -> tuple[float, dict[str, float]]:
-    """One extraction with a clock at each part: its wall seconds, and each part's."""
-    spent: dict[str, float] = {}
-
-    def clocked(part: str, function: Callable[..., Any], waits: bool) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            start = time.perf_counter()
-            result = function(*arguments, **named)
-            if waits:
-                synchronise()
-            spent[part] = spent.get(part, 0.0) + time.perf_counter() - start
-            return result
-
-        return call
-
-    model, writer = extraction.model, extraction.writer
-    parts = [
-        ("layers", model.split, "hidden", True),
-        ("head", model.split, "head", True),
-        ("top-k", asking, "top_k", True),
-        ("to the host, by row", extraction, "_keep", False),
-        ("manifest, checksums", writer, "finish", False),
-        ("tokenise", extraction, "_read", False),
-        ("write", writer, "_write", False),
-    ]
-    with ExitStack() as clocks:
-        for part, owner, name, waits in parts:
-            clocks.enter_context(patch.object(owner, name, clocked(part, getattr(owner, name), waits)))
-        wall_s = seconds(lambda: run(extraction, output)).wall
-    return wall_s, {part: spent.get(part, 0.0) for part, *_ in parts}
-
-
 def measure_top_k(shape: tuple[int, int], rounds: int) -> tuple[list[float], list[float]]:
-    """Milliseconds for one chunk: ours, and log_softmax, topk, gather and sum over the dense chunk."""
+    """Milliseconds for one chunk: with ``top_k``, and with log_softmax, topk, gather and sum over all of it."""
     device, reserve = PartialState().device, torch.Generator().manual_seed(0)
     logits_CV = torch.randn(shape, generator=reserve).to(device)
     gold_C = torch.randint(shape[1], shape[:1], generator=reserve).to(device)
@@ -320,16 +287,16 @@ def readable_store(folder: Path, like: RepresentationStore) -> RepresentationSto
     for shard in range(READ_SHARDS):
         first = shard * ROWS_PER_SHARD
         rows = [
-            Supervised(
+            Representation(
                 rng.integers(identity["vocabulary"], size=(length, K)).astype(kind),
                 -rng.random((length, K)).astype(np.float16),
                 rng.random(length).astype(np.float16),
                 -rng.random(length).astype(np.float16),
+                f"conversation {first + number}",
             )
-            for length in lengths[first : first + ROWS_PER_SHARD]
+            for number, length in enumerate(lengths[first : first + ROWS_PER_SHARD])
         ]
-        names = [(f"conversation {first + number}", 0) for number in range(ROWS_PER_SHARD)]
-        writer.write(shard, names, rows, {"positions": sum(map(len, rows))})
+        writer.write(shard, rows, {"positions": sum(map(len, rows))})
     writer.wait()
     writer.finish()
     return RepresentationStore(folder)
@@ -365,9 +332,11 @@ def measure_reading(store: RepresentationStore) -> dict[str, list[float]]:
 
 def time_tables(spent: dict[str, list[Seconds]], tokens: int) -> Iterator[tuple[str, str]]:
     legs = []
-    for leg, of in spent.items():
-        per_second = spread([tokens / one.wall for one in of], 0)
-        legs.append((leg, spread([one.wall for one in of]), spread([one.cpu for one in of]), per_second))
+    for leg, rounds in spent.items():
+        per_second = spread([tokens / each.wall for each in rounds], 0)
+        legs.append(
+            (leg, spread([each.wall for each in rounds]), spread([each.cpu for each in rounds]), per_second)
+        )
     yield "Legs", table(("leg", "wall, s", "CPU, s", "tokens/s"), legs)
     rows = []
     for reference, budget in ((BARE, TIME_BUDGET), (HEAD, None)):
@@ -378,16 +347,6 @@ def time_tables(spent: dict[str, list[Seconds]], tokens: int) -> Iterator[tuple[
         rows.append((f"{EXTRACTION} / {reference}", spread(wall, 3), each, spread(cpu, 3), *judged))
     header = ("pair", "wall ratio", "round by round", "CPU ratio", "budget, wall", "verdict")
     yield "Time within a round", table(header, rows)
-
-
-def profile_table(wall_s: float, parts: dict[str, float]) -> str:
-    beside = ("tokenise", "write")
-    rest = wall_s - sum(spent for part, spent in parts.items() if part not in beside)
-    rows = [
-        (part, f"{spent:.3f}", f"{spent / wall_s:.1%}", "beside" if part in beside else "")
-        for part, spent in {**parts, "all else": rest, "wall": wall_s}.items()
-    ]
-    return table(("part", "s", "of the wall", "thread of its own"), rows)
 
 
 def top_k_table(rounds: int) -> str:
@@ -412,9 +371,9 @@ def size_table(stores: list[RepresentationStore]) -> str:
 
 def reading_table(times_us: dict[str, list[float]]) -> str:
     rows = []
-    for what, of in times_us.items():
-        judged = (f"≤ {ROW_BUDGET_US:.0f} µs", verdict(of, ROW_BUDGET_US)) if "random" in what else ("", "")
-        rows.append((what, f"{median(of):.1f}", f"{np.percentile(of, 99):.1f}", *judged))
+    for what, times in times_us.items():
+        judged = (f"≤ {ROW_BUDGET_US:.0f} µs", verdict(times, ROW_BUDGET_US)) if "random" in what else ("", "")
+        rows.append((what, f"{median(times):.1f}", f"{np.percentile(times, 99):.1f}", *judged))
     return table(("what", "median, µs", "99th percentile, µs", "budget, median", "verdict"), rows)
 
 
@@ -425,7 +384,6 @@ def measurements(
     extraction = loaded(work, layout, tokens, batch_tokens)
     store, batches = recorded(extraction, extraction.config.output)
     spent = measure_rounds(extraction, batches, rounds, work)
-    wall_s, parts = profile(extraction, work / "profiled")
     padded = sum(batch.ids_BL.numel() for batch in batches)
     read, supervised = store.manifest["tokens"], store.manifest["positions"]
     parameters = sum(weight.numel() for weight in extraction.model.model.parameters())
@@ -442,18 +400,12 @@ def measurements(
     many = f"{READ_SHARDS * ROWS_PER_SHARD:,} rows in {READ_SHARDS} shards"
     sections = [
         *time_tables(spent, read),
-        ("Where the time of an extraction goes (one run, clocked)", profile_table(wall_s, parts)),
         ("top_k of a chunk alone", top_k_table(rounds)),
         ("Store, manifest and schemas counted", size_table(stores)),
         ("Reading", f"{READS:,} reads of {many}, page cache warm.\n\n{reading_table(reading)}"),
     ]
     text = "\n\n".join([setting, *(f"## {title}\n\n{body}" for title, body in sections)])
-    return text, {
-        "wall_and_cpu_s": spent,
-        "profile_s": {**parts, "wall": wall_s},
-        "tokens": read,
-        "padded": padded,
-    }
+    return text, {"wall_and_cpu_s": spent, "tokens": read, "padded": padded}
 
 
 @click.command(help=__doc__)

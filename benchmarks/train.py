@@ -136,13 +136,13 @@ def random_store(folder: Path, tokens: TokenFile, number: int, vocabulary: int) 
     writer = store_writer.StoreWriter(folder, identity, [0, blocks])
     writer.begin()
     rows = [random_row(rng, tokens, block, vocabulary, number > 0) for block in range(blocks)]
-    writer.write(0, [(f"block {block}", 0) for block in range(blocks)], rows, {"positions": sum(map(len, rows))})
+    writer.write(0, rows, {"positions": sum(map(len, rows))})
     writer.wait()
     writer.finish()
     return store.RepresentationStore(folder)
 
 
-def random_row(rng: Any, tokens: TokenFile, block: int, vocabulary: int, aligned: bool) -> store.Supervised:
+def random_row(rng: Any, tokens: TokenFile, block: int, vocabulary: int, aligned: bool) -> store.Representation:
     row = tokens[block]
     golds, size = row.ids[row.positions + 1].astype(np.int64), len(row.positions)
     steps = 7919 * (np.arange(K) - rng.integers(3, size=(size, 1)))  # a prime: no id twice at a position
@@ -150,14 +150,15 @@ def random_row(rng: Any, tokens: TokenFile, block: int, vocabulary: int, aligned
     shares *= ((1 - tail) / shares.sum(1))[:, None]
     ids = ((golds[:, None] + steps) % vocabulary).astype(store.id_dtype(vocabulary))
     gold_logprob = np.log(shares[:, 0] * rng.uniform(0.5, 1)).astype(np.float16)
-    columns = (ids, np.log(shares).clip(-30).astype(np.float16), tail.astype(np.float16), gold_logprob)
+    logprobs = np.log(shares).clip(-30).astype(np.float16)
+    columns = (ids, logprobs, tail.astype(np.float16), gold_logprob, f"block {block}", 0)
     if not aligned:
-        return store.Supervised(*columns)
+        return store.Representation(*columns)
     entropy = -float(gold_logprob.sum(dtype=np.float64))
     gold_bytes = row.gold_bytes.clip(1).astype(np.uint16)
     means = entropy / max(1, size), entropy / max(1, row.bytes)
     of_pivot = (mean * rng.uniform(0.9, 1.1) for mean in means)
-    return store.Aligned(*columns, np.ones(size, np.uint8), gold_bytes, *means, *of_pivot)
+    return store.Representation(*columns, np.ones(size, np.uint8), gold_bytes, *means, *of_pivot)
 
 
 # A leg

@@ -312,7 +312,8 @@ def show_map(file: Path, weighed: Path | None, trust_remote_code: bool, **moved_
     Example:
       fusion-trainer vocab-map show aligned/vocab-map-….safetensors --store stores/solar
     """
-    from fusion_trainer.alignment.saved_map import coverage, load_map, mass_by_id
+    from fusion_trainer.alignment.coverage import coverage, mass_by_id
+    from fusion_trainer.alignment.saved_map import load_map
     from fusion_trainer.representations.store import RepresentationStore
     from fusion_trainer.representations.store_tokenizer import tokenizer_at
     from varm_common.errors import unlike

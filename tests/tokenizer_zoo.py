@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Literal
 
+import numpy as np
 import tiny_tokenizers
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, Unigram
@@ -20,6 +21,9 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from fusion_trainer.alignment.pairing import Read, position_pairs
+from fusion_trainer.alignment.positions import Pairs
+from fusion_trainer.data.answers import places, whole_text
 from fusion_trainer.text.tokenizer import TextTokenizer, Tokens
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|end_of_turn|>")
@@ -433,3 +437,17 @@ def _character(rng: random.Random) -> str:
         code = plane << 16 | rng.randrange(1 << rng.choice((7, 8, 11, 16)))
         if not 0xD800 <= code < 0xE000:
             return chr(code)
+
+
+def boundary_pairs(pivot: Tokens, source: Tokens) -> Pairs:
+    """The positions of two tokenised texts that correspond, if the whole text is one answer.
+
+    Both get one more token and byte, so that every position predicts something.
+    """
+    size = 1 + max(int(tokens.ends.max(initial=0)) for tokens in (pivot, source))
+    answers = (whole_text(size),)
+    reads = []
+    for tokens in (pivot, source):
+        longer = Tokens(np.append(tokens.ids, 0), np.append(tokens.ends, size))
+        reads.append(Read(longer, answers, (), places(longer, b" " * size, answers)))
+    return position_pairs(reads[0], reads[1], (kind("gpt2").reader, kind("gpt2").reader), None)

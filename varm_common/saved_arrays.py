@@ -1,4 +1,4 @@
-"""Arrays on the disk with a description of what they are of: safetensors, whole or not at all, nothing pickled."""
+"""Arrays in a safetensors file, with a description of what they were computed from."""
 
 import hashlib
 import json
@@ -14,24 +14,30 @@ from safetensors.numpy import save
 from varm_common.errors import UserError, unlike
 from varm_common.files import fingerprint, remove_abandoned, whole_file, written_to
 
-__all__ = ["damage", "keep", "kept", "kept_of", "place"]
+__all__ = ["damage", "load_arrays", "path_of", "save_arrays"]
 
 KEY = "fusion_trainer"
 Arrays = dict[str, NDArray[Any]]
 
 
-def place(folder: Path, name: str, identity: Mapping[str, Any]) -> Path:
-    """Where in ``folder`` the arrays of this identity are kept."""
+def path_of(folder: Path, name: str, identity: Mapping[str, Any]) -> Path:
+    """The file in ``folder`` for the arrays of this identity."""
     return folder / f"{name}-{fingerprint(dict(identity))[:12]}.safetensors"
 
 
-def keep(path: Path, what: str, described: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write ``arrays``; ``what`` names their format, ``described`` holds what they are of under ``identity``.
+def save_arrays(path: Path, kind: str, described: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write ``arrays``; the file appears only when it is complete.
+
+    Args:
+        path: The file.
+        kind: The name of its format.
+        described: What is stored with the arrays; what they were computed from is under ``identity``.
+        arrays: By name.
 
     Raises:
         UserError: The disk is full, or the folder cannot be written.
     """
-    head = {KEY: json.dumps({"format": what, "sha256": _sha256(arrays), **described})}
+    head = {KEY: json.dumps({"format": kind, "sha256": _sha256(arrays), **described})}
     with written_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent, path.name)
@@ -39,42 +45,41 @@ def keep(path: Path, what: str, described: Mapping[str, Any], arrays: Mapping[st
             file.write(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, head))
 
 
-def kept(path: Path, what: str) -> tuple[dict[str, Any], Arrays]:
-    """What ``keep`` has written there: the description and the arrays.
+def load_arrays(path: Path, kind: str, identity: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Arrays]:
+    """The description and the arrays that ``save_arrays`` has written.
 
     Raises:
-        UserError: It is nothing of this format.
+        UserError: The file has another format, is damaged, or has another identity than the one given.
     """
     try:
         with safe_open(path, "numpy") as file:
             described = json.loads((file.metadata() or {})[KEY])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found = str(described["format"]), str(described["sha256"])
+        found, sha256 = str(described["format"]), str(described["sha256"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"`{path}` is not a {what}: {error or type(error).__name__}") from error
-    if found[0] != what:
-        raise UserError(f"`{path}` is not a {what} but a {found[0]}")
-    if found[1] != _sha256(arrays):
+        raise UserError(f"`{path}` is not a {kind}: {error or type(error).__name__}") from error
+    if found != kind:
+        raise UserError(f"`{path}` is not a {kind} but a {found}")
+    if sha256 != _sha256(arrays):
         raise UserError(
-            f"`{path}` is damaged: its bytes are not those that were written. Remove it; it is made again"
+            f"`{path}` is damaged: its content has changed since it was written. Remove it; it will be made again"
         )
+    if identity is not None and (
+        difference := unlike(f"`{path}` is a {kind} of something else:", dict(identity), described["identity"])
+    ):
+        raise UserError(f"{difference}\nRemove that file.")
     return described, arrays
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a file of ``keep``; None if nothing is, or if it is another's file."""
+    """What is wrong with a file of ``save_arrays``; None if nothing is, or if another program wrote it."""
     try:
         with safe_open(path, "numpy") as file:
-            own = KEY in (file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        return f"`{path}` cannot be read: {error}"
-    if not own:
-        return None
-    try:
-        with safe_open(path, "numpy") as file:
-            kept(path, json.loads(file.metadata()[KEY])["format"])
-    except (UserError, ValueError, KeyError, TypeError) as error:
-        return str(error)
+            described = (file.metadata() or {}).get(KEY)
+        if described is not None:
+            load_arrays(path, json.loads(described)["format"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        return str(error) if isinstance(error, UserError) else f"`{path}` cannot be read: {error}"
     return None
 
 
@@ -85,15 +90,3 @@ def _sha256(arrays: Mapping[str, NDArray[Any]]) -> str:
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-def kept_of(path: Path, what: str, identity: Mapping[str, Any]) -> tuple[dict[str, Any], Arrays]:
-    """The same, of this identity.
-
-    Raises:
-        UserError: It is nothing of this format, or of another identity.
-    """
-    described, arrays = kept(path, what)
-    if difference := unlike(f"`{path}` is a {what} of something else:", dict(identity), described["identity"]):
-        raise UserError(f"{difference}\nRemove that file.")
-    return described, arrays

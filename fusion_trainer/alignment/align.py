@@ -1,155 +1,124 @@
 """A source's store and the pivot's → the source's distributions in the pivot's positions and ids.
 
-Shard by shard, in several processes; each shard appears whole or not at all and depends on its rows alone, so that
-a run that was stopped goes on where it was and ends with the same bytes.
+Shards are aligned in several processes. Each shard appears only when it is complete and depends on its rows alone,
+so an interrupted run resumes and ends with the same bytes.
 
-Answers are laid side by side. A position of the pivot gets the source's distribution
+Answers are compared one by one. A position of the pivot gets the source's distribution
 
-* with ``boundary``: where a token of the source ends at the same byte of the answer;
-* with ``dtw``: where one source token that contains the pivot's was warped onto it, or several, of which one
-  equals or else contains it, or which make it up together (then their mixture, weighted by how often the corpus
-  pairs them);
-* with both: where both predict the end of the answer, whatever each model calls it;
+* with ``boundary``: if a token of the source ends at the same byte of the answer;
+* with ``dtw``: if one source token that contains the pivot's token was warped onto it, or several, of which one
+  equals or contains it, or which together spell it (then their mixture, weighted by how often the corpus pairs
+  them);
+* with both: if both predict the end of the answer, whatever each model calls it;
 
-and keeps the pivot's own otherwise."""
+and keeps the pivot's own distribution otherwise."""
 
-import os
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from fusion_trainer.alignment import pair_counts as corpora
-from fusion_trainer.alignment.align_row import CAUSES, NOT_STORED, Sides, align_row
-from fusion_trainer.alignment.pair_counts import Corpus, count, saved_counts
+from fusion_trainer.alignment import pair_counts
+from fusion_trainer.alignment.align_row import align_row
+from fusion_trainer.alignment.coverage import coverage, mass_by_id
+from fusion_trainer.alignment.pair_counts import Corpus, count, load_counts, save_counts
 from fusion_trainer.alignment.pairing import read_blocks
-from fusion_trainer.alignment.saved_map import SavedMap, build_map, coverage, mass_by_id, saved_map
+from fusion_trainer.alignment.saved_map import Places, SavedMap, build_map, saved_map
+from fusion_trainer.alignment.sides import Sides, in_processes, open_sides
 from fusion_trainer.alignment.vocabulary import RULES, VocabularyMap
 from fusion_trainer.config import AlignConfig
-from fusion_trainer.data.dialogues import Dialogues
-from fusion_trainer.data.readers import DIALOGUES, Reader, reader_of_store
-from fusion_trainer.representations.store import ALIGNED, ALIGNED_VERSION, RepresentationStore
-from fusion_trainer.representations.store_tokenizer import tokenizer_of
+from fusion_trainer.representations.store import (
+    ALIGNED,
+    ALIGNED_VERSION,
+    MANIFEST,
+    Representation,
+    RepresentationStore,
+)
+from fusion_trainer.representations.store_tokenizer import place_of
 from fusion_trainer.representations.store_writer import StoreWriter, demand_free
 from varm_common.console import is_quiet
-from varm_common.errors import UserError
 from varm_common.files import fingerprint, sha256_of
+from varm_common.saved_arrays import path_of
 
-__all__ = [
-    "align",
-    "open_sides",
-]
+__all__ = ["align"]
 
 FROM_CORPUS = ("min_edit_distance", "statistics", "statistics_published")
 """Maps that depend on the data."""
 BLOCKS_AT_ONCE = 64
-"""Of the corpus, in one process's hands."""
-
-
-def open_sides(config: AlignConfig, checked: bool = False) -> Sides:
-    """Open all that an alignment needs.
-
-    Args:
-        config: What to align.
-        checked: Whether another process has held the stores against their hashes.
-
-    Raises:
-        UserError: The stores are not of the same dialogues, or a tokenizer is not the one a store was made with.
-    """
-    pivot_store, source_store = (
-        RepresentationStore(folder, checked) for folder in (config.pivot_store, config.source_store)
-    )
-    source_store.demand(data=pivot_store.identity["data"])
-    dialogues = Dialogues(config.dialogues or _beside(pivot_store))
-    pivot_store.demand(data=dialogues.fingerprint)
-    for store in (pivot_store, source_store):
-        if store.identity.get("kind") == ALIGNED:
-            raise UserError(f"the store `{store.folder}` is already aligned; give the source's own")
-    if pivot_store.identity["reading"] != DIALOGUES:
-        raise UserError(
-            f"the store `{pivot_store.folder}` is not the pivot's: its model was queried in a template of its own"
-        )
-    pivot = tokenizer_of(pivot_store, config.pivot_tokenizer, config.trust_remote_code)
-    source = tokenizer_of(source_store, config.source_tokenizer, config.trust_remote_code)
-    readers = Reader(pivot, DIALOGUES), reader_of_store(source_store.identity, source)
-    return Sides(config, pivot_store, source_store, dialogues, *readers)
-
-
-def _beside(store: RepresentationStore) -> Path:
-    found = Dialogues.beside(store.folder, store.identity["data"])
-    if found is None:
-        raise UserError(f"no dialogues of the store `{store.folder}` lie beside it; name them with --dialogues")
-    return found.folder
+"""Blocks that a process counts in one go."""
+KEPT_EVERY = 4096
+"""Blocks counted between two saves of the counts."""
 
 
 def align(config: AlignConfig) -> tuple[RepresentationStore, str]:
-    """Make the aligned store that ``config`` asks for, or what of it is still missing.
+    """Make the aligned store that ``config`` describes; what is already there is kept.
 
     Returns:
-        The store, and a report: paired positions and mapped mass, and by cause what was not.
+        The store, and a report: how many positions are paired and how much probability is mapped, and the causes
+        of the rest.
 
     Raises:
-        UserError: The stores or tokenizers do not belong together, or something lies in the way.
+        UserError: The stores or tokenizers do not belong together, or the output folder holds something else.
     """
     demand_free(config.output)
     sides = open_sides(config)
-    saved = _map(sides)
-    identity = _identity(sides, saved.map)
-    starts = [shard["first_row"] for shard in sides.pivot_store.manifest["shards"]]
-    writer = StoreWriter(config.output, identity, [*starts, len(sides.pivot_store)])
+    saved = _saved_map(sides)
+    sides.map = saved.map
+    shards = sides.pivot_store.manifest["shards"]
+    starts = [*(shard["first_row"] for shard in shards), len(sides.pivot_store)]
+    writer = StoreWriter(config.output, _identity(sides, saved), starts)
     writer.begin()
-    missing = [] if writer.finished else writer.missing()
-    if missing:
-        for opened in (sides.pivot_store, sides.source_store):
-            opened.check()
-        if sides.contained is not None and sides.source.sha256 != sides.pivot.sha256:
-            sides.corpus = sides.corpus or _count(sides)  # weighs mixtures
-        positions = {shard: sides.pivot_store.manifest["shards"][shard]["positions"] for shard in missing}
-        with tqdm(
-            total=sum(positions.values()), unit="pos", unit_scale=True, desc="align", disable=is_quiet()
-        ) as bar:
-            for shard in _in_processes(config.workers, sides, _align_shard, missing):
-                bar.update(positions[shard])
     if not writer.finished:
+        missing = writer.missing()
+        if missing:
+            sides.pivot_store.check()
+            sides.source_store.check()
+            if sides.contained is not None and sides.source.sha256 != sides.pivot.sha256:
+                _corpus(sides)  # weighs mixtures
+        total = sum(shards[shard]["positions"] for shard in missing)
+        with tqdm(total=total, unit="pos", unit_scale=True, desc="align", disable=is_quiet()) as bar:
+            for shard, rows, facts in in_processes(sides, _align_shard, missing):
+                writer.write(shard, rows, facts)
+                bar.update(facts["positions"])
+        writer.wait()
         writer.finish()
     store = RepresentationStore(config.output)
-    mass = mass_by_id(sides.source_store, sides.maps)
-    of_map = coverage(saved.map, sides.source, sides.pivot, mass)
-    return store, f"{_report(store.manifest)}\n\nvocabulary map      {saved.path}\n{of_map}"
+    covered = coverage(saved.map, sides.source, sides.pivot, mass_by_id(sides.source_store, sides.maps))
+    return store, f"{_report(store.manifest)}\n\nvocabulary map      {saved.path}\n{covered}"
 
 
-def _identity(sides: Sides, made: VocabularyMap) -> dict[str, Any]:
-    stores = {"pivot_store": sides.pivot_store, "source_store": sides.source_store}
+def _identity(sides: Sides, saved: SavedMap) -> dict[str, Any]:
     source, pivot = sides.source_store.identity, sides.pivot_store.identity
-    name, revision = sides.places["pivot"]
-    matrix = made.matrix
+    name, revision = _places(sides)["pivot"]
+    matrix = saved.map.matrix
     return {
         "kind": ALIGNED,
         "version": ALIGNED_VERSION,
         "model": source["model"],
         "pivot": name,
         "pivot_revision": revision,
-        **{name: sha256_of(store.folder / "manifest.json") for name, store in stores.items()},
+        "pivot_store": sha256_of(sides.pivot_store.folder / MANIFEST),
+        "source_store": sha256_of(sides.source_store.folder / MANIFEST),
         **{name: pivot[name] for name in ("tokenizer", "template", "data", "top_k", "vocabulary")},
         "positions": sides.config.positions,
         "dtw_cost": sides.config.dtw_cost if sides.contained is not None else None,
         "unpaired": sides.config.unpaired,
         "reading": source["reading"],
-        "map": made.method,
+        "map": saved.map.method,
         "map_sha256": fingerprint([matrix.indptr.tolist(), matrix.indices.tolist(), matrix.data.tolist()]),
     }
 
 
-def _map(sides: Sides) -> SavedMap:
-    """The vocabulary map."""
+def _places(sides: Sides) -> Places:
+    config = sides.config
+    return {
+        "source": place_of(sides.source_store, config.source_tokenizer),
+        "pivot": place_of(sides.pivot_store, config.pivot_tokenizer),
+    }
+
+
+def _saved_map(sides: Sides) -> SavedMap:
+    """The vocabulary map, built if it is not there."""
     config = sides.config
     identity = {
         "version": RULES,
@@ -157,89 +126,44 @@ def _map(sides: Sides) -> SavedMap:
         "pivot": sides.pivot.sha256,
         "method": config.map,
         "ends": [list(sides.ends.source), sides.ends.pivot],
-        **({"data": sides.dialogues.fingerprint} if config.map in FROM_CORPUS else {}),
-        **({"reading": sides.source_store.identity["reading"]} if config.map in FROM_CORPUS else {}),
-        **({"contained": sides.contained, "most": config.most} if config.map in FROM_CORPUS[1:] else {}),
     }
-
-    def corpus() -> Corpus:
-        sides.corpus = sides.corpus or _count(sides)
-        return sides.corpus
+    if config.map in FROM_CORPUS:
+        identity |= {"data": sides.dialogues.fingerprint, "reading": sides.source_store.identity["reading"]}
+    if config.map in FROM_CORPUS[1:]:
+        identity |= {"contained": sides.contained, "most": config.most}
 
     def build() -> VocabularyMap:
-        return build_map(config.map, sides.source, sides.pivot, corpus, config.most, sides.ends)
+        return build_map(config.map, sides.source, sides.pivot, lambda: _corpus(sides), config.most, sides.ends)
 
-    saved = saved_map(sides.maps, identity, sides.places, build)
-    sides.made = saved.map
-    return saved
+    return saved_map(sides.maps, identity, _places(sides), build)
 
 
-def _count(sides: Sides) -> Corpus:
+def _corpus(sides: Sides) -> Corpus:
+    """Counts over the dialogues, made once. They are saved regularly, so that an interrupted count resumes."""
+    if sides.corpus is not None:
+        return sides.corpus
     identity = {
-        "version": corpora.RULES,
+        "version": pair_counts.RULES,
         "source": sides.source.sha256,
         "pivot": sides.pivot.sha256,
         "data": sides.dialogues.fingerprint,
         "reading": sides.source_store.identity["reading"],
         "contained": sides.contained,
     }
+    path = path_of(sides.maps, "corpus", identity)
     blocks = len(sides.dialogues)
-
-    def count_from(first: int) -> Iterator[tuple[int, Corpus]]:
-        starts = range(first, blocks, BLOCKS_AT_ONCE)
-        with tqdm(total=blocks, initial=first, unit="block", desc="corpus", disable=is_quiet()) as bar:
-            for stop, part in _in_processes(sides.config.workers, sides, _count_blocks, starts):
-                bar.update(stop - bar.n)
-                yield stop, part
-
-    return saved_counts(sides.maps, identity, blocks, count_from)
-
-
-_here: Sides | None = None
-"""What this process works with."""
-
-
-def _in_processes(
-    workers: int | None, sides: Sides, work: Callable[[Sides, int], Any], tasks: Iterable[int]
-) -> Iterator[Any]:
-    """Results of ``work`` for every task, in order."""
-    tasks = list(tasks)
-    number = min(workers or os.cpu_count() or 1, len(tasks))
-    if number <= 1:
-        for task in tasks:
-            yield work(sides, task)
-        return
-    handed = (sides.config, sides.made, sides.corpus, os.getpid())
-    with ProcessPoolExecutor(number, get_context("spawn"), _begin_process, handed) as pool:
-        try:
-            yield from pool.map(partial(_in_process, work), tasks)  # drops each result once it is taken
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process was ended from outside, most likely because memory ran out; run the same "
-                f"command again with fewer --workers than {number}: it goes on where it stopped"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _begin_process(config: AlignConfig, made: VocabularyMap | None, corpus: Corpus | None, parent: int) -> None:
-    global _here
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _here = open_sides(config, checked=True)
-    _here.made, _here.corpus = made, corpus
-
-
-def _end_with(parent: int) -> None:
-    """Do not outlive a parent that was killed."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _in_process(work: Callable[[Sides, int], Any], task: int) -> Any:
-    assert _here is not None
-    return work(_here, task)
+    total, saved = load_counts(path, identity) if path.is_file() else (None, 0)
+    starts = range(saved, blocks, BLOCKS_AT_ONCE)
+    with tqdm(total=blocks, initial=saved, unit="block", desc="corpus", disable=not starts or is_quiet()) as bar:
+        for stop, part in in_processes(sides, _count_blocks, starts):
+            bar.update(stop - bar.n)
+            total = part if total is None else total + part
+            if stop - saved >= KEPT_EVERY or stop == blocks:
+                save_counts(path, identity, total, stop)
+                saved = stop
+    assert total is not None
+    sides.corpus = total
+    return total
 
 
 def _count_blocks(sides: Sides, start: int) -> tuple[int, Corpus]:
@@ -248,50 +172,52 @@ def _count_blocks(sides: Sides, start: int) -> tuple[int, Corpus]:
     return stop, count(blocks, sides.source_reader, sides.pivot_reader, sides.contained)
 
 
-def _align_shard(sides: Sides, shard: int) -> int:
+def _align_shard(sides: Sides, shard: int) -> tuple[int, list[Representation], dict[str, int]]:
+    """The rows of a shard, and what the manifest counts of them."""
     described = sides.pivot_store.manifest["shards"][shard]
     numbers = range(described["first_row"], described["first_row"] + described["rows"])
     blocks = [sides.dialogues[number] for number in numbers]
     rows, totals = [], Counter[str]()
     both = zip(read_blocks(sides.pivot_reader, blocks), read_blocks(sides.source_reader, blocks), strict=True)
-    for number, (of_pivot, of_source) in zip(numbers, both, strict=True):
-        row, counts = align_row(sides, number, of_pivot, of_source)
+    for number, (pivot, source) in zip(numbers, both, strict=True):
+        row, counts = align_row(sides, number, pivot, source)
         rows.append(row)
         totals.update(counts)
-    starts = [*(one["first_row"] for one in sides.pivot_store.manifest["shards"]), len(sides.pivot_store)]
-    writer = StoreWriter(sides.config.output, None, starts)
-    writer.join()
-    facts = {"positions": sum(map(len, rows)), **{name: totals[name] for name in CAUSES}}
-    writer.write(shard, [(block.conversation, block.block) for block in blocks], rows, facts)
-    writer.wait()
-    return shard
+    return shard, rows, {"positions": sum(map(len, rows)), **totals}
 
 
 def _report(manifest: dict[str, Any]) -> str:
-    positions, paired = manifest["positions"], manifest["paired"]
-    mass = {
-        name: manifest[f"{name}_ppm"] / 1e6 / max(1, paired)
-        for name in ("mass", "unmapped", "beyond", "source_tail")
-    }
-    share = 1 / max(1, positions)
-    ends, ends_paired = manifest["ends"], manifest["ends_paired"]
-    of_ends = manifest["ends_ppm"] / 1e6 / max(1, ends_paired)
-    rows = max(1, manifest["compared"])
-    alone = "no common boundary" if manifest["identity"]["positions"] == "boundary" else "no token fits by rule"
-    return "\n".join(
-        [
-            f"positions               {positions:>12,}",
-            f"paired                  {paired:>12,}  {paired * share:.2%}",
-            *(
-                f"  {cause:21} {manifest[name]:>12,}  {manifest[name] * share:.2%}"
-                for cause, name in ((alone, "no_partner"), *NOT_STORED)
-            ),
-            f"of a paired position's mass mapped {mass['mass']:.2%}, ids without image {mass['unmapped']:.2%}, "
-            f"beyond the k kept {mass['beyond']:.2%}, the source's tail {mass['source_tail']:.2%}",
-            f"ends of answers         {ends:>12,}  paired {ends_paired:,} ({ends_paired / max(1, ends):.2%}); "
-            f"the pivot's end gets {of_ends:.2%} there",
-            f"source better in blocks {manifest['better_by_byte']:>12,}  of {manifest['compared']:,} per byte "
-            f"({manifest['better_by_byte'] / rows:.1%}); per token {manifest['better_by_token']:,} "
-            f"({manifest['better_by_token'] / rows:.1%})",
-        ]
+    positions, paired, ends, compared = (manifest[key] for key in ("positions", "paired", "ends", "compared"))
+    ends_paired, by_byte, by_token = (
+        manifest[key] for key in ("ends_paired", "better_by_byte", "better_by_token")
     )
+    mass, unmapped, beyond, tail = (
+        manifest[f"{name}_ppm"] / 1e6 / max(1, paired) for name in ("mass", "unmapped", "beyond", "source_tail")
+    )
+    boundary = manifest["identity"]["positions"] == "boundary"
+    causes = {
+        "no_partner": "no common boundary" if boundary else "no token fits by rule",
+        "not_supervised": "partner not supervised",
+        "not_read": "beyond the context",
+    }
+    lines = [
+        f"positions               {positions:>12,}",
+        f"paired                  {paired:>12,}  {_share(paired, positions):.2%}",
+    ]
+    lines += [
+        f"  {cause:21} {manifest[name]:>12,}  {_share(manifest[name], positions):.2%}"
+        for name, cause in causes.items()
+    ]
+    lines += [
+        f"of a paired position's mass mapped {mass:.2%}, ids without image {unmapped:.2%}, beyond the k kept "
+        f"{beyond:.2%}, the source's tail {tail:.2%}",
+        f"ends of answers         {ends:>12,}  paired {ends_paired:,} ({_share(ends_paired, ends):.2%}); "
+        f"the pivot's end gets {_share(manifest['ends_ppm'] / 1e6, ends_paired):.2%} there",
+        f"source better in blocks {by_byte:>12,}  of {compared:,} per byte ({_share(by_byte, compared):.1%}); per "
+        f"token {by_token:,} ({_share(by_token, compared):.1%})",
+    ]
+    return "\n".join(lines)
+
+
+def _share(part: float, whole: int) -> float:
+    return part / max(1, whole)

@@ -1,8 +1,8 @@
-"""The positions of two models that correspond, answer by answer.
+"""Which positions of a source correspond to which positions of the pivot, answer by answer.
 
-With ``boundary`` those that predict the same byte of the same answer; with ``dtw`` those that time warping brings
-together within an answer. The position that predicts the end of an answer corresponds to the other model's, and to
-nothing else.
+With ``boundary``, two positions correspond if they predict the same byte of the same answer: then both models have
+read exactly the same bytes of it. With ``dtw``, they correspond if time warping pairs them within an answer. The
+position that predicts the end of an answer corresponds to the other model's, and to no other position.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,9 +18,10 @@ from fusion_trainer.data.blocks import Block
 from fusion_trainer.data.readers import Reader
 from fusion_trainer.text.tokenizer import Span, TextTokenizer, Tokens, supervised_positions
 
-__all__ = ["Read", "compared", "end_pairs", "position_pairs", "read_blocks", "sizes", "token_pairs"]
+__all__ = ["Read", "compared", "end_pairs", "position_pairs", "read_blocks", "token_pairs"]
 
 SHIFT = np.int64(32)
+Indices = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
@@ -44,153 +45,143 @@ class Read:
         """The positions at which the model is queried, ascending: the rows of its store."""
         return supervised_positions(self.tokens, self.spans)
 
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        """int32 [tokens]: bytes of text between a token's end and the end of the token before."""
+        return np.diff(self.tokens.ends, prepend=np.int32(0))
+
 
 def read_blocks(reader: Reader, blocks: Sequence[Block]) -> list[Read]:
     """Render and tokenise some blocks."""
     readings = [reader.read(block) for block in blocks]
-    encoded = reader.tokenizer.encode([reading.text for reading in readings])
+    tokenised = reader.tokenizer.encode([reading.text for reading in readings])
     return [
-        Read(tokens, one.answers, one.spans, places(tokens, one.text.encode(), one.answers))
-        for one, tokens in zip(readings, encoded, strict=True)
+        Read(tokens, reading.answers, reading.spans, places(tokens, reading.text.encode(), reading.answers))
+        for reading, tokens in zip(readings, tokenised, strict=True)
     ]
 
 
 def position_pairs(
-    pivot: Read, source: Read, readers: tuple[TextTokenizer, TextTokenizer], contained: int | None
+    pivot: Read, source: Read, tokenizers: tuple[TextTokenizer, TextTokenizer], contained: int | None
 ) -> Pairs:
-    """Positions that predict content of an answer, and correspond.
+    """The positions that predict content of an answer and correspond.
 
     Args:
         pivot: A block as the pivot reads it.
-        source: As the source does.
-        readers: The pivot's tokenizer and the source's.
-        contained: None for ``boundary``, else the cost of time warping (``positions.CONTAINED``).
+        source: The same block as the source reads it.
+        tokenizers: The pivot's and the source's.
+        contained: None for ``boundary``; for ``dtw`` the cost of an edit (``positions.CONTAINED``).
     """
     if contained is None:
         return _same_places(pivot.places, source.places)
-    pairs: list[tuple[NDArray[np.intp], NDArray[np.intp]]] = []
-    for first, second, of_pivot, of_source in _warped(pivot, source, readers, contained):
-        begins = _same_lead(pivot.places, source.places, first[:1], second[:1])
-        pairs.append((first[:1][begins], second[:1][begins]))
-        inside = np.isin(of_pivot, first) & np.isin(of_source, second)  # not what predicts the end
-        pairs.append((of_pivot[inside], of_source[inside]))
+    pairs: list[tuple[Indices, Indices]] = []
+    for first, second, pivot_tokens, source_tokens in _warped(pivot, source, tokenizers, contained):
+        if pivot.places.lead.get(int(first[0]), b"") == source.places.lead.get(int(second[0]), b""):
+            pairs.append((first[:1], second[:1]))
+        inside = np.isin(pivot_tokens, first) & np.isin(source_tokens, second)  # the last one predicts the end
+        pairs.append((pivot_tokens[inside], source_tokens[inside]))
     return _joined(pairs)
 
 
 def token_pairs(
-    pivot: Read, source: Read, readers: tuple[TextTokenizer, TextTokenizer], contained: int | None
+    pivot: Read, source: Read, tokenizers: tuple[TextTokenizer, TextTokenizer], contained: int | None
 ) -> Pairs:
-    """Tokens of answers that correspond: that begin together (``boundary``), or were warped onto each other."""
+    """Tokens of answers that correspond: they begin together (``boundary``), or warping pairs them (``dtw``)."""
     if contained is None:
         pairs = _same_places(pivot.places, source.places)
         return Pairs(pairs.pivot + 1, pairs.source + 1)
-    found = _warped(pivot, source, readers, contained)
-    return _joined([(of_pivot, of_source) for _, _, of_pivot, of_source in found])
+    return _joined([tokens for _, _, *tokens in _warped(pivot, source, tokenizers, contained)])
 
 
 def end_pairs(pivot: Read, source: Read) -> Pairs:
     """The positions that predict the end of an answer in both."""
-    found = [(pivot.places.end(answer.turn), source.places.end(answer.turn)) for answer in source.answers]
-    return _joined([(np.array([i]), np.array([j])) for i, j in found if i is not None and j is not None])
+    ends = [(pivot.places.end(answer.turn), source.places.end(answer.turn)) for answer in source.answers]
+    return _joined([(np.array([i]), np.array([j])) for i, j in ends if i is not None and j is not None])
 
 
 def _same_places(pivot: Places, source: Places) -> Pairs:
-    """Positions that predict the same byte of content, where the next tokens begin alike."""
-    of_pivot, of_source = np.flatnonzero(pivot.place >= 0), np.flatnonzero(source.place >= 0)
+    """Positions that predict the same byte of content, if their next tokens take the same text before it."""
+    both = [np.flatnonzero(side.place >= 0) for side in (pivot, source)]
     names = [
-        (side.turn[found].astype(np.int64) << SHIFT) + side.place[found]
-        for side, found in ((pivot, of_pivot), (source, of_source))
+        (side.turn[positions].astype(np.int64) << SHIFT) + side.place[positions]
+        for side, positions in zip((pivot, source), both, strict=True)
     ]
     _, first, second = np.intersect1d(names[0], names[1], assume_unique=True, return_indices=True)
-    of_pivot, of_source = of_pivot[first], of_source[second]
-    alike = _same_lead(pivot, source, of_pivot, of_source)
-    return Pairs(of_pivot[alike].astype(np.int32), of_source[alike].astype(np.int32))
-
-
-def _same_lead(
-    pivot: Places, source: Places, of_pivot: NDArray[np.intp], of_source: NDArray[np.intp]
-) -> NDArray[np.bool_]:
-    """Whether the next tokens take the same text from before the content."""
-    alike = np.ones(len(of_pivot), bool)
-    if pivot.lead or source.lead:
-        for number, (i, j) in enumerate(zip(of_pivot.tolist(), of_source.tolist(), strict=True)):
-            alike[number] = pivot.lead.get(i, b"") == source.lead.get(j, b"")
-    return alike
+    pairs = Pairs(both[0][first].astype(np.int32), both[1][second].astype(np.int32))
+    if not (pivot.lead or source.lead):
+        return pairs
+    lists = zip(pairs.pivot.tolist(), pairs.source.tolist(), strict=True)
+    alike = np.array([pivot.lead.get(i, b"") == source.lead.get(j, b"") for i, j in lists], bool)
+    return Pairs(pairs.pivot[alike], pairs.source[alike])
 
 
 def _warped(
-    pivot: Read, source: Read, readers: tuple[TextTokenizer, TextTokenizer], contained: int
-) -> Iterator[tuple[NDArray[np.intp], ...]]:
-    """For each answer the positions that predict its content, and the tokens of it that were warped together."""
+    pivot: Read, source: Read, tokenizers: tuple[TextTokenizer, TextTokenizer], contained: int
+) -> Iterator[tuple[Indices, Indices, Indices, Indices]]:
+    """For each answer the positions of both that predict its content, and its tokens that warping pairs."""
     for answer in source.answers:
         first, second = pivot.places.content(answer.turn), source.places.content(answer.turn)
         if not len(first) or not len(second):
             continue
         ids = pivot.tokens.ids[first + 1], source.tokens.ids[second + 1]
-        if readers[0].sha256 == readers[1].sha256 and np.array_equal(*ids):
+        if tokenizers[0].sha256 == tokenizers[1].sha256 and np.array_equal(*ids):
             yield first, second, first + 1, second + 1
             continue
         words = [
-            [reader.words[token] for token in some.tolist()] for reader, some in zip(readers, ids, strict=True)
+            [tokenizer.words[token] for token in tokens.tolist()]
+            for tokenizer, tokens in zip(tokenizers, ids, strict=True)
         ]
         path = warping_path(words[0], words[1], contained)
         yield first, second, first[path.pivot] + 1, second[path.source] + 1
 
 
-def _joined(pairs: Sequence[tuple[NDArray[np.intp], NDArray[np.intp]]]) -> Pairs:
+def _joined(pairs: Sequence[Sequence[Indices]]) -> Pairs:
     columns = list(zip(*pairs, strict=True)) or [(), ()]
     first, second = (np.concatenate([np.empty(0, np.int32), *column]).astype(np.int32) for column in columns)
     return Pairs(first, second)
 
 
 def compared(pivot: Read, source: Read, rows: tuple[int, int]) -> tuple[list[int], list[int], int]:
-    """The positions over which the two models' cross-entropies are compared: those of the same bytes.
+    """The positions over which the two models' cross-entropies are compared: those that predict the same bytes.
 
     Args:
         pivot: A block as the pivot reads it.
-        source: As the source does.
-        rows: How many of their positions are in their stores; a context may have cut off the others.
+        source: The same block as the source reads it.
+        rows: How many of their positions are in their stores; a short context may have cut off the rest.
 
     Returns:
-        The pivot's positions, the source's, and how many bytes of text they predict; the end of an answer counts
-        as one.
+        The pivot's positions, the source's, and the number of bytes that they predict; the end of an answer
+        counts as one byte.
     """
     sides = pivot, source
-    queried = [side.positions[:count] for side, count in zip(sides, rows, strict=True)]
-    found: tuple[list[int], list[int]] = [], []
+    stored = [side.positions[:count] for side, count in zip(sides, rows, strict=True)]
+    chosen: tuple[list[int], list[int]] = [], []
     size = 0
     for answer in source.answers:
-        own = next((one for one in pivot.answers if one.turn == answer.turn), None)
+        own = next((other for other in pivot.answers if other.turn == answer.turn), None)
         if own is None or not own.pieces or not answer.pieces:
             continue
         every = [np.flatnonzero((side.places.turn == answer.turn) & (side.places.begins >= 0)) for side in sides]
-        stored = [one[np.isin(one, rows_)] for one, rows_ in zip(every, queried, strict=True)]
-        begins = [side.places.begins[one] for side, one in zip(sides, stored, strict=True)]
-        whole = _length(own) == _length(answer) and all(
-            len(one) == len(all_) for one, all_ in zip(stored, every, strict=True)
-        )
-        read = [side.places.place[one] for side, one in zip(sides, stored, strict=True)]
+        here = [positions[np.isin(positions, kept)] for positions, kept in zip(every, stored, strict=True)]
+        whole = _length(own) == _length(answer) and all(map(np.array_equal, here, every))
+        read = [side.places.place[positions] for side, positions in zip(sides, here, strict=True)]
         common = np.intersect1d(read[0][read[0] >= 0], read[1][read[1] >= 0])
         if not len(common):
             continue
         first, last = int(common[0]), _length(own) if whole else int(common[-1])
         size += last - first
-        for positions, here, place in zip(found, stored, begins, strict=True):
-            positions += here[(place >= first) & (place < last)].tolist()
-        ends = [side.places.end(answer.turn) for side in sides]
-        if whole and all(end in rows_ for end, rows_ in zip(ends, queried, strict=True)):
+        for side, positions, result in zip(sides, here, chosen, strict=True):
+            begins = side.places.begins[positions]
+            result += positions[(begins >= first) & (begins < last)].tolist()
+        ends = pivot.places.end(answer.turn), source.places.end(answer.turn)
+        if whole and ends[0] in stored[0] and ends[1] in stored[1]:
             size += 1
-            for positions, end in zip(found, ends, strict=True):
-                positions.append(int(end or 0))
-    return *found, size
+            for end, result in zip(ends, chosen, strict=True):
+                result.append(int(end or 0))
+    return *chosen, size
 
 
 def _length(answer: Answer) -> int:
-    """Bytes of content up to the last piece's end."""
+    """Bytes of content up to the end of the last piece."""
     start, stop, at = answer.pieces[-1]
     return at + stop - start
-
-
-def sizes(read: Read) -> NDArray[np.int32]:
-    """int32 [tokens]: bytes of text between a token's end and the end before it."""
-    return np.diff(read.tokens.ends, prepend=np.int32(0))

@@ -1,22 +1,22 @@
-"""Which ids of the pivot an id of the source stands for: sparse source × pivot matrices.
+"""Vocabulary maps: which ids of the pivot an id of the source stands for, as sparse source × pivot matrices.
 
-| method | an id's image |
+| method | the image of an id |
 |---|---|
 | ``exact`` | the pivot's token of the same bytes, if there is one (EM) |
-| ``min_edit_distance`` | exact where it exists, else the nearest token by edit distance (MinED, FuseLLM) |
-| ``statistics`` | the tokens it was paired with over the corpus (MS, as FuseChat's paper has it) |
-| ``statistics_published`` | the same as FuseChat's release does it |
+| ``min_edit_distance`` | exact if it exists, else the nearest token by edit distance (MinED, FuseLLM) |
+| ``statistics`` | the tokens it was paired with over the corpus (MS, as in FuseChat's paper) |
+| ``statistics_published`` | the same, as FuseChat's release does it |
 | ``prefix`` | the first token the pivot reads its text as: what the pivot has to predict next |
 
-Each row sums to 1 or is empty. Tokens are compared by the bytes they stand for, so that "▁the", "Ġthe" and " the"
-are one; mass that two ids send to one is added when a map is applied.
+Each row sums to 1 or is empty. Tokens are compared by the bytes they stand for, so "▁the", "Ġthe" and " the" are
+the same.
 
-That is for tokens of text. By every method a special token is mapped by its function (it begins a text, ends a
-turn, pads) or has no image, and is the image of no text. Other added tokens (``<think>``, ``[multimodal]``) are
-mapped by the same bytes alone, unless they are plain white space, which is text.
+This holds for tokens of text. All methods map a special token by its function (it begins a text, ends a turn, or
+pads) or not at all, and no text maps to a special token. Other added tokens (``<think>``, ``[multimodal]``) map to
+the same bytes or not at all, unless they are plain white space, which is text.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -45,20 +45,22 @@ Method = Literal["exact", "min_edit_distance", "statistics", "statistics_publish
 METHODS: tuple[Method, ...] = get_args(Method)
 
 RULES = 3
-"""Raised with every change of what a method maps, so that no older map is taken for a new one."""
+"""Version of the methods: raised whenever a method changes, so that a map of older rules is not reused."""
 CONTEXTS = ("\n", "a", " ", ".", "0", "(")
-"""Texts after which a token's text is read, until one is found that it does not join."""
+"""Texts after which a token's text is read, until one is found that the tokenizer does not join with it."""
 CELLS_AT_ONCE = 1 << 24
-"""Of edit distances, 2 bytes each."""
+"""Edit distances computed at once, 2 bytes each."""
+Images = dict[int, int]
+"""An id of the pivot for some ids of the source."""
 
 
 @dataclass(frozen=True)
 class Ends:
-    """Ids that end a turn of the source, and the pivot's one that they stand for.
+    """Ids that end a turn.
 
     Attributes:
         source: The source's; its EOS if empty.
-        pivot: The pivot's; its EOS if None.
+        pivot: The pivot's id that they all stand for; its EOS if None.
     """
 
     source: tuple[int, ...] = ()
@@ -73,8 +75,8 @@ class VocabularyMap:
     """A map of ids.
 
     Attributes:
-        matrix: float32 [source ids, pivot ids], rows sum to 1 or are empty.
-        method: How it was made.
+        matrix: float32 [source ids, pivot ids]; each row sums to 1 or is empty.
+        method: The method that made it.
     """
 
     matrix: csr_array
@@ -82,16 +84,16 @@ class VocabularyMap:
 
     @property
     def mapped(self) -> NDArray[np.bool_]:
-        """bool [source ids]: which have an image."""
+        """bool [source ids]: which ids have an image."""
         filled: NDArray[np.bool_] = np.diff(self.matrix.indptr) > 0
         return filled
 
 
 def identical(source: TextTokenizer, pivot: TextTokenizer, ends: Ends = DEFAULT_ENDS) -> VocabularyMap | None:
-    """The map of two tokenizers that agree in every id both have; None if they do not.
+    """The map of two tokenizers that have the same tokens of text; None if they differ.
 
-    Every id is mapped to itself, but the source's ends of turns to the pivot's. Added tokens do not matter: those
-    that both have are mapped by name, the others have no image.
+    Every id maps to itself, except that the source's ends of turns map to the pivot's. Added tokens may differ:
+    those that both have map by name, the others have no image.
     """
     ours, theirs = source.surfaces, pivot.surfaces
     base = {token: surface for token, surface in ours.items() if token not in source.added}
@@ -100,15 +102,14 @@ def identical(source: TextTokenizer, pivot: TextTokenizer, ends: Ends = DEFAULT_
     named = {theirs[token]: token for token in pivot.added} | {
         theirs[token]: token for token in theirs if ours.get(token) == theirs[token]
     }
-    images = {token: named[ours[token]] for token in source.added if ours[token] in named}
-    kinds = _Kinds.of(source, pivot, ends)
-    images = {**{token: token for token in base}, **images, **kinds.ends}
+    added = {token: named[ours[token]] for token in source.added if ours[token] in named}
+    images = {**{token: token for token in base}, **added, **_Kinds(source, pivot, ends).ends}
     return _one_to_one(images, source, pivot, "identical")
 
 
 def exact(source: TextTokenizer, pivot: TextTokenizer, ends: Ends = DEFAULT_ENDS) -> VocabularyMap:
     """EM: the same bytes."""
-    kinds = _Kinds.of(source, pivot, ends)
+    kinds = _Kinds(source, pivot, ends)
     return _one_to_one(_exact(kinds) | kinds.functions, source, pivot, "exact")
 
 
@@ -123,17 +124,19 @@ def min_edit_distance(
     Args:
         source: The source's tokenizer.
         pivot: The pivot's.
-        frequency: How often the corpus has each id of the pivot. Of equally near tokens the more frequent wins,
-            then the one with the lower id.
-        ends: What ends a turn.
+        frequency: How often the corpus has each id of the pivot. If several tokens are equally near, the most
+            frequent one is taken, then the one with the lowest id.
+        ends: The ids that end a turn.
     """
-    kinds = _Kinds.of(source, pivot, ends)
+    kinds = _Kinds(source, pivot, ends)
     images = _exact(kinds)
-    words = pivot.words
     counts = frequency or {}
-    order = sorted(kinds.pivot_text, key=lambda token: (-counts.get(token, 0), token))  # the first of equals wins
-    rest = {token: source.words[token] for token in sorted(kinds.text) if token not in images}
-    images |= _nearest(rest, [words[token] for token in order], order)
+    candidates: dict[str, int] = {}
+    for token in sorted(kinds.pivot_text, key=lambda token: (-counts.get(token, 0), token)):
+        candidates.setdefault(pivot.words[token], token)
+    rest = [token for token in kinds.text if token not in images]
+    nearest = _nearest(dict.fromkeys(source.words[token] for token in rest), candidates)
+    images |= {token: nearest[source.words[token]] for token in rest if nearest}
     return _one_to_one(images | kinds.functions, source, pivot, "min_edit_distance")
 
 
@@ -142,7 +145,6 @@ def statistics(
     source: TextTokenizer,
     pivot: TextTokenizer,
     most: int = 0,
-    name: str = "statistics",
     ends: Ends = DEFAULT_ENDS,
 ) -> VocabularyMap:
     """MS: what an id was paired with over the corpus (FuseChat, arXiv 2408.07990, token alignment by statistics).
@@ -151,12 +153,11 @@ def statistics(
         counts: int64 [source ids, pivot ids], how often the alignment paired them.
         source: The source's tokenizer.
         pivot: The pivot's.
-        most: Keep so many images per id, weighted by their counts. 0: one image, the pair with the least
-            edit distance divided by its count; of equals the more frequent, then the lower id.
-        name: Of the method.
-        ends: What ends a turn.
+        most: Images kept per id, weighted by their counts. 0: one image, the pair with the least edit distance
+            divided by its count; of equal ones the more frequent, then the lower id.
+        ends: The ids that end a turn.
     """
-    kinds = _Kinds.of(source, pivot, ends)
+    kinds = _Kinds(source, pivot, ends)
     images = _exact(kinds, kinds.marks) | kinds.functions
     rows: dict[int, dict[int, float]] = {token: {image: 1.0} for token, image in images.items()}
     for token, paired, seen in _paired(counts, kinds):
@@ -165,102 +166,91 @@ def statistics(
             order = order[:most]
         else:
             word = source.words[token]
-            far = [Levenshtein.distance(word, pivot.words[image]) for image in paired[order].tolist()]
-            order = order[[int(np.argmin(np.array(far) / seen[order]))]]
+            distances = [Levenshtein.distance(word, pivot.words[image]) for image in paired[order].tolist()]
+            order = order[[int(np.argmin(np.array(distances) / seen[order]))]]
         weights = seen[order] / seen[order].sum()
         rows[token] = dict(zip(paired[order].tolist(), weights.tolist(), strict=True))
-    return _mixed(rows, source, pivot, name)
+    return _mixed(rows, source, pivot, "statistics")
 
 
 def statistics_published(
     counts: csr_array, source: TextTokenizer, pivot: TextTokenizer, ends: Ends = DEFAULT_ENDS
 ) -> VocabularyMap:
-    """MS as FuseChat's release of August 2024 computes it, kept for comparison.
+    """MS as FuseChat's release of August 2024 computes it, for comparison.
 
-    The pivot's token of the same bytes where there is one, paired or not. Else of the tokens it was paired with
-    the one of least distance × σ(count), the lower id of equals; the distance is the edit distance of the tokens
-    without spaces, a tenth of it where one contains the other. σ(1) = 0.73 and σ(5) = 0.99: a pair seen once
-    counts as *nearer* than one seen often.
+    The pivot's token of the same bytes if there is one, whether they were paired or not. Else, of the tokens it
+    was paired with, the one with the least distance × σ(count); of equal ones the lowest id. The distance is the
+    edit distance of the tokens without spaces, a tenth of it if one contains the other. σ(1) = 0.73 and σ(5) =
+    0.99, so a pair seen once counts as *nearer* than one seen often.
 
     Args:
         counts: int64 [source ids, pivot ids], how often the alignment paired them.
         source: The source's tokenizer.
         pivot: The pivot's.
-        ends: What ends a turn.
+        ends: The ids that end a turn.
     """
-    kinds = _Kinds.of(source, pivot, ends)
+    kinds = _Kinds(source, pivot, ends)
     images = _exact(kinds)
     for token, paired, seen in _paired(counts, kinds):
         if token not in images:
-            far = np.array(
-                [_release_distance(source.words[token], pivot.words[image]) for image in paired.tolist()]
-            )
-            images[token] = int(paired[np.argmin(far / (1 + np.exp(-seen)))])
+            word = source.words[token]
+            distances = []
+            for other in (pivot.words[image] for image in paired.tolist()):
+                contained = word in other or other in word
+                distances.append(Levenshtein.distance(word, other) * (0.1 if contained else 1.0))
+            images[token] = int(paired[np.argmin(np.array(distances) / (1 + np.exp(-seen)))])
     return _one_to_one(images | kinds.functions, source, pivot, "statistics_published")
 
 
 def prefix(source: TextTokenizer, pivot: TextTokenizer, ends: Ends = DEFAULT_ENDS) -> VocabularyMap:
     """The first token that the pivot reads an id's text as, within a text.
 
-    The pivot's token of the same bytes is the image only if the pivot does read it so in one of ``CONTEXTS``: a
-    tokenizer that takes digits one by one never predicts "12", though it may know it. A text that the pivot
-    always joins to what precedes it, or that is no whole characters, goes to the pivot's longest token that it
-    begins with.
+    The pivot's token of the same bytes is the image only if the pivot reads it so in one of ``CONTEXTS``: a
+    tokenizer that takes digits one by one never predicts "12", even if it has that token. A text that the pivot
+    always joins with what precedes it, or that is not made of whole characters, maps to the pivot's longest token
+    that it begins with.
     """
-    kinds = _Kinds.of(source, pivot, ends)
+    kinds = _Kinds(source, pivot, ends)
     same = _exact(kinds)
-    named = {token: image for token, image in same.items() if token in kinds.marks}
-    rest = sorted(kinds.text)
-    read = _firsts({token: _text(source.surfaces[token]) for token in rest}, pivot, same, kinds.pivot_text)
-    longest = _Prefixes(kinds)
-    found = {token: longest.of(source.surfaces[token]) for token in rest if token not in read}
-    images = {**named, **read, **{token: image for token, image in found.items() if image is not None}}
+    images = {token: image for token, image in same.items() if token in kinds.marks}
+    images |= _first_tokens(kinds, same)
+    by_surface = _by_surface(pivot, kinds.pivot_text)
+    longest = max(map(len, by_surface), default=0)
+    for token in kinds.text - images.keys():
+        surface = source.surfaces[token]
+        heads = (surface[:size] for size in range(min(longest, len(surface)), 0, -1))
+        if (head := next((head for head in heads if head in by_surface), None)) is not None:
+            images[token] = by_surface[head]
     return _one_to_one(images | kinds.functions, source, pivot, "prefix")
 
 
-@dataclass(frozen=True)
 class _Kinds:
     """The ids of both tokenizers by what they stand for.
 
     Attributes:
-        source: The source's tokenizer.
-        pivot: The pivot's.
-        text: Ids of the source that are text.
+        text: The source's ids of text.
         marks: Its added tokens that are neither text nor special.
         pivot_text: The pivot's ids of text.
-        pivot_marks: Its other added tokens that are not special.
-        ends: Source id → the pivot's end of a turn, for all ids that end one.
+        pivot_marks: Its added tokens that are neither text nor special.
+        ends: For each id that ends a turn of the source, the pivot's end of a turn.
         functions: The images of all special tokens that have one.
     """
 
-    source: TextTokenizer
-    pivot: TextTokenizer
-    text: frozenset[int]
-    marks: frozenset[int]
-    pivot_text: frozenset[int]
-    pivot_marks: frozenset[int]
-    ends: dict[int, int]
-    functions: dict[int, int]
-
-    @classmethod
-    def of(cls, source: TextTokenizer, pivot: TextTokenizer, ends: Ends) -> "_Kinds":
+    def __init__(self, source: TextTokenizer, pivot: TextTokenizer, ends: Ends) -> None:
+        self.source, self.pivot = source, pivot
         ours, theirs = source.tokenizer, pivot.tokenizer
         closing = {token for token in ends.source or (ours.eos_token_id,) if token in source.surfaces}
         end = theirs.eos_token_id if ends.pivot is None else ends.pivot
-        functions = {
-            one: other
-            for one, other in ((ours.pad_token_id, theirs.pad_token_id), (ours.bos_token_id, theirs.bos_token_id))
-            if one is not None and other not in (None, end) and one not in closing
+        self.text, self.marks = _text_and_marks(source, closing)
+        self.pivot_text, self.pivot_marks = _text_and_marks(pivot, {end})
+        self.ends: Images = {} if end is None else dict.fromkeys(closing, end)
+        named = ((ours.pad_token_id, theirs.pad_token_id), (ours.bos_token_id, theirs.bos_token_id))
+        others = {
+            token: image
+            for token, image in named
+            if token is not None and image not in (None, end) and token not in closing
         }
-        images = {} if end is None else dict.fromkeys(closing, end)
-        return cls(
-            source,
-            pivot,
-            *_text_and_marks(source, closing),
-            *_text_and_marks(pivot, {end}),
-            images,
-            functions | images,
-        )
+        self.functions: Images = others | self.ends
 
 
 def _text_and_marks(tokenizer: TextTokenizer, closing: set[int]) -> tuple[frozenset[int], frozenset[int]]:
@@ -269,8 +259,8 @@ def _text_and_marks(tokenizer: TextTokenizer, closing: set[int]) -> tuple[frozen
     return frozenset(tokenizer.surfaces.keys() - special - marks), frozenset(marks)
 
 
-def _paired(counts: csr_array, kinds: _Kinds) -> Iterable[tuple[int, NDArray[np.intp], NDArray[np.float64]]]:
-    """Each of the source's ids of text, the ids it was paired with and may be mapped to, and how often."""
+def _paired(counts: csr_array, kinds: _Kinds) -> Iterator[tuple[int, NDArray[np.intp], NDArray[np.float64]]]:
+    """For each of the source's ids of text: the ids it was paired with and may map to, and how often."""
     counts = csr_array(counts, dtype=np.float64)
     counts.sort_indices()
     for token in np.flatnonzero(np.diff(counts.indptr)).tolist():
@@ -287,125 +277,74 @@ def _paired(counts: csr_array, kinds: _Kinds) -> Iterable[tuple[int, NDArray[np.
             yield token, paired[fits], seen[fits]
 
 
-def _release_distance(word: str, other: str) -> float:
-    return Levenshtein.distance(word, other) * (0.1 if word in other or other in word else 1.0)
+def _first_tokens(kinds: _Kinds, same: Images) -> Images:
+    """For the source's ids of text, the first token that the pivot reads their text as.
 
-
-def _firsts(
-    texts: Mapping[int, str], pivot: TextTokenizer, same: Mapping[int, int], allowed: frozenset[int]
-) -> dict[int, int]:
-    """The first token the pivot reads each text as: its own (``same``) if any context gives it, else the first.
-
-    Others than its own count only if they are ``allowed``: a text that looks like a special token is none.
+    That is the token of the same bytes (``same``) if any context gives it, else the first context's. A text that
+    the pivot reads as a special token has no image here.
     """
-    found: dict[int, int] = {}
-    open_texts = {token: text for token, text in texts.items() if text}
+    images: Images = {}
+    texts = {}
+    for token in sorted(kinds.text):
+        try:
+            texts[token] = kinds.source.surfaces[token].decode()
+        except UnicodeDecodeError:
+            continue
+    texts = {token: text for token, text in texts.items() if text}
     for context in CONTEXTS:
-        read = pivot.encode([context + text for text in open_texts.values()])
-        for token, tokens in zip(list(open_texts), read, strict=True):
-            first = _after(tokens, len(context.encode()))
+        tokenised = kinds.pivot.encode([context + text for text in texts.values()])
+        for token, tokens in zip(list(texts), tokenised, strict=True):
+            first = _token_after(tokens, len(context.encode()))
             if first is None:
                 continue
             if first == same.get(token):
-                found[token] = first
-                del open_texts[token]
-            elif first in allowed:
-                found.setdefault(token, first)
+                images[token] = first
+                del texts[token]
+            elif first in kinds.pivot_text:
+                images.setdefault(token, first)
                 if token not in same:
-                    del open_texts[token]
-    return found
+                    del texts[token]
+    return images
 
 
-def _after(tokens: Tokens, end: int) -> int | None:
-    """The token of some bytes that begins at a byte; None where one goes across it."""
-    cut = np.flatnonzero(tokens.ends == end)
-    if len(cut) and cut[-1] + 1 < len(tokens) and tokens.ends[cut[-1] + 1] > end:
+def _token_after(tokens: Tokens, size: int) -> int | None:
+    """The token that begins after ``size`` bytes; None if a token crosses that byte."""
+    cut = np.flatnonzero(tokens.ends == size)
+    if len(cut) and cut[-1] + 1 < len(tokens) and tokens.ends[cut[-1] + 1] > size:
         return int(tokens.ids[cut[-1] + 1])
     return None
 
 
-class _Prefixes:
-    """The pivot's tokens of text by their bytes."""
-
-    def __init__(self, kinds: _Kinds) -> None:
-        self.ids = _by_surface(kinds.pivot, kinds.pivot_text)
-        self.longest = max(map(len, self.ids), default=0)
-
-    def of(self, surface: bytes) -> int | None:
-        sizes = range(min(self.longest, len(surface)), 0, -1)
-        return next((self.ids[surface[:size]] for size in sizes if surface[:size] in self.ids), None)
-
-
-def _by_surface(tokenizer: TextTokenizer, some: Iterable[int]) -> dict[bytes, int]:
-    """Of tokens with the same bytes a byte's fallback comes last, and else the lower id first."""
+def _by_surface(tokenizer: TextTokenizer, tokens: Iterable[int]) -> dict[bytes, int]:
+    """Bytes → id. Of ids with the same bytes the lowest is taken, a fallback for single bytes only last."""
     fallback = tokenizer.byte_fallback
-    order = sorted(some, key=lambda token: (token in fallback, token), reverse=True)
+    order = sorted(tokens, key=lambda token: (token in fallback, token), reverse=True)
     return {tokenizer.surfaces[token]: token for token in order if tokenizer.surfaces[token]}
 
 
-def _exact(kinds: _Kinds, some: Iterable[int] | None = None) -> dict[int, int]:
-    """The images of the same bytes, of ``some`` of the source's ids or of all that are not special."""
+def _exact(kinds: _Kinds, tokens: Iterable[int] | None = None) -> Images:
+    """The images with the same bytes, for ``tokens``, or for all of the source's ids that are not special."""
     known = _by_surface(kinds.pivot, kinds.pivot_text | kinds.pivot_marks)
     surfaces = kinds.source.surfaces
-    ids = kinds.text | kinds.marks if some is None else some
+    ids = kinds.text | kinds.marks if tokens is None else tokens
     return {token: known[surfaces[token]] for token in ids if surfaces[token] in known}
 
 
-def _nearest(words: Mapping[int, str], candidates: Sequence[str], ids: Sequence[int]) -> dict[int, int]:
-    """For each word the id of the nearest candidate, the first of equals.
-
-    A word and a candidate are at least as far apart as their lengths differ: the search goes outwards from a
-    word's length, and stops where lengths alone are further than the best found.
-    """
-    by_length: dict[int, NDArray[np.intp]] = {}
-    lengths = np.array([len(candidate) for candidate in candidates])
-    for length in np.unique(lengths).tolist():
-        by_length[length] = np.flatnonzero(lengths == length)
-    nearest: dict[int, int] = {}
-    own_lengths: dict[int, list[int]] = {}
-    for token, word in words.items():
-        own_lengths.setdefault(len(word), []).append(token)
-    for length, tokens in own_lengths.items():
-        best = np.full(len(tokens), np.iinfo(np.int64).max)  # distance · candidates + place: one number to compare
-        for other in sorted(by_length, key=lambda other: abs(other - length)):
-            open_rows = np.flatnonzero(best // len(candidates) >= abs(other - length))
-            if not len(open_rows):
-                break
-            _improve(best, open_rows, [words[tokens[row]] for row in open_rows], candidates, by_length[other])
-        nearest |= {token: ids[int(found % len(candidates))] for token, found in zip(tokens, best, strict=True)}
+def _nearest(words: Iterable[str], candidates: Mapping[str, int]) -> dict[str, int]:
+    """For each word, the id of the candidate with the least edit distance; the first of equal ones."""
+    words, others, ids = list(words), list(candidates), list(candidates.values())
+    nearest: dict[str, int] = {}
+    if not others:
+        return nearest
+    rows = max(1, CELLS_AT_ONCE // len(others))
+    for start in range(0, len(words), rows):
+        some = words[start : start + rows]
+        distances = cdist(some, others, scorer=Levenshtein.distance, dtype=np.uint16, workers=-1)
+        nearest |= {word: ids[best] for word, best in zip(some, distances.argmin(1).tolist(), strict=True)}
     return nearest
 
 
-def _improve(
-    best: NDArray[np.int64],
-    rows: NDArray[np.intp],
-    words: Sequence[str],
-    candidates: Sequence[str],
-    places: NDArray[np.intp],
-) -> None:
-    """Lower ``best[rows]`` to the nearest among the candidates at ``places``."""
-    others = [candidates[place] for place in places]
-    at_once = max(1, CELLS_AT_ONCE // len(others))
-    for start in range(0, len(rows), at_once):
-        here = rows[start : start + at_once]
-        distances = cdist(
-            words[start : start + at_once], others, scorer=Levenshtein.distance, dtype=np.uint16, workers=-1
-        )
-        column = distances.argmin(1)
-        found = distances[np.arange(len(here)), column].astype(np.int64) * len(candidates) + places[column]
-        best[here] = np.minimum(best[here], found)
-
-
-def _text(surface: bytes) -> str:
-    try:
-        return surface.decode()
-    except UnicodeDecodeError:
-        return ""
-
-
-def _one_to_one(
-    images: Mapping[int, int], source: TextTokenizer, pivot: TextTokenizer, method: str
-) -> VocabularyMap:
+def _one_to_one(images: Images, source: TextTokenizer, pivot: TextTokenizer, method: str) -> VocabularyMap:
     return _mixed({token: {image: 1.0} for token, image in images.items()}, source, pivot, method)
 
 

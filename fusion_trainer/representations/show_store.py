@@ -1,4 +1,4 @@
-"""A store for reading: its manifest, and a row as a table of tokens."""
+"""Prints a store: its manifest, and a row as a table of tokens."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.data.readers import DIALOGUES, Reader, reader_of_store
-from fusion_trainer.representations.store import ALIGNED, RepresentationStore
+from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.representations.store_tokenizer import tokenizer_of
 from fusion_trainer.text.tokenizer import TextTokenizer, supervised_positions
 
@@ -15,13 +15,13 @@ __all__ = ["show_manifest", "show_row"]
 
 
 def show_manifest(store: RepresentationStore) -> str:
-    """What the store is of and how large it is, a line each."""
+    """What the store was made from and how large it is, a line each."""
     sizes = {key: value for key, value in store.manifest.items() if isinstance(value, int)}
     sizes |= {"shards": len(store.manifest["shards"]), "bytes": store.bytes}
     facts: dict[str, Any] = {**store.identity, **sizes}
     for name in ("jinja", "jinja_with_tools"):  # long
         facts.pop(name, None)
-    facts["made with"] = " and then ".join(str(one) for one in store.manifest["made_with"])
+    facts["made with"] = " and then ".join(map(str, store.manifest["made_with"]))
     width = max(map(len, facts))
     return "\n".join(f"{key:{width}}  {value}" for key, value in facts.items())
 
@@ -34,15 +34,15 @@ def show_row(
     tokenizer: str | None,
     code: bool = False,
 ) -> str:
-    """The row's top-k, a line per position: what followed, how likely it was, and the k best with their shares.
+    """A row's top k, a line per position: the token that follows, its log-probability, and the k best tokens.
 
     Args:
         store: The store.
-        row: Its number.
-        positions: Most positions shown.
-        dialogues: The folder the store was made from; without it the tokens that followed are not known. By
-            default one beside the store with the same fingerprint.
-        tokenizer: Where the model's tokenizer is, if not where the manifest says.
+        row: The row's number.
+        positions: The most positions shown.
+        dialogues: The folder the store was made from, by default the one beside the store. Without it the tokens
+            that follow are not known.
+        tokenizer: Where the model's tokenizer is, if it has moved.
         code: Run code that the model's repository brings along.
 
     Raises:
@@ -50,20 +50,18 @@ def show_row(
     """
     reader = tokenizer_of(store, tokenizer, code)
     found = store[row]
-    prepared = _dialogues(store, dialogues)
-    golds: list[str] = ["?"] * len(found)
+    golds = ["?"] * len(found)
     head = f"\nrow {row}: conversation {found.conversation!r}, block {found.block}, {len(found)} supervised tokens"
-    if prepared is not None:
-        block = prepared[row]
-        aligned = store.identity.get("kind") == ALIGNED
-        asked = (Reader(reader, DIALOGUES) if aligned else reader_of_store(store.identity, reader)).read(block)
-        tokens = reader.encode([asked.text])[0]
-        golds = [_shown(reader, int(tokens.ids[p + 1])) for p in supervised_positions(tokens, asked.spans)]
-        first = asked.spans[0][0] if asked.spans else 0
-        before = asked.text.encode()[:first].decode(errors="replace")
+    if (prepared := _dialogues(store, dialogues)) is not None:
+        how = Reader(reader, DIALOGUES) if store.aligned else reader_of_store(store.identity, reader)
+        reading = how.read(prepared[row])
+        tokens = reader.encode([reading.text])[0]
+        golds = [_shown(reader, int(tokens.ids[p + 1])) for p in supervised_positions(tokens, reading.spans)]
+        first = reading.spans[0][0] if reading.spans else 0
+        before = reading.text.encode()[:first].decode(errors="replace")
         bos = "".join(reader.tokenizer.convert_ids_to_tokens(reader.prefix))
-        head += f"\nread before the first answer: {bos + before.removeprefix(bos)!r}\n{asked.text}\n"
-    lines = [f"{'next token':16} {'log p':>7}  {'tail':>6}  top {store.k}"]
+        head += f"\nread before the first answer: {bos + before.removeprefix(bos)!r}\n{reading.text}\n"
+    lines = [head, f"{'next token':16} {'log p':>7}  {'tail':>6}  top {store.k}"]
     for number in range(min(positions, len(found))):
         shares = np.exp(found.logprobs[number].astype(np.float32))
         best = "  ".join(
@@ -74,7 +72,7 @@ def show_row(
         lines.append(f"{golds[number]:16} {gold:7.3f}  {tail:6.4f}  {best}")
     if len(found) > positions:
         lines.append(f"… {len(found) - positions} more; --positions shows them")
-    return "\n".join([head, *lines])
+    return "\n".join(lines)
 
 
 def _shown(reader: TextTokenizer, token: int) -> str:
@@ -82,8 +80,8 @@ def _shown(reader: TextTokenizer, token: int) -> str:
 
 
 def _dialogues(store: RepresentationStore, folder: Path | None) -> Dialogues | None:
-    if folder is not None:
-        prepared = Dialogues(folder)
-        store.demand(data=prepared.fingerprint)
-        return prepared
-    return Dialogues.beside(store.folder, store.identity["data"])
+    if folder is None:
+        return Dialogues.beside(store.folder, store.identity["data"])
+    prepared = Dialogues(folder)
+    store.demand(data=prepared.fingerprint)
+    return prepared

@@ -1,8 +1,8 @@
-"""A causal language model taken apart: its layers, and what it makes of their output.
+"""A causal language model as two parts: its layers, and what it computes from their output.
 
-The hidden states of chosen positions alone can so go through the head, a chunk at a time, and no logits of shape
-[batch, length, vocabulary] exist. Whatever an architecture does after its head (soft-capping, scaling) is its own
-code still: for a chunk the model's forward runs with the layers' output already in place.
+So the hidden states of chosen positions alone can go through the head, a chunk at a time, and no logits of shape
+[batch, length, vocabulary] exist. Whatever an architecture does after its head (soft-capping, scaling) still
+happens: for a chunk, the model's own forward runs with the layers' output already in place.
 """
 
 from typing import Any
@@ -10,19 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK_BYTES", "SplitModel"]
+__all__ = ["CHUNK_BYTES", "SplitModel", "context_length"]
 
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
-"""Of one chunk's logits in float32."""
+"""Size of one chunk's logits in float32."""
+CONTEXT_SETTINGS = ("max_position_embeddings", "max_seq_len", "n_positions")
 TRIAL_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def context_length(model: Any) -> int | None:
+    """The longest text that a model's config allows, in tokens; None if it names no limit."""
+    settings = model.config.get_text_config()
+    return next((limit for name in CONTEXT_SETTINGS if (limit := getattr(settings, name, None))), None)
 
 
 class SplitModel:
     """The two parts of a causal language model of transformers; both run its own code.
 
     Args:
-        model: The model; its ``forward`` of now is the one whose head is used, whatever replaces it later.
+        model: The model. The head is that of its present ``forward``, even if ``forward`` is replaced later.
     """
 
     def __init__(self, model: Any) -> None:
@@ -35,7 +42,7 @@ class SplitModel:
         return self.model.base_model
 
     def layers_output(self, **inputs: Any) -> Any:
-        """What the layers give for token ids [B, L]; the first of it is hidden states [B, L, H]."""
+        """The output of the layers for token ids [B, L]; its first item is hidden states [B, L, H]."""
         return self.layers(**inputs, use_cache=False)
 
     def hidden(self, **inputs: Any) -> Tensor:
@@ -51,13 +58,13 @@ class SplitModel:
         return logits_CV
 
     def given(self, output: Any, **inputs: Any) -> Any:
-        """What the model makes of its layers' output."""
+        """The model's own output, computed from this output of its layers."""
         layers = self.layers
-        one = torch.zeros(1, 1, dtype=torch.long, device=output[0].device)
+        placeholder = torch.zeros(1, 1, dtype=torch.long, device=output[0].device)
         own = layers.__dict__.get("forward")
         layers.forward = lambda *_, **__: output
         try:
-            return self.forward(input_ids=one, use_cache=False, **inputs)
+            return self.forward(input_ids=placeholder, use_cache=False, **inputs)
         finally:
             del layers.forward
             if own is not None:
@@ -76,18 +83,18 @@ class SplitModel:
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, TypeError, KeyError, IndexError, RuntimeError):
-            return logits_LV, False  # its head asks for more than the layers' output
+            return logits_LV, False  # its head needs more than the layers' output
         return logits_LV, _agree(ours_LV, logits_LV, TOLERANCE.get(logits_LV.dtype, 1e-1))
 
 
 def input_device(model: Any) -> torch.device:
-    """Where token ids go: to the embedding, or, if that is offloaded, to the first weights that are not."""
+    """Where token ids go: to the embedding, or if that is offloaded, to the first weights that are not."""
     weights = [model.get_input_embeddings().weight, *model.parameters()]
     return next((weight.device for weight in weights if weight.device.type != "meta"), torch.device("cpu"))
 
 
 def _agree(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
-    """Equal to rounding, on the scale of the logits; NaN agrees with NaN (it is reported where it is met)."""
+    """Equal up to rounding, on the scale of the logits; NaN agrees with NaN (it is reported later)."""
     if ours.shape != theirs.shape:
         return False
     scale = float(theirs.float().abs().nan_to_num(0.0, 0.0, 0.0).max().clamp(min=1.0))

@@ -1,6 +1,6 @@
 """The tokenizer a store was made with."""
 
-from fusion_trainer.representations.store import ALIGNED, RepresentationStore
+from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.text.tokenizer import TextTokenizer, load_tokenizer
 from varm_common.models import local_folder
 
@@ -17,12 +17,11 @@ def tokenizer_at(name: str, revision: str | None, code: bool) -> TextTokenizer:
 
 
 def place_of(store: RepresentationStore, moved_to: str | None) -> tuple[str, str | None]:
-    """Where a store's tokenizer is: name and revision, as its manifest says or as the user does."""
+    """Where a store's tokenizer is: name and revision. ``moved_to`` replaces what the manifest says."""
     if moved_to:
         return moved_to, None
-    side = ("pivot", "pivot_revision") if store.identity.get("kind") == ALIGNED else ("model", "revision")
-    name, revision = (store.identity[key] for key in side)
-    return name, revision
+    name, revision = ("pivot", "pivot_revision") if store.aligned else ("model", "revision")
+    return store.identity[name], store.identity[revision]
 
 
 def tokenizer_of(store: RepresentationStore, moved_to: str | None, code: bool) -> TextTokenizer:
@@ -31,6 +30,6 @@ def tokenizer_of(store: RepresentationStore, moved_to: str | None, code: bool) -
     Raises:
         UserError: There is none, or it is not the one the store was made with.
     """
-    reader = tokenizer_at(*place_of(store, moved_to), code)
-    store.demand(tokenizer=reader.sha256)
-    return reader
+    tokenizer = tokenizer_at(*place_of(store, moved_to), code)
+    store.demand(tokenizer=tokenizer.sha256)
+    return tokenizer

@@ -4,7 +4,7 @@ A shard appears when it is complete. Any number of processes, on any number of m
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,9 @@ from fusion_trainer.representations.store import (
     FACTS,
     FORMAT,
     MANIFEST,
-    NAMES,
-    OWN_FACTS,
     PLAN,
     VERSION,
-    Supervised,
+    Representation,
     plan_in,
     schema,
     shard_facts,
@@ -32,21 +30,24 @@ from fusion_trainer.representations.store import (
 from varm_common.errors import UserError, unlike
 from varm_common.files import TEMPORARY, read_json, remove_abandoned, sha256_of, whole_file, write_json, written_to
 
-__all__ = [
-    "StoreWriter",
-    "demand_free",
-]
+__all__ = ["StoreWriter", "demand_free"]
+
+NAMES = ("model", "pivot", "pivot_revision", "jinja", "jinja_with_tools")
+"""Parts of an identity that may differ: a folder that has moved has the same hashes, and so has a template."""
+SHARD_FACTS = ("positions", "batch_tokens")
+"""Facts that the manifest repeats for each shard."""
+Answers = Sequence[Sequence[Sequence[int]]]
 
 
 class StoreWriter:
-    """Writes the shards of one store, behind the back of what computes them, and at last the manifest.
+    """Writes the shards of one store in a background thread, and at the end the manifest.
 
     Args:
         folder: The store; created if it is not there.
-        identity: What the store is of; None in a process that joins one that has begun it.
+        identity: What the store is made from; None in a process that joins one that has begun the store.
+        first_rows: The first block of every shard, and the number of blocks.
         made_with: Device and versions. A store may be finished with others than it was begun with; the manifest
             names all.
-        first_rows: The first block of every shard, and the number of blocks.
     """
 
     def __init__(
@@ -61,52 +62,41 @@ class StoreWriter:
         self.made_with = [made_with] if made_with else []
         self.first_rows = list(first_rows)
         self._thread = ThreadPoolExecutor(1, "store-writer")
-        self._last: Any = None
+        self._last: Future[None] | None = None
 
     @property
     def finished(self) -> bool:
         return (self.folder / MANIFEST).is_file()
 
     def begin(self) -> None:
-        """Claim the folder, in one process: check what is there, remove what is half-written.
+        """Claim the folder, in one process: check what is there and remove what is incomplete or damaged.
 
         Raises:
-            UserError: The folder holds something else, or a store of another identity.
+            UserError: The folder holds something else, or a store with another identity.
         """
         for name in demand_free(self.folder):
             plan = plan_in(self.folder / name)
             found = plan["identity"]
-            renamed = {**self.identity, **{name: found.get(name) for name in NAMES if name in self.identity}}
-            if difference := unlike(f"`{self.folder}` is a store of something else:", renamed, found):
+            wanted = {**self.identity, **{name: found.get(name) for name in NAMES if name in self.identity}}
+            if difference := unlike(f"`{self.folder}` is a store of something else:", wanted, found):
                 raise UserError(f"{difference}\nGive another --output, or remove that folder.")
             self.identity = found
-            new = [one for one in self.made_with if one not in plan["made_with"]]
-            if name == PLAN:
-                self.made_with = [*plan["made_with"], *new]
-            else:
-                self.made_with = plan["made_with"]
+            new = [environment for environment in self.made_with if environment not in plan["made_with"]]
+            self.made_with = [*plan["made_with"], *new]
         with written_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_abandoned(self.folder)
-            if self.finished and not self._reopened():
+            shards = read_json(self.folder / MANIFEST)["shards"] if self.finished else []
+            damaged = [self.folder / shard["file"] for shard in shards if wrong_size(self.folder, shard)]
+            if self.finished and not damaged:
                 (self.folder / PLAN).unlink(missing_ok=True)
-            else:
-                write_json(self.folder / PLAN, {"identity": self.identity, "made_with": self.made_with})
-
-    def _reopened(self) -> bool:
-        """Whether a finished store had to be begun again because shards of it are missing or damaged."""
-        shards = read_json(self.folder / MANIFEST)["shards"]
-        damaged = [self.folder / shard["file"] for shard in shards if list(wrong_size(self.folder, shard))]
-        if not damaged:
-            return False
-        write_json(self.folder / PLAN, {"identity": self.identity, "made_with": self.made_with})
-        (self.folder / MANIFEST).unlink()
-        for path in damaged:
-            path.unlink(missing_ok=True)
-        return True
+                return
+            write_json(self.folder / PLAN, {"identity": self.identity, "made_with": self.made_with})
+            for path in (self.folder / MANIFEST, *damaged):
+                path.unlink(missing_ok=True)
 
     def join(self) -> None:
-        """Take over what the process that has begun the store says it is of."""
+        """Take over the identity from the process that has begun the store."""
         plan = plan_in(self.folder / (MANIFEST if self.finished else PLAN))
         self.identity, self.made_with = plan["identity"], plan["made_with"]
 
@@ -118,30 +108,24 @@ class StoreWriter:
         return self.folder / f"shard-{shard:05}.arrow"
 
     def write(
-        self,
-        shard: int,
-        names: Sequence[tuple[str, int]],
-        rows: Sequence[Supervised],
-        facts: dict[str, int],
-        answers: Sequence[Sequence[Sequence[int]]] | None = None,
+        self, shard: int, rows: Sequence[Representation], facts: dict[str, int], answers: Answers | None = None
     ) -> None:
-        """Write a shard in the background; waits for the one before it.
+        """Write a shard in the background, after the one before it.
 
         Args:
             shard: Its number.
-            names: Conversation and block of each row.
-            rows: Their distributions.
-            facts: What the manifest is to sum up over the shards.
-            answers: Of a store that is not aligned: where each row's answers are.
+            rows: Its rows.
+            facts: What the manifest sums up over the shards.
+            answers: Where each row's answers are; not for an aligned store.
 
         Raises:
             UserError: The shard before this could not be written.
         """
         self.wait()
-        self._last = self._thread.submit(self._write, shard, names, rows, facts, answers)
+        self._last = self._thread.submit(self._write, shard, rows, facts, answers)
 
     def wait(self) -> None:
-        """Wait until all that was given is on the disk.
+        """Wait until everything is on the disk.
 
         Raises:
             UserError: It could not be written.
@@ -152,34 +136,27 @@ class StoreWriter:
                 last.result()
 
     def _write(
-        self,
-        shard: int,
-        names: Sequence[tuple[str, int]],
-        rows: Sequence[Supervised],
-        facts: dict[str, int],
-        answers: Sequence[Sequence[Sequence[int]]] | None,
+        self, shard: int, rows: Sequence[Representation], facts: dict[str, int], answers: Answers | None
     ) -> None:
         aligned = self.identity.get("kind") == ALIGNED
         columns = schema(self.identity["top_k"], self.identity["vocabulary"], aligned)
-        position = columns.field("positions").type.value_type
-        offsets = np.zeros(len(rows) + 1, np.int32)
-        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        positions = columns.field("positions").type
         parts = []
-        for field in position:
+        for field in positions.value_type:
             joined = np.concatenate([getattr(row, field.name) for row in rows])
             flat = pa.array(joined.ravel())
             parts.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type) if joined.ndim == 2 else flat)
-        struct = pa.StructArray.from_arrays(parts, fields=list(position))
-        conversations, blocks = zip(*names, strict=True)
+        struct = pa.StructArray.from_arrays(parts, fields=list(positions.value_type))
+        offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
         arrays = [
-            pa.array(conversations, pa.string()),
-            pa.array(blocks, pa.int32()),
+            pa.array([row.conversation for row in rows], pa.string()),
+            pa.array([row.block for row in rows], pa.int32()),
             *(
                 [pa.array([getattr(row, name) for row in rows], pa.float32()) for name in CROSS_ENTROPIES]
                 if aligned
                 else [pa.array([[] for _ in rows] if answers is None else answers, ANSWERS)]
             ),
-            pa.ListArray.from_arrays(pa.array(offsets), struct, type=columns.field("positions").type),
+            pa.ListArray.from_arrays(pa.array(offsets), struct, type=positions),
         ]
         facts = {"shard": shard, "first_row": self.first_rows[shard], **facts}
         columns = columns.with_metadata({FACTS: json.dumps(facts).encode()})
@@ -188,7 +165,7 @@ class StoreWriter:
         self.path(shard).with_suffix(".partial").unlink(missing_ok=True)
 
     def abandon(self) -> None:
-        """After a failure: remove the folder if nothing in it is worth going on with."""
+        """After a failure: remove the folder if it holds no shard."""
         with suppress(UserError):
             self.wait()
         if not any(self.folder.glob("shard-*")) and not self.finished:
@@ -204,13 +181,19 @@ class StoreWriter:
             facts = shard_facts(path)
             first, last = self.first_rows[shard : shard + 2]
             described = {"file": path.name, "first_row": first, "rows": last - first, "bytes": path.stat().st_size}
-            own = {key: facts[key] for key in OWN_FACTS if key in facts}
+            own = {key: facts[key] for key in SHARD_FACTS if key in facts}
             shards.append({**described, **own, "sha256": sha256_of(path)})
             for key in facts.keys() - {"shard", "first_row", "batch_tokens"}:
                 sums[key] = sums.get(key, 0) + facts[key]
-        totals = {"rows": self.first_rows[-1], **dict(sorted(sums.items()))}
-        about = {"format": FORMAT, "version": VERSION, "identity": self.identity, "made_with": self.made_with}
-        manifest = {**about, **totals, "shards": shards}
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "identity": self.identity,
+            "made_with": self.made_with,
+            "rows": self.first_rows[-1],
+            **dict(sorted(sums.items())),
+            "shards": shards,
+        }
         with written_to(self.folder):
             for path in (*self.folder.glob(f"*{TEMPORARY}"), *self.folder.glob("*.partial")):
                 path.unlink(missing_ok=True)
@@ -219,10 +202,13 @@ class StoreWriter:
 
 
 def demand_free(folder: Path) -> list[str]:
-    """Check that a store may be written to a folder; which of manifest and plan are there already.
+    """Check that a store may be written to a folder.
+
+    Returns:
+        Which of manifest and plan are there already.
 
     Raises:
-        UserError: It holds something else.
+        UserError: The folder holds something else.
     """
     with written_to(folder):
         if folder.exists() and not folder.is_dir():

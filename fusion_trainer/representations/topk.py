@@ -1,8 +1,8 @@
 """Logits → the k best log-probabilities, the mass of the rest, and the gold token's log-probability.
 
-Exact, and a third of what `torch.topk` takes over a row: the k largest lie in the k groups with the largest
-maxima, so one pass takes the maximum of each group of ``GROUP`` neighbours and the search goes on among
-k · ``GROUP`` values.
+Exact, and three times as fast as `torch.topk` over whole rows: the k largest values lie in the k groups with the
+largest maxima. So the maximum of each group of ``GROUP`` neighbours is taken first, and then only k · ``GROUP``
+values are searched.
 """
 
 from dataclasses import dataclass
@@ -36,11 +36,11 @@ def top_k(logits_CV: Tensor, gold_C: Tensor, k: int, absent: Tensor | None = Non
     """Reduce a chunk of logits; log-softmax in float32 (paper, section 3.2).
 
     Args:
-        logits_CV: Of any floating dtype. Overwritten if it is float32.
+        logits_CV: Any floating dtype. Overwritten if it is float32.
         gold_C: int64, the token that really follows.
-        k: At most the number of present ids.
-        absent: int64, rows of the model's head that stand for no token (padding of the vocabulary). They
-            share in the normalisation, as the model was trained, but never win a place: their mass is tail.
+        k: At most the number of ids that stand for a token.
+        absent: int64, rows of the model's head that stand for no token (padding of the vocabulary). They take part
+            in the normalisation, as in training, but are never among the k: their probability is tail.
     """
     logits_CV = logits_CV.float()
     peak_C1 = logits_CV.amax(-1, keepdim=True)

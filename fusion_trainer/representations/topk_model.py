@@ -1,7 +1,7 @@
-"""A causal language model asked for its next-token distributions at chosen positions only.
+"""A causal language model that gives its top-k next-token distributions at chosen positions only.
 
-The layers run once over a padded batch; then the hidden states of the supervised positions alone go through the
-model's head, a chunk at a time (``heads``). That this gives the model's logits is tried when it is loaded.
+The layers run once over a padded batch. Then only the hidden states of the supervised positions go through the
+model's head, a chunk at a time. When the model is loaded, a trial checks that this gives the model's own logits.
 """
 
 import warnings
@@ -14,20 +14,20 @@ from torch import Tensor
 from fusion_trainer.representations.split_model import CHUNK_BYTES, SplitModel
 from fusion_trainer.representations.topk import TopK, top_k
 
-__all__ = ["AskedModel"]
+__all__ = ["TopKModel"]
 
 
-class AskedModel:
-    """A model of transformers and the ids its tokenizer knows.
+class TopKModel:
+    """A model of transformers and the ids that its tokenizer knows.
 
     Args:
         model: A causal language model in evaluation mode.
-        vocabulary: The ids that stand for a token; other rows of the head never win a place.
+        vocabulary: The ids that stand for a token; other rows of the head are never among the k.
 
     Attributes:
-        rows: Rows of the head, [rows] logits per position.
-        separable: Whether the layers and the head could be told apart; if not, logits are computed for every
-            position of a batch.
+        rows: Rows of the head: each position has [rows] logits.
+        separable: Whether the layers and the head can be separated; if not, logits are computed for every position
+            of a batch.
     """
 
     @torch.inference_mode()
@@ -49,7 +49,7 @@ class AskedModel:
 
     @torch.inference_mode()
     def bare_forward(self, ids_BL: Tensor, mask_BL: Tensor | None) -> Tensor:
-        """What transformers does with a batch: logits [B, L, V]. Benchmarks compare with it."""
+        """transformers' logits [B, L, V] of a batch."""
         logits_BLV: Tensor = self.model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits
         return logits_BLV
 
@@ -57,24 +57,19 @@ class AskedModel:
     def distributions(
         self, ids_BL: Tensor, mask_BL: Tensor | None, positions_S: Tensor, gold_S: Tensor, k: int
     ) -> TopK:
-        """The distributions at some positions of a batch.
+        """The distributions at some positions of a batch, on the device of the logits.
 
         Args:
             ids_BL: int64, padded at the end.
-            mask_BL: int64, 1 for tokens and 0 for padding; None where nothing is padded.
+            mask_BL: int64, 1 for tokens and 0 for padding; None if nothing is padded.
             positions_S: int64, indices into the flattened [B · L].
             gold_S: int64, the tokens that follow them.
             k: Entries kept.
-
-        Returns:
-            The ``TopK`` of all S positions, on the device of the logits.
         """
         if self.separable:
             hidden_SH = self.split.hidden(input_ids=ids_BL, attention_mask=mask_BL).flatten(0, 1)
             hidden_SH = hidden_SH.index_select(0, positions_S.to(hidden_SH.device))
-            chunks: Iterator[Tensor] = (
-                self.split.head(hidden_CH) for hidden_CH in torch.split(hidden_SH, self.chunk)
-            )
+            chunks: Iterator[Tensor] = map(self.split.head, torch.split(hidden_SH, self.chunk))
         else:
             logits_SV = self.bare_forward(ids_BL, mask_BL).flatten(0, 1)
             logits_SV = logits_SV.index_select(0, positions_S.to(logits_SV.device))

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from fusion_trainer.alignment.pairing import read_blocks, sizes
+from fusion_trainer.alignment.pairing import read_blocks
 from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.data.readers import DIALOGUES, Reader
 from fusion_trainer.representations.store import RepresentationStore
@@ -84,7 +84,7 @@ def write_tokens(dialogues: Dialogues, tokenizer: TextTokenizer) -> Path:
             rows: list[tuple[Any, ...]] = []
             for read in read_blocks(reader, blocks if own else [block.without_bos() for block in blocks]):
                 size = sum(stop - first for first, stop in read.spans)
-                rows.append((read.tokens.ids, read.positions, sizes(read)[read.positions + 1], size))
+                rows.append((read.tokens.ids, read.positions, read.sizes[read.positions + 1], size))
             columns = zip(zip(*rows, strict=True), TOKENS, strict=True)
             arrays = [pa.array(list(column), field.type) for column, field in columns]
             writer.write_batch(pa.record_batch(arrays, schema=TOKENS))

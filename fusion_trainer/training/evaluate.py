@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from fusion_trainer.config import EvaluateConfig
 from fusion_trainer.data.dialogues import Dialogues
-from fusion_trainer.representations.extract import CONTEXT_SETTINGS, batches
-from fusion_trainer.representations.split_model import CHUNK_BYTES, SplitModel
+from fusion_trainer.representations.extraction import batches
+from fusion_trainer.representations.split_model import CHUNK_BYTES, SplitModel, context_length
 from fusion_trainer.text.tokenizer import load_tokenizer
 from fusion_trainer.training.batches import Collator, Example, TokenFile, TokenRow, write_tokens
 from varm_common.console import is_quiet
@@ -144,8 +144,7 @@ def score(model: Any, tokens: Path, names: list[str], batch_tokens: int) -> dict
     split = SplitModel(model)
     if not split.trial()[1]:
         raise UserError(f"{type(model).__name__} does not give its logits from its layers' output alone")
-    settings = model.config.get_text_config()
-    context = next((limit for name in CONTEXT_SETTINGS if (limit := getattr(settings, name, None))), None)
+    context = context_length(model)
     file = TokenFile(tokens)
     lengths = np.minimum(file.lengths, context or file.lengths.max(initial=0)).tolist()
     known = model.get_input_embeddings().weight.shape[0]

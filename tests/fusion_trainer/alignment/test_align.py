@@ -31,15 +31,16 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenize
 
 import fusion_trainer.alignment.align as alignment
 import fusion_trainer.alignment.align_row as align_row
-import fusion_trainer.alignment.pair_counts as corpus
 from fusion_trainer.alignment.align import align
 from fusion_trainer.alignment.positions import CONTAINED
 from fusion_trainer.alignment.saved_map import load_map
+from fusion_trainer.alignment.sides import in_processes, open_sides
 from fusion_trainer.alignment.vocabulary import METHODS
 from fusion_trainer.cli import main
 from fusion_trainer.config import AlignConfig, ExtractConfig
 from fusion_trainer.representations.extract import extract
 from fusion_trainer.representations.store import RepresentationStore
+from fusion_trainer.representations.verify import store_problems
 from varm_common.errors import UserError
 
 CHATS = tiny_sources.made_up_chats(20, words=12, turns=2)
@@ -298,7 +299,7 @@ def the_map(folder: Path, store: RepresentationStore, source: str) -> np.ndarray
 
 
 def assert_verified(store: RepresentationStore) -> None:
-    assert list(store.problems()) == []
+    assert list(store_problems(store)) == []
     result = CliRunner().invoke(main, ["store", "verify", str(store.folder)])
     assert (result.exit_code, "nothing wrong" in result.output) == (0, True), result.output
 
@@ -707,7 +708,7 @@ def test_a_count_that_was_stopped_goes_on_where_it_was(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(alignment, "BLOCKS_AT_ONCE", 2)
-    monkeypatch.setattr(corpus, "KEPT_EVERY", 6)
+    monkeypatch.setattr(alignment, "KEPT_EVERY", 6)
     counted: list[int] = []
     whole = alignment._count_blocks
 
@@ -737,9 +738,9 @@ def killed_for_memory(sides: Any, task: int) -> None:
 
 
 def test_a_worker_that_is_killed_is_told_in_a_sentence(world: Path, tmp_path: Path) -> None:
-    sides = alignment.open_sides(AlignConfig(**settings_of(world, "bytes", tmp_path / "aligned")))
-    with pytest.raises(UserError, match=r"memory ran out.* fewer --workers than 2: it goes on where it stopped"):
-        list(alignment._in_processes(2, sides, killed_for_memory, [1, 2, 3]))
+    sides = open_sides(AlignConfig(**settings_of(world, "bytes", tmp_path / "aligned", workers=2)))
+    with pytest.raises(UserError, match=r"memory ran out.* fewer --workers than 2; it resumes"):
+        list(in_processes(sides, killed_for_memory, [1, 2, 3]))
 
 
 def test_the_corpus_may_be_counted_in_any_pieces(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
 from fusion_trainer.alignment.map_distributions import Mixture, map_distributions, transfer
-from fusion_trainer.representations.store import Supervised
+from fusion_trainer.representations.store import Representation
 
 property_test = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 SOURCE_IDS, PIVOT_IDS = 40, 30
@@ -134,14 +134,16 @@ def test_of_equal_masses_the_first_of_the_source_comes_first() -> None:
 # A conversation's row
 
 
-def distributions(rng: np.random.Generator, positions: int, k: int, vocabulary: int) -> Supervised:
+def distributions(rng: np.random.Generator, positions: int, k: int, vocabulary: int) -> Representation:
     ids = np.stack([rng.permutation(vocabulary)[:k] for _ in range(positions)]).astype(np.uint16)
     logprobs = np.sort(-rng.gamma(1.0, 2.0, (positions, k)) - np.log(k))[:, ::-1].astype(np.float16)
     tail = np.maximum(0, 1 - np.exp(logprobs.astype(np.float64)).sum(1)).astype(np.float16)
-    return Supervised(ids, logprobs, tail, -rng.gamma(1.0, 2.0, positions).astype(np.float16))
+    return Representation(ids, logprobs, tail, -rng.gamma(1.0, 2.0, positions).astype(np.float16))
 
 
-def assert_same_bits(found: Supervised, expected: Supervised, where: np.ndarray | slice = slice(None)) -> None:
+def assert_same_bits(
+    found: Representation, expected: Representation, where: np.ndarray | slice = slice(None)
+) -> None:
     for name in ("ids", "logprobs", "tail", "gold_logprob"):
         one, other = getattr(found, name), getattr(expected, name)
         assert one.dtype == other.dtype, name
@@ -166,7 +168,7 @@ def test_every_log_probability_of_float16_goes_through_the_identity_map_as_it_is
     every = np.unique(every[(every > -740) & (every <= 0)])[:, None]
     shape = len(every)
     ids, nothing = np.zeros((shape, 1), np.uint16), np.zeros(shape, np.float16)
-    source = Supervised(ids, every, nothing, nothing)
+    source = Representation(ids, every, nothing, nothing)
     identity = csr_array(np.eye(2, dtype=np.float32))
     row, _, _ = transfer(source, source, [[(place, 1.0)] for place in range(shape)], identity)
     wrong = every[row.logprobs != every]
@@ -186,7 +188,7 @@ def test_positions_without_partner_keep_the_pivots_own_bits(seed: int) -> None:
     assert paired.tolist() == [partner is not None for partner in partners]
     assert_same_bits(row, pivot, ~paired)
     assert row.ids.shape == pivot.ids.shape
-    assert_same_bits(Supervised(*before), pivot)  # and the pivot's own row is not written to
+    assert_same_bits(Representation(*before), pivot)  # and the pivot's own row is not written to
 
 
 @property_test

@@ -11,9 +11,9 @@ import pytest
 import tokenizer_zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_zoo import EXACT, FRAGMENTS, MAKERS, NORMALIZING, Kind, kind
+from tokenizer_zoo import EXACT, FRAGMENTS, MAKERS, NORMALIZING, Kind, boundary_pairs, kind
 
-from fusion_trainer.alignment.positions import CONTAINED, Pairs, boundary_pairs, warping_costs, warping_path
+from fusion_trainer.alignment.positions import CONTAINED, Pairs, warping_path, word_costs
 from fusion_trainer.text.tokenizer import Tokens
 
 property_test = settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -250,19 +250,25 @@ def test_the_warping_of_a_real_text_is_the_transcriptions(pivot: str, source: st
     assert as_list(warping_path(*words, contained)) == transcription(*words, contained)
 
 
+def costs_of_tokens(rows: Sequence[str], columns: Sequence[str], contained: int) -> np.ndarray:
+    """[rows, columns]; ``word_costs`` has every word only once."""
+    costs, row_of, column_of = word_costs(rows, columns, contained)
+    return costs[row_of][:, column_of]
+
+
 @pytest.mark.parametrize("contained", CONTAINED.values(), ids=CONTAINED)
 def test_costs_are_tenths_of_edits(contained: int) -> None:
     rng = random.Random(5)
     rows, columns = (["".join(rng.choices("abc", k=rng.randint(0, 5))) for _ in range(40)] for _ in range(2))
-    table = warping_costs(rows, columns, contained)
+    table = costs_of_tokens(rows, columns, contained)
     assert table.dtype == np.uint16
     assert table.tolist() == [[cost(row, column, contained) for column in columns] for row in rows]
 
 
 def test_costs_worked_by_hand() -> None:
-    table = warping_costs(["hello", "", "lo"], ["hello", "hell", "yellow", "", "ol"], CONTAINED["fusechat"])
+    table = costs_of_tokens(["hello", "", "lo"], ["hello", "hell", "yellow", "", "ol"], CONTAINED["fusechat"])
     assert table.tolist() == [[0, 1, 20, 5, 40], [5, 4, 6, 0, 2], [3, 30, 4, 2, 20]]
-    table = warping_costs(["hello", "", "lo"], ["hello", "hell", "yellow", "", "ol"], CONTAINED["fusellm"])
+    table = costs_of_tokens(["hello", "", "lo"], ["hello", "hell", "yellow", "", "ol"], CONTAINED["fusellm"])
     assert table.tolist() == [[0, 10, 20, 50, 40], [50, 40, 60, 0, 20], [30, 30, 40, 20, 20]]
 
 

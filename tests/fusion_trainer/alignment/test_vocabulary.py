@@ -1,6 +1,5 @@
 """Which ids of the pivot an id of the source stands for: small vocabularies by hand, others by brute force."""
 
-import pickle
 import random
 from collections import Counter
 from collections.abc import Mapping
@@ -19,15 +18,17 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from fusion_trainer.alignment import vocabulary
-from fusion_trainer.alignment.pair_counts import Corpus, count
+from fusion_trainer.alignment.coverage import coverage
+from fusion_trainer.alignment.pair_counts import Corpus, count, load_counts, save_counts
 from fusion_trainer.alignment.positions import CONTAINED
-from fusion_trainer.alignment.saved_map import Places, build_map, coverage, load_map, saved_map
+from fusion_trainer.alignment.saved_map import Places, build_map, load_map, saved_map
 from fusion_trainer.alignment.vocabulary import METHODS, Ends, VocabularyMap
 from fusion_trainer.data.answers import whole_text
 from fusion_trainer.data.blocks import Block
 from fusion_trainer.data.readers import DIALOGUES, Reader
 from fusion_trainer.text.tokenizer import TextTokenizer
 from varm_common.errors import UserError
+from varm_common.saved_arrays import load_arrays
 
 Images = dict[int, dict[int, float]]
 NO_ENDS = Ends()
@@ -566,17 +567,18 @@ def test_counts_of_parts_of_a_corpus_add_up() -> None:
     assert count_texts([], ours, theirs, None).pairs.nnz == 0
 
 
-def test_counts_go_to_another_process_without_their_zeros() -> None:
+def test_saved_counts_come_back_without_their_zeros_on_the_disk(tmp_path: Path) -> None:
     ours, theirs, some = kind("gpt2").reader, kind("llama").reader, tokenizer_zoo_texts()
     counts = count_texts(some[:2], ours, theirs, None)
-    again = pickle.loads(pickle.dumps(counts))
-    assert (images(again.pairs), again.pairs.shape) == (images(counts.pairs), counts.pairs.shape)
+    save_counts(tmp_path / "counts", {"source": "s"}, counts, 2)
+    again, blocks = load_counts(tmp_path / "counts", {"source": "s"})
+    assert (blocks, images(again.pairs), again.pairs.shape) == (2, images(counts.pairs), counts.pairs.shape)
     assert again.pairs.dtype == counts.pairs.dtype == np.int64
     assert (again.frequency.tolist(), again.frequency.dtype) == (counts.frequency.tolist(), counts.frequency.dtype)
-    sparse = counts.sparse()
-    assert len(sparse["source"]) == len(sparse["pivot"]) == counts.pairs.nnz
-    assert len(sparse["ids"]) == np.count_nonzero(counts.frequency)
-    assert all(len(array) < 150 for array in sparse.values())
+    _, saved = load_arrays(tmp_path / "counts", "fusion-trainer corpus count")
+    assert len(saved["source"]) == len(saved["pivot"]) == counts.pairs.nnz
+    assert len(saved["ids"]) == np.count_nonzero(counts.frequency)
+    assert all(len(array) < 150 for array in saved.values())
 
 
 # Of every method

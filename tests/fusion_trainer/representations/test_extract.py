@@ -22,14 +22,16 @@ from tiny_sources import CONTEXT, END_OF_TURN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import fusion_trainer.representations.extract as extraction
+import fusion_trainer.representations.extraction as extraction
 from fusion_trainer.cli import main
 from fusion_trainer.config import ExtractConfig
 from fusion_trainer.data.dialogues import Dialogues
-from fusion_trainer.representations.extract import batches, extract, shard_starts
+from fusion_trainer.representations.extract import extract, shard_starts
+from fusion_trainer.representations.extraction import batches
 from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.representations.store_writer import StoreWriter
-from fusion_trainer.representations.topk_model import AskedModel
+from fusion_trainer.representations.topk_model import TopKModel
+from fusion_trainer.representations.verify import store_problems
 from varm_common.errors import UserError
 
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
@@ -219,7 +221,7 @@ def test_the_manifest_names_all_that_the_store_is_of(world: Path, stores: dict[s
 
 def test_extracted_stores_verify(stores: dict[str, Path]) -> None:
     for folder in stores.values():
-        assert list(RepresentationStore(folder).problems()) == []
+        assert list(store_problems(RepresentationStore(folder))) == []
 
 
 def test_texts_longer_than_the_models_context_are_cut_and_counted(world: Path, tmp_path: Path) -> None:
@@ -257,7 +259,7 @@ def test_the_weights_are_used_in_the_dtype_asked_for(
     difference = np.abs(row.gold_logprob.astype(np.float64) - gold.numpy()).max()
     assert difference < (tolerance or 5e-3)
     assert tolerance == 0 or difference > 5e-3
-    assert not list(RepresentationStore(tmp_path / dtype).problems())
+    assert not list(store_problems(RepresentationStore(tmp_path / dtype)))
 
 
 # Batches and shards
@@ -293,13 +295,13 @@ def test_no_batch_is_larger_than_batch_tokens_unless_a_text_alone_is(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes: list[tuple[int, ...]] = []
-    plain = AskedModel.distributions
+    plain = TopKModel.distributions
 
-    def watched(self: AskedModel, ids_BL: torch.Tensor, *others: Any) -> Any:
+    def watched(self: TopKModel, ids_BL: torch.Tensor, *others: Any) -> Any:
         shapes.append(tuple(ids_BL.shape))
         return plain(self, ids_BL, *others)
 
-    monkeypatch.setattr(AskedModel, "distributions", watched)
+    monkeypatch.setattr(TopKModel, "distributions", watched)
     assert run(settings_of(world, "mistral", tmp_path / "store", batch_tokens=300)).exit_code == 0
     assert all(rows == 1 or rows * length <= 300 for rows, length in shapes)
     assert max(rows for rows, _ in shapes) > 1
@@ -399,7 +401,7 @@ def test_a_run_that_was_stopped_goes_on_with_smaller_batches(world: Path, tmp_pa
     opened = RepresentationStore(store)
     assert [shard["batch_tokens"] for shard in opened.manifest["shards"]] == [700, *[300] * (len(shards) - 1)]
     assert shards[0].read_bytes() == first
-    assert list(opened.problems()) == []
+    assert list(store_problems(opened)) == []
 
 
 def test_a_run_may_end_with_other_versions_than_it_began_with_and_the_manifest_names_both(

@@ -8,6 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,12 @@ from fusion_trainer.cli import main
 from fusion_trainer.representations.store import (
     ALIGNED,
     ALIGNED_VERSION,
-    Aligned,
     Representation,
     RepresentationStore,
-    Supervised,
     id_dtype,
 )
 from fusion_trainer.representations.store_writer import StoreWriter
+from fusion_trainer.representations.verify import store_problems
 from varm_common.errors import UserError
 
 K = 10
@@ -42,7 +42,7 @@ FIRST_ROWS = (0, 2, 3, 6, 7)
 """Of the shards, and the number of rows."""
 
 
-def distributions(rng: np.random.Generator, positions: int, vocabulary: int, k: int = K) -> Supervised:
+def distributions(rng: np.random.Generator, positions: int, vocabulary: int, k: int = K) -> Representation:
     """The top k of random distributions."""
     logits = rng.normal(size=(positions, k + 20)) * 3
     ids = np.array([rng.choice(vocabulary, k + 20, replace=False) for _ in range(positions)])
@@ -50,7 +50,7 @@ def distributions(rng: np.random.Generator, positions: int, vocabulary: int, k: 
     order = np.argsort(-logits, axis=1)[:, :k]
     logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     best = np.take_along_axis(logprobs, order, 1)
-    return Supervised(
+    return Representation(
         np.take_along_axis(ids, order, 1).astype(id_dtype(vocabulary)),
         best.astype(np.float16),
         (1 - np.exp(best).sum(1)).astype(np.float16),
@@ -58,9 +58,14 @@ def distributions(rng: np.random.Generator, positions: int, vocabulary: int, k: 
     )
 
 
-def rows_of(seed: int, vocabulary: int, lengths: Sequence[int] = LENGTHS, k: int = K) -> list[Supervised]:
+def rows_of(seed: int, vocabulary: int, lengths: Sequence[int] = LENGTHS, k: int = K) -> list[Representation]:
+    """Every second conversation has two blocks."""
     rng = np.random.default_rng(seed)
-    return [distributions(rng, positions, vocabulary, k) for positions in lengths]
+    names = names_of(len(lengths))
+    return [
+        replace(distributions(rng, positions, vocabulary, k), conversation=conversation, block=block)
+        for positions, (conversation, block) in zip(lengths, names, strict=True)
+    ]
 
 
 def identity_of(vocabulary: int, **other: Any) -> dict[str, Any]:
@@ -78,13 +83,13 @@ def identity_of(vocabulary: int, **other: Any) -> dict[str, Any]:
 
 
 def names_of(number: int) -> list[tuple[str, int]]:
-    """Conversation and block of each row: every second conversation has two blocks."""
+    """Conversation and block of each row."""
     return [(f"chat-{row * 2 // 3} 日本", int(row % 3 == 1)) for row in range(number)]
 
 
 def write_store(
     folder: Path,
-    rows: Sequence[Supervised],
+    rows: Sequence[Representation],
     identity: dict[str, Any],
     *,
     first_rows: Sequence[int] = FIRST_ROWS,
@@ -92,11 +97,10 @@ def write_store(
 ) -> Path:
     writer = StoreWriter(folder, identity, first_rows)
     writer.begin()
-    names = names_of(len(rows))
     for shard in writer.missing():
-        here = slice(*first_rows[shard : shard + 2])
-        positions = sum(len(row) for row in rows[here])
-        writer.write(shard, names[here], rows[here], {"positions": positions, "tokens": 2 * positions})
+        here = rows[slice(*first_rows[shard : shard + 2])]
+        positions = sum(map(len, here))
+        writer.write(shard, here, {"positions": positions, "tokens": 2 * positions})
     writer.wait()
     if finish:
         writer.finish()
@@ -165,7 +169,7 @@ def test_any_k_can_be_kept(k: int, tmp_path: Path) -> None:
     for found, expected in zip(store, rows, strict=True):
         np.testing.assert_array_equal(found.ids, expected.ids)
         np.testing.assert_array_equal(found.logprobs, expected.logprobs)
-    assert not list(store.problems())
+    assert not list(store_problems(store))
 
 
 @pytest.mark.parametrize(("vocabulary", "budget"), [(65536, 45), (65537, 65)])
@@ -372,7 +376,7 @@ def test_a_run_that_fails_while_its_first_shard_is_being_written_can_be_gone_on_
     writer.begin()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: time.sleep(0.3))
-        writer.write(0, names_of(2), rows[:2], {"positions": 131, "tokens": 262})
+        writer.write(0, rows[:2], {"positions": 131, "tokens": 262})
         while not list(folder.glob("*.tmp")):
             time.sleep(0.01)
         writer.abandon()
@@ -386,10 +390,9 @@ def test_the_bytes_do_not_depend_on_the_order_in_which_shards_are_written(writte
     writer = StoreWriter(tmp_path / "store", identity_of(32002), FIRST_ROWS)
     writer.begin()
     for shard in (2, 0, 3, 1):
-        here = slice(*FIRST_ROWS[shard : shard + 2])
-        positions = sum(len(row) for row in rows[here])
-        facts = {"positions": positions, "tokens": 2 * positions}
-        writer.write(shard, names_of(len(rows))[here], rows[here], facts)
+        here = rows[slice(*FIRST_ROWS[shard : shard + 2])]
+        positions = sum(map(len, here))
+        writer.write(shard, here, {"positions": positions, "tokens": 2 * positions})
     writer.wait()
     writer.finish()
     assert content(tmp_path / "store") == content(written)
@@ -398,42 +401,42 @@ def test_the_bytes_do_not_depend_on_the_order_in_which_shards_are_written(writte
 # fusion-trainer store verify
 
 
-def damage(folder: Path, change: Callable[[list[Supervised]], None]) -> Path:
+def damage(folder: Path, change: Callable[[list[Representation]], None]) -> Path:
     """A store whose rows were wrong when they were written, so that its checksums fit."""
     rows = rows_of(0, 32002)
     change(rows)
     return write_store(folder, rows, identity_of(32002))
 
 
-def nan(rows: list[Supervised]) -> None:
+def nan(rows: list[Representation]) -> None:
     rows[3].logprobs[17, 4] = np.nan
 
 
-def infinite_gold(rows: list[Supervised]) -> None:
+def infinite_gold(rows: list[Representation]) -> None:
     rows[3].gold_logprob[17] = -np.inf
 
 
-def id_out_of_range(rows: list[Supervised]) -> None:
+def id_out_of_range(rows: list[Representation]) -> None:
     rows[3].ids[17, 2] = 32002
 
 
-def id_twice(rows: list[Supervised]) -> None:
+def id_twice(rows: list[Representation]) -> None:
     rows[3].ids[17, 9] = rows[3].ids[17, 0]
 
 
-def rising(rows: list[Supervised]) -> None:
+def rising(rows: list[Representation]) -> None:
     rows[3].logprobs[17] = rows[3].logprobs[17, ::-1]
 
 
-def above_zero(rows: list[Supervised]) -> None:
+def above_zero(rows: list[Representation]) -> None:
     rows[3].gold_logprob[17] = 0.25
 
 
-def too_much_mass(rows: list[Supervised]) -> None:
+def too_much_mass(rows: list[Representation]) -> None:
     rows[3].tail[17] += np.float16(0.02)
 
 
-def negative_tail(rows: list[Supervised]) -> None:
+def negative_tail(rows: list[Representation]) -> None:
     rows[3].tail[17] = -0.001
 
 
@@ -452,7 +455,7 @@ def negative_tail(rows: list[Supervised]) -> None:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_verify_finds_wrong_numbers_and_says_where(
-    change: Callable[[list[Supervised]], None], said: str, tmp_path: Path
+    change: Callable[[list[Representation]], None], said: str, tmp_path: Path
 ) -> None:
     result = run("store", "verify", damage(tmp_path / "store", change))
     conversation, block = names_of(4)[3]
@@ -472,10 +475,10 @@ CROSS_ENTROPIES = {
 }
 
 
-def as_aligned(row: Supervised) -> Aligned:
+def as_aligned(row: Representation) -> Representation:
     """Of a source that reads every second position and two bytes at a time."""
-    columns = np.arange(len(row), dtype=np.uint8) % 2, np.full(len(row), 2, np.uint16)
-    return Aligned(row.ids, row.logprobs, row.tail, row.gold_logprob, *columns, *CROSS_ENTROPIES.values())
+    paired, gold_bytes = np.arange(len(row), dtype=np.uint8) % 2, np.full(len(row), 2, np.uint16)
+    return replace(row, paired=paired, gold_bytes=gold_bytes, **CROSS_ENTROPIES)
 
 
 ALIGNED_IDENTITY = {"kind": ALIGNED, "version": ALIGNED_VERSION}
@@ -484,7 +487,7 @@ ALIGNED_IDENTITY = {"kind": ALIGNED, "version": ALIGNED_VERSION}
 def test_the_columns_of_an_aligned_store_come_back(tmp_path: Path) -> None:
     rows = [as_aligned(row) for row in rows_of(0, 32002)]
     store = RepresentationStore(write_store(tmp_path / "store", rows, identity_of(32002, **ALIGNED_IDENTITY)))
-    assert list(store.problems()) == []
+    assert list(store_problems(store)) == []
     for found, row in zip(store, rows, strict=True):
         for name in ("paired", "gold_bytes"):
             column = getattr(found, name)
@@ -504,7 +507,7 @@ def test_verify_finds_wrong_numbers_of_an_aligned_store(
     rows = [as_aligned(row) for row in rows_of(0, 32002)]
     getattr(rows[3], column)[17] = value
     folder = write_store(tmp_path / "store", rows, identity_of(32002, **ALIGNED_IDENTITY))
-    (problem,) = RepresentationStore(folder).problems()
+    (problem,) = store_problems(RepresentationStore(folder))
     assert problem.startswith(f"shard-00002.arrow: {said} at 1 positions")
     assert problem.endswith("position 17")
 

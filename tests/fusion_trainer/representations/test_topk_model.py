@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from fusion_trainer.representations.topk_model import AskedModel
+from fusion_trainer.representations.topk_model import TopKModel
 
 TOKENS, ROWS = 400, 424
 """Ids of the tokenizer, and rows of the models: the last rows stand for nothing."""
@@ -45,7 +45,7 @@ def asked_positions(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def assert_answers_as_the_plain_model(asked: AskedModel, lengths: Sequence[int], k: int = 10) -> None:
+def assert_answers_as_the_plain_model(asked: TopKModel, lengths: Sequence[int], k: int = 10) -> None:
     """Row by row through the plain model, unpadded, and the softmax in float64."""
     ids_BL, mask_BL = batch(lengths)
     places = asked_positions(lengths)
@@ -71,15 +71,15 @@ def assert_answers_as_the_plain_model(asked: AskedModel, lengths: Sequence[int],
 
 
 @pytest.fixture(scope="module", params=list(tiny_sources.LAYOUTS))
-def asked(request: pytest.FixtureRequest) -> AskedModel:
+def asked(request: pytest.FixtureRequest) -> TopKModel:
     with no_warning():
-        return AskedModel(tiny_sources.new_source(request.param, ROWS), KNOWN)
+        return TopKModel(tiny_sources.new_source(request.param, ROWS), KNOWN)
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 7])
 @pytest.mark.parametrize("lengths", [LENGTHS, (12, 12)], ids=["padded", "unpadded"])
 def test_distributions_are_those_of_the_plain_forward_pass(
-    asked: AskedModel, lengths: tuple[int, ...], chunk: int | None, monkeypatch: pytest.MonkeyPatch
+    asked: TopKModel, lengths: tuple[int, ...], chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunk:
         monkeypatch.setattr(asked, "chunk", chunk)
@@ -88,7 +88,7 @@ def test_distributions_are_those_of_the_plain_forward_pass(
 
 
 @torch.no_grad()
-def test_the_model_is_as_it_was_after_it_was_asked(asked: AskedModel) -> None:
+def test_the_model_is_as_it_was_after_it_was_asked(asked: TopKModel) -> None:
     ids_BL, mask_BL = batch(LENGTHS)
     before = asked.model(input_ids=ids_BL, attention_mask=mask_BL).logits
     assert torch.equal(asked.bare_forward(ids_BL, mask_BL), before)
@@ -113,7 +113,7 @@ def test_a_forward_that_others_have_put_in_place_is_put_back() -> None:
         return plain(*args, **kwargs)
 
     model.model.forward = hooked
-    asked = AskedModel(model, KNOWN)
+    asked = TopKModel(model, KNOWN)
     assert model.model.forward is hooked
     assert_answers_as_the_plain_model(asked, LENGTHS)
     assert model.model.forward is hooked
@@ -124,7 +124,7 @@ def test_a_forward_that_others_have_put_in_place_is_put_back() -> None:
 def test_what_a_model_does_after_its_head_changes_what_it_answers(layout: str, setting: str) -> None:
     """So the layouts above do test it."""
     plain, other = (
-        AskedModel(tiny_sources.new_source(layout, ROWS, **own), KNOWN) for own in ({}, {setting: 0.125})
+        TopKModel(tiny_sources.new_source(layout, ROWS, **own), KNOWN) for own in ({}, {setting: 0.125})
     )
     ids_BL, mask_BL = batch(LENGTHS)
     flat, gold = torch.tensor([0, 3]), torch.tensor([1, 2])
@@ -136,7 +136,7 @@ def test_what_a_model_does_after_its_head_changes_what_it_answers(layout: str, s
 def test_16_bit_weights_separate_too_and_are_reduced_in_float32(dtype: torch.dtype) -> None:
     model = tiny_sources.new_source("mistral", ROWS).to(dtype)
     with no_warning():
-        asked = AskedModel(model, KNOWN)
+        asked = TopKModel(model, KNOWN)
     assert asked.separable
     ids_BL, _ = batch((12, 12))
     flat, gold = torch.arange(11), ids_BL[0, 1:]
@@ -168,7 +168,7 @@ def test_a_model_whose_head_cannot_be_separated_says_so_and_answers_rightly() ->
     torch.manual_seed(0)
     model = SkippingModel(tiny_sources.LAYOUTS["llama"](vocab_size=ROWS)).eval()
     with pytest.warns(UserWarning, match=r"SkippingModel .* every position.*--batch-tokens"):
-        asked = AskedModel(model, KNOWN)
+        asked = TopKModel(model, KNOWN)
     assert not asked.separable
     for chunk in (asked.chunk, 4):
         asked.chunk = chunk
@@ -177,7 +177,7 @@ def test_a_model_whose_head_cannot_be_separated_says_so_and_answers_rightly() ->
 
 def test_logits_exist_for_a_chunk_of_supervised_positions_only() -> None:
     model = tiny_sources.new_source("llama", ROWS)
-    asked = AskedModel(model, KNOWN)
+    asked = TopKModel(model, KNOWN)
     asked.chunk = 8
     seen: list[tuple[int, ...]] = []
     hook = model.lm_head.register_forward_hook(lambda _module, _inputs, logits: seen.append(tuple(logits.shape)))
@@ -192,6 +192,6 @@ def test_a_model_whose_head_asks_for_more_than_hidden_states_is_asked_whole() ->
     torch.manual_seed(0)
     model = MambaForCausalLM(config).eval()
     with pytest.warns(UserWarning, match="every position"):
-        asked = AskedModel(model, KNOWN)
+        asked = TopKModel(model, KNOWN)
     assert "forward" not in vars(asked.split.layers)
     assert_answers_as_the_plain_model(asked, LENGTHS)

@@ -22,7 +22,6 @@ from tokenizers import normalizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fusion_trainer.alignment import vocabulary
-from fusion_trainer.alignment.positions import boundary_pairs
 from fusion_trainer.alignment.vocabulary import Ends
 from fusion_trainer.text.tokenizer import TextTokenizer, Tokens, load_tokenizer
 
@@ -237,7 +236,7 @@ def test_pairs_have_read_the_same_text_and_none_is_missed(pivot: str, source: st
     (of_pivot, by_pivot), (of_source, by_source) = read_by(pivot), read_by(source)
     paired = 0
     for text, p, s, at_p, at_s in zip(nasty_texts(), of_pivot, of_source, by_pivot, by_source, strict=True):
-        pairs = boundary_pairs(p, s)
+        pairs = tokenizer_zoo.boundary_pairs(p, s)
         found = list(zip(pairs.pivot.tolist(), pairs.source.tolist(), strict=True))
         assert found == sorted((at_p[end], at_s[end]) for end in at_p.keys() & at_s.keys()), text
         paired += len(found)

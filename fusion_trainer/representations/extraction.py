@@ -1,0 +1,333 @@
+"""One process's share of an extraction: blocks are tokenised, the model is queried, shards are written.
+
+While a shard is computed, the next one is tokenised and the last one written. While a batch is computed, the last
+one is copied to the host. The finished part of a shard is saved regularly, so a killed run loses little.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from fusion_trainer.config import ExtractConfig
+from fusion_trainer.data.dialogues import Dialogues
+from fusion_trainer.data.readers import Reader
+from fusion_trainer.representations.split_model import context_length
+from fusion_trainer.representations.store import Representation, id_dtype
+from fusion_trainer.representations.store_writer import StoreWriter
+from fusion_trainer.representations.topk_model import TopKModel
+from fusion_trainer.text.tokenizer import supervised_positions
+from varm_common.console import is_quiet
+from varm_common.errors import UserError
+from varm_common.files import fingerprint, written_to
+from varm_common.models import load_causal_lm
+from varm_common.saved_arrays import load_arrays, save_arrays
+
+__all__ = ["Extraction", "batches"]
+
+PARTIAL = "fusion-trainer part of a shard"
+SAVED_EVERY = 240.0
+"""Seconds between two saves of the finished part of a shard."""
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+LEAST = torch.finfo(torch.float16).min
+
+
+@dataclass(frozen=True)
+class Row:
+    """A block as the model reads it.
+
+    Attributes:
+        conversation: As in ``Block``, like the next two.
+        block: As in ``Block``.
+        source: As in ``Block``.
+        ids: int32 [tokens], as far as the model's context.
+        positions: int32 [positions], where the model is queried.
+        cut_tokens: Tokens beyond the context.
+        pivot_tokens: Tokens of the block in the pivot's tokenizer.
+        answers: Where the answers are, as in the store.
+    """
+
+    conversation: str
+    block: int
+    source: str
+    ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    cut_tokens: int
+    pivot_tokens: int
+    answers: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A batch's distributions on their way to the host: the rows' numbers, ids, logprobs, tail, gold_logprob."""
+
+    numbers: Sequence[int]
+    parts: list[Tensor]
+    copied: torch.cuda.Event | None
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Rows grouped by length, longest first, each group at most ``batch_tokens`` when padded to its longest row.
+
+    A row that is longer than that is a batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    groups: list[list[int]] = []
+    for row in order:
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= batch_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+class Extraction:
+    """The loaded model, and the store that is written.
+
+    Raises:
+        UserError: The model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        config: ExtractConfig,
+        dialogues: Dialogues,
+        reader: Reader,
+        folder: Path,
+        device: torch.device,
+        writer: StoreWriter,
+    ) -> None:
+        self.config = config
+        self.dialogues = dialogues
+        self.reader = reader
+        self.writer = writer
+        model = load_causal_lm(
+            folder,
+            config.model,
+            dtype=config.dtype,
+            attention=config.attention,
+            device=device,
+            device_map=config.device_map,
+            load_in=config.load_in,
+            trust_remote_code=config.trust_remote_code,
+        )
+        self.context = context_length(model)
+        try:
+            self.model = TopKModel(model, reader.tokenizer.vocabulary)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise UserError(f"{config.model} leaves no memory to run in; try --device-map auto") from error
+        self.id_dtype: Any = id_dtype(writer.identity["vocabulary"])
+
+    def run(self, shards: Sequence[int], silent: bool) -> None:
+        """Compute and write the shards, with a progress bar over the dialogues' tokens."""
+        lengths, starts = self.dialogues.lengths, self.writer.first_rows
+        total = sum(int(lengths[starts[shard] : starts[shard + 1]].sum()) for shard in shards)
+        name = self.config.model[-40:]
+        bar = tqdm(total=total, unit="tok", unit_scale=True, disable=silent or is_quiet(), desc=name)
+        with bar, ThreadPoolExecutor(1, "tokeniser") as ahead:
+            reading = ahead.submit(self._read, shards[0])
+            for shard, following in zip(shards, [*shards[1:], None], strict=True):
+                rows, counts = reading.result()
+                if following is not None:
+                    reading = ahead.submit(self._read, following)
+                done = self._query(shard, rows, bar)
+                facts: dict[str, Any] = {
+                    "batch_tokens": self.config.batch_tokens,
+                    "positions": sum(map(len, done)),
+                    "tokens": sum(len(row.ids) for row in rows),
+                    "cut_tokens": sum(row.cut_tokens for row in rows),
+                    **dict(sorted(counts.items())),
+                }
+                self.writer.write(shard, done, facts, [row.answers for row in rows])
+            self.writer.wait()
+
+    def _read(self, shard: int) -> tuple[list[Row], Counter[str]]:
+        """Render and tokenise the blocks of a shard; tokens beyond the model's context are cut off and counted."""
+        blocks = [self.dialogues[number] for number in range(*self.writer.first_rows[shard : shard + 2])]
+        reader = replace(self.reader, counts=Counter())
+        readings = [reader.read(block) for block in blocks]
+        tokenised = reader.tokenizer.encode([reading.text for reading in readings])
+        rows: list[Row] = []
+        for block, reading, tokens in zip(blocks, readings, tokenised, strict=True):
+            ids = tokens.ids[: self.context]
+            if len(ids) and int(ids.max()) >= self.model.rows:
+                raise UserError(
+                    f"{block.source}: token {int(ids.max())} of the tokenizer of {self.config.model} has no row "
+                    f"in the model, which has {self.model.rows}: tokenizer and weights do not belong together"
+                )
+            positions = supervised_positions(tokens, reading.spans)
+            answers = [
+                [answer.turn, answer.pieces[0][0], answer.pieces[-1][1], answer.end]
+                for answer in reading.answers
+                if answer.pieces
+            ]
+            row = Row(
+                block.conversation,
+                block.block,
+                block.source,
+                ids,
+                positions[positions < len(ids) - 1],
+                len(tokens) - len(ids),
+                block.tokens,
+                answers,
+            )
+            rows.append(row)
+        return rows, reader.counts
+
+    def _query(self, shard: int, rows: Sequence[Row], bar: Any) -> list[Representation]:
+        """The distributions of every row of a shard."""
+        queried = [number for number, row in enumerate(rows) if len(row.positions)]
+        partial = self.writer.path(shard).with_suffix(".partial")
+        done = _load_partial(partial, rows)
+        pending: Pending | None = None
+        saved_at = time.monotonic()
+        for group in batches([len(rows[number].ids) for number in queried], self.config.batch_tokens):
+            numbers = [queried[place] for place in group]
+            if not done.keys() >= set(numbers):
+                following = self._query_batch(rows, numbers)
+                if pending is not None:
+                    done |= self._received(pending, rows)
+                pending = following
+                if time.monotonic() - saved_at > SAVED_EVERY:
+                    with written_to(self.writer.folder):
+                        _save_partial(partial, rows, done)
+                    saved_at = time.monotonic()
+            bar.update(sum(rows[number].pivot_tokens for number in numbers))
+        if pending is not None:
+            done |= self._received(pending, rows)
+        return [done.get(number) or self._empty(row) for number, row in enumerate(rows)]
+
+    def _empty(self, row: Row) -> Representation:
+        k, none = self.config.top_k, np.zeros(0, np.float16)
+        ids, logprobs = np.zeros((0, k), self.id_dtype), np.zeros((0, k), np.float16)
+        return Representation(ids, logprobs, none, none, row.conversation, row.block)
+
+    def _query_batch(self, rows: Sequence[Row], numbers: Sequence[int]) -> Pending:
+        batch = [rows[number] for number in numbers]
+        length = max(len(row.ids) for row in batch)
+        ids_BL = np.zeros((len(batch), length), np.int64)
+        mask_BL = np.zeros((len(batch), length), np.int64)
+        for place, row in enumerate(batch):
+            ids_BL[place, : len(row.ids)] = row.ids
+            mask_BL[place, : len(row.ids)] = 1
+        positions_S = np.concatenate(
+            [place * length + row.positions.astype(np.int64) for place, row in enumerate(batch)]
+        )
+        gold_S = ids_BL.ravel()[positions_S + 1]
+        try:
+            top = self.model.distributions(
+                self._on_device(ids_BL),
+                None if mask_BL.all() else self._on_device(mask_BL),
+                self._on_device(positions_S),
+                self._on_device(gold_S),
+                self.config.top_k,
+            )
+            half = torch.float16
+            parts = [
+                top.ids_CK.to(torch.int32),
+                top.logprobs_CK.clamp(min=LEAST).to(half),
+                top.tail_C.to(half),
+                top.gold_logprob_C.clamp(min=LEAST).to(half),
+            ]
+            if parts[0].device.type != "cuda":
+                return Pending(numbers, [part.cpu() for part in parts], None)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            host = [part.to("cpu", non_blocking=True) for part in parts]
+            copied.record(torch.cuda.current_stream(parts[0].device))
+            return Pending(numbers, host, copied)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            alone = ", and as it is one block alone, --max-length" if len(batch) == 1 else ""
+            raise UserError(
+                f"out of memory on {self.model.device} with a batch of {len(batch)} × {length} tokens; lower "
+                f"--batch-tokens (now {self.config.batch_tokens}){alone}, and run the same command again"
+            ) from error
+
+    def _on_device(self, array: NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.model.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.model.device, non_blocking=True)
+
+    def _received(self, pending: Pending, rows: Sequence[Row]) -> dict[int, Representation]:
+        """The distributions of a batch, by the number of their row."""
+        if pending.copied is not None:
+            pending.copied.synchronize()
+        arrays: list[NDArray[Any]] = [part.numpy() for part in pending.parts]
+        ids, logprobs, tail, gold = arrays
+        finite = np.isfinite(logprobs).all(1) & np.isfinite(tail) & np.isfinite(gold)
+        received: dict[int, Representation] = {}
+        start = 0
+        for number in pending.numbers:
+            row = rows[number]
+            here = slice(start, start + len(row.positions))
+            if not finite[here].all():
+                raise UserError(self._not_finite(row, int(row.positions[np.argmin(finite[here])])))
+            own_ids = ids[here].astype(self.id_dtype)
+            columns = own_ids, logprobs[here], tail[here], gold[here]
+            received[number] = Representation(*columns, row.conversation, row.block)
+            start = here.stop
+        return received
+
+    def _not_finite(self, row: Row, position: int) -> str:
+        message = (
+            f"{self.config.model} gives NaN or infinite logits, first at token position {position} of "
+            f"conversation {row.conversation!r}, block {row.block} ({row.source})"
+        )
+        for name, weight in self.model.model.named_parameters():
+            if weight.is_meta:
+                continue
+            wrong = ~torch.isfinite(weight.detach().flatten())
+            if wrong.any():
+                place = np.unravel_index(int(wrong.to(torch.uint8).argmax()), weight.shape)
+                return f"{message}. Its weights are not finite: {name}, first at {[int(i) for i in place]}"
+        return f"{message}. Its weights are finite; a wider --dtype may help"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return named or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def _partial_identity(rows: Sequence[Row]) -> dict[str, Any]:
+    return {"rows": fingerprint([[row.ids.tolist(), row.positions.tolist()] for row in rows])}
+
+
+def _save_partial(path: Path, rows: Sequence[Row], done: dict[int, Representation]) -> None:
+    """Save the finished rows of a shard."""
+    if done:
+        names = ("ids", "logprobs", "tail", "gold_logprob")
+        arrays = {name: np.concatenate([getattr(row, name) for row in done.values()]) for name in names}
+        described = {"identity": _partial_identity(rows)}
+        save_arrays(path, PARTIAL, described, {**arrays, "done": np.array([*done], np.int64)})
+
+
+def _load_partial(path: Path, rows: Sequence[Row]) -> dict[int, Representation]:
+    """The finished rows of a shard by their numbers; none if the file is missing, damaged or of other rows."""
+    if not path.is_file():
+        return {}
+    try:
+        _, arrays = load_arrays(path, PARTIAL, _partial_identity(rows))
+    except UserError:
+        return {}
+    done: dict[int, Representation] = {}
+    start = 0
+    for number in arrays.pop("done").tolist():
+        row = rows[number]
+        stop = start + len(row.positions)
+        columns: dict[str, Any] = {name: array[start:stop] for name, array in arrays.items()}
+        done[number] = Representation(**columns, conversation=row.conversation, block=row.block)
+        start = stop
+    return done
