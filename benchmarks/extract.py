@@ -13,9 +13,9 @@ needs, so that almost all rows of the head stand for a token, as in a real check
 An extraction is what the program does after the model is loaded: tokens, batches, distributions, shards, manifest.
 The references get the same batches, recorded in the warm-up and already on the device:
 
-- `bare forward`: transformers' logits at every position, padding included; - `layers + head`: the layers, and the
-head at the supervised positions only, as in the extraction. This reference is stricter: the difference is the cost
-of the distributions and the store.
+- `bare forward`: transformers' logits at every position, padding included;
+- `layers + head`: the layers, and the head at the supervised positions only, as in the extraction. This one is
+  stricter: the difference is the cost of the distributions and the store.
 
 All run in one process, in an order that rotates from round to round; ratios are taken within a round.
 """

@@ -101,11 +101,14 @@ class Kind:
     def _rewritten(self, text: str) -> bytes:
         """Piece by piece between special tokens, as the tokenizer does it."""
         assert self.normalize
-        names = "|".join(re.escape(name) for name in self.tokenizer.get_added_vocab())
-        pieces = re.split(f"({names})", text)
+        pieces = self._special.split(text)
         return "".join(
             piece if number % 2 else self.normalize(piece) for number, piece in enumerate(pieces)
         ).encode()
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        return re.compile(f"({'|'.join(re.escape(name) for name in self.tokenizer.get_added_vocab())})")
 
     def _laid_along(self, tokens: Tokens, raw: bytes) -> list[int]:
         """The tokens' bytes laid along ``raw``: where each ends."""

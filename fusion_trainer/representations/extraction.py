@@ -6,8 +6,9 @@ one is copied to the host. The finished part of a shard is saved regularly, so a
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fusion_trainer.config import ExtractConfig
+from fusion_trainer.data.blocks import Block
 from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.data.readers import Reader
 from fusion_trainer.representations.split_model import context_length
@@ -38,6 +40,7 @@ PARTIAL = "fusion-trainer part of a shard"
 SAVED_EVERY = 240.0
 """Seconds between two saves of the finished part of a shard."""
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+COLUMNS = ("ids", "logprobs", "tail", "gold_logprob")
 LEAST = torch.finfo(torch.float16).min
 
 
@@ -46,32 +49,32 @@ class Row:
     """A block as the model reads it.
 
     Attributes:
-        conversation: As in ``Block``, like the next two.
-        block: As in ``Block``.
-        source: As in ``Block``.
+        block: The block.
         ids: int32 [tokens], as far as the model's context.
         positions: int32 [positions], where the model is queried.
         cut_tokens: Tokens beyond the context.
-        pivot_tokens: Tokens of the block in the pivot's tokenizer.
         answers: Where the answers are, as in the store.
     """
 
-    conversation: str
-    block: int
-    source: str
+    block: Block
     ids: NDArray[np.int32]
     positions: NDArray[np.int32]
     cut_tokens: int
-    pivot_tokens: int
     answers: list[list[int]]
+
+    def stored(self, columns: dict[str, Any], first: int) -> Representation:
+        """The row of the store; its positions are those from ``first`` on in ``columns`` of distributions."""
+        here = slice(first, first + len(self.positions))
+        own = {name: column[here] for name, column in columns.items()}
+        return Representation(conversation=self.block.conversation, block=self.block.block, **own)
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A batch's distributions on their way to the host: the rows' numbers, ids, logprobs, tail, gold_logprob."""
+    """A batch's distributions on their way to the host, and the numbers of its rows."""
 
     numbers: Sequence[int]
-    parts: list[Tensor]
+    parts: dict[str, Tensor]
     copied: torch.cuda.Event | None
 
 
@@ -121,12 +124,8 @@ class Extraction:
             trust_remote_code=config.trust_remote_code,
         )
         self.context = context_length(model)
-        try:
+        with _out_of_memory(f"{config.model} leaves no memory to run in; try --device-map auto"):
             self.model = TopKModel(model, reader.tokenizer.vocabulary)
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise UserError(f"{config.model} leaves no memory to run in; try --device-map auto") from error
         self.id_dtype: Any = id_dtype(writer.identity["vocabulary"])
 
     def run(self, shards: Sequence[int], silent: bool) -> None:
@@ -172,17 +171,7 @@ class Extraction:
                 for answer in reading.answers
                 if answer.pieces
             ]
-            row = Row(
-                block.conversation,
-                block.block,
-                block.source,
-                ids,
-                positions[positions < len(ids) - 1],
-                len(tokens) - len(ids),
-                block.tokens,
-                answers,
-            )
-            rows.append(row)
+            rows.append(Row(block, ids, positions[positions < len(ids) - 1], len(tokens) - len(ids), answers))
         return rows, reader.counts
 
     def _query(self, shard: int, rows: Sequence[Row], bar: Any) -> list[Representation]:
@@ -203,15 +192,13 @@ class Extraction:
                     with written_to(self.writer.folder):
                         _save_partial(partial, rows, done)
                     saved_at = time.monotonic()
-            bar.update(sum(rows[number].pivot_tokens for number in numbers))
+            bar.update(sum(rows[number].block.tokens for number in numbers))
         if pending is not None:
             done |= self._received(pending, rows)
-        return [done.get(number) or self._empty(row) for number, row in enumerate(rows)]
-
-    def _empty(self, row: Row) -> Representation:
-        k, none = self.config.top_k, np.zeros(0, np.float16)
-        ids, logprobs = np.zeros((0, k), self.id_dtype), np.zeros((0, k), np.float16)
-        return Representation(ids, logprobs, none, none, row.conversation, row.block)
+        k = self.config.top_k
+        columns = [np.zeros((0, k), self.id_dtype), np.zeros((0, k), np.float16), *2 * [np.zeros(0, np.float16)]]
+        empty = dict(zip(COLUMNS, columns, strict=True))
+        return [done[number] if number in done else row.stored(empty, 0) for number, row in enumerate(rows)]
 
     def _query_batch(self, rows: Sequence[Row], numbers: Sequence[int]) -> Pending:
         batch = [rows[number] for number in numbers]
@@ -225,7 +212,12 @@ class Extraction:
             [place * length + row.positions.astype(np.int64) for place, row in enumerate(batch)]
         )
         gold_S = ids_BL.ravel()[positions_S + 1]
-        try:
+        alone = ", and as it is one block alone, --max-length" if len(batch) == 1 else ""
+        message = (
+            f"out of memory on {self.model.device} with a batch of {len(batch)} × {length} tokens; lower "
+            f"--batch-tokens (now {self.config.batch_tokens}){alone}, and run the same command again"
+        )
+        with _out_of_memory(message):
             top = self.model.distributions(
                 self._on_device(ids_BL),
                 None if mask_BL.all() else self._on_device(mask_BL),
@@ -233,27 +225,18 @@ class Extraction:
                 self._on_device(gold_S),
                 self.config.top_k,
             )
-            half = torch.float16
-            parts = [
-                top.ids_CK.to(torch.int32),
-                top.logprobs_CK.clamp(min=LEAST).to(half),
-                top.tail_C.to(half),
-                top.gold_logprob_C.clamp(min=LEAST).to(half),
-            ]
-            if parts[0].device.type != "cuda":
-                return Pending(numbers, [part.cpu() for part in parts], None)
+            columns = {
+                "ids": top.ids_CK.to(torch.int32),
+                "logprobs": top.logprobs_CK.clamp(min=LEAST).to(torch.float16),
+                "tail": top.tail_C.to(torch.float16),
+                "gold_logprob": top.gold_logprob_C.clamp(min=LEAST).to(torch.float16),
+            }
+            host = {name: column.to("cpu", non_blocking=True) for name, column in columns.items()}
+            if top.tail_C.device.type != "cuda":
+                return Pending(numbers, host, None)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            host = [part.to("cpu", non_blocking=True) for part in parts]
-            copied.record(torch.cuda.current_stream(parts[0].device))
+            copied.record(torch.cuda.current_stream(top.tail_C.device))
             return Pending(numbers, host, copied)
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            alone = ", and as it is one block alone, --max-length" if len(batch) == 1 else ""
-            raise UserError(
-                f"out of memory on {self.model.device} with a batch of {len(batch)} × {length} tokens; lower "
-                f"--batch-tokens (now {self.config.batch_tokens}){alone}, and run the same command again"
-            ) from error
 
     def _on_device(self, array: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -265,26 +248,25 @@ class Extraction:
         """The distributions of a batch, by the number of their row."""
         if pending.copied is not None:
             pending.copied.synchronize()
-        arrays: list[NDArray[Any]] = [part.numpy() for part in pending.parts]
-        ids, logprobs, tail, gold = arrays
-        finite = np.isfinite(logprobs).all(1) & np.isfinite(tail) & np.isfinite(gold)
+        columns: dict[str, NDArray[Any]] = {name: part.numpy() for name, part in pending.parts.items()}
+        columns["ids"] = columns["ids"].astype(self.id_dtype)
+        finite = np.isfinite(columns["logprobs"]).all(1)
+        finite &= np.isfinite(columns["tail"]) & np.isfinite(columns["gold_logprob"])
         received: dict[int, Representation] = {}
         start = 0
         for number in pending.numbers:
             row = rows[number]
-            here = slice(start, start + len(row.positions))
-            if not finite[here].all():
-                raise UserError(self._not_finite(row, int(row.positions[np.argmin(finite[here])])))
-            own_ids = ids[here].astype(self.id_dtype)
-            columns = own_ids, logprobs[here], tail[here], gold[here]
-            received[number] = Representation(*columns, row.conversation, row.block)
-            start = here.stop
+            stop = start + len(row.positions)
+            if not finite[start:stop].all():
+                raise UserError(self._not_finite(row, int(row.positions[np.argmin(finite[start:stop])])))
+            received[number] = row.stored(columns, start)
+            start = stop
         return received
 
     def _not_finite(self, row: Row, position: int) -> str:
         message = (
             f"{self.config.model} gives NaN or infinite logits, first at token position {position} of "
-            f"conversation {row.conversation!r}, block {row.block} ({row.source})"
+            f"conversation {row.block.conversation!r}, block {row.block.block} ({row.block.source})"
         )
         for name, weight in self.model.model.named_parameters():
             if weight.is_meta:
@@ -296,9 +278,16 @@ class Extraction:
         return f"{message}. Its weights are finite; a wider --dtype may help"
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return named or any(words in str(error) for words in OUT_OF_MEMORY)
+@contextmanager
+def _out_of_memory(message: str) -> Iterator[None]:
+    """Raise a UserError with this message if memory runs out in the block."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not named and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        raise UserError(message) from error
 
 
 def _partial_identity(rows: Sequence[Row]) -> dict[str, Any]:
@@ -308,8 +297,7 @@ def _partial_identity(rows: Sequence[Row]) -> dict[str, Any]:
 def _save_partial(path: Path, rows: Sequence[Row], done: dict[int, Representation]) -> None:
     """Save the finished rows of a shard."""
     if done:
-        names = ("ids", "logprobs", "tail", "gold_logprob")
-        arrays = {name: np.concatenate([getattr(row, name) for row in done.values()]) for name in names}
+        arrays = {name: np.concatenate([getattr(row, name) for row in done.values()]) for name in COLUMNS}
         described = {"identity": _partial_identity(rows)}
         save_arrays(path, PARTIAL, described, {**arrays, "done": np.array([*done], np.int64)})
 
@@ -325,9 +313,6 @@ def _load_partial(path: Path, rows: Sequence[Row]) -> dict[int, Representation]:
     done: dict[int, Representation] = {}
     start = 0
     for number in arrays.pop("done").tolist():
-        row = rows[number]
-        stop = start + len(row.positions)
-        columns: dict[str, Any] = {name: array[start:stop] for name, array in arrays.items()}
-        done[number] = Representation(**columns, conversation=row.conversation, block=row.block)
-        start = stop
+        done[number] = rows[number].stored(arrays, start)
+        start += len(done[number])
     return done

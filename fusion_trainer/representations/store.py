@@ -1,7 +1,7 @@
 """The store: one model's distributions at every supervised position of the dialogues.
 
     manifest.json       what the store was made from; written last, so a store without it is unfinished
-    shard-00000.arrow   Arrow IPC file with one record batch, columns as in ``schema``; memory-mapped
+    shard-00000.arrow   Arrow IPC file with one record batch, columns as in ``store_writer.schema``; memory-mapped
     …
 
 A row is a block of the dialogues, in their order. Its ``positions`` are the supervised ones, in the order of the
@@ -18,7 +18,6 @@ columns (see ``Representation``).
 Each shard appears only when it is complete and depends only on its blocks. So an interrupted extraction resumes,
 and the finished store has the same bytes as one that was never interrupted."""
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,19 +34,16 @@ from varm_common.files import read_json, sha256_of
 __all__ = [
     "ALIGNED",
     "ALIGNED_VERSION",
-    "ANSWERS",
     "CROSS_ENTROPIES",
-    "FACTS",
     "FORMAT",
     "MANIFEST",
     "PLAN",
     "VERSION",
     "Representation",
     "RepresentationStore",
+    "Shard",
     "id_dtype",
     "plan_in",
-    "schema",
-    "shard_facts",
     "wrong_size",
 ]
 
@@ -58,11 +54,7 @@ ALIGNED = "aligned"
 """The ``kind`` in the identity of an aligned store."""
 ALIGNED_VERSION = 3
 """The ``version`` in the identity of an aligned store: raised whenever its columns or their meaning change."""
-FACTS = b"fusion_trainer"
-"""Key of a shard's own facts in the metadata of its schema."""
-ALIGNED_COLUMNS = {"paired": pa.uint8(), "gold_bytes": pa.uint16()}
 CROSS_ENTROPIES = ("ce_per_token", "ce_per_byte", "pivot_ce_per_token", "pivot_ce_per_byte")
-ANSWERS = pa.list_(pa.list_(pa.int32(), 4))
 
 
 @dataclass(frozen=True)
@@ -112,26 +104,6 @@ def id_dtype(vocabulary: int) -> type[np.uint16] | type[np.uint32]:
     return np.uint16 if vocabulary <= 1 << 16 else np.uint32
 
 
-def schema(k: int, vocabulary: int, aligned: bool = False) -> pa.Schema:
-    """The columns of a shard."""
-    id_type = pa.uint16() if id_dtype(vocabulary) is np.uint16 else pa.uint32()
-    position = {
-        "ids": pa.list_(pa.field("item", id_type, nullable=False), k),
-        "logprobs": pa.list_(pa.field("item", pa.float16(), nullable=False), k),
-        "tail": pa.float16(),
-        "gold_logprob": pa.float16(),
-        **(ALIGNED_COLUMNS if aligned else {}),
-    }
-    struct = pa.struct([pa.field(name, kind, nullable=False) for name, kind in position.items()])
-    row = {
-        "conversation": pa.string(),
-        "block": pa.int32(),
-        **(dict.fromkeys(CROSS_ENTROPIES, pa.float32()) if aligned else {"answers": ANSWERS}),
-        "positions": pa.list_(pa.field("item", struct, nullable=False)),
-    }
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in row.items()])
-
-
 def plan_in(path: Path) -> dict[str, Any]:
     """``identity`` and ``made_with`` of a manifest or plan.
 
@@ -155,12 +127,6 @@ def wrong_size(folder: Path, shard: dict[str, Any]) -> str | None:
     if path.stat().st_size != shard["bytes"]:
         return f"{path.name} has {path.stat().st_size} bytes, not {shard['bytes']}"
     return None
-
-
-def shard_facts(path: Path) -> dict[str, int]:
-    """What the metadata of a shard's schema says about the shard."""
-    with pa.memory_map(str(path)) as source:
-        return dict(json.loads(pa.ipc.open_file(source).schema.metadata[FACTS]))
 
 
 class Shard:

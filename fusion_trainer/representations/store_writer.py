@@ -14,17 +14,14 @@ import pyarrow as pa
 
 from fusion_trainer.representations.store import (
     ALIGNED,
-    ANSWERS,
     CROSS_ENTROPIES,
-    FACTS,
     FORMAT,
     MANIFEST,
     PLAN,
     VERSION,
     Representation,
+    id_dtype,
     plan_in,
-    schema,
-    shard_facts,
     wrong_size,
 )
 from varm_common.errors import UserError, unlike
@@ -32,11 +29,35 @@ from varm_common.files import TEMPORARY, read_json, remove_abandoned, sha256_of,
 
 __all__ = ["StoreWriter", "demand_free"]
 
+ANSWERS = pa.list_(pa.list_(pa.int32(), 4))
+ALIGNED_COLUMNS = {"paired": pa.uint8(), "gold_bytes": pa.uint16()}
+FACTS = b"fusion_trainer"
+"""Key of a shard's own facts in the metadata of its schema."""
 NAMES = ("model", "pivot", "pivot_revision", "jinja", "jinja_with_tools")
 """Parts of an identity that may differ: a folder that has moved has the same hashes, and so has a template."""
 SHARD_FACTS = ("positions", "batch_tokens")
 """Facts that the manifest repeats for each shard."""
 Answers = Sequence[Sequence[Sequence[int]]]
+
+
+def schema(k: int, vocabulary: int, aligned: bool = False) -> pa.Schema:
+    """The columns of a shard."""
+    id_type = pa.uint16() if id_dtype(vocabulary) is np.uint16 else pa.uint32()
+    position = {
+        "ids": pa.list_(pa.field("item", id_type, nullable=False), k),
+        "logprobs": pa.list_(pa.field("item", pa.float16(), nullable=False), k),
+        "tail": pa.float16(),
+        "gold_logprob": pa.float16(),
+        **(ALIGNED_COLUMNS if aligned else {}),
+    }
+    struct = pa.struct([pa.field(name, kind, nullable=False) for name, kind in position.items()])
+    row = {
+        "conversation": pa.string(),
+        "block": pa.int32(),
+        **(dict.fromkeys(CROSS_ENTROPIES, pa.float32()) if aligned else {"answers": ANSWERS}),
+        "positions": pa.list_(pa.field("item", struct, nullable=False)),
+    }
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in row.items()])
 
 
 class StoreWriter:
@@ -178,7 +199,8 @@ class StoreWriter:
         shards, sums = [], dict[str, int]()
         for shard in range(len(self.first_rows) - 1):
             path = self.path(shard)
-            facts = shard_facts(path)
+            with pa.memory_map(str(path)) as source:
+                facts = json.loads(pa.ipc.open_file(source).schema.metadata[FACTS])
             first, last = self.first_rows[shard : shard + 2]
             described = {"file": path.name, "first_row": first, "rows": last - first, "bytes": path.stat().st_size}
             own = {key: facts[key] for key in SHARD_FACTS if key in facts}

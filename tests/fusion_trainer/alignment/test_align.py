@@ -652,7 +652,8 @@ def test_a_map_is_made_once_and_used_for_every_run_that_asks_for_it(
         aligned(world, "bytes", tmp_path / "three", map="statistics", most=2, maps=None)
 
 
-def test_killed_and_gone_on_with_by_two_processes_the_bytes_are_the_same(world: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_killed_and_resumed_with_two_processes_the_bytes_are_the_same(world: Path, tmp_path: Path) -> None:
     folder = tmp_path / "aligned"
     settings: dict[str, Any] = {"positions": "dtw", "maps": tmp_path / "maps"}
     whole, _ = aligned(world, "bytes", tmp_path / "whole", **settings)
@@ -737,7 +738,8 @@ def killed_for_memory(sides: Any, task: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_is_killed_is_told_in_a_sentence(world: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_an_error_with_advice(world: Path, tmp_path: Path) -> None:
     sides = open_sides(AlignConfig(**settings_of(world, "bytes", tmp_path / "aligned", workers=2)))
     with pytest.raises(UserError, match=r"memory ran out.* fewer --workers than 2; it resumes"):
         list(in_processes(sides, killed_for_memory, [1, 2, 3]))

@@ -12,7 +12,7 @@ from scipy.sparse import csr_array
 from fusion_trainer.alignment.map_distributions import Mixture, map_distributions, transfer
 from fusion_trainer.representations.store import Representation
 
-property_test = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+property_test = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 SOURCE_IDS, PIVOT_IDS = 40, 30
 
 

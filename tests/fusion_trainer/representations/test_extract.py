@@ -503,6 +503,7 @@ def test_a_model_without_an_lm_head(refused: Callable[..., str], world: Path, tm
     assert "lm_head.weight" in message
 
 
+@pytest.mark.slow
 def test_a_model_that_is_no_language_model_at_all(
     refused: Callable[..., str], world: Path, tmp_path: Path
 ) -> None:
