@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fusion_trainer.alignment.pairing import Read, position_pairs
 from fusion_trainer.alignment.positions import CONTAINED, Pairs, warping_path
-from fusion_trainer.alignment.vocabulary import min_edit_distance
+from fusion_trainer.alignment.vocabulary import Vocabularies, min_edit_distance
 from fusion_trainer.data.answers import places, whole_text
 from fusion_trainer.text.tokenizer import TextTokenizer
 
@@ -141,7 +141,7 @@ def by_two_loops(pivot: list[str], source: list[str]) -> list[list[int]]:
 def map_seconds(size: int) -> float:
     source, pivot = (made_up(size, seed) for seed in (1, 2))
     start = time.perf_counter()
-    min_edit_distance(source, pivot)
+    min_edit_distance(Vocabularies(source, pivot))
     return time.perf_counter() - start
 
 

@@ -11,7 +11,7 @@ from scipy.sparse import csr_array
 
 from fusion_trainer.alignment import vocabulary
 from fusion_trainer.alignment.pair_counts import Corpus
-from fusion_trainer.alignment.vocabulary import DEFAULT_ENDS, Ends, Method, VocabularyMap
+from fusion_trainer.alignment.vocabulary import Ends, Method, Vocabularies, VocabularyMap
 from fusion_trainer.text.tokenizer import TextTokenizer
 from varm_common.errors import UserError
 from varm_common.saved_arrays import load_arrays, path_of, save_arrays
@@ -29,7 +29,7 @@ def build_map(
     pivot: TextTokenizer,
     corpus: Callable[[], Corpus],
     most: int = 0,
-    ends: Ends = DEFAULT_ENDS,
+    ends: Ends | None = None,
 ) -> VocabularyMap:
     """A map by one of the methods; if the tokenizers agree, ids map to themselves whatever the method.
 
@@ -44,21 +44,20 @@ def build_map(
     Raises:
         UserError: No token of text would have an image.
     """
-    tokenizers = source, pivot
-    made = vocabulary.identical(*tokenizers, ends)
+    both = Vocabularies(source, pivot, ends)
+    made = vocabulary.identical(both)
     if made is None:
         if method == "exact":
-            made = vocabulary.exact(*tokenizers, ends)
+            made = vocabulary.exact(both)
         elif method == "prefix":
-            made = vocabulary.prefix(*tokenizers, ends)
+            made = vocabulary.prefix(both)
         elif method == "min_edit_distance":
-            frequency = dict(enumerate(corpus().frequency.tolist()))
-            made = vocabulary.min_edit_distance(*tokenizers, frequency, ends)
+            made = vocabulary.min_edit_distance(both, dict(enumerate(corpus().frequency.tolist())))
         elif method == "statistics_published":
-            made = vocabulary.statistics_published(corpus().pairs, *tokenizers, ends)
+            made = vocabulary.statistics_published(both, corpus().pairs)
         else:
-            made = vocabulary.statistics(corpus().pairs, *tokenizers, most, ends)
-    if set(np.flatnonzero(made.mapped).tolist()) <= source.special | {*ends.source}:
+            made = vocabulary.statistics(both, corpus().pairs, most)
+    if set(np.flatnonzero(made.mapped).tolist()) <= source.special | both.ends.keys():
         raise UserError(
             f"no token of {source.name} has an image among those of {pivot.name} by `{method}`: are these the "
             "tokenizers the stores were made with?"

@@ -17,6 +17,7 @@ the same bytes or not at all, unless they are plain white space, which is text.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -32,6 +33,7 @@ __all__ = [
     "METHODS",
     "Ends",
     "Method",
+    "Vocabularies",
     "VocabularyMap",
     "exact",
     "identical",
@@ -52,6 +54,8 @@ CELLS_AT_ONCE = 1 << 24
 """Edit distances computed at once, 2 bytes each."""
 Images = dict[int, int]
 """An id of the pivot for some ids of the source."""
+Mixtures = Mapping[int, Mapping[int, float]]
+"""Ids of the pivot, with weights that sum to 1, for some ids of the source."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,6 @@ class Ends:
 
     source: tuple[int, ...] = ()
     pivot: int | None = None
-
-
-DEFAULT_ENDS = Ends()
 
 
 @dataclass(frozen=True)
@@ -89,143 +90,8 @@ class VocabularyMap:
         return filled
 
 
-def identical(source: TextTokenizer, pivot: TextTokenizer, ends: Ends = DEFAULT_ENDS) -> VocabularyMap | None:
-    """The map of two tokenizers that have the same tokens of text; None if they differ.
-
-    Every id maps to itself, except that the source's ends of turns map to the pivot's. Added tokens may differ:
-    those that both have map by name, the others have no image.
-    """
-    ours, theirs = source.surfaces, pivot.surfaces
-    base = {token: surface for token, surface in ours.items() if token not in source.added}
-    if not base or base != {token: surface for token, surface in theirs.items() if token not in pivot.added}:
-        return None
-    named = {theirs[token]: token for token in pivot.added} | {
-        theirs[token]: token for token in theirs if ours.get(token) == theirs[token]
-    }
-    added = {token: named[ours[token]] for token in source.added if ours[token] in named}
-    images = {**{token: token for token in base}, **added, **_Kinds(source, pivot, ends).ends}
-    return _one_to_one(images, source, pivot, "identical")
-
-
-def exact(source: TextTokenizer, pivot: TextTokenizer, ends: Ends = DEFAULT_ENDS) -> VocabularyMap:
-    """EM: the same bytes."""
-    kinds = _Kinds(source, pivot, ends)
-    return _one_to_one(_exact(kinds) | kinds.functions, source, pivot, "exact")
-
-
-def min_edit_distance(
-    source: TextTokenizer,
-    pivot: TextTokenizer,
-    frequency: Mapping[int, int] | None = None,
-    ends: Ends = DEFAULT_ENDS,
-) -> VocabularyMap:
-    """MinED: the same bytes, else the pivot's token with the least edit distance in characters.
-
-    Args:
-        source: The source's tokenizer.
-        pivot: The pivot's.
-        frequency: How often the corpus has each id of the pivot. If several tokens are equally near, the most
-            frequent one is taken, then the one with the lowest id.
-        ends: The ids that end a turn.
-    """
-    kinds = _Kinds(source, pivot, ends)
-    images = _exact(kinds)
-    counts = frequency or {}
-    candidates: dict[str, int] = {}
-    for token in sorted(kinds.pivot_text, key=lambda token: (-counts.get(token, 0), token)):
-        candidates.setdefault(pivot.words[token], token)
-    rest = [token for token in kinds.text if token not in images]
-    nearest = _nearest(dict.fromkeys(source.words[token] for token in rest), candidates)
-    images |= {token: nearest[source.words[token]] for token in rest if nearest}
-    return _one_to_one(images | kinds.functions, source, pivot, "min_edit_distance")
-
-
-def statistics(
-    counts: csr_array,
-    source: TextTokenizer,
-    pivot: TextTokenizer,
-    most: int = 0,
-    ends: Ends = DEFAULT_ENDS,
-) -> VocabularyMap:
-    """MS: what an id was paired with over the corpus (FuseChat, arXiv 2408.07990, token alignment by statistics).
-
-    Args:
-        counts: int64 [source ids, pivot ids], how often the alignment paired them.
-        source: The source's tokenizer.
-        pivot: The pivot's.
-        most: Images kept per id, weighted by their counts. 0: one image, the pair with the least edit distance
-            divided by its count; of equal ones the more frequent, then the lower id.
-        ends: The ids that end a turn.
-    """
-    kinds = _Kinds(source, pivot, ends)
-    images = _exact(kinds, kinds.marks) | kinds.functions
-    rows: dict[int, dict[int, float]] = {token: {image: 1.0} for token, image in images.items()}
-    for token, paired, seen in _paired(counts, kinds):
-        order = np.lexsort((paired, -seen))
-        if most:
-            order = order[:most]
-        else:
-            word = source.words[token]
-            distances = [Levenshtein.distance(word, pivot.words[image]) for image in paired[order].tolist()]
-            order = order[[int(np.argmin(np.array(distances) / seen[order]))]]
-        weights = seen[order] / seen[order].sum()
-        rows[token] = dict(zip(paired[order].tolist(), weights.tolist(), strict=True))
-    return _mixed(rows, source, pivot, "statistics")
-
-
-def statistics_published(
-    counts: csr_array, source: TextTokenizer, pivot: TextTokenizer, ends: Ends = DEFAULT_ENDS
-) -> VocabularyMap:
-    """MS as FuseChat's release of August 2024 computes it, for comparison.
-
-    The pivot's token of the same bytes if there is one, whether they were paired or not. Else, of the tokens it
-    was paired with, the one with the least distance × σ(count); of equal ones the lowest id. The distance is the
-    edit distance of the tokens without spaces, a tenth of it if one contains the other. σ(1) = 0.73 and σ(5) =
-    0.99, so a pair seen once counts as *nearer* than one seen often.
-
-    Args:
-        counts: int64 [source ids, pivot ids], how often the alignment paired them.
-        source: The source's tokenizer.
-        pivot: The pivot's.
-        ends: The ids that end a turn.
-    """
-    kinds = _Kinds(source, pivot, ends)
-    images = _exact(kinds)
-    for token, paired, seen in _paired(counts, kinds):
-        if token not in images:
-            word = source.words[token]
-            distances = []
-            for other in (pivot.words[image] for image in paired.tolist()):
-                contained = word in other or other in word
-                distances.append(Levenshtein.distance(word, other) * (0.1 if contained else 1.0))
-            images[token] = int(paired[np.argmin(np.array(distances) / (1 + np.exp(-seen)))])
-    return _one_to_one(images | kinds.functions, source, pivot, "statistics_published")
-
-
-def prefix(source: TextTokenizer, pivot: TextTokenizer, ends: Ends = DEFAULT_ENDS) -> VocabularyMap:
-    """The first token that the pivot reads an id's text as, within a text.
-
-    The pivot's token of the same bytes is the image only if the pivot reads it so in one of ``CONTEXTS``: a
-    tokenizer that takes digits one by one never predicts "12", even if it has that token. A text that the pivot
-    always joins with what precedes it, or that is not made of whole characters, maps to the pivot's longest token
-    that it begins with.
-    """
-    kinds = _Kinds(source, pivot, ends)
-    same = _exact(kinds)
-    images = {token: image for token, image in same.items() if token in kinds.marks}
-    images |= _first_tokens(kinds, same)
-    by_surface = _by_surface(pivot, kinds.pivot_text)
-    longest = max(map(len, by_surface), default=0)
-    for token in kinds.text - images.keys():
-        surface = source.surfaces[token]
-        heads = (surface[:size] for size in range(min(longest, len(surface)), 0, -1))
-        if (head := next((head for head in heads if head in by_surface), None)) is not None:
-            images[token] = by_surface[head]
-    return _one_to_one(images | kinds.functions, source, pivot, "prefix")
-
-
-class _Kinds:
-    """The ids of both tokenizers by what they stand for.
+class Vocabularies:
+    """The ids of a source's and the pivot's tokenizer, by what they stand for.
 
     Attributes:
         text: The source's ids of text.
@@ -236,9 +102,9 @@ class _Kinds:
         functions: The images of all special tokens that have one.
     """
 
-    def __init__(self, source: TextTokenizer, pivot: TextTokenizer, ends: Ends) -> None:
+    def __init__(self, source: TextTokenizer, pivot: TextTokenizer, ends: Ends | None = None) -> None:
         self.source, self.pivot = source, pivot
-        ours, theirs = source.tokenizer, pivot.tokenizer
+        ours, theirs, ends = source.tokenizer, pivot.tokenizer, ends or Ends()
         closing = {token for token in ends.source or (ours.eos_token_id,) if token in source.surfaces}
         end = theirs.eos_token_id if ends.pivot is None else ends.pivot
         self.text, self.marks = _text_and_marks(source, closing)
@@ -252,6 +118,21 @@ class _Kinds:
         }
         self.functions: Images = others | self.ends
 
+    def same(self, tokens: Iterable[int]) -> Images:
+        """The images with the same bytes."""
+        known = _by_surface(self.pivot, self.pivot_text | self.pivot_marks)
+        surfaces = self.source.surfaces
+        return {token: known[surfaces[token]] for token in tokens if surfaces[token] in known}
+
+    def map(self, images: Images, method: str, mixtures: Mixtures | None = None) -> VocabularyMap:
+        """The map with one image for each id in ``images``, and weighted images for the ids in ``mixtures``."""
+        rows = {token: {image: 1.0} for token, image in images.items()} | dict(mixtures or {})
+        entries = [(token, image, share) for token in sorted(rows) for image, share in rows[token].items()]
+        sources, pivots, weights = zip(*entries, strict=True) if entries else ((), (), ())
+        places = np.array(sources, np.int64), np.array(pivots, np.int64)
+        shape = max(self.source.surfaces) + 1, max(self.pivot.surfaces) + 1
+        return VocabularyMap(csr_array((np.array(weights, np.float32), places), shape=shape), method)
+
 
 def _text_and_marks(tokenizer: TextTokenizer, closing: set[int]) -> tuple[frozenset[int], frozenset[int]]:
     special = tokenizer.special | closing
@@ -259,40 +140,162 @@ def _text_and_marks(tokenizer: TextTokenizer, closing: set[int]) -> tuple[frozen
     return frozenset(tokenizer.surfaces.keys() - special - marks), frozenset(marks)
 
 
-def _paired(counts: csr_array, kinds: _Kinds) -> Iterator[tuple[int, NDArray[np.intp], NDArray[np.float64]]]:
+def _by_surface(tokenizer: TextTokenizer, tokens: Iterable[int]) -> dict[bytes, int]:
+    """Bytes → id. Of ids with the same bytes the lowest is taken, a fallback for single bytes only last."""
+    fallback = tokenizer.byte_fallback
+    order = sorted(tokens, key=lambda token: (token in fallback, token), reverse=True)
+    return {tokenizer.surfaces[token]: token for token in order if tokenizer.surfaces[token]}
+
+
+def identical(both: Vocabularies) -> VocabularyMap | None:
+    """The map of two tokenizers that have the same tokens of text; None if they differ.
+
+    Every id maps to itself, except that the source's ends of turns map to the pivot's. Added tokens may differ:
+    those that both have map by name, the others have no image.
+    """
+    source, pivot = both.source, both.pivot
+    ours, theirs = source.surfaces, pivot.surfaces
+    base = {token: surface for token, surface in ours.items() if token not in source.added}
+    if not base or base != {token: surface for token, surface in theirs.items() if token not in pivot.added}:
+        return None
+    named = {theirs[token]: token for token in pivot.added} | {
+        theirs[token]: token for token in theirs if ours.get(token) == theirs[token]
+    }
+    added = {token: named[ours[token]] for token in source.added if ours[token] in named}
+    return both.map({token: token for token in base} | added | both.ends, "identical")
+
+
+def exact(both: Vocabularies) -> VocabularyMap:
+    """EM: the same bytes."""
+    return both.map(both.same(both.text | both.marks) | both.functions, "exact")
+
+
+def min_edit_distance(both: Vocabularies, frequency: Mapping[int, int] | None = None) -> VocabularyMap:
+    """MinED: the same bytes, else the pivot's token with the least edit distance in characters.
+
+    If several tokens are equally near, the one that is most frequent in the corpus is taken (``frequency`` counts
+    the pivot's ids), then the one with the lowest id.
+    """
+    images = both.same(both.text | both.marks)
+    counts = frequency or {}
+    candidates: dict[str, int] = {}
+    for token in sorted(both.pivot_text, key=lambda token: (-counts.get(token, 0), token)):
+        candidates.setdefault(both.pivot.words[token], token)
+    rest = {token: both.source.words[token] for token in both.text - images.keys()}
+    nearest = _nearest(rest.values(), candidates)
+    images |= {token: nearest[word] for token, word in rest.items() if nearest}
+    return both.map(images | both.functions, "min_edit_distance")
+
+
+def _nearest(words: Iterable[str], candidates: Mapping[str, int]) -> dict[str, int]:
+    """For each word, the id of the candidate with the least edit distance; the first of equal ones."""
+    words, others, ids = list(dict.fromkeys(words)), list(candidates), list(candidates.values())
+    nearest: dict[str, int] = {}
+    if not others:
+        return nearest
+    rows = max(1, CELLS_AT_ONCE // len(others))
+    for start in range(0, len(words), rows):
+        some = words[start : start + rows]
+        distances = cdist(some, others, scorer=Levenshtein.distance, dtype=np.uint16, workers=-1)
+        nearest |= {word: ids[best] for word, best in zip(some, distances.argmin(1).tolist(), strict=True)}
+    return nearest
+
+
+def statistics(both: Vocabularies, counts: csr_array, most: int = 0) -> VocabularyMap:
+    """MS: what an id was paired with over the corpus (FuseChat, arXiv 2408.07990, token alignment by statistics).
+
+    Args:
+        both: The two vocabularies.
+        counts: int64 [source ids, pivot ids], how often the alignment paired them.
+        most: Images kept per id, weighted by their counts. 0: one image, the pair with the least edit distance
+            divided by its count; of equal ones the more frequent, then the lower id.
+    """
+    mixtures: dict[int, dict[int, float]] = {}
+    for token, paired, seen in _paired(both, counts):
+        order = np.lexsort((paired, -seen))
+        if most:
+            order = order[:most]
+        else:
+            word = both.source.words[token]
+            distances = [Levenshtein.distance(word, both.pivot.words[image]) for image in paired[order].tolist()]
+            order = order[[int(np.argmin(np.array(distances) / seen[order]))]]
+        weights = seen[order] / seen[order].sum()
+        mixtures[token] = dict(zip(paired[order].tolist(), weights.tolist(), strict=True))
+    return both.map(both.same(both.marks) | both.functions, "statistics", mixtures)
+
+
+def statistics_published(both: Vocabularies, counts: csr_array) -> VocabularyMap:
+    """MS as FuseChat's release of August 2024 computes it, for comparison.
+
+    The pivot's token of the same bytes if there is one, whether they were paired or not. Else, of the tokens it
+    was paired with, the one with the least distance × σ(count); of equal ones the lowest id. The distance is the
+    edit distance of the tokens without spaces, a tenth of it if one contains the other. σ(1) = 0.73 and σ(5) =
+    0.99, so a pair seen once counts as *nearer* than one seen often.
+    """
+    images = both.same(both.text | both.marks)
+    for token, paired, seen in _paired(both, counts):
+        if token not in images:
+            word = both.source.words[token]
+            distances = []
+            for other in (both.pivot.words[image] for image in paired.tolist()):
+                contained = word in other or other in word
+                distances.append(Levenshtein.distance(word, other) * (0.1 if contained else 1.0))
+            images[token] = int(paired[np.argmin(np.array(distances) / (1 + np.exp(-seen)))])
+    return both.map(images | both.functions, "statistics_published")
+
+
+def _paired(both: Vocabularies, counts: csr_array) -> Iterator[tuple[int, NDArray[np.intp], NDArray[np.float64]]]:
     """For each of the source's ids of text: the ids it was paired with and may map to, and how often."""
     counts = csr_array(counts, dtype=np.float64)
     counts.sort_indices()
     for token in np.flatnonzero(np.diff(counts.indptr)).tolist():
-        if token not in kinds.text:
+        if token not in both.text:
             continue
         here = slice(counts.indptr[token], counts.indptr[token + 1])
         paired, seen = counts.indices[here], counts.data[here]
-        same = kinds.source.surfaces[token]
+        same = both.source.surfaces[token]
         fits = [
-            image in kinds.pivot_text or (image in kinds.pivot_marks and kinds.pivot.surfaces[image] == same)
+            image in both.pivot_text or (image in both.pivot_marks and both.pivot.surfaces[image] == same)
             for image in paired.tolist()
         ]
         if any(fits):
             yield token, paired[fits], seen[fits]
 
 
-def _first_tokens(kinds: _Kinds, same: Images) -> Images:
+def prefix(both: Vocabularies) -> VocabularyMap:
+    """The first token that the pivot reads an id's text as, within a text.
+
+    The pivot's token of the same bytes is the image only if the pivot reads it so in one of ``CONTEXTS``: a
+    tokenizer that takes digits one by one never predicts "12", even if it has that token. A text that the pivot
+    always joins with what precedes it, or that is not made of whole characters, maps to the pivot's longest token
+    that it begins with.
+    """
+    images = both.same(both.marks) | _first_tokens(both)
+    by_surface = _by_surface(both.pivot, both.pivot_text)
+    longest = max(map(len, by_surface), default=0)
+    for token in both.text - images.keys():
+        surface = both.source.surfaces[token]
+        heads = (surface[:size] for size in range(min(longest, len(surface)), 0, -1))
+        if (head := next((head for head in heads if head in by_surface), None)) is not None:
+            images[token] = by_surface[head]
+    return both.map(images | both.functions, "prefix")
+
+
+def _first_tokens(both: Vocabularies) -> Images:
     """For the source's ids of text, the first token that the pivot reads their text as.
 
-    That is the token of the same bytes (``same``) if any context gives it, else the first context's. A text that
-    the pivot reads as a special token has no image here.
+    That is the token of the same bytes if any context gives it, else the first context's. A text that the pivot
+    reads as a special token has no image here.
     """
+    same = both.same(both.text)
     images: Images = {}
     texts = {}
-    for token in sorted(kinds.text):
-        try:
-            texts[token] = kinds.source.surfaces[token].decode()
-        except UnicodeDecodeError:
-            continue
-    texts = {token: text for token, text in texts.items() if text}
+    for token in sorted(both.text):
+        with suppress(UnicodeDecodeError):
+            if text := both.source.surfaces[token].decode():
+                texts[token] = text
     for context in CONTEXTS:
-        tokenised = kinds.pivot.encode([context + text for text in texts.values()])
+        tokenised = both.pivot.encode([context + text for text in texts.values()])
         for token, tokens in zip(list(texts), tokenised, strict=True):
             first = _token_after(tokens, len(context.encode()))
             if first is None:
@@ -300,7 +303,7 @@ def _first_tokens(kinds: _Kinds, same: Images) -> Images:
             if first == same.get(token):
                 images[token] = first
                 del texts[token]
-            elif first in kinds.pivot_text:
+            elif first in both.pivot_text:
                 images.setdefault(token, first)
                 if token not in same:
                     del texts[token]
@@ -313,46 +316,3 @@ def _token_after(tokens: Tokens, size: int) -> int | None:
     if len(cut) and cut[-1] + 1 < len(tokens) and tokens.ends[cut[-1] + 1] > size:
         return int(tokens.ids[cut[-1] + 1])
     return None
-
-
-def _by_surface(tokenizer: TextTokenizer, tokens: Iterable[int]) -> dict[bytes, int]:
-    """Bytes → id. Of ids with the same bytes the lowest is taken, a fallback for single bytes only last."""
-    fallback = tokenizer.byte_fallback
-    order = sorted(tokens, key=lambda token: (token in fallback, token), reverse=True)
-    return {tokenizer.surfaces[token]: token for token in order if tokenizer.surfaces[token]}
-
-
-def _exact(kinds: _Kinds, tokens: Iterable[int] | None = None) -> Images:
-    """The images with the same bytes, for ``tokens``, or for all of the source's ids that are not special."""
-    known = _by_surface(kinds.pivot, kinds.pivot_text | kinds.pivot_marks)
-    surfaces = kinds.source.surfaces
-    ids = kinds.text | kinds.marks if tokens is None else tokens
-    return {token: known[surfaces[token]] for token in ids if surfaces[token] in known}
-
-
-def _nearest(words: Iterable[str], candidates: Mapping[str, int]) -> dict[str, int]:
-    """For each word, the id of the candidate with the least edit distance; the first of equal ones."""
-    words, others, ids = list(words), list(candidates), list(candidates.values())
-    nearest: dict[str, int] = {}
-    if not others:
-        return nearest
-    rows = max(1, CELLS_AT_ONCE // len(others))
-    for start in range(0, len(words), rows):
-        some = words[start : start + rows]
-        distances = cdist(some, others, scorer=Levenshtein.distance, dtype=np.uint16, workers=-1)
-        nearest |= {word: ids[best] for word, best in zip(some, distances.argmin(1).tolist(), strict=True)}
-    return nearest
-
-
-def _one_to_one(images: Images, source: TextTokenizer, pivot: TextTokenizer, method: str) -> VocabularyMap:
-    return _mixed({token: {image: 1.0} for token, image in images.items()}, source, pivot, method)
-
-
-def _mixed(
-    images: Mapping[int, Mapping[int, float]], source: TextTokenizer, pivot: TextTokenizer, method: str
-) -> VocabularyMap:
-    entries = [(token, image, share) for token in sorted(images) for image, share in images[token].items()]
-    rows, columns, weights = zip(*entries, strict=True) if entries else ((), (), ())
-    shape = max(source.surfaces) + 1, max(pivot.surfaces) + 1
-    places = np.array(rows, np.int64), np.array(columns, np.int64)
-    return VocabularyMap(csr_array((np.array(weights, np.float32), places), shape=shape), method)

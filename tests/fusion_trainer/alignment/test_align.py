@@ -43,7 +43,7 @@ from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.representations.verify import store_problems
 from varm_common.errors import UserError
 
-CHATS = tiny_sources.made_up_chats(20, words=12, turns=2)
+CHATS = [tuple(chat) for chat in tiny_sources.made_up_chats(20, words=12, turns=2)]
 PIVOT = Kind("pivot", tiny_tokenizers.shared("sentencepiece_bpe", (END_OF_TURN,)), before="pieces")
 SOURCES = {
     "bytes": Kind("bytes", tiny_tokenizers.shared("byte_level_bpe", (END_OF_TURN,))),
@@ -161,7 +161,8 @@ class Read:
         return Read(self.ids[:context], self.ends[:context], stored, self.names)
 
 
-def read(one: Kind, chat: Sequence[tuple[str, str]]) -> Read:
+@cache
+def read(one: Kind, chat: tuple[tuple[str, str], ...]) -> Read:
     has_end = END_OF_TURN in one.tokenizer.get_vocab()
     text, spans = tiny_sources.openchat(chat, has_end)
     raw = text.encode()

@@ -22,7 +22,7 @@ from fusion_trainer.alignment.coverage import coverage
 from fusion_trainer.alignment.pair_counts import Corpus, count, load_counts, save_counts
 from fusion_trainer.alignment.positions import CONTAINED
 from fusion_trainer.alignment.saved_map import Places, build_map, load_map, saved_map
-from fusion_trainer.alignment.vocabulary import METHODS, Ends, VocabularyMap
+from fusion_trainer.alignment.vocabulary import METHODS, Ends, Vocabularies, VocabularyMap
 from fusion_trainer.data.answers import whole_text
 from fusion_trainer.data.blocks import Block
 from fusion_trainer.data.readers import DIALOGUES, Reader
@@ -84,18 +84,18 @@ def test_exact_maps_the_same_bytes_however_spaces_are_written(small: tuple[TextT
     source, pivot = small
     assert {"Ġthe", "Ċ"} < source.tokenizer.get_vocab().keys()
     assert {"▁the", "<0x0A>"} < pivot.tokenizer.get_vocab().keys()
-    there = by_words(vocabulary.exact(source, pivot), source, pivot)
-    back = by_words(vocabulary.exact(pivot, source), pivot, source)
+    there = by_words(vocabulary.exact(Vocabularies(source, pivot)), source, pivot)
+    back = by_words(vocabulary.exact(Vocabularies(pivot, source)), pivot, source)
     assert there == back == {word: word for word in IN_BOTH}
 
 
 def test_a_byte_to_fall_back_to_is_no_image_where_a_token_of_the_same_byte_is() -> None:
     source = byte_level(["a", "b"])
     pivot = sentencepiece(["<0x61>", "<0x62>", "a", "x"], fallback=True)
-    made = images(vocabulary.exact(source, pivot))
+    made = images(vocabulary.exact(Vocabularies(source, pivot)))
     named = pivot.tokenizer.get_vocab()
     assert made == {ids(source)["a"]: {named["a"]: 1.0}, ids(source)["b"]: {named["<0x62>"]: 1.0}}
-    back = images(vocabulary.exact(pivot, source))  # both of the pivot's "a" stand for the source's
+    back = images(vocabulary.exact(Vocabularies(pivot, source)))  # both of the pivot's "a" stand for the source's
     assert back[named["a"]] == back[named["<0x61>"]] == {ids(source)["a"]: 1.0}
 
 
@@ -103,7 +103,7 @@ def test_minimum_edit_distance_worked_by_hand(small: tuple[TextTokenizer, TextTo
     source, pivot = small
     theirs = ids(pivot)
     exact = {word: word for word in IN_BOTH}
-    assert by_words(vocabulary.min_edit_distance(source, pivot), source, pivot) == exact | {
+    assert by_words(vocabulary.min_edit_distance(Vocabularies(source, pivot)), source, pivot) == exact | {
         "then": " the",  # "the" is as near, and has the higher id
         "an": " an",  # without its space the same word
         "and": " an",
@@ -114,7 +114,9 @@ def test_minimum_edit_distance_worked_by_hand(small: tuple[TextTokenizer, TextTo
         "hen": "her",
     }
     frequency = {theirs[word]: number for word, number in {"the": 7, " the": 6, "n": 3, "on": 9, "e": 9}.items()}
-    assert by_words(vocabulary.min_edit_distance(source, pivot, frequency), source, pivot) == exact | {
+    assert by_words(
+        vocabulary.min_edit_distance(Vocabularies(source, pivot), frequency), source, pivot
+    ) == exact | {
         "then": "the",
         "an": " an",
         "and": " an",
@@ -139,7 +141,9 @@ def test_of_equally_near_tokens_the_more_frequent_wins_and_then_the_lower_id() -
     }
     for counts, word in nearest.items():
         frequency = {theirs[name]: number for name, number in counts or ()}
-        assert images(vocabulary.min_edit_distance(source, pivot, frequency))[token] == {theirs[word]: 1.0}
+        assert images(vocabulary.min_edit_distance(Vocabularies(source, pivot), frequency))[token] == {
+            theirs[word]: 1.0
+        }
 
 
 def test_prefix_worked_by_hand(small: tuple[TextTokenizer, TextTokenizer]) -> None:
@@ -147,8 +151,8 @@ def test_prefix_worked_by_hand(small: tuple[TextTokenizer, TextTokenizer]) -> No
     source, pivot = small
     exact = {word: word for word in IN_BOTH}
     there = {"th": "t", "an": "a", "and": "a", " and": " an", "or": "o", "then": "the", "en": "e", "hen": "h"}
-    assert by_words(vocabulary.prefix(source, pivot), source, pivot) == exact | there
-    back = by_words(vocabulary.prefix(pivot, source), pivot, source)
+    assert by_words(vocabulary.prefix(Vocabularies(source, pivot)), source, pivot) == exact | there
+    back = by_words(vocabulary.prefix(Vocabularies(pivot, source)), pivot, source)
     assert {word: back[word] for word in (" an", "her", "on", *IN_BOTH)} == exact | {
         " an": " ",
         "her": "h",
@@ -159,7 +163,7 @@ def test_prefix_worked_by_hand(small: tuple[TextTokenizer, TextTokenizer]) -> No
 def test_prefix_is_read_within_a_text_and_not_at_its_beginning() -> None:
     """At a text's beginning Llama's tokenizer puts a space before "the"; within a text it reads no space there."""
     source, pivot = kind("gpt2"), kind("llama")
-    made = images(vocabulary.prefix(source.reader, pivot.reader))
+    made = images(vocabulary.prefix(Vocabularies(source.reader, pivot.reader)))
     for token, surface in source.text.items():
         (image,) = made[token]
         assert pivot.surfaces[image][:1] == surface[:1]
@@ -176,7 +180,7 @@ def test_where_readings_differ_the_pivots_own_token_wins_and_else_the_first() ->
     words = ids(pivot)
     for text, spelt in (("\n12", ["\n", "1", "2"]), ("a123", ["a", "12", "3"])):
         assert heads.encode([text])[0].ids.tolist() == [words[word] for word in spelt]
-    made = by_words(vocabulary.prefix(source, heads), source, heads)
+    made = by_words(vocabulary.prefix(Vocabularies(source, heads)), source, heads)
     assert (made["12"], made["123"]) == ("12", "1")
 
 
@@ -185,7 +189,7 @@ def test_what_the_pivot_reads_as_unknown_has_no_image() -> None:
     pivot.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     reader = TextTokenizer(PreTrainedTokenizerFast(tokenizer_object=pivot, unk_token="<unk>"), "letters")
     source = byte_level(["a", "b"])
-    assert images(vocabulary.prefix(source, reader)) == {ids(source)["a"]: {1: 1.0}}
+    assert images(vocabulary.prefix(Vocabularies(source, reader))) == {ids(source)["a"]: {1: 1.0}}
 
 
 def test_a_token_of_part_of_a_character_goes_to_the_longest_token_it_begins_with() -> None:
@@ -194,7 +198,7 @@ def test_a_token_of_part_of_a_character_goes_to_the_longest_token_it_begins_with
     source = tokenizer_zoo.kind("gpt2").reader
     pivot = kind("llama").reader
     parts = [token for token, surface in source.surfaces.items() if surface == smile[:2]]
-    made = images(vocabulary.prefix(source, pivot))
+    made = images(vocabulary.prefix(Vocabularies(source, pivot)))
     named = pivot.tokenizer.get_vocab()
     assert len(parts) == 1
     assert made[parts[0]] == {named["<0xF0>"]: 1.0}
@@ -209,16 +213,16 @@ def test_statistics_worked_by_hand(small: tuple[TextTokenizer, TextTokenizer]) -
     counts[s["an"], p["on"]], counts[s["an"], p["n"]] = 4, 4  # distances 1 and 1: the lower id
     counts[s["a"], p["a"]], counts[s["a"], p["on"]] = 1, 50  # distance 0 is the least at any count
     counts[s["hen"], p["her"]], counts[s["hen"], p["h"]] = 1, 2  # 1/1 and 2/2: the more frequent
-    one = images(vocabulary.statistics(csr_array(counts), source, pivot))
+    one = images(vocabulary.statistics(Vocabularies(source, pivot), csr_array(counts)))
     assert one[s["then"]] == {p["on"]: 1.0}  # 3/9 < 1/2 < 3/1
     assert one[s["an"]] == {p["n"]: 1.0}
     assert one[s["a"]] == {p["a"]: 1.0}
     assert one[s["hen"]] == {p["h"]: 1.0}
     assert set(one) == {s["then"], s["an"], s["a"], s["hen"]}
-    two = images(vocabulary.statistics(csr_array(counts), source, pivot, most=2))
+    two = images(vocabulary.statistics(Vocabularies(source, pivot), csr_array(counts), most=2))
     assert two[s["then"]] == pytest.approx({p["on"]: 9 / 11, p["the"]: 2 / 11})
     assert two[s["an"]] == {p["n"]: 0.5, p["on"]: 0.5}
-    all_of_them = images(vocabulary.statistics(csr_array(counts), source, pivot, most=9))
+    all_of_them = images(vocabulary.statistics(Vocabularies(source, pivot), csr_array(counts), most=9))
     assert all_of_them[s["then"]] == pytest.approx({p["on"]: 9 / 12, p["the"]: 2 / 12, p["n"]: 1 / 12})
 
 
@@ -234,7 +238,7 @@ def test_statistics_as_published_worked_by_hand(small: tuple[TextTokenizer, Text
     counts[s["a"], p["on"]] = 7
     counts[s["en"], p["on"]], counts[s["en"], p["t"]] = 50, 50  # 1 and 2
     counts[s["an"], p["on"]], counts[s["an"], p["her"]] = 5, 1
-    made = by_words(vocabulary.statistics_published(csr_array(counts), source, pivot), source, pivot)
+    made = by_words(vocabulary.statistics_published(Vocabularies(source, pivot), csr_array(counts)), source, pivot)
     assert made == {
         **{word: word for word in IN_BOTH},  # "a" too, though it was paired with "on" alone
         "then": "the",  # 0.1 × 1.0, against 0.1 × 3 × 0.88 for "n"
@@ -244,7 +248,7 @@ def test_statistics_as_published_worked_by_hand(small: tuple[TextTokenizer, Text
         "en": "on",
         "an": "on",
     }
-    ours = by_words(vocabulary.statistics(csr_array(counts), source, pivot), source, pivot)
+    ours = by_words(vocabulary.statistics(Vocabularies(source, pivot), csr_array(counts)), source, pivot)
     assert ours["a"] == "on"
 
 
@@ -255,8 +259,10 @@ def test_the_published_statistics_take_a_pair_seen_once_for_nearer_than_one_seen
     counts = np.zeros((4, 5), np.int64)
     counts[token, theirs["ax"]], counts[token, theirs["ay"]] = 900, 1
     table = csr_array(counts)
-    assert images(vocabulary.statistics_published(table, source, pivot))[token] == {theirs["ay"]: 1.0}
-    assert images(vocabulary.statistics(table, source, pivot))[token] == {theirs["ax"]: 1.0}
+    assert images(vocabulary.statistics_published(Vocabularies(source, pivot), table))[token] == {
+        theirs["ay"]: 1.0
+    }
+    assert images(vocabulary.statistics(Vocabularies(source, pivot), table))[token] == {theirs["ax"]: 1.0}
 
 
 # Tokens that are no text
@@ -414,7 +420,7 @@ def exact_by_brute_force(source: str, pivot: str) -> dict[int, int]:
 
 @pytest.mark.parametrize(("source", "pivot"), TWO_OF_A_KIND)
 def test_exact_is_what_comparing_every_pair_gives(source: str, pivot: str) -> None:
-    made = vocabulary.exact(kind(source).reader, kind(pivot).reader)
+    made = vocabulary.exact(Vocabularies(kind(source).reader, kind(pivot).reader))
     expected = exact_by_brute_force(source, pivot) | by_function(source, pivot)
     assert images(made) == {token: {image: 1.0} for token, image in expected.items()}
     assert len(expected) > 100
@@ -426,7 +432,7 @@ def test_minimum_edit_distance_is_what_comparing_every_pair_gives(source: str, p
     ours, theirs = kind(source), kind(pivot)
     rng = random.Random(3)
     frequency = {token: rng.randint(0, 2) for token in theirs.surfaces} if counted else {}
-    made = images(vocabulary.min_edit_distance(ours.reader, theirs.reader, frequency))
+    made = images(vocabulary.min_edit_distance(Vocabularies(ours.reader, theirs.reader), frequency))
     exact = exact_by_brute_force(source, pivot)
     special = by_function(source, pivot)
     assert made.keys() == ours.text.keys() | special
@@ -449,7 +455,7 @@ def test_prefix_goes_to_a_token_the_text_begins_with_and_the_pivot_reads_it_so(s
     The pivot's token of the same bytes is the image where any text reads so, or none breaks there.
     """
     ours, theirs = kind(source), kind(pivot)
-    made = images(vocabulary.prefix(ours.reader, theirs.reader))
+    made = images(vocabulary.prefix(Vocabularies(ours.reader, theirs.reader)))
     exact = exact_by_brute_force(source, pivot)
     heads = ["\n", "a", " ", ".", "0", "("]
     checked = never_read = 0
@@ -481,19 +487,19 @@ def test_a_token_the_pivot_knows_but_never_reads_is_no_image() -> None:
     """A pivot that takes digits one by one predicts "1" for "12"."""
     source = byte_level(["\n", "1", "2", "12", "a"], added=["<|end|>", "<|turn|>", "a12"])
     digits = byte_level(["\n", "1", "2", "12", "a"], added=["<|turn|>", "<|end|>"])
-    assert by_words(vocabulary.prefix(source, digits), source, digits)["12"] == "12"
+    assert by_words(vocabulary.prefix(Vocabularies(source, digits)), source, digits)["12"] == "12"
     backend = digits.tokenizer.backend_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), backend.pre_tokenizer])
     one_by_one = TextTokenizer(digits.tokenizer, "one by one")
     assert ids(one_by_one)["12"] == ids(digits)["12"]
-    assert by_words(vocabulary.prefix(source, one_by_one), source, one_by_one) == {
+    assert by_words(vocabulary.prefix(Vocabularies(source, one_by_one)), source, one_by_one) == {
         "\n": "\n",
         "1": "1",
         "2": "2",
         "12": "1",
         "a": "a",
     }
-    assert by_words(vocabulary.exact(source, one_by_one), source, one_by_one)["12"] == "12"
+    assert by_words(vocabulary.exact(Vocabularies(source, one_by_one)), source, one_by_one)["12"] == "12"
 
 
 def first_token_after(one: Kind, head: str, text: str) -> int | None:
@@ -514,7 +520,7 @@ def test_statistics_are_what_a_table_of_counts_gives(source: str, pivot: str, mo
     corpus = count_texts(some, ours.reader, theirs.reader, None)
     assert {(s, p): n for s, row in images(corpus.pairs).items() for p, n in row.items()} == counts
     assert {token: n for token, n in enumerate(corpus.frequency.tolist()) if n} == dict(frequency)
-    made = images(vocabulary.statistics(corpus.pairs, ours.reader, theirs.reader, most))
+    made = images(vocabulary.statistics(Vocabularies(ours.reader, theirs.reader), corpus.pairs, most))
     expected: Images = {token: {image: 1.0} for token, image in by_function(source, pivot).items()}
     for token in {s for s, _ in counts} & ours.text.keys():
         row = {p: n for (s, p), n in counts.items() if s == token and p in theirs.text}
@@ -617,10 +623,10 @@ def test_tokens_added_to_one_of_two_identical_tokenizers_do_not_matter() -> None
     longer = TextTokenizer(tiny_tokenizers.train("unigram", special=("<x>", "<y>", "<z>")), "")
     shared = {token: {token: 1.0} for token in plain.surfaces}
     for source, pivot in ((plain, more), (more, plain), (plain, longer), (longer, plain)):
-        made = vocabulary.identical(source, pivot)
+        made = vocabulary.identical(Vocabularies(source, pivot))
         assert made is not None
         assert images(made) == shared
-    made = vocabulary.identical(more, longer)
+    made = vocabulary.identical(Vocabularies(more, longer))
     assert made is not None
     assert images(made) == {token: {token: 1.0} for token in more.surfaces}
 
@@ -628,14 +634,14 @@ def test_tokens_added_to_one_of_two_identical_tokenizers_do_not_matter() -> None
 def test_tokenizers_that_differ_in_a_token_are_not_identical() -> None:
     words = ["a", "b", "c", "ab"]
     one = byte_level(words, added=["<x>"])
-    assert vocabulary.identical(one, byte_level([*words, "bc"])) is None
-    assert vocabulary.identical(one, byte_level(["a", "b", "c", "bc"], added=["<x>"])) is None
-    assert vocabulary.identical(one, byte_level(["b", "a", "c", "ab"], added=["<x>"])) is None
-    assert vocabulary.identical(byte_level(words), byte_level([*words, "bc"])) is None
-    same = vocabulary.identical(one, byte_level(words, added=["<x>", "<y>"]))
+    assert vocabulary.identical(Vocabularies(one, byte_level([*words, "bc"]))) is None
+    assert vocabulary.identical(Vocabularies(one, byte_level(["a", "b", "c", "bc"], added=["<x>"]))) is None
+    assert vocabulary.identical(Vocabularies(one, byte_level(["b", "a", "c", "ab"], added=["<x>"]))) is None
+    assert vocabulary.identical(Vocabularies(byte_level(words), byte_level([*words, "bc"]))) is None
+    same = vocabulary.identical(Vocabularies(one, byte_level(words, added=["<x>", "<y>"])))
     assert same is not None
     assert images(same) == {token: {token: 1.0} for token in range(5)}
-    other = vocabulary.identical(one, byte_level(words, added=["<y>", "<x>"]))
+    other = vocabulary.identical(Vocabularies(one, byte_level(words, added=["<y>", "<x>"])))
     assert other is not None
     assert images(other) == {**{token: {token: 1.0} for token in range(4)}, 4: {5: 1.0}}
 
@@ -657,7 +663,7 @@ def test_a_map_is_built_once_and_found_again_by_what_it_is_of(tmp_path: Path) ->
 
     def build() -> VocabularyMap:
         built.append(1)
-        return vocabulary.prefix(ours, theirs)
+        return vocabulary.prefix(Vocabularies(ours, theirs))
 
     made = saved_map(tmp_path / "maps", {"source": "s", "pivot": "p", "method": "prefix"}, PLACES, build)
     (path,) = (tmp_path / "maps").iterdir()
@@ -677,7 +683,7 @@ def test_a_map_is_built_once_and_found_again_by_what_it_is_of(tmp_path: Path) ->
 
 
 def test_a_file_under_the_name_of_a_map_of_something_else_is_refused(tmp_path: Path) -> None:
-    made = vocabulary.prefix(byte_level(["a", "b", "ab"]), sentencepiece(["a", "b"]))
+    made = vocabulary.prefix(Vocabularies(byte_level(["a", "b", "ab"]), sentencepiece(["a", "b"])))
     saved_map(tmp_path, {"source": "one"}, PLACES, lambda: made)
     (path,) = tmp_path.iterdir()
     saved_map(tmp_path, {"source": "other"}, PLACES, lambda: made)
@@ -702,7 +708,7 @@ def test_what_is_no_map_is_told(content: bytes | None, tmp_path: Path) -> None:
 def test_coverage_tells_what_share_is_mapped_and_what_is_not() -> None:
     source = byte_level(["a", "b", "c", "x", "ab"], added=["<|end|>"])
     pivot = sentencepiece(["a", "b", "ab", "z"])
-    made = vocabulary.exact(source, pivot)
+    made = vocabulary.exact(Vocabularies(source, pivot))
     mass = np.zeros(6)
     for word, share in {"a": 5.0, "ab": 1.0, "x": 3.0, "c": 0.5, "<|end|>": 0.5}.items():
         mass[ids(source)[word]] = share
@@ -721,7 +727,7 @@ def test_coverage_tells_what_share_is_mapped_and_what_is_not() -> None:
 def test_coverage_names_the_twenty_worst_and_ten_rows() -> None:
     source, pivot = kind("gpt2").reader, kind("llama").reader
     mass = np.random.default_rng(0).random(max(source.surfaces) + 1)
-    made = vocabulary.exact(source, pivot)
+    made = vocabulary.exact(Vocabularies(source, pivot))
     lines = coverage(made, source, pivot, mass).splitlines()
     worst = [int(line.split()[0]) for line in lines if line.startswith("  ") and "→" not in line]
     unmapped = [token for token in source.surfaces if not made.mapped[token]]
@@ -764,7 +770,7 @@ def test_coverage_names_the_mapped_ids_that_lose_most() -> None:
 
 def test_coverage_names_twenty_of_the_mapped_ids() -> None:
     source, pivot = kind("gpt2").reader, kind("llama").reader
-    made = vocabulary.prefix(source, pivot)
+    made = vocabulary.prefix(Vocabularies(source, pivot))
     shown = coverage(made, source, pivot, np.random.default_rng(0).random(max(source.surfaces) + 1))
     worst = shown.split("share of its length:\n")[1].split("some rows:")[0].splitlines()
     losses = [float(line.split()[-1]) for line in worst]

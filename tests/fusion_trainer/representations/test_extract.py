@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -140,11 +141,16 @@ class Dense:
     known: list[int]
 
 
+@cache
+def opened(folder: Path) -> tuple[Any, Any]:
+    """The tokenizer and the plain model of a checkpoint that does not change."""
+    return AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
 @torch.no_grad()
 def dense(folder: Path, chat: Sequence[tuple[str, str]], context: int = CONTEXT) -> Dense:
     """A conversation alone through the plain model."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer, model = opened(folder)
     ends = folder.name == "mistral" or END_OF_TURN in tokenizer.get_vocab()  # the pivot, or one that has the token
     ids, positions = supervised(tokenizer, *tiny_sources.openchat(chat, ends))
     ids, positions = ids[:context], [position for position in positions if position + 1 < context]

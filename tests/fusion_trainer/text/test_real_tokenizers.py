@@ -22,7 +22,7 @@ from tokenizers import normalizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fusion_trainer.alignment import vocabulary
-from fusion_trainer.alignment.vocabulary import Ends
+from fusion_trainer.alignment.vocabulary import Ends, Vocabularies
 from fusion_trainer.text.tokenizer import TextTokenizer, Tokens, load_tokenizer
 
 REAL = Path(os.environ.get("VARM_REAL") or "no such folder")
@@ -267,7 +267,7 @@ def test_special_tokens_are_mapped_by_function_alone(method: str, source: str, p
     ours, theirs = real(source).reader, real(pivot).reader
     some = sorted(ours.special)[:3]
     end = theirs.tokenizer.eos_token_id
-    made = getattr(vocabulary, method)(ours, theirs, Ends(tuple(some)))
+    made = getattr(vocabulary, method)(Vocabularies(ours, theirs, Ends(tuple(some))))
     rows, columns = made.matrix.nonzero()
     special = {
         (int(s), int(p)) for s, p in zip(rows, columns, strict=True) if s in ours.special or p in theirs.special
