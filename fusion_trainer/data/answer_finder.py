@@ -1,295 +1,349 @@
-"""Where the answers stand in a rendered conversation, for any chat template.
+"""Where the answers are in a rendered conversation, for any chat template.
 
-The conversation is rendered twice, the second time with a mark in place of each answer: what stands between the
-marks is the template's, the rest is the answers'. Text of a user that looks like a template cannot be mistaken for
-one. Where the template changes answers by more than trimming them, each answer is found by a rendering of its own.
-A place that cannot be proven so is refused, not guessed.
+A turn is found by rendering the conversation again with a mark in its place: what surrounds the mark is the
+template's, what the mark replaces is the turn's. So no user can write a text that is mistaken for the template.
+Usually one rendering with all turns marked finds all of them. Where the template does more to answers than trim
+them, each is found by renderings of its own. An answer whose place cannot be proven is refused, not guessed.
 
 An answer begins where the generation prompt ends: what stands between that and its content (the tag that opens
-its reasoning) the model has to write itself. It ends with the marker that follows it in the rendering. Nothing
-after that marker belongs to it."""
+its reasoning) the model has to write itself. It ends with the marker that follows it. Nothing after that marker
+belongs to it.
+"""
 
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
-from fusion_trainer.data.answers import Answer
+from fusion_trainer.data.answers import Answer, Piece
 from fusion_trainer.data.conversations import Message
-from fusion_trainer.data.template_frame import TemplateError, TemplateFrame, shared
+from fusion_trainer.data.markers import Markers, TemplateError, common_start
 
-__all__ = [
-    "AnswerFinder",
-    "Found",
-    "name_of_tool",
-]
+__all__ = ["AnswerFinder", "FoundAnswer"]
 
 MOST_PLACES = 32
-"""How many characters of an answer may be taken for markup by the template, at either end."""
-Piece = tuple[int, int, int]
-"""First character in the text, the one after the last, and where in the answer the piece begins."""
+"""How many characters at either end of an answer may be markup that the template takes out."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """Where an answer stands in characters; ``content`` are pieces of text and where they stand in the answer."""
+class FoundAnswer:
+    """Where an answer is. All numbers count characters, of the text or (the third of a piece) of the content."""
 
     turn: int
     start: int
     stop: int
-    content: tuple[Piece, ...] = ()
+    pieces: tuple[Piece, ...] = ()
 
 
-@dataclass(frozen=True)
-class AnswerFinder(TemplateFrame):
-    """Finds the answers in what a template renders."""
+class AnswerFinder:
+    """Finds the answers in one rendered conversation, and what of the conversation is not rendered.
 
-    def _by_one_marking(
-        self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None
-    ) -> list[Found] | None:
-        """All answers marked at once; None unless the text is the marked one with the answers put back."""
-        answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
-        if any(not messages[number].content or messages[number].extra for number in answers):
-            return None  # the template decides by more than the content
-        marked, marks = _marked(messages, answers)
+    Attributes:
+        text: The rendering.
+        found: The answers that are in it, ascending.
+        silent: The turns whose separate reasoning is not rendered.
+    """
+
+    def __init__(self, apply: Callable[..., str], markers: Markers, messages: Sequence[Message]) -> None:
+        """Render and search.
+
+        Args:
+            apply: Renders messages, with the generation prompt behind them if called with ``prompt=True``.
+            markers: What the template writes around answers.
+            messages: The conversation.
+
+        Raises:
+            TemplateError: The template refuses the conversation, or writes more than the answer differently when
+                an answer changes.
+        """
+        self._apply, self._markers, self._messages = apply, markers, messages
+        contents = "".join(message.content for message in messages)
+        self._edge = next(chr(point) for point in range(0xE000, 0xF8FF) if chr(point) not in contents)
+        self.text = apply(messages)
+        at_once = self._all_at_once()
+        self.found = list(self._one_by_one()) if at_once is None else at_once
+        self._all_written = at_once is not None
+        self.silent = frozenset(
+            number
+            for number, message in enumerate(messages)
+            if message.extra.get("reasoning_content") and not self._writes_reasoning(number)
+        )
+
+    # Rendering with marks
+
+    def _mark(self, number: int) -> str:
+        return f"{self._edge}{number}{self._edge}"
+
+    def _with(self, number: int, **changes: Any) -> str:
+        """The rendering with one message changed."""
+        changed = list(self._messages)
+        changed[number] = replace(changed[number], **changes)
+        return self._apply(changed)
+
+    def _marked(self, number: int) -> tuple[str, str, str]:
+        """The rendering with a mark in place of one content: what is before the mark, the mark, what is after."""
+        return self._with(number, content=self._mark(number)).partition(self._mark(number))
+
+    def _place_of(self, number: int) -> int | None:
+        """Where the content of a turn begins; None if that is uncertain."""
+        before, mark, _ = self._marked(number)
+        return len(before) if mark and self.text.startswith(before) else None
+
+    def _writes(self, number: int) -> bool:
+        """Whether the content of a turn is rendered, as it is or changed."""
         try:
-            pieces = _split(self._apply(marked, tools), marks)
+            return self._marked(number)[1] != ""
+        except TemplateError:
+            return True
+
+    def _writes_reasoning(self, number: int) -> bool:
+        extra = {**self._messages[number].extra, "reasoning_content": self._mark(number)}
+        try:
+            return self._mark(number) in self._with(number, extra=extra)
+        except TemplateError:
+            return False
+
+    # Finding answers
+
+    def _all_at_once(self) -> list[FoundAnswer] | None:
+        """All turns marked; None unless the text is the marked one with all contents, trimmed or not, put back."""
+        if any(m.role == "assistant" and (not m.content or m.extra) for m in self._messages):
+            return None  # the template decides by more than the content
+        marked = [replace(m, content=self._mark(number)) for number, m in enumerate(self._messages)]
+        try:
+            head, *parts = re.split(f"{self._edge}(\\d+){self._edge}", self._apply(marked))
         except TemplateError:
             return None
-        if pieces is None or not text.startswith(pieces[0]):
+        numbers = [int(number) for number in parts[::2]]
+        if sorted(numbers) != list(range(len(marked))) or not self.text.startswith(head):
             return None
-        found, position = [], len(pieces[0])
-        for number, piece in zip(answers, pieces[1:], strict=True):
-            answer = messages[number].content
-            for candidate in (answer, answer.strip(), answer.lstrip(), answer.rstrip()):
-                if text.startswith(candidate + piece, position):
-                    stop = position + len(candidate)
-                    found.append(Found(number, position, stop, ((position, stop, answer.find(candidate)),)))
-                    position = stop + len(piece)
+        found, position = [], len(head)
+        for number, following in zip(numbers, parts[1::2], strict=True):
+            content = self._messages[number].content
+            for written in (content, content.strip(), content.lstrip(), content.rstrip()):
+                if self.text.startswith(written + following, position):
                     break
             else:
                 return None
-        return found if position == len(text) else None
+            stop = position + len(written)
+            if self._messages[number].role == "assistant":
+                found.append(FoundAnswer(number, position, stop, ((position, stop, content.find(written)),)))
+            position = stop + len(following)
+        return found if position == len(self.text) else None
 
-    def _by_one_marking_each(
-        self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None
-    ) -> Iterator[Found]:
+    def _one_by_one(self) -> Iterator[FoundAnswer]:
         """One answer marked at a time: whatever stands where its mark stands is what became of it."""
         done = 0
-        for number, message in enumerate(messages):
+        for number, message in enumerate(self._messages):
             if message.role != "assistant":
                 continue
-            called = message.extra.get("tool_calls") or not message.content
-            found = self._calls(text, messages, tools, number) if called else None
+            found = None
+            if message.extra.get("tool_calls") or not message.content:
+                found = self._with_calls(number)
             if found is None and message.content:
-                found = self._by_its_mark(text, messages, tools, number)
-            if found is not None and found.start < found.stop and done <= found.start:
+                found = self._in_place_of_mark(number)
+            if found is not None and done <= found.start < found.stop:
                 yield found
                 done = found.stop
 
-    def _by_its_mark(
-        self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, number: int
-    ) -> Found | None:
-        marked, marks = _marked(messages, [number])
-        rendered = self._apply(marked, tools)
-        if marks[0] not in rendered:
-            return None  # the template leaves this answer out
-        answer = messages[number].content
-        pieces = _split(rendered, marks)
-        if pieces is not None and text.startswith(pieces[0]) and text.endswith(pieces[1]):
-            start, stop = len(pieces[0]), len(text) - len(pieces[1])
+    def _in_place_of_mark(self, number: int) -> FoundAnswer | None:
+        """The answer with nothing but content; None if the template leaves it out."""
+        before, mark, after = self._marked(number)
+        if not mark:
+            return None
+        text, content = self.text, self._messages[number].content
+        if mark not in after and text.startswith(before) and text.endswith(after):
+            start, stop = len(before), len(text) - len(after)
             if start >= stop:
                 return None
-            content = _same(text[start:stop], answer, start)
-            return Found(number, start, stop, content or _kept(text[start:stop], answer, start))
-        found = self._around_what_remains(text, messages, tools, number)
+            written = text[start:stop]
+            return FoundAnswer(
+                number, start, stop, _same(written, content, start) or _kept(written, content, start)
+            )
+        found = self._around_what_remains(number)
         if found is None:
             raise TemplateError(
-                f"the template {self.name} changes the text around turn {number + 1} with its content, so "
-                "that the assistant's characters cannot be told"
+                f"changes the text around turn {number + 1} when that turn changes: its answer cannot be located"
             )
         return found
 
-    def _around_what_remains(
-        self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, number: int
-    ) -> Found | None:
-        """For templates that take an answer apart (Qwen3: its reasoning): the part they keep.
+    def _around_what_remains(self, number: int) -> FoundAnswer | None:
+        """The part of an answer that is kept by a template that takes it apart (Qwen3: its reasoning).
 
-        A mark put into the answer, rather than in its place, tells where a character of it came to stand. The
-        first and the last place near its ends where a mark stays are its edges. What the template wrote before
-        the first belongs to the answer as far as the answer's own words stand there.
+        A mark put into the answer, rather than in its place, shows where a character of it is written. The first
+        and the last place near its ends where a mark stays are its edges. What the template wrote before the first
+        belongs to the answer as far as the answer's own words are there.
         """
-        answer = messages[number].content
-        size = len(answer)
-        head = self._first_place(text, messages, tools, number, range(min(size, MOST_PLACES)))
-        tail = self._first_place(text, messages, tools, number, range(size, max(0, size - MOST_PLACES), -1))
+        content = self._messages[number].content
+        size = len(content)
+        head = self._first_place(number, range(min(size, MOST_PLACES)))
+        tail = self._first_place(number, range(size, max(0, size - MOST_PLACES), -1))
         if head is None or tail is None or tail[1] <= head[1]:
             return None
-        content = _same(text[head[1] : tail[1]], answer[head[0] : tail[0]], head[1], head[0])
-        if not content:
+        (first, start), (last, stop) = head, tail
+        pieces = _same(self.text[start:stop], content[first:last], start, first)
+        if not pieces:
             return None
-        backwards = _same(text[: head[1]][::-1], answer[: head[0]][::-1], 0, whole=False)
-        pieces = [
-            (head[1] - stop, head[1] - start, head[0] - at - (stop - start)) for start, stop, at in backwards
-        ]
-        joined = (*reversed(pieces), *content)
-        return Found(number, joined[0][0], tail[1], joined)
+        backwards = _same(self.text[:start][::-1], content[:first][::-1], 0, whole=False)
+        ahead = [(start - b, start - a, first - at - (b - a)) for a, b, at in reversed(backwards)]
+        pieces = (*ahead, *pieces)
+        return FoundAnswer(number, pieces[0][0], stop, pieces)
 
-    def _first_place(
-        self,
-        text: str,
-        messages: Sequence[Message],
-        tools: Sequence[Any] | None,
-        number: int,
-        places: Sequence[int],
-    ) -> tuple[int, int] | None:
-        """The first of ``places`` in the answer where a mark stays and changes nothing else; and its place."""
-        answer = messages[number].content
-        (mark,) = _marked(messages, [number])[1]
+    def _first_place(self, number: int, places: Sequence[int]) -> tuple[int, int] | None:
+        """The first of ``places`` in the content where a mark stays and changes nothing else; and where it is."""
+        content, mark = self._messages[number].content, self._mark(number)
         for place in places:
-            changed = list(messages)
-            changed[number] = replace(messages[number], content=answer[:place] + mark + answer[place:])
-            before, found, after = self._apply(changed, tools).partition(mark)
-            if found and before + after == text:
+            marked = self._with(number, content=content[:place] + mark + content[place:])
+            before, there, after = marked.partition(mark)
+            if there and before + after == self.text:
                 return place, len(before)
         return None
 
-    def _calls(
-        self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, number: int
-    ) -> Found | None:
+    def _with_calls(self, number: int) -> FoundAnswer | None:
         """An answer with calls of tools: from the end of the prompt for it to the next marker of an end."""
-        before, after = (
-            self._apply(messages[:number], tools, prompt=True),
-            self._apply(messages[: number + 1], tools),
-        )
-        if not (text.startswith(before) and after.startswith(before)):
+        text, message = self.text, self._messages[number]
+        before = self._apply(self._messages[:number], prompt=True)
+        whole = self._apply(self._messages[: number + 1])
+        if not (text.startswith(before) and whole.startswith(before)):
             return None
-        start = len(before)
-        ending = self._last_token(after[start:])
-        if text.startswith(after):
-            stop = start + len(after[start:].rstrip().removesuffix(ending)) if ending else len(after)
+        start, written = len(before), whole[len(before) :]
+        ending = self._markers.token_at_end_of(written)
+        if text.startswith(whole):
+            stop = start + len(written.rstrip().removesuffix(ending)) if ending else len(whole)
         else:  # later turns change it: its end is the first one after its last call, before the next turn
-            names = [name_of_tool(call) for call in messages[number].extra.get("tool_calls") or ()]
-            places = [text.find(name, start) for name in names]
-            stop = text.find(ending, max(places, default=start)) if ending else -1
-            if min([stop, *places]) < start or stop > self._next_turn(text, messages, tools, number):
+            calls = [text.find(name, start) for name in _names(message.extra.get("tool_calls"))]
+            stop = text.find(ending, max(calls, default=start)) if ending else -1
+            is_last = number + 1 == len(self._messages)
+            next_turn = len(text) if is_last else self._place_of(number + 1) or 0
+            if min([stop, *calls]) < start or stop > next_turn:
                 return None
-        content = messages[number].content
-        piece = self._place_of_content(text, messages, tools, number, start, stop) if content.strip() else ()
-        return Found(number, start, stop, piece)
+        content = message.content.strip()
+        pieces: tuple[Piece, ...] = ()
+        place = self._place_of(number) if content else None
+        if place is not None and start <= place <= stop - len(content) and text.startswith(content, place):
+            pieces = ((place, place + len(content), message.content.find(content)),)
+        return FoundAnswer(number, start, stop, pieces)
 
-    def _place_of_content(
-        self,
-        text: str,
-        messages: Sequence[Message],
-        tools: Sequence[Any] | None,
-        number: int,
-        start: int,
-        stop: int,
-    ) -> tuple[Piece, ...]:
-        """Where the content stands in an answer with calls: where a mark in its place stands."""
-        marked, marks = _marked(messages, [number])
-        before, found, _ = self._apply(marked, tools).partition(marks[0])
-        content = messages[number].content
-        part = content.strip()
-        if not found or not text.startswith(before) or not text.startswith(part, len(before)):
-            return ()
-        at = len(before)
-        return ((at, at + len(part), content.find(part)),) if start <= at and at + len(part) <= stop else ()
+    # Answers
 
-    def _next_turn(self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, number: int) -> int:
-        """Where the content of the next turn begins; the text's end if there is none, 0 if it cannot be told."""
-        if number + 1 == len(messages):
-            return len(text)
-        marked, marks = _marked(messages, [number + 1])
-        before, found, _ = self._apply(marked, tools).partition(marks[0])
-        return len(before) if found and text.startswith(before) else 0
+    def answers(self) -> list[Answer]:
+        """The answers to be learnt. Places count characters; where in the content a piece begins counts bytes."""
+        nothing = FoundAnswer(len(self._messages), len(self.text), len(self.text))
+        return [
+            self._answer(found, self.text[found.stop : following.start])
+            for found, following in pairwise([*self.found, nothing])
+            if self._messages[found.turn].learn
+        ]
 
-    def _answer(
-        self,
-        text: str,
-        messages: Sequence[Message],
-        tools: Sequence[Any] | None,
-        found: Found,
-        following: str,
-        last: bool,
-    ) -> Answer:
-        """In characters."""
-        frame = self._frame
-        usual = [frame.last, frame.between] if last else [frame.between, frame.last]
-        marker = next((mark for mark in usual if mark and following.startswith(mark)), "")
-        other = self._marker(following, frame.prompt)
-        calls = bool(messages[found.turn].extra.get("tool_calls"))
-        whole_calls = calls and self._has_calls(text, messages, found)
-        if not marker and other and (whole_calls or (other.strip() in self._special and not calls)):
-            marker = other
-        content = messages[found.turn].content
-        opened, start = self._opening(text, messages, tools, found)
+    def _answer(self, found: FoundAnswer, following: str) -> Answer:
+        content = self._messages[found.turn].content
+        opened, start = self._opening(found)
         pieces = tuple(
-            (max(begin, start), stop, len(content[: at + max(0, start - begin)].encode()))
-            for begin, stop, at in found.content
-            if stop > start
+            (max(a, start), b, len(content[: at + max(0, start - a)].encode()))
+            for a, b, at in found.pieces
+            if b > start
         )
-        whole = bool(pieces) and not text[pieces[-1][1] : found.stop].strip()
-        tokens = self._any_token.findall(marker) if self._any_token else []
-        mark = found.stop + len(marker) - len(tokens[-1] if tokens else marker.lstrip())
+        whole = bool(pieces) and not self.text[pieces[-1][1] : found.stop].strip()
+        marker = self._marker_after(found, following)
+        tokens = self._markers.tokens_in(marker)
         end = found.stop + len(marker)
-        if tokens and tokens[-1] in self._takes_space_after:
-            end = len(text) - len(text[end:].lstrip())
+        mark = end - len(tokens[-1] if tokens else marker.lstrip())
+        if tokens and tokens[-1] in self._markers.take_space_after:
+            end = self._after_space(end)
         return Answer(found.turn, min(opened, mark), pieces, mark, end, whole and bool(marker))
 
-    def _has_calls(self, text: str, messages: Sequence[Message], found: Found) -> bool:
-        calls = messages[found.turn].extra.get("tool_calls") or ()
-        return all(name_of_tool(call) in text[found.start : found.stop] for call in calls)
+    def _marker_after(self, found: FoundAnswer, following: str) -> str:
+        markers = self._markers
+        usual = [markers.between, markers.last]
+        if found.turn == len(self._messages) - 1:
+            usual.reverse()
+        for marker in usual:
+            if marker and following.startswith(marker):
+                return marker
+        other = markers.token_ahead(following) or ""
+        names = _names(self._messages[found.turn].extra.get("tool_calls"))
+        written = self.text[found.start : found.stop]
+        usable = all(name in written for name in names) if names else other.strip() in markers.special
+        return other if usable else ""
 
-    def _opening(
-        self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, found: Found
-    ) -> tuple[int, int]:
-        """Where the generation prompt ends, if text that has to be written stands between it and the answer.
+    def _opening(self, found: FoundAnswer) -> tuple[int, int]:
+        """Where an answer begins, text that it has to write before its content included; where its content does.
 
-        And where its content begins: not within the prompt, nor within a token that takes white space along.
+        The content is neither in the generation prompt, nor in a token that swallows white space.
         """
-        prompt, start = self._frame.prompt, found.start
+        text, start = self.text, found.start
         header = text[:start].rstrip()
-        if any(header.endswith(token) for token in self._takes_space_after):
-            start += len(text[start : found.stop]) - len(text[start : found.stop].lstrip())
-        if not prompt or text.endswith(prompt, 0, found.start):
+        if any(header.endswith(token) for token in self._markers.take_space_after):
+            start = min(self._after_space(start), found.stop)
+        if not self._markers.prompt or text.endswith(self._markers.prompt, 0, found.start):
             return start, start
         try:
-            before = self._apply(messages[: found.turn], tools, prompt=True)
+            before = self._apply(self._messages[: found.turn], prompt=True)
         except TemplateError:
             return start, start
-        if not text.startswith(before) or len(before) > found.stop:
+        prompted = len(before)
+        if not text.startswith(before) or prompted > found.stop:
             return start, start
-        if len(before) > found.start:
-            return len(before), len(before)
-        return (len(before) if text[len(before) : found.start].strip() else start), start
+        if prompted > found.start:
+            return prompted, prompted
+        return (prompted if text[prompted : found.start].strip() else start), start
+
+    def _after_space(self, place: int) -> int:
+        return len(self.text) - len(self.text[place:].lstrip())
+
+    # What is not rendered
+
+    def left_out(self, tools: Sequence[Any] | None) -> dict[str, int]:
+        """Bytes of the conversation that are not in the text, by kind, and turns under ``<kind>, turns``."""
+        missing: Counter[str] = Counter()
+        losses = list(self._losses())
+        if not all(name in self.text for name in _names(tools)):
+            losses.append(("tools", len(json.dumps(list(tools or ())).encode())))
+        for kind, size in losses:
+            missing[kind] += size
+            missing[f"{kind}, turns"] += 1
+        return dict(missing)
+
+    def _losses(self) -> Iterator[tuple[str, int]]:
+        found = {answer.turn: answer for answer in self.found}
+        for number, message in enumerate(self._messages):
+            answer = found.get(number)
+            if message.role == "assistant":
+                yield from self._lost_of_answer(message, answer, number)
+            elif not self._all_written and not self._writes(number):
+                yield f"{message.role} turns", len(message.content.encode())
+            if number in self.silent:
+                yield "reasoning", len(message.extra["reasoning_content"].encode())
+            written = self.text[answer.start : answer.stop] if answer else ""
+            calls = message.extra.get("tool_calls") or ()
+            for call, name in zip(calls, _names(calls), strict=True):
+                if not answer or name not in written:
+                    yield "tool calls", len(json.dumps(call).encode())
+
+    def _lost_of_answer(
+        self, message: Message, answer: FoundAnswer | None, number: int
+    ) -> Iterator[tuple[str, int]]:
+        content, size = message.content.strip(), len(message.content.encode())
+        if content and answer is None:
+            yield "answers", size
+        elif content and answer and answer.pieces:
+            kept = self.content_of(answer)
+            if len("".join(kept.split())) < len("".join(content.split())):
+                yield "parts of answers (reasoning)", size - len(kept.encode())
+        elif content and message.extra.get("tool_calls") and content not in self.text and not self._writes(number):
+            yield "answers", size
+
+    def content_of(self, answer: FoundAnswer) -> str:
+        """What is left of an answer's content."""
+        return "".join(self.text[start:stop] for start, stop, _ in answer.pieces)
 
 
-def name_of_tool(of_tool: Any) -> str:
-    """The name in a call or a description of a tool."""
-    return str((of_tool.get("function") or of_tool).get("name", "")) if isinstance(of_tool, dict) else ""
-
-
-def _marked(messages: Sequence[Message], which: Sequence[int]) -> tuple[list[Message], list[str]]:
-    """``messages`` with a mark in place of each answer among ``which``, and the marks in order."""
-    everything = "".join(message.content for message in messages)
-    edge = next(chr(point) for point in range(0xE000, 0xF8FF) if chr(point) not in everything)
-    marked, marks = list(messages), []
-    for number in which:
-        marks.append(f"{edge}{number}{edge}")
-        marked[number] = replace(messages[number], content=marks[-1])
-    return marked, marks
-
-
-def _split(rendered: str, marks: Sequence[str]) -> list[str] | None:
-    """The pieces between the marks; None unless each mark stands there once, in order."""
-    pieces = []
-    for mark in marks:
-        head, found, rendered = rendered.partition(mark)
-        if not found or mark in rendered:
-            return None
-        pieces.append(head)
-    return [*pieces, rendered]
+def _names(tools: Sequence[Any] | None) -> list[str]:
+    """The names in calls or descriptions of tools."""
+    return [str((tool.get("function") or tool).get("name", "")) for tool in tools or () if isinstance(tool, dict)]
 
 
 def _same(written: str, answer: str, start: int, at: int = 0, *, whole: bool = True) -> tuple[Piece, ...]:
@@ -300,12 +354,12 @@ def _same(written: str, answer: str, start: int, at: int = 0, *, whole: bool = T
         answer: A part of the answer.
         start: Where in the text that part begins.
         at: Where in the answer that part begins.
-        whole: Nothing else may stand in ``written``.
+        whole: Nothing else may be in ``written``.
     """
     pieces: list[Piece] = []
     here = there = 0
     while there < len(answer):
-        if size := shared(written[here:], answer[there:]):
+        if size := len(common_start(written[here:], answer[there:])):
             pieces.append((start + here, start + here + size, at + there))
             here, there = here + size, there + size
         elif here < len(written) and written[here].isspace():

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fusion_trainer.text.tokenizer import Span, Tokens
 
-__all__ = ["END", "Answer", "Places", "comparable_spans", "places", "supervised_spans", "whole_text"]
+__all__ = ["END", "Answer", "Piece", "Places", "comparable_spans", "places", "supervised_spans", "whole_text"]
 
 END = -2
 """The place of a position that predicts the end of an answer."""

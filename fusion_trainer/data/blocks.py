@@ -16,8 +16,7 @@ import pyarrow as pa
 from fusion_trainer.data.answers import Answer, supervised_spans, whole_text
 from fusion_trainer.data.conversations import BAD_ROW, Conversation, Message
 from fusion_trainer.data.report import Report
-from fusion_trainer.data.template_frame import TemplateError
-from fusion_trainer.data.templates import Rendered, Template, find_template
+from fusion_trainer.data.templates import Rendered, Template, TemplateError, find_template
 from fusion_trainer.text.tokenizer import Span, TextTokenizer, Tokens, supervised_positions
 from varm_common.errors import UserError, listed
 

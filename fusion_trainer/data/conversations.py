@@ -2,7 +2,7 @@
 
 Files, folders and Hub ids are read by ``datasets``, except JSON and JSONL: there ``datasets`` turns an answer
 like "2024-03-05" into a timestamp and names no line when a file is broken, so those two are read line by line.
-A bad row is never skipped unless the user asked for it; all of them are reported together, by file and row.
+A bad row is never skipped unless the user chose that; all of them are reported together, by file and row.
 Keys that change what is learnt are used, or the row is bad; all other keys that were not used are counted.
 """
 
@@ -94,6 +94,9 @@ class RowError(Exception):
     """What is wrong with one row, without saying where it is."""
 
 
+# Files, folders, datasets of the Hub
+
+
 @dataclass(frozen=True)
 class Source:
     """One opened input: its rows, how a row is named to the user, and what identifies its content."""
@@ -116,8 +119,8 @@ def open_source(data: str, *, name: str | None = None, split: str = "train") -> 
     """
     path = Path(data)
     if path.suffix in (".json", ".jsonl", ".parquet") and not path.is_file():
-        there = sorted(other.name for other in path.parent.glob("*") if other.suffix == path.suffix)
-        beside = f"; beside it lie {', '.join(there[:5])}" if there else ""
+        there = sorted(other.name for other in path.parent.glob(f"*{path.suffix}"))
+        beside = f"; beside it are {', '.join(there[:5])}" if there else ""
         raise UserError(f"no file `{path}`{beside}")
     if path.suffix in (".json", ".jsonl"):
         return Source(path.name, sha256_of(path), lambda: _json_rows(path))
@@ -128,54 +131,12 @@ def open_source(data: str, *, name: str | None = None, split: str = "train") -> 
             f"{data}: `datasets` has read strings as timestamps ({used}); give the dataset's JSON "
             "files by their paths, or a Parquet file whose columns are strings"
         )
-    own = sha256_of(path) if path.is_file() else str(dataset._fingerprint)
-    rows = lambda: ((f"{path.name}, row {number}", _without_nulls(row)) for number, row in enumerate(dataset, 1))  # noqa: E731
-    return Source(path.name, own, rows)
 
+    def rows() -> Iterator[tuple[str, Any]]:
+        for number, row in enumerate(dataset, 1):
+            yield f"{path.name}, row {number}", _without_nulls(row)
 
-def conversations(
-    sources: Iterable[Source], skipped: Counter[str] | None = None, unused: Counter[str] | None = None
-) -> Iterator[Conversation]:
-    """Every row of every source, checked.
-
-    Args:
-        sources: The inputs, in order.
-        skipped: If given, bad rows are counted here and left out.
-        unused: If given, the keys of good rows that were not used are counted here.
-
-    Raises:
-        UserError: Some rows are bad and ``skipped`` is None; all rows are read first, and each kind named once.
-    """
-    kinds: dict[str, list[str]] = {}
-    problems = 0
-    for source in sources:
-        for number, (where, row) in enumerate(source.rows(), 1):
-            if problems == MOST_PROBLEMS:
-                break
-            lost: Counter[str] = Counter()
-            try:
-                conversation = _conversation(row, str(number), where, lost)
-            except RowError as error:
-                if skipped is not None:
-                    skipped[BAD_ROW] += 1
-                else:
-                    problems += 1
-                    rows = kinds.setdefault(re.sub(r"\d+", "0", str(error)), [])
-                    rows.append(where if rows else f"{where}: {error}")
-                continue
-            if not problems:
-                if unused is not None:
-                    unused.update(lost)
-                yield conversation
-    if problems:
-        lines = []
-        for first, *more in kinds.values():
-            also = f"{'; '.join(more[: EXAMPLES - 1])}{' …' * (len(more) >= EXAMPLES)}"
-            lines.append(first + f"\n    {len(more) + 1} rows of this kind, also {also}" * bool(more))
-        raise UserError(
-            f"the data has {problems} bad row{'s' * (problems > 1)}:{listed(lines)}\n"
-            "Correct them, or leave them out with --bad-rows skip."
-        )
+    return Source(path.name, sha256_of(path) if path.is_file() else str(dataset._fingerprint), rows)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -188,11 +149,13 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
             rows = _parsed(path.read_bytes())
         except RowError as error:
             raise UserError(f"{path.name} is {error}") from error
-        rows = rows if isinstance(rows, list) else [rows]
-        yield from ((f"{path.name}, row {number}", row) for number, row in enumerate(rows, 1))
+        for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+            yield f"{path.name}, row {number}", row
         return
     with path.open("rb") as file:
-        yield from ((f"{path.name}, line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path.name}, line {number}", line
 
 
 def _load(path: Path, name: str | None, split: str) -> Any:
@@ -227,19 +190,120 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _conversation(row: Any, number: str, where: str, unused: Counter[str]) -> Conversation:
+# Rows
+
+
+def conversations(
+    sources: Iterable[Source], skipped: Counter[str] | None = None, unused: Counter[str] | None = None
+) -> Iterator[Conversation]:
+    """Every row of every source, checked.
+
+    Args:
+        sources: The inputs, in order.
+        skipped: If given, bad rows are counted here and left out.
+        unused: If given, the keys of good rows that were not used are counted here.
+
+    Raises:
+        UserError: Some rows are bad and ``skipped`` is None; all rows are read first, and each kind named once.
+    """
+    problems: list[tuple[str, str]] = []
+    for source in sources:
+        for number, (where, row) in enumerate(source.rows(), 1):
+            try:
+                conversation, keys = _conversation(row, str(number), where)
+            except RowError as error:
+                if skipped is not None:
+                    skipped[BAD_ROW] += 1
+                else:
+                    problems.append((where, str(error)))
+                if len(problems) == MOST_PROBLEMS:
+                    raise UserError(_bad_rows(problems)) from error
+                continue
+            if not problems:
+                if unused is not None:
+                    unused.update(keys)
+                yield conversation
+    if problems:
+        raise UserError(_bad_rows(problems))
+
+
+def _bad_rows(problems: Sequence[tuple[str, str]]) -> str:
+    """Each kind of problem once, with the rows that have it."""
+    kinds: dict[str, list[str]] = {}
+    for where, problem in problems:
+        rows = kinds.setdefault(re.sub(r"\d+", "0", problem), [])
+        rows.append(where if rows else f"{where}: {problem}")
+    lines = []
+    for first, *more in kinds.values():
+        others = f"{'; '.join(more[: EXAMPLES - 1])}{' …' * (len(more) >= EXAMPLES)}"
+        lines.append(first + f"\n    {len(more) + 1} rows of this kind, also {others}" * bool(more))
+    return (
+        f"the data has {len(problems)} bad row{'s' * (len(problems) > 1)}:{listed(lines)}\n"
+        "Correct them, or leave them out with --bad-rows skip."
+    )
+
+
+class _Keys:
+    """The keys of a row or a turn that are not null and have not been used yet."""
+
+    def __init__(self, given: Mapping[str, Any], name: str) -> None:
+        self.left = {key: value for key, value in given.items() if value is not None}
+        self.name = name
+
+    def take(self, names: Sequence[str]) -> Any:
+        """The value of whichever of ``names`` is there; None if none is."""
+        there = {name: self.left.pop(name) for name in names if name in self.left}
+        there = {name: value for name, value in there.items() if _filled(value)} or there
+        value = next(iter(there.values()), None)
+        if any(other != value for other in there.values()):
+            raise RowError(f"`{'` and `'.join(there)}` of {self.name} contradict each other")
+        return value
+
+    def learn(self) -> bool:
+        """Whether the marks, which are taken out, say that it is learnt."""
+        marks = {key: self.left.pop(key) for key in LEARNT_IF if key in self.left}
+        for key, value in marks.items():
+            if value not in (0, 1):
+                raise RowError(f"`{key}` of {self.name} is {value!r:.40}: an answer can be learnt (1) or not (0)")
+        learnt = {value == LEARNT_IF[key] for key, value in marks.items()}
+        if len(learnt) > 1:
+            raise RowError(f"`{'` and `'.join(marks)}` of {self.name} contradict each other")
+        return learnt != {False}
+
+    def refuse_unusable(self) -> None:
+        """Refuse keys without which something else would be learnt than the user meant."""
+        for key, value in self.left.items():
+            if key in REFUSED and _filled(value) and (key != "label" or isinstance(value, bool)):
+                raise RowError(f"{self.name} has `{key}`: {REFUSED[key]}")
+            entries = value if isinstance(value, list) and key not in COLUMNS else []
+            objects = ({*entry} for entry in entries if isinstance(entry, Mapping))
+            if any({*ROLE_KEYS} & entry and {*CONTENT_KEYS} & entry for entry in objects):
+                raise RowError(
+                    f"{self.name} has turns in `{key}`, which would be lost; known are {', '.join(FORMATS)}"
+                )
+
+    def unused(self) -> list[str]:
+        return [key for key, value in self.left.items() if _filled(value)]
+
+
+def _conversation(row: Any, number: str, where: str) -> tuple[Conversation, list[str]]:
+    """One row's conversation, and its keys that are not used."""
     row = _parsed(row) if isinstance(row, bytes) else row
     if not isinstance(row, Mapping):
         raise RowError(f"a {type(row).__name__}, not an object")
-    rest = {key: value for key, value in row.items() if value is not None}
-    identity = str(next((rest[column] for column in ID_COLUMNS if column in rest), number))
-    _refuse(rest, "the row")
-    name, columns, others = _format(rest)
-    learn, tools, system = _learnt(rest, "the row"), _tools(rest), _one_of(rest, SYSTEM_COLUMNS, "the row")
-    text = _string(columns["text"], "`text`") if name == "text" else None
-    if text and (not learn or tools or _filled(system)):
-        raise RowError("`text` is learnt as a whole: it cannot have a system prompt, tools, or be left out")
-    messages = () if text else _messages(name, columns, unused)
+    keys = _Keys(row, "the row")
+    keys.refuse_unusable()
+    name, columns, others = _format(keys)
+    identity = next((keys.left.pop(column) for column in ID_COLUMNS if column in keys.left), number)
+    learn, tools, system = keys.learn(), _tools(keys), keys.take(SYSTEM_COLUMNS)
+    if name == "text":
+        text = _string(columns["text"], "`text`")
+        if not learn or tools or _filled(system):
+            raise RowError("`text` is learnt as a whole: it cannot have a system prompt, tools, or be left out")
+        messages, unused = (), []
+    else:
+        text = None
+        messages, unused = _messages(name, columns)
     for column, value in others.items():
         if not _repeats(value, [text] if text else [message.content for message in messages]):
             raise RowError(f"has both `{name}` and `{column}`, and one of them would be lost: remove one")
@@ -251,63 +315,35 @@ def _conversation(row: Any, number: str, where: str, unused: Counter[str]) -> Co
         json.dumps([tools, [message.extra for message in messages]], ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise RowError(f"the tools or calls cannot be written as JSON: {error}") from error
-    unused.update(key for key, value in {**rest, **others}.items() if key not in ID_COLUMNS and _filled(value))
-    messages = messages if learn else tuple(replace(message, learn=False) for message in messages)
-    return Conversation(identity, messages, text, where, tools)
+    unused += [key for key in keys.unused() if key not in ID_COLUMNS]
+    if not learn:
+        messages = tuple(replace(message, learn=False) for message in messages)
+    return Conversation(str(identity), messages, text, where, tools), [*unused, *others]
 
 
-def _format(rest: dict[str, Any]) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """The row's format, its columns, and what other formats' columns hold; all taken out of ``rest``."""
-    keys = ", ".join(map(repr, rest)) or "none"
-    there = {name: {key: rest.pop(key) for key in keys if key in rest} for name, keys in FORMATS.items()}
+def _format(keys: _Keys) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """The row's format, its columns, and what columns of other formats hold."""
+    had = ", ".join(map(repr, keys.left)) or "none"
+    there = {
+        name: {column: keys.left.pop(column) for column in columns if column in keys.left}
+        for name, columns in FORMATS.items()
+    }
     filled = [name for name, columns in there.items() if any(map(_filled, columns.values()))]
     filled = filled or [name for name, columns in there.items() if columns]
     if not filled:
-        raise RowError(f"missing keys: has {keys}; one of {', '.join(FORMATS)} is needed")
+        raise RowError(f"missing keys: has {had}; one of {', '.join(FORMATS)} is needed")
     # A row that is whole in one format may have a column or two of another.
-    name = max(filled, key=lambda name: all(_filled(there[name].get(key)) for key in name.split("/")))
-    if missing := [key for key in name.split("/") if key not in there[name]]:
-        raise RowError(f"no `{missing[0]}`")
+    name = max(filled, key=lambda name: all(_filled(there[name].get(column)) for column in name.split("/")))
     columns = there.pop(name)
+    if missing := [column for column in name.split("/") if column not in columns]:
+        raise RowError(f"no `{missing[0]}`")
     others = {key: value for other in there.values() for key, value in other.items() if _filled(value)}
     return name, columns, others
 
 
-def _refuse(keys: Mapping[str, Any], what: str) -> None:
-    for key, value in keys.items():
-        if key in REFUSED and _filled(value) and (key != "label" or isinstance(value, bool)):
-            raise RowError(f"{what} has `{key}`: {REFUSED[key]}")
-        entries = value if isinstance(value, list) and key not in COLUMNS else []
-        objects = ({*entry} for entry in entries if isinstance(entry, Mapping))
-        if any({*ROLE_KEYS} & entry and {*CONTENT_KEYS} & entry for entry in objects):
-            raise RowError(f"{what} has turns in `{key}`, which would be lost; known are {', '.join(FORMATS)}")
-
-
-def _learnt(keys: dict[str, Any], what: str) -> bool:
-    """Whether ``what`` is learnt, by the marks that are taken out of ``keys``."""
-    marks = {key: keys.pop(key) for key in LEARNT_IF if keys.get(key) is not None}
-    for key, value in marks.items():
-        if value not in (0, 1):
-            raise RowError(f"`{key}` of {what} is {value!r:.40}: an answer can be learnt (1) or not (0)")
-    learnt = {value == LEARNT_IF[key] for key, value in marks.items()}
-    if len(learnt) > 1:
-        raise RowError(f"`{'` and `'.join(marks)}` of {what} contradict each other")
-    return learnt != {False}
-
-
-def _one_of(keys: dict[str, Any], names: Sequence[str], what: str) -> Any:
-    """The value of whichever of ``names`` is there, taken out of ``keys``; None if none is."""
-    there = {name: keys.pop(name) for name in names if keys.get(name) is not None}
-    there = {name: value for name, value in there.items() if _filled(value)} or there
-    value = next(iter(there.values()), None)
-    if any(other != value for other in there.values()):
-        raise RowError(f"`{'` and `'.join(there)}` of {what} contradict each other")
-    return value
-
-
-def _tools(rest: dict[str, Any]) -> list[Any] | None:
+def _tools(keys: _Keys) -> list[Any] | None:
     """The functions in the form of ``transformers``' templates: ``{"type": "function", "function": schema}``."""
-    tools = _parsed(_one_of(rest, ("tools", "functions"), "the row") or [], "`tools` is ")
+    tools = _parsed(keys.take(("tools", "functions")) or [], "`tools` is ")
     tools = [_parsed(tool, "a tool is ") for tool in tools] if isinstance(tools, list) else [None]
     if not all(isinstance(tool, Mapping) and ("name" in tool or "type" in tool) for tool in tools):
         raise RowError("`tools` is not a list of functions that have a `name`")
@@ -322,98 +358,109 @@ def _repeats(value: Any, texts: Sequence[str]) -> bool:
     return place >= 0 or value in texts
 
 
-def _messages(name: str, columns: Mapping[str, Any], unused: Counter[str]) -> tuple[Message, ...]:
-    if name == "instruction/output":
-        return _instruction_and_output(columns)
+# Turns
+
+
+def _messages(name: str, columns: Mapping[str, Any]) -> tuple[tuple[Message, ...], list[str]]:
+    """The turns in the columns of a format, and the keys of turns that are not used."""
     if name in TURNS:
-        return _turns(columns[name], name, unused)
+        return _turns(columns[name], name)
+    if name == "instruction/output":
+        return _alternating(_alpaca_texts(columns)), []
     prompt, completion = columns["prompt"], columns["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        question, answer = _string(prompt, "`prompt`"), _string(completion, "`completion`")
-        return Message("user", question), Message("assistant", answer)
+        return _alternating([_string(prompt, "`prompt`"), _string(completion, "`completion`")]), []
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _turns([*prompt, *completion], "prompt` + `completion", unused)
+        return _turns([*prompt, *completion], "prompt` + `completion")
     both = f"`prompt` is a {type(prompt).__name__} and `completion` a {type(completion).__name__}"
     raise RowError(f"{both}; both must be strings, or both lists of messages")
 
 
-def _turns(turns: Any, column: str, unused: Counter[str]) -> tuple[Message, ...]:
-    if isinstance(turns, str) or not isinstance(turns, Sequence):
-        raise RowError(f"`{column}` is a {type(turns).__name__}, not a list of turns")
-    if not turns:
-        raise RowError(f"`{column}` is empty")
-    messages = tuple(_message(turn, f"turn {number}", unused) for number, turn in enumerate(turns, 1))
-    for number, (before, after) in enumerate(pairwise(messages), 2):
-        if before.role == after.role and after.role in ("user", "assistant"):
-            raise RowError(f"two {after.role} turns in a row: turns {number - 1} and {number}")
-    return messages
+def _alternating(texts: Sequence[str]) -> tuple[Message, ...]:
+    return tuple(Message(("user", "assistant")[number % 2], text) for number, text in enumerate(texts))
 
 
-def _message(turn: Any, which: str, unused: Counter[str]) -> Message:
-    if not isinstance(turn, Mapping):
-        raise RowError(f"{which} is a {type(turn).__name__}, not an object")
-    rest = {key: value for key, value in turn.items() if value is not None}
-    sharegpt = bool({"from", "value"} & {*rest})
-    content_key = next((key for key in CONTENT_KEYS if key in rest), CONTENT_KEYS[sharegpt])
-    given, content = _one_of(rest, ROLE_KEYS, which), _one_of(rest, CONTENT_KEYS, which)
-    if given is None:
-        raise RowError(f"{which} has no `{ROLE_KEYS[sharegpt]}`")
-    if not isinstance(given, str) or given.lower() not in ROLES:
-        raise RowError(f"{which} has the unknown role {given!r}; known are {', '.join(ROLES)}")
-    role, learn = ROLES[given.lower()], _learnt(rest, which)
-    _refuse(rest, which)
-    if given.lower() in CALL_ROLES:
-        rest["function_call"], content = content, ""
-    extra = _extra(rest, role, which)
-    unused.update(f"{key} (of a turn)" for key, value in rest.items() if _filled(value))
-    what = f"`{content_key}` of {which}"
-    content = _joined(content, what) if isinstance(content, list) else content
-    if not _filled(content) and {"reasoning_content", "tool_calls"} & {*extra}:
-        return Message(role, content or "", learn, extra)
-    if content is None:
-        raise RowError(f"{which} has no `{content_key}`")
-    return Message(role, _string(content, what), learn, extra)
-
-
-def _extra(rest: dict[str, Any], role: str, which: str) -> dict[str, Any]:
-    """Reasoning, calls and names of one turn, taken out of ``rest``."""
-    extra: dict[str, Any] = {key: rest.pop(key) for key in ("name", "tool_call_id") if _filled(rest.get(key))}
-    if _filled(reasoning := _one_of(rest, REASONING_KEYS, which)):
-        extra["reasoning_content"] = reasoning
-    extra = {key: _string(value, f"`{key}` of {which}") for key, value in extra.items()}
-    if calls := _calls(_one_of(rest, CALL_KEYS, which) or [], f"a call of {which}"):
-        extra["tool_calls"] = calls
-    for key in ("reasoning_content", "tool_calls"):
-        if key in extra and role != "assistant":
-            raise RowError(f"{which} has `{key}`, but its role is {role}, not assistant")
-    return extra
-
-
-def _calls(value: Any, what: str) -> list[Any]:
-    """Calls in the form of ``transformers``' templates, the arguments as objects."""
-    calls, made = _parsed(value, f"{what} is "), []
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise RowError(f"{what} has no `name`")
-        arguments = _parsed(function.get("arguments") or {}, f"`arguments` of {what} is ")
-        if not isinstance(arguments, Mapping):
-            raise RowError(f"`arguments` of {what} is a {type(arguments).__name__}, not an object")
-        called = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        made.append({"id": call["id"], **called} if "id" in call else called)
-    return made
-
-
-def _instruction_and_output(row: Mapping[str, Any]) -> tuple[Message, ...]:
+def _alpaca_texts(row: Mapping[str, Any]) -> list[str]:
     question = _string(row["instruction"], "`instruction`")
     if _filled(row.get("input")):
         question += f"\n\n{_string(row['input'], '`input`')}"
     history = row.get("history", [])
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise RowError("`history` is not a list of pairs of question and answer")
-    texts = [_string(text, "an entry of `history`") for pair in history for text in pair]
-    texts += [question, _string(row["output"], "`output`")]
-    return tuple(Message(("user", "assistant")[number % 2], text) for number, text in enumerate(texts))
+    before = [_string(text, "an entry of `history`") for pair in history for text in pair]
+    return [*before, question, _string(row["output"], "`output`")]
+
+
+def _turns(turns: Any, column: str) -> tuple[tuple[Message, ...], list[str]]:
+    if isinstance(turns, str) or not isinstance(turns, Sequence):
+        raise RowError(f"`{column}` is a {type(turns).__name__}, not a list of turns")
+    if not turns:
+        raise RowError(f"`{column}` is empty")
+    read = [_message(turn, f"turn {number}") for number, turn in enumerate(turns, 1)]
+    messages = tuple(message for message, _ in read)
+    for number, (before, after) in enumerate(pairwise(messages), 2):
+        if before.role == after.role and after.role in ("user", "assistant"):
+            raise RowError(f"two {after.role} turns in a row: turns {number - 1} and {number}")
+    return messages, [f"{key} (of a turn)" for _, unused in read for key in unused]
+
+
+def _message(turn: Any, name: str) -> tuple[Message, list[str]]:
+    """One turn, and its keys that are not used."""
+    if not isinstance(turn, Mapping):
+        raise RowError(f"{name} is a {type(turn).__name__}, not an object")
+    keys = _Keys(turn, name)
+    sharegpt = "from" in keys.left or "value" in keys.left
+    content_key = next((key for key in CONTENT_KEYS if key in keys.left), CONTENT_KEYS[sharegpt])
+    given, content = keys.take(ROLE_KEYS), keys.take(CONTENT_KEYS)
+    if given is None:
+        raise RowError(f"{name} has no `{ROLE_KEYS[sharegpt]}`")
+    if not isinstance(given, str) or given.lower() not in ROLES:
+        raise RowError(f"{name} has the unknown role {given!r}; known are {', '.join(ROLES)}")
+    role, learn = ROLES[given.lower()], keys.learn()
+    keys.refuse_unusable()
+    if given.lower() in CALL_ROLES:
+        keys.left["function_call"], content = content, ""
+    extra = _extra(keys, role)
+    what = f"`{content_key}` of {name}"
+    content = _joined(content, what) if isinstance(content, list) else content
+    if not _filled(content) and {"reasoning_content", "tool_calls"} & {*extra}:
+        content = content or ""
+    elif content is None:
+        raise RowError(f"{name} has no `{content_key}`")
+    else:
+        content = _string(content, what)
+    return Message(role, content, learn, extra), keys.unused()
+
+
+def _extra(keys: _Keys, role: str) -> dict[str, Any]:
+    """Reasoning, calls and names of one turn."""
+    texts = {"name": keys.take(["name"]), "tool_call_id": keys.take(["tool_call_id"])}
+    texts["reasoning_content"] = keys.take(REASONING_KEYS)
+    extra: dict[str, Any] = {
+        key: _string(text, f"`{key}` of {keys.name}") for key, text in texts.items() if _filled(text)
+    }
+    if calls := _calls(keys.take(CALL_KEYS) or [], f"a call of {keys.name}"):
+        extra["tool_calls"] = calls
+    for key in ("reasoning_content", "tool_calls"):
+        if key in extra and role != "assistant":
+            raise RowError(f"{keys.name} has `{key}`, but its role is {role}, not assistant")
+    return extra
+
+
+def _calls(value: Any, what: str) -> list[Any]:
+    """Calls in the form of ``transformers``' templates, the arguments as objects."""
+    given, calls = _parsed(value, f"{what} is "), []
+    for call in given if isinstance(given, list) else [given]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise RowError(f"{what} has no `name`")
+        arguments = _parsed(function.get("arguments") or {}, f"`arguments` of {what} is ")
+        if not isinstance(arguments, Mapping):
+            raise RowError(f"`arguments` of {what} is a {type(arguments).__name__}, not an object")
+        identity = {"id": call["id"]} if "id" in call else {}
+        function = {"name": function["name"], "arguments": arguments}
+        calls.append({**identity, "type": "function", "function": function})
+    return calls
 
 
 def _joined(parts: Sequence[Any], what: str) -> str:

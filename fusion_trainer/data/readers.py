@@ -13,8 +13,7 @@ from typing import Any
 from fusion_trainer.data.answers import Answer, comparable_spans
 from fusion_trainer.data.blocks import Block
 from fusion_trainer.data.conversations import Message
-from fusion_trainer.data.template_frame import TemplateError
-from fusion_trainer.data.templates import BUILT_IN, OWN, PIVOT, Template, find_template
+from fusion_trainer.data.templates import BUILT_IN, OWN, PIVOT, Template, TemplateError, find_template
 from fusion_trainer.text.tokenizer import Span, TextTokenizer
 from varm_common.errors import UserError
 

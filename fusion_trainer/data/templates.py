@@ -1,33 +1,29 @@
-"""Renders a conversation with any chat template, and counts what the template leaves out."""
+"""Chat templates: how a model reads a conversation, and where in that text the answers are."""
 
-import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from datetime import datetime
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from fusion_trainer.data.answer_finder import AnswerFinder, Found, name_of_tool
+from fusion_trainer.data.answer_finder import AnswerFinder
 from fusion_trainer.data.answers import Answer, supervised_spans
 from fusion_trainer.data.conversations import Message
-from fusion_trainer.data.template_frame import TemplateError
+from fusion_trainer.data.markers import Markers, TemplateError
 from fusion_trainer.text.tokenizer import Span
 from varm_common.errors import UserError
 
-__all__ = [
-    "BUILT_IN",
-    "OWN",
-    "PIVOT",
-    "Rendered",
-    "Template",
-    "find_template",
-]
+__all__ = ["BUILT_IN", "OWN", "PIVOT", "Rendered", "Template", "TemplateError", "find_template"]
 
 FOLDER = Path(__file__).parent / "templates"
 OWN, PIVOT = "own", "pivot"
 """A source's own template; the pivot's rendering, which a source reads as plain text."""
 BUILT_IN = ("openchat", "chatml", "vicuna", "mistral", "llama-3", "zephyr")
+TODAY = datetime(2024, 7, 26)
+"""The date in templates that write one (Llama 3.1's own default), so that a text is always the same."""
+DIRECTIVES = "aAbBdefHIjmMpSyYZ"
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Rendered:
         bos: Bytes of BOS at the head of ``text``.
         folded: Whether the template refuses a system turn, and its text was put before the first user turn.
         left_out: Bytes of the conversation that the template does not write, by kind, and ``<kind>, turns``.
-        contents: What is left of each answer's content, learnt or not, by turn; nothing where it was rewritten.
+        contents: The rendered part of each answer's content, learnt or not, by turn; none where it is rewritten.
         silent: The turns whose separate reasoning is not rendered.
     """
 
@@ -59,8 +55,31 @@ class Rendered:
 
 
 @dataclass(frozen=True)
-class Template(AnswerFinder):
-    """A chat template that renders conversations, with the places of their answers."""
+class Template:
+    """A chat template and the tokenizer whose special tokens it may name.
+
+    Attributes:
+        name: For messages.
+        jinja: The template.
+        tokenizer: The model's, as transformers loads it.
+        with_tools: The template of conversations with tools, where the tokenizer has one of its own for them.
+    """
+
+    name: str
+    jinja: str
+    tokenizer: Any
+    with_tools: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        jinja = self.jinja if self.with_tools is None else f"{self.jinja}\0{self.with_tools}"
+        tokens = f"{self.tokenizer.bos_token or ''}\0{self.tokenizer.eos_token or ''}"
+        return hashlib.sha256(f"{jinja}\0{tokens}".encode()).hexdigest()
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids of the single tokens that end an answer, that of an earlier answer first."""
+        return self._markers.end_ids
 
     def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Rendered:
         """Render a conversation that ends with an answer.
@@ -69,142 +88,83 @@ class Template(AnswerFinder):
 
         Args:
             messages: The turns.
-            tools: What the template is given under this name.
+            tools: The functions that the template is given, as JSON schemas.
 
         Raises:
-            TemplateError: The template raises, or changes the text around an answer with the answer's content.
+            TemplateError: The template raises, or changes the text around an answer when the answer changes.
         """
         try:
             return self._render(messages, tools)
-        except TemplateError:
-            folded = _without_system(messages)
-            if folded is None:
-                raise
-            try:
-                rendered = self._render(folded, tools)
-            except TemplateError:
-                rendered = None
-            if rendered is None:
-                raise
-            moved = tuple(replace(answer, turn=answer.turn + 1) for answer in rendered.answers)
-            contents = {turn + 1: content for turn, content in rendered.contents.items()}
-            silent = frozenset(turn + 1 for turn in rendered.silent)
-            return replace(rendered, answers=moved, folded=True, contents=contents, silent=silent)
+        except TemplateError as error:
+            if [message.role for message in messages[:2]] == ["system", "user"]:
+                system, user, *others = messages
+                folded = [replace(user, content=f"{system.content}\n\n{user.content}"), *others]
+                try:
+                    return self._render(folded, tools, moved=1)
+                except TemplateError:
+                    pass  # the first error is the one that the user can act on
+            raise TemplateError(f"the template {self.name} {error}") from error
 
-    def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> Rendered:
-        text = self._apply(messages, tools)
-        found = self._by_one_marking(text, messages, tools)
-        if found is None:
-            found = list(self._by_one_marking_each(text, messages, tools))
-        answers = []
-        for number, one in enumerate(found):
-            following = found[number + 1].start if number + 1 < len(found) else len(text)
-            last = one.turn == len(messages) - 1
-            if messages[one.turn].learn:
-                answers.append(self._answer(text, messages, tools, one, text[one.stop : following], last))
-        silent = frozenset(
-            number
-            for number, message in enumerate(messages)
-            if message.extra.get("reasoning_content") and not self._reasons(messages, tools, number)
-        )
-        left_out = self._left_out(text, messages, tools, found, silent)
-        contents = {one.turn: "".join(text[a:b] for a, b, _ in one.content) for one in found if one.content}
-        rendered = self._in_bytes(text, answers, left_out)
-        return replace(rendered, contents=contents, silent=silent)
-
-    def _reasons(self, messages: Sequence[Message], tools: Sequence[Any] | None, number: int) -> bool:
-        """Whether the separate reasoning of a turn is rendered."""
-        changed, mark = list(messages), "\ue000thought\ue000"
-        extra = {**messages[number].extra, "reasoning_content": mark}
-        changed[number] = replace(messages[number], extra=extra)
-        try:
-            return mark in self._apply(changed, tools)
-        except TemplateError:
-            return False
-
-    def _left_out(
-        self,
-        text: str,
-        messages: Sequence[Message],
-        tools: Sequence[Any] | None,
-        found: Sequence[Found],
-        silent: frozenset[int],
-    ) -> dict[str, int]:
-        """Bytes and turns that the template does not write, by kind."""
-        missing: Counter[str] = Counter()
-
-        def lost(kind: str, what: str) -> None:
-            missing[kind] += len(what.encode())
-            missing[f"{kind}, turns"] += 1
-
-        answers = {one.turn: one for one in found}
-        written = set(_written_between(text, messages, found))
-        for number, message in enumerate(messages):
-            if message.role == "assistant" and message.content.strip():
-                if number not in answers:
-                    lost("answers", message.content)
-                elif content := answers[number].content:
-                    kept = "".join(text[start:stop] for start, stop, _ in content)
-                    if len("".join(kept.split())) < len("".join(message.content.split())):
-                        gone = len(message.content.encode()) - len(kept.encode())
-                        missing["parts of answers (reasoning)"] += gone
-                        missing["parts of answers (reasoning), turns"] += 1
-                elif message.extra.get("tool_calls") and not (
-                    message.content.strip() in text or self._writes(messages, tools, number)
-                ):
-                    lost("answers", message.content)
-            elif (
-                message.role != "assistant" and number not in written and not self._writes(messages, tools, number)
-            ):
-                lost(f"{message.role} turns", message.content)
-            if number in silent:
-                lost("reasoning", str(message.extra["reasoning_content"]))
-            for call in message.extra.get("tool_calls") or ():
-                if (
-                    number not in answers
-                    or name_of_tool(call) not in text[answers[number].start : answers[number].stop]
-                ):
-                    lost("tool calls", json.dumps(call))
-        if tools:
-            names = [
-                str((tool.get("function") or tool).get("name", "")) for tool in tools if isinstance(tool, dict)
-            ]
-            if not all(name in text for name in names):
-                lost("tools", json.dumps(list(tools)))
-        return dict(missing)
-
-    def _writes(self, messages: Sequence[Message], tools: Sequence[Any] | None, number: int) -> bool:
-        """Whether a turn is rendered, as it is or changed."""
-        changed = list(messages)
-        mark = "\ue000turn\ue000"
-        changed[number] = replace(messages[number], content=mark)
-        try:
-            return mark in self._apply(changed, tools)
-        except TemplateError:
-            return True
-
-    def _in_bytes(self, text: str, answers: Sequence[Answer], left_out: Mapping[str, int]) -> Rendered:
-        """The answers in bytes; BOS is cut from the text where the tokenizer puts one before every text."""
+    def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None, moved: int = 0) -> Rendered:
+        """Render and find the answers; all numbers of turns are ``moved`` further on."""
+        finder = AnswerFinder(partial(self._apply, tools=tools), self._markers, messages)
         bos = self.tokenizer.bos_token or ""
-        head = len(text) - len(text.lstrip()) + len(bos) if bos and text.lstrip().startswith(bos) else 0
+        blank = len(finder.text) - len(finder.text.lstrip())
+        head = blank + len(bos) if bos and finder.text.startswith(bos, blank) else 0
         cut = head if self._adds_bos else 0
-        kept = len(text[: head - cut].encode())
-        text = text[cut:]
+        text = finder.text[cut:]
 
         def size(place: int) -> int:
             return len(text[: place - cut].encode())
 
-        written = [
-            replace(
-                answer,
+        answers = [
+            Answer(
+                turn=answer.turn + moved,
                 open=size(answer.open),
                 pieces=tuple((size(start), size(stop), at) for start, stop, at in answer.pieces),
                 mark=size(answer.mark),
                 end=size(answer.end),
+                closed=answer.closed,
             )
-            for answer in answers
+            for answer in finder.answers()
         ]
-        return Rendered(text, tuple(written), kept, left_out=left_out)
+        return Rendered(
+            text,
+            tuple(answers),
+            bos=size(head),
+            folded=bool(moved),
+            left_out=finder.left_out(tools),
+            contents={one.turn + moved: finder.content_of(one) for one in finder.found if one.pieces},
+            silent=frozenset(turn + moved for turn in finder.silent),
+        )
+
+    def _apply(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False
+    ) -> str:
+        turns = [{"role": message.role, "content": message.content, **message.extra} for message in messages]
+        options = {"tools": list(tools) if tools else None, "tokenize": False, "add_generation_prompt": prompt}
+        jinja = self.with_tools if tools and self.with_tools else self.jinja
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, chat_template=_dated(jinja), **options))
+        except Exception as error:
+            raise TemplateError(f"refuses it: {error}") from error
+
+    @cached_property
+    def _markers(self) -> Markers:
+        return Markers(self.tokenizer, self._apply)
+
+    @cached_property
+    def _adds_bos(self) -> bool:
+        ids = self.tokenizer("a").input_ids
+        return bool(ids) and ids[0] == self.tokenizer.bos_token_id
+
+
+def _dated(jinja: str) -> str:
+    """A template for which it is always ``TODAY``: transformers gives it the day on which it is rendered."""
+    if "strftime_now" not in jinja:
+        return jinja
+    known = "".join(f" | replace('%{letter}', '{TODAY.strftime('%' + letter)}')" for letter in DIRECTIVES)
+    return f"{{%- macro strftime_now(format) -%}}{{{{ format{known} }}}}{{%- endmacro -%}}{jinja}"
 
 
 def find_template(choice: str | None, tokenizer: Any, model: str) -> Template:
@@ -232,27 +192,3 @@ def find_template(choice: str | None, tokenizer: Any, model: str) -> Template:
     if not path.is_file():
         raise UserError(f"no template `{choice}`: neither a Jinja file nor one of {known}")
     return Template(path.name, path.read_text(encoding="utf-8"), tokenizer)
-
-
-def _without_system(messages: Sequence[Message]) -> list[Message] | None:
-    """The system turn's text before that of the first user turn; None where there are no such two turns."""
-    if [message.role for message in messages[:2]] != ["system", "user"]:
-        return None
-    system, user = messages[:2]
-    return [replace(user, content=f"{system.content}\n\n{user.content}"), *messages[2:]]
-
-
-def _written_between(text: str, messages: Sequence[Message], answers: Sequence[Found]) -> Iterator[int]:
-    """The turns that surely are in the text: all those between two answers stand there, in their order."""
-    bounds = [Found(-1, 0, 0), *answers, Found(len(messages), len(text), len(text))]
-    for before, after in pairwise(bounds):
-        numbers = [n for n in range(before.turn + 1, after.turn) if messages[n].role != "assistant"]
-        place = before.stop
-        for number in numbers:
-            content = messages[number].content.strip()
-            place = text.find(content, place, after.start)
-            if place < 0:
-                break
-            place += len(content)
-        else:
-            yield from numbers

@@ -16,8 +16,7 @@ from tiny_tokenizers import KINDS, shared
 
 from fusion_trainer.data.answers import Answer
 from fusion_trainer.data.conversations import Message
-from fusion_trainer.data.template_frame import TemplateError
-from fusion_trainer.data.templates import BUILT_IN, Rendered, Template, find_template
+from fusion_trainer.data.templates import BUILT_IN, Rendered, Template, TemplateError, find_template
 from fusion_trainer.text.tokenizer import TextTokenizer, supervised_positions
 from varm_common.errors import UserError
 
