@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from fusion_trainer.config import PrepareConfig
 from fusion_trainer.data.blocks import Preparation
-from fusion_trainer.data.conversations import conversations, open_source
+from fusion_trainer.data.conversations import conversations
 from fusion_trainer.data.dialogues import VERSION, Dialogues, write_dialogues
+from fusion_trainer.data.sources import open_source
 from fusion_trainer.data.templates import Template, find_template
 from fusion_trainer.text.tokenizer import load_tokenizer
 from varm_common.console import is_quiet

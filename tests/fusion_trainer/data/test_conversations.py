@@ -11,7 +11,8 @@ import datasets
 import pandas as pd
 import pytest
 
-from fusion_trainer.data.conversations import BAD_ROW, ROLES, Conversation, Message, conversations, open_source
+from fusion_trainer.data.conversations import BAD_ROW, ROLES, Conversation, Message, conversations
+from fusion_trainer.data.sources import open_source
 from varm_common.errors import UserError
 
 ANSWERS = ("2024-03-05", "  Grüße, 你好 🙂\n\nbye ")
@@ -378,10 +379,13 @@ def test_keys_that_were_not_used_are_counted(tmp_path: Path) -> None:
         ('{"data": [{"text": "Hello."}]}', "chats.json, line 1: missing keys: has 'data'"),
         ('{\n  "data": [\n    {"text": "Hello."}\n  ]\n}\n', "chats.json, row 1: missing keys: has 'data'"),
         ('{\n  "text": "One."\n}\n{\n  "text": "Two."\n}\n', "chats.json is not JSON: Extra data: line 4"),
-        ('["Hello.", "Bye."]', "chats.json, row 1: a str, not an object\n    2 rows of this kind, also"),
-        ("7", "chats.json, line 1: a int, not an object"),
-        ('"Hello."', "chats.json, line 1: a str, not an object"),
-        ("null", "chats.json, line 1: a NoneType, not an object"),
+        (
+            '["Hello.", "Bye."]',
+            "chats.json, row 1: the row is a str, not an object\n    2 rows of this kind, also",
+        ),
+        ("7", "chats.json, line 1: the row is a int, not an object"),
+        ('"Hello."', "chats.json, line 1: the row is a str, not an object"),
+        ("null", "chats.json, line 1: the row is a NoneType, not an object"),
         ("[[[", "chats.json is not JSON"),
         ("[" * 200_000, "chats.json is not JSON"),
         ("text\nHello.\nBye.\n", "chats.json, line 1: not JSON: Expecting value: line 1 column 1"),
@@ -424,9 +428,9 @@ EXCHANGE_ROW = {"prompt": QUESTION, "completion": ANSWERS[0]}
 BAD_ROWS: dict[str, tuple[Any, str]] = {
     "no known column": ({"question": "a", "answer": "b"}, "missing keys: has 'question', 'answer'"),
     "nothing in it": ({}, "missing keys: has none"),
-    "a number": (7, "a int, not an object"),
-    "a string": ("hello", "a str, not an object"),
-    "a list": (["hello"], "a list, not an object"),
+    "a number": (7, "the row is a int, not an object"),
+    "a string": ("hello", "the row is a str, not an object"),
+    "a list": (["hello"], "the row is a list, not an object"),
     "null": (None, "not an object"),
     "no completion": ({"prompt": "Hi."}, "no `completion`"),
     "no prompt": ({"completion": "Hi."}, "no `prompt`"),
@@ -439,20 +443,20 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "a turn that is a string": ({"messages": ["hello"]}, "turn 1 is a str, not an object"),
     "no content": ({"messages": [{"role": "user"}]}, "turn 1 has no `content`"),
     "no role": ({"messages": [{"content": "Hi."}]}, "turn 1 has no `role`"),
-    "no sender": ({"conversations": [{"value": "Hi."}]}, "turn 1 has no `from`"),
-    "no value": ({"conversations": [{"from": "human"}]}, "turn 1 has no `value`"),
+    "no sender": ({"conversations": [{"value": "Hi."}]}, "turn 1 has no `role` or `from`"),
+    "no value": ({"conversations": [{"from": "human"}]}, "turn 1 has no `content` or `value`"),
     "null content": (chat(("user", "Hi."), ("assistant", None)), "turn 2 has no `content`"),
     "unknown role": (chat(("user", "Hi."), ("robot", "Hello.")), "turn 2 has the unknown role 'robot'"),
     "a role that is a list": (chat((["user"], "Hi.")), "turn 1 has the unknown role ['user']"),
-    "empty message": (chat(("user", "Hi."), ("assistant", "")), "`content` of turn 2 is empty"),
-    "blank message": (chat(("user", " \n"), ("assistant", "Hi.")), "`content` of turn 1 is empty"),
+    "empty message": (chat(("user", "Hi."), ("assistant", "")), "the content of turn 2 is empty"),
+    "blank message": (chat(("user", " \n"), ("assistant", "Hi.")), "the content of turn 1 is empty"),
     "an image in the content": (
         chat(("user", [{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": "x"}}])),
-        "`content` of turn 1 has a part of type 'image_url': only text can be used",
+        "the content of turn 1 has a part of type 'image_url': only text can be used",
     ),
-    "a list of strings as content": (chat(("user", ["Hi."])), "`content` of turn 1 has a part of type 'str'"),
-    "empty parts": (chat(("user", [])), "`content` of turn 1 is empty"),
-    "content that is a number": (chat(("user", 12)), "`content` of turn 1 is a int, not a string"),
+    "a list of strings as content": (chat(("user", ["Hi."])), "the content of turn 1 has a part of type 'str'"),
+    "empty parts": (chat(("user", [])), "the content of turn 1 is empty"),
+    "content that is a number": (chat(("user", 12)), "the content of turn 1 is a int, not a string"),
     "two users in a row": (chat(("user", "Hi."), ("user", "Hello?")), "two user turns in a row: turns 1 and 2"),
     "two answers in a row": (
         chat(("user", "Hi."), ("assistant", "a"), ("assistant", "b")),

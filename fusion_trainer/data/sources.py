@@ -1,0 +1,100 @@
+"""Chat data in files, folders and on the Hub → rows.
+
+``datasets`` reads them, except JSON and JSONL: there it turns an answer like "2024-03-05" into a timestamp and
+names no line when a file is broken, so those two are read line by line.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fusion_trainer.data.conversations import COLUMNS, CONTENT_KEYS, Source
+from varm_common.errors import UserError
+from varm_common.files import sha256_of
+
+__all__ = ["open_source"]
+
+
+def open_source(data: str, *, name: str | None = None, split: str = "train") -> Source:
+    """Open a JSON, JSONL or Parquet file, a folder with a dataset, or a dataset of the Hub.
+
+    Args:
+        data: A path or a Hub id.
+        name: The configuration of a Hub dataset that has several.
+        split: The split of a folder or Hub dataset.
+
+    Raises:
+        UserError: There is no such file or dataset, or ``datasets`` cannot read it.
+    """
+    path = Path(data)
+    if path.suffix in (".json", ".jsonl", ".parquet") and not path.is_file():
+        there = sorted(other.name for other in path.parent.glob(f"*{path.suffix}"))
+        beside = f"; beside it are {', '.join(there[:5])}" if there else ""
+        raise UserError(f"no file `{path}`{beside}")
+    if path.suffix in (".json", ".jsonl"):
+        return Source(sha256_of(path), lambda: _json_rows(path))
+    dataset = _load(path, name, split)
+    used = {name: kind for name, kind in (dataset.features or {}).items() if name in COLUMNS}
+    if any(map(_reads_timestamps, used.values())):
+        raise UserError(
+            f"{data}: `datasets` has read strings as timestamps ({used}); give the dataset's JSON "
+            "files by their paths, or a Parquet file whose columns are strings"
+        )
+
+    def rows() -> Iterator[tuple[str, Any]]:
+        for number, row in enumerate(dataset, 1):
+            yield f"{path.name}, row {number}", _without_nulls(row)
+
+    return Source(sha256_of(path) if path.is_file() else str(dataset._fingerprint), rows)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """A JSON array, or JSON Lines as bytes, whatever the name; an object over many lines is one row."""
+    with path.open("rb") as file:
+        lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in file)
+        first = next((line for line in lines if line), b"")
+    if first.startswith(b"[") or first == b"{":
+        try:
+            rows = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path.name} is not JSON: {error}") from error
+        for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+            yield f"{path.name}, row {number}", row
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"{path.name}, line {number}", line
+
+
+def _load(path: Path, name: str | None, split: str) -> Any:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    failures = (OSError, ValueError, KeyError, StopIteration, HfHubHTTPError, datasets.exceptions.DatasetsError)
+    try:
+        if path.suffix == ".parquet":
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        if (path.is_dir() and (path / "state.json").is_file()) or (path / "dataset_dict.json").is_file():
+            saved = datasets.load_from_disk(str(path))
+            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        return datasets.load_dataset(str(path), name, split=split)
+    except failures as error:
+        kind = "folder" if path.is_dir() else "file" if path.exists() else "Hub dataset, and no file or folder"
+        raise UserError(f"cannot read the {kind} `{path}`: {error or type(error).__name__}") from error
+
+
+def _reads_timestamps(kind: Any) -> bool:
+    """Whether a column's strings, or the contents of its turns, have become timestamps."""
+    kind = getattr(kind, "feature", kind)
+    if isinstance(kind, Mapping):
+        return any(_reads_timestamps(kind[key]) for key in CONTENT_KEYS if key in kind)
+    return "timestamp" in str(getattr(kind, "dtype", ""))
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the keys that are null: a table gives every object the keys of all others."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
