@@ -168,7 +168,7 @@ def extract(config: Path | None, **flags: Any) -> None:
     """
     from accelerate import PartialState
 
-    from fusion_trainer.data.readers import of_template
+    from fusion_trainer.data.readers import template_notes
     from fusion_trainer.representations.extract import extract as run
 
     start = time.monotonic()
@@ -181,7 +181,7 @@ def extract(config: Path | None, **flags: Any) -> None:
         )
         if cut := store.manifest["cut_tokens"]:
             click.echo(f"{cut:,} tokens lie beyond the model's context and have no distribution")
-        for line in of_template(store.manifest):
+        for line in template_notes(store.manifest):
             click.echo(line)
 
 

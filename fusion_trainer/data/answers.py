@@ -1,9 +1,9 @@
-"""The answers in a text: where their content and their ends lie, and which answer's byte a position predicts.
+"""The answers in a text: where they are, and which byte of which answer a position predicts.
 
-Every model reads a conversation in its own template, so texts differ, and only the content of the answers is the
+Every model reads a conversation in its own template. The texts differ; only the contents of the answers are the
 same bytes in all of them. A position is therefore named by what it predicts: byte c of answer a, or the end of
-answer a. Positions of two models correspond where their names are equal: then both have read the same bytes of
-the same answer.
+answer a. Positions of two models correspond if their names are equal: then both have read the same bytes of the
+same answer.
 """
 
 from collections.abc import Sequence
@@ -62,20 +62,18 @@ def whole_text(size: int) -> Answer:
     return Answer(0, 0, ((0, size, 0),), size, size, closed=False)
 
 
-def supervised_spans(answers: Sequence[Answer]) -> list[Span]:
-    """What a model learns to write: each answer from its opening to its end."""
-    return [(answer.open, answer.end) for answer in answers]
+def supervised_spans(answers: Sequence[Answer]) -> tuple[Span, ...]:
+    """The bytes that a model learns to write: each answer from its opening to its end."""
+    return tuple((answer.open, answer.end) for answer in answers)
 
 
-def comparable_spans(answers: Sequence[Answer]) -> list[Span]:
-    """What a model is queried for: the content of each answer, and its end where that can be compared."""
-    spans: list[Span] = []
-    for answer in answers:
-        if not answer.pieces:
-            continue
-        last = answer.end if answer.closed else answer.pieces[-1][1]
-        spans.append((answer.pieces[0][0], last))
-    return spans
+def comparable_spans(answers: Sequence[Answer]) -> tuple[Span, ...]:
+    """The bytes that a model is queried for: each answer's content, and its end where that can be compared."""
+    return tuple(
+        (answer.pieces[0][0], answer.end if answer.closed else answer.pieces[-1][1])
+        for answer in answers
+        if answer.pieces
+    )
 
 
 @dataclass(frozen=True)
@@ -83,12 +81,12 @@ class Places:
     """What each position of a tokenised text predicts.
 
     Attributes:
-        turn: int32 [positions], the answer's turn; −1 for a position whose next token is of no answer.
-        begins: int32 [positions], the byte of the answer's content at which the next token begins; ``END`` where
+        turn: int32 [positions], the answer's turn; −1 if the next token belongs to no answer.
+        begins: int32 [positions], the byte of the answer's content at which the next token begins; ``END`` if
             the next token is the whole marker of the answer's end; −1 for none.
-        place: The same, but −1 for positions that have not read up to there: of tokens with one end only the last
-            has.
-        lead: Positions whose next token begins before the content, and what of the text it takes from there.
+        place: The same, but −1 for positions that have not read up to there: of tokens with the same end only the
+            last has.
+        lead: Positions whose next token begins before the content → the bytes before the content in that token.
     """
 
     turn: NDArray[np.int32]
@@ -102,8 +100,8 @@ class Places:
 
     def end(self, turn: int) -> int | None:
         """The position that predicts the answer's end."""
-        found = np.flatnonzero((self.turn == turn) & (self.place == END))
-        return int(found[0]) if len(found) else None
+        ends = np.flatnonzero((self.turn == turn) & (self.place == END))
+        return int(ends[0]) if len(ends) else None
 
 
 def places(tokens: Tokens, text: bytes, answers: Sequence[Answer]) -> Places:

@@ -1,13 +1,16 @@
-"""Conversations cut into blocks of the pivot's length.
+"""Conversations → blocks of at most ``max_length`` tokens of the pivot.
 
-A block begins with the system turn and holds as many exchanges as fit. Every block is rendered on its own."""
+A block of a dialogue begins with the system turn and holds as many exchanges as fit (paper, appendix A). Every
+block is rendered on its own. Only an exchange that is too long alone is cut, and counted. Short documents of plain
+text are packed into one block; a long one is cut into pieces.
+"""
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, islice
+from itertools import islice, pairwise, takewhile
 from typing import Any
 
 import numpy as np
@@ -20,7 +23,7 @@ from fusion_trainer.data.templates import Rendered, Template, TemplateError, fin
 from fusion_trainer.text.tokenizer import Span, TextTokenizer, Tokens, supervised_positions
 from varm_common.errors import UserError, listed
 
-__all__ = ["NOT_OF_THE_CONTENT", "SCHEMA", "Block", "Preparation"]
+__all__ = ["NOT_IN_FINGERPRINT", "SCHEMA", "Block", "Preparation"]
 
 ANSWER = pa.struct(
     [
@@ -42,10 +45,9 @@ SCHEMA = pa.schema(
     ]
 )
 CONVERSATIONS_AT_ONCE = 256
-NOT_OF_THE_CONTENT = ("source", "tokens")
-"""Columns that do not enter the fingerprint."""
-DOCUMENTS_APART = "\n\n"
-"""What stands between two documents packed into one block."""
+NOT_IN_FINGERPRINT = ("source", "tokens")
+"""Columns that say nothing about the content."""
+BETWEEN_DOCUMENTS = "\n\n"
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,11 @@ class Block:
         block: Which of its blocks.
         source: File and row.
         text: As the pivot reads it.
-        answers: Where the answers to be learnt are in ``text``; the third number of a piece counts bytes of the
-            answer in ``messages``.
-        tokens: Of the pivot, with BOS.
+        answers: The answers to be learnt in ``text``, and which bytes of the contents in ``messages`` they are.
+        tokens: Number of the pivot's tokens, with BOS.
         bos: Bytes of BOS at the head of ``text``.
         messages: The turns, as other models are to render them; none for plain text.
-        tools: What a template is given under this name.
+        tools: The functions that the chat template is given, as JSON schemas.
     """
 
     conversation: str
@@ -78,7 +79,7 @@ class Block:
     @property
     def spans(self) -> tuple[Span, ...]:
         """The supervised bytes of ``text``."""
-        return tuple(supervised_spans(self.answers))
+        return supervised_spans(self.answers)
 
     def without_bos(self) -> "Block":
         """The block as another model than the pivot reads it."""
@@ -87,13 +88,9 @@ class Block:
 
     def as_row(self) -> dict[str, Any]:
         """The block as a row of ``SCHEMA``."""
-        turns = {"messages": [asdict(message) for message in self.messages], "tools": self.tools}
-        columns = {name: getattr(self, name) for name in SCHEMA.names if name != "turns"}
-        return {
-            **columns,
-            "answers": [asdict(answer) for answer in self.answers],
-            "turns": json.dumps(turns, ensure_ascii=False) if self.messages else "",
-        }
+        row = asdict(self)
+        turns = {"messages": row.pop("messages"), "tools": row.pop("tools")}
+        return {**row, "turns": json.dumps(turns, ensure_ascii=False) if self.messages else ""}
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Block":
@@ -113,7 +110,7 @@ class Preparation:
     Attributes:
         tokenizer: The pivot's.
         template: None for data without turns; otherwise the tokenizer's own.
-        max_length: Tokens of the pivot, BOS among them.
+        max_length: Tokens of the pivot, with BOS.
         packing: Put several short documents of plain text into one block.
         skipped: If given, conversations that cannot be used are counted here (by ``conversations`` too) instead of
             being an error.
@@ -136,20 +133,12 @@ class Preparation:
         """
         iterator = iter(conversations)
         while some := list(islice(iterator, CONVERSATIONS_AT_ONCE)):
-            documents = [c for c in some if c.text is not None]
-            dialogues = [c for c in some if c.text is None]
             self.report.conversations += len(some)
-            for block in [*self._of_dialogues(dialogues), *self._of_documents(documents)]:
-                self._count(block)
-                yield block
-        self._judge()
+            yield from self._dialogues([c for c in some if c.text is None])
+            yield from self._documents([c for c in some if c.text is not None])
+        self._check_report()
 
-    def _count(self, block: Block) -> None:
-        self.report.blocks += 1
-        self.report.tokens += block.tokens
-        self.report.lengths[1 << (block.tokens - 1).bit_length()] += 1
-
-    def _judge(self) -> None:
+    def _check_report(self) -> None:
         report = self.report
         skipped = self.skipped or Counter()
         report.dropped.update(skipped)
@@ -167,22 +156,55 @@ class Preparation:
                 f"only {report.kept} of {report.conversations} conversations can be learned from: {reasons}"
             )
 
+    def _block(
+        self,
+        conversation: Conversation,
+        number: int,
+        rendered: Rendered,
+        tokens: Tokens,
+        messages: Sequence[Message] = (),
+    ) -> list[Block]:
+        """A block, counted; none if no token of it is supervised."""
+        report = self.report
+        report.folded += rendered.folded
+        report.left_out.update(rendered.left_out)
+        supervised = len(supervised_positions(tokens, rendered.spans))
+        if not supervised:
+            return []
+        report.blocks += 1
+        report.tokens += len(tokens)
+        report.supervised_tokens += supervised
+        report.lengths[1 << (len(tokens) - 1).bit_length()] += 1
+        answers, turns = _as_rendered(rendered, messages)
+        block = Block(
+            conversation.id,
+            number,
+            conversation.where,
+            rendered.text,
+            answers,
+            len(tokens),
+            rendered.bos,
+            turns,
+            conversation.tools,
+        )
+        return [block]
+
     # Dialogues
 
-    def _of_dialogues(self, conversations: Sequence[Conversation]) -> Iterator[Block]:
-        rendered = [(c, messages, r) for c in conversations for messages, r in [self._rendered(c)] if r]
+    def _dialogues(self, conversations: Sequence[Conversation]) -> Iterator[Block]:
+        rendered = [whole for conversation in conversations for whole in self._rendered(conversation)]
         texts = self.tokenizer.encode([whole.text for _, _, whole in rendered])
         for (conversation, messages, whole), tokens in zip(rendered, texts, strict=True):
             if len(tokens) <= self.max_length:
-                made = self._block(conversation, 0, messages, whole, tokens)
-                blocks = [made] if made else []
+                blocks = self._block(conversation, 0, whole, tokens, messages)
             else:
-                counted = deepcopy(self.report)
+                before = deepcopy(self.report)
                 try:
-                    blocks = list(self._split(conversation, messages))
+                    blocks = self._split(conversation, messages)
                 except TemplateError as error:
-                    self.report = counted
-                    self._refused(conversation, error)
+                    self.report = before
+                    between = f"longer than {self.max_length} tokens, and split between its turns {error}"
+                    self._refused(conversation, between)
                     continue
             if blocks:
                 self.report.kept += 1
@@ -190,8 +212,8 @@ class Preparation:
                 self.report.dropped["no supervised token"] += 1
             yield from blocks
 
-    def _rendered(self, conversation: Conversation) -> tuple[list[Message], Any]:
-        """The turns up to the last answer, and their rendering; None where there is nothing to render."""
+    def _rendered(self, conversation: Conversation) -> Iterator[tuple[Conversation, list[Message], Rendered]]:
+        """A conversation, its turns up to the last answer, and their rendering; nothing if that is impossible."""
         messages = list(conversation.messages)
         self.report.turns += len(messages)
         while messages and messages[-1].role != "assistant":
@@ -199,181 +221,151 @@ class Preparation:
             self.report.open_turns += 1
         if not messages:
             self.report.dropped["no answer in it"] += 1
-            return messages, None
+            return
         if self.template is None:
             self.template = find_template(None, self.tokenizer.tokenizer, self.tokenizer.name)
         try:
-            return messages, self.template.render(messages, conversation.tools)
+            yield conversation, messages, self.template.render(messages, conversation.tools)
         except TemplateError as error:
-            self._refused(conversation, error)
-            return messages, None
+            self._refused(conversation, str(error))
 
-    def _refused(self, conversation: Conversation, error: TemplateError) -> None:
+    def _refused(self, conversation: Conversation, problem: str) -> None:
         if self.skipped is not None:
             self.skipped["the template refuses it"] += 1
         else:
-            self._problems.append(f"{conversation.where}: {error}")
+            self._problems.append(f"{conversation.where}: {problem}")
 
-    def _split(self, conversation: Conversation, messages: Sequence[Message]) -> Iterator[Block]:
+    def _split(self, conversation: Conversation, messages: Sequence[Message]) -> list[Block]:
         """As many exchanges as fit into each block, every block rendered on its own."""
         system, exchanges = _exchanges(messages)
-        number = first = 0
-        while first < len(exchanges):
-            last = first + 1
-            turns = [*system, *exchanges[first]]
-            rendered, tokens = self._render(conversation, turns)
-            while last < len(exchanges):
-                more = [*system, *chain(*exchanges[first : last + 1])]
-                longer = self._render(conversation, more)
-                if len(longer[1]) > self.max_length:
+        blocks: list[Block] = []
+        while exchanges:
+            turns = [*system, *exchanges.pop(0)]
+            rendered, tokens = self._render(turns, conversation.tools)
+            while exchanges:
+                more = [*turns, *exchanges[0]]
+                longer, more_tokens = self._render(more, conversation.tools)
+                if len(more_tokens) > self.max_length:
                     break
-                turns, (rendered, tokens) = more, longer
-                last += 1
+                turns, rendered, tokens = more, longer, more_tokens
+                exchanges.pop(0)
             if len(tokens) > self.max_length:
                 rendered, tokens = self._cut(rendered, tokens)
-            made = self._block(conversation, number, turns, rendered, tokens)
-            if made:
-                yield made
-                number += 1
-            first = last
+            blocks += self._block(conversation, len(blocks), rendered, tokens, turns)
+        return blocks
 
-    def _render(self, conversation: Conversation, messages: Sequence[Message]) -> tuple[Rendered, Tokens]:
+    def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[Rendered, Tokens]:
         assert self.template is not None
-        try:
-            rendered = self.template.render(messages, conversation.tools)
-        except TemplateError as error:
-            raise TemplateError(
-                f"longer than {self.max_length} tokens, and split between its turns {error}"
-            ) from error
+        rendered = self.template.render(messages, tools)
         return rendered, self.tokenizer.encode([rendered.text])[0]
 
     def _cut(self, rendered: Rendered, tokens: Tokens) -> tuple[Rendered, Tokens]:
-        """The head of a text that fits, between two characters."""
-        text, before = rendered.text, len(tokens)
-        length = self.max_length
-        while len(tokens) > self.max_length and length:
-            stop = int(tokens.ends[length - 1])
-            shorter = _head(text.encode()[:stop])
-            again = self.tokenizer.encode([shorter])[0]
-            if len(again) <= self.max_length:
-                text, tokens = shorter, again
-            length -= min(length, max(1, len(again) - self.max_length))
+        text, fitting = self._head(rendered.text.encode(), 0, tokens)
         self.report.cut_turns += 1
-        self.report.cut_tokens += before - len(tokens)
+        self.report.cut_tokens += len(tokens) - len(fitting)
         size = len(text.encode())
         answers = tuple(answer.cut(size) for answer in rendered.answers if answer.open < size)
-        return replace(rendered, text=text, answers=answers), tokens
+        return replace(rendered, text=text, answers=answers), fitting
 
-    def _block(
-        self,
-        conversation: Conversation,
-        number: int,
-        messages: Sequence[Message],
-        rendered: Rendered,
-        tokens: Tokens,
-    ) -> Block | None:
-        supervised = len(supervised_positions(tokens, rendered.spans))
-        self.report.folded += rendered.folded
-        self.report.left_out.update(rendered.left_out)
-        if not supervised:
-            return None
-        self.report.supervised_tokens += supervised
-        answers, turns = _as_rendered(rendered, messages)
-        whose = conversation.id, number, conversation.where
-        return Block(*whose, rendered.text, answers, len(tokens), rendered.bos, turns, conversation.tools)
+    def _head(self, raw: bytes, start: int, tokens: Tokens) -> tuple[str, Tokens]:
+        """What fits into a block of a text from byte ``start`` on, cut between two characters; and its tokens.
+
+        Args:
+            raw: The whole text.
+            start: Where a character begins.
+            tokens: The tokens of the whole text.
+        """
+        before_text, before = np.searchsorted(tokens.ends, [0, start], "right").tolist()
+        room = max(1, self.max_length - before_text)
+        while True:
+            last = before + room - 1
+            stop = len(raw) if last >= len(tokens) else int(tokens.ends[last])
+            head = raw[start:stop].decode(errors="ignore") or raw[start : start + 4].decode(errors="ignore")[:1]
+            again = self.tokenizer.encode([head])[0]
+            if len(again) <= self.max_length or room == 1:
+                return head, again
+            room = max(1, room - (len(again) - self.max_length))
 
     # Documents of plain text, all of which is supervised
 
-    def _of_documents(self, documents: Sequence[Conversation]) -> Iterator[Block]:
-        whole = self.tokenizer.encode([document.text or "" for document in documents])
-        waiting: list[tuple[Conversation, str]] = []
+    def _documents(self, documents: Sequence[Conversation]) -> Iterator[Block]:
+        texts = self.tokenizer.encode([document.text or "" for document in documents])
+        waiting: list[Conversation] = []
         room = self.max_length
-        for document, tokens in zip(documents, whole, strict=True):
-            text = document.text or ""
+        for document, tokens in zip(documents, texts, strict=True):
             if len(tokens) < 2:
                 self.report.dropped["no supervised token"] += 1
                 continue
             self.report.kept += 1
-            if len(tokens) > self.max_length:
+            fits = len(tokens) <= self.max_length
+            size = len(tokens) + len(BETWEEN_DOCUMENTS)
+            if waiting and (not fits or not self.packing or size > room):
                 yield from self._packed(waiting)
                 waiting, room = [], self.max_length
-                yield from self._pieces(document, text, tokens)
-                continue
-            if waiting and (not self.packing or len(tokens) + 2 > room):
-                yield from self._packed(waiting)
-                waiting, room = [], self.max_length
-            waiting.append((document, text))
-            room -= len(tokens) + 2
+            if fits:
+                waiting.append(document)
+                room -= size
+            else:
+                yield from self._pieces(document, tokens)
         yield from self._packed(waiting)
 
-    def _packed(self, waiting: Sequence[tuple[Conversation, str]]) -> Iterator[Block]:
-        """Short documents as one block; as one each where together they are longer than they were apart."""
-        if not waiting:
+    def _packed(self, documents: Sequence[Conversation]) -> Iterator[Block]:
+        """Short documents as one block; as one each if together they have more tokens than apart."""
+        if not documents:
             return
-        text = DOCUMENTS_APART.join(text for _, text in waiting)
+        text = BETWEEN_DOCUMENTS.join(document.text or "" for document in documents)
         tokens = self.tokenizer.encode([text])[0]
-        if len(tokens) > self.max_length and len(waiting) > 1:
-            for one in waiting:
-                yield from self._packed([one])
+        if len(tokens) <= self.max_length or len(documents) == 1:
+            yield from self._block(documents[0], 0, _plain(text), tokens)
             return
-        made = self._block(waiting[0][0], 0, (), Rendered(text, (whole_text(len(text.encode())),)), tokens)
-        if made:
-            yield made
+        for document in documents:
+            yield from self._packed([document])
 
-    def _pieces(self, whole: Conversation, text: str, tokens: Tokens) -> Iterator[Block]:
-        raw, start, number = text.encode(), 0, 0
-        most = room = max(1, self.max_length - len(self.tokenizer.prefix))
+    def _pieces(self, document: Conversation, tokens: Tokens) -> Iterator[Block]:
+        """A long document in blocks that together are its text."""
+        raw, start, number = (document.text or "").encode(), 0, 0
         while start < len(raw):
-            last = int(np.searchsorted(tokens.ends, start, "right")) + room - 1
-            stop = len(raw) if last >= len(tokens) else int(tokens.ends[last])
-            head = _head(raw[start:stop]) or _head(raw[start : start + 4])[:1]
-            piece = self.tokenizer.encode([head])[0]
-            if len(piece) > self.max_length and room > 1:
-                room = max(1, room - (len(piece) - self.max_length))
-                continue
-            size = len(head.encode())
-            made = self._block(whole, number, (), Rendered(head, (whole_text(size),)), piece)
-            if made:
-                yield made
-                number += 1
-            start, room = start + size, most
+            head, piece = self._head(raw, start, tokens)
+            made = self._block(document, number, _plain(head), piece)
+            yield from made
+            number += len(made)
+            start += len(head.encode())
+
+
+def _plain(text: str) -> Rendered:
+    return Rendered(text, (whole_text(len(text.encode())),))
 
 
 def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """The system turns at the head, and the rest in pieces that end with an answer no tool turn follows."""
-    head = 0
-    while head < len(messages) and messages[head].role == "system":
-        head += 1
+    """The system turns at the head, and the rest in pieces that end with an answer that no tool turn follows."""
+    head = list(takewhile(lambda message: message.role == "system", messages))
     pieces: list[list[Message]] = [[]]
-    for message, following in zip(messages[head:], [*messages[head + 1 :], None], strict=True):
+    for message, following in pairwise([*messages[len(head) :], None]):
+        assert message is not None
         pieces[-1].append(message)
         if message.role == "assistant" and following and following.role != "tool":
             pieces.append([])
-    return list(messages[:head]), pieces
+    return head, pieces
 
 
 def _as_rendered(
     rendered: Rendered, messages: Sequence[Message]
 ) -> tuple[tuple[Answer, ...], tuple[Message, ...]]:
     """The answers and the turns, the content of each answer being what the template kept of it."""
-    raw, answers, turns = rendered.text.encode(), [], list(messages)
+    answers, turns = [], list(messages)
     for answer in rendered.answers:
-        parts, pieces, done = [], [], 0
+        pieces, done = [], 0
         for start, stop, _ in answer.pieces:
             pieces.append((start, stop, done))
-            parts.append(raw[start:stop])
             done += stop - start
         answers.append(replace(answer, pieces=tuple(pieces)))
         if turns and pieces:
-            turns[answer.turn] = replace(turns[answer.turn], content=b"".join(parts).decode(errors="ignore"))
+            raw = rendered.text.encode()
+            content = b"".join(raw[start:stop] for start, stop, _ in pieces).decode(errors="ignore")
+            turns[answer.turn] = replace(turns[answer.turn], content=content)
     for number in set(rendered.contents) - {answer.turn for answer in answers}:  # rendered, not learnt
         turns[number] = replace(turns[number], content=rendered.contents[number])
     for number in rendered.silent:
         extra = {key: value for key, value in turns[number].extra.items() if key != "reasoning_content"}
         turns[number] = replace(turns[number], extra=extra)
     return tuple(answers), tuple(turns)
-
-
-def _head(raw: bytes) -> str:
-    """The characters that lie whole within UTF-8 that may be cut."""
-    return raw.decode(errors="ignore")

@@ -1,11 +1,11 @@
 """How one model reads the blocks of the dialogues: the pivot as they are, a source in its own template.
 
-A source reads the same answers in other words around them. What is compared with the pivot is the content of an
-answer as far as both have it, and its end where both close it right after the content.
+A source reads the same answers with other text around them. Two things are compared with the pivot: the content
+of an answer as far as both have it, and its end if both close it right after the content.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,15 @@ from typing import Any
 from fusion_trainer.data.answers import Answer, comparable_spans
 from fusion_trainer.data.blocks import Block
 from fusion_trainer.data.conversations import Message
+from fusion_trainer.data.report import left_out_by_kind
 from fusion_trainer.data.templates import BUILT_IN, OWN, PIVOT, Template, TemplateError, find_template
 from fusion_trainer.text.tokenizer import Span, TextTokenizer
 from varm_common.errors import UserError
 
-__all__ = [
-    "DIALOGUES",
-    "OWN",
-    "PIVOT",
-    "Reader",
-    "Reading",
-    "end_ids",
-    "of_template",
-    "reader_of_store",
-    "source_reader",
-]
+__all__ = ["DIALOGUES", "Reader", "Reading", "end_ids", "reader_of_store", "source_reader", "template_notes"]
 
 DIALOGUES = "dialogues"
-"""How the pivot reads them: as they are."""
-
-
+"""The way of the pivot: it reads the blocks as they are."""
 LEFT_OUT = "left_out_"
 
 
@@ -57,9 +46,9 @@ class Reader:
 
     Attributes:
         tokenizer: The model's.
-        way: ``dialogues`` for the pivot, ``pivot`` or ``own``.
-        template: With ``own``: how conversations are rendered; None where nothing but plain text is read.
-        counts: What became of the blocks read so far.
+        way: ``dialogues`` for the pivot; for a source ``pivot`` (it reads the pivot's text) or ``own``.
+        template: With ``own``: how conversations are rendered; None if there is nothing but plain text.
+        counts: Blocks that were refused, system turns that were moved, bytes and turns that were left out.
     """
 
     tokenizer: TextTokenizer
@@ -69,7 +58,7 @@ class Reader:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a store says of how its model read the dialogues."""
+        """The part of a store's identity that says how its model read the dialogues."""
         if self.template is None or self.way != OWN:
             return {"reading": self.way, "jinja": None}
         with_tools = {"jinja_with_tools": self.template.with_tools} if self.template.with_tools else {}
@@ -80,7 +69,8 @@ class Reader:
         if self.way == DIALOGUES:
             return Reading(block.text, block.answers, block.spans)
         if self.way == PIVOT or not block.messages:
-            return self._as_the_pivot_s(block)
+            block = block.without_bos()
+            return self._reading(block.text, block.answers)
         assert self.template is not None
         try:
             rendered = self.template.render(block.messages, block.tools)
@@ -90,30 +80,27 @@ class Reader:
         self.counts["folded"] += rendered.folded
         self.counts.update({f"{LEFT_OUT}{kind}": size for kind, size in rendered.left_out.items()})
         theirs = {answer.turn: answer for answer in rendered.answers}
-        answers = tuple(
+        answers = [
             _compared(theirs[own.turn], own, block.messages[own.turn], own.turn in rendered.silent)
             for own in block.answers
             if own.turn in theirs
+        ]
+        return self._reading(rendered.text, answers)
+
+    def _reading(self, text: str, answers: Iterable[Answer]) -> Reading:
+        """A reading in which no answer has a marker for which this model has no token."""
+        raw, added = text.encode(), self.tokenizer.tokenizer.get_added_vocab()
+        known = tuple(
+            answer
+            if raw[answer.mark : answer.end].decode() in added
+            else replace(answer, end=answer.mark, closed=False)
+            for answer in answers
         )
-        answers = tuple(self._without_spelled(answer, rendered.text) for answer in answers)
-        return Reading(rendered.text, answers, tuple(comparable_spans(answers)))
-
-    def _as_the_pivot_s(self, block: Block) -> Reading:
-        """The pivot's text without its BOS."""
-        block = block.without_bos()
-        answers = tuple(self._without_spelled(answer, block.text) for answer in block.answers)
-        return Reading(block.text, answers, tuple(comparable_spans(answers)))
-
-    def _without_spelled(self, answer: Answer, text: str) -> Answer:
-        """The answer without its marker where this model has no token for it."""
-        marker = text.encode()[answer.mark : answer.end].decode()
-        if marker in self.tokenizer.tokenizer.get_added_vocab():
-            return answer
-        return replace(answer, end=answer.mark, closed=False)
+        return Reading(text, known, comparable_spans(known))
 
 
 def _compared(answer: Answer, own: Answer, message: Message, silent: bool) -> Answer:
-    """The answer with the pieces that both models have read up to; none where its reasoning is not rendered."""
+    """The answer with the pieces up to which both models have read the same; none if its reasoning is missing."""
     if not own.pieces or silent:
         return replace(answer, pieces=(), closed=False)
     content = message.content.encode()
@@ -128,8 +115,8 @@ def _compared(answer: Answer, own: Answer, message: Message, silent: bool) -> An
     return replace(answer, pieces=tuple(pieces), closed=answer.closed and own.closed and whole)
 
 
-def of_template(counts: Mapping[str, Any]) -> Iterator[str]:
-    """What a source's template did to the conversations, for the user.
+def template_notes(counts: Mapping[str, Any]) -> Iterator[str]:
+    """Sentences for the user about what a source's template did to the conversations.
 
     Args:
         counts: A store's manifest.
@@ -137,12 +124,10 @@ def of_template(counts: Mapping[str, Any]) -> Iterator[str]:
     if refused := counts.get("refused"):
         yield f"{refused:,} blocks are refused by the source's template: it has no distributions there"
     if folded := counts.get("folded"):
-        yield f"{folded:,} system turns stand before the first user turn: the source's template has none"
-    for name in sorted(counts):
-        kind = name.removeprefix(LEFT_OUT)
-        if name.startswith(LEFT_OUT) and f"{name}, turns" in counts:
-            turns = counts[f"{name}, turns"]
-            yield f"{counts[name]:,} bytes of {kind} in {turns:,} turns are left out by the source's template"
+        yield f"{folded:,} system turns are before the first user turn: the source's template has none"
+    left_out = {name.removeprefix(LEFT_OUT): counts[name] for name in counts if name.startswith(LEFT_OUT)}
+    for kind, size, turns in left_out_by_kind(left_out):
+        yield f"{size:,} bytes of {kind} in {turns:,} turns are left out by the source's template"
 
 
 def source_reader(choice: str, tokenizer: TextTokenizer, chats: bool = True) -> Reader:
@@ -151,7 +136,7 @@ def source_reader(choice: str, tokenizer: TextTokenizer, chats: bool = True) -> 
     Args:
         choice: ``own``, ``pivot``, a built-in template's name or a Jinja file.
         tokenizer: The source's.
-        chats: Whether there is more to read than plain text.
+        chats: Whether the data has conversations, not only plain text.
 
     Raises:
         UserError: There is no such template.
@@ -181,19 +166,19 @@ def reader_of_store(identity: Mapping[str, Any], tokenizer: TextTokenizer) -> Re
 
 
 def end_ids(reader: Reader, folder: Path) -> list[int]:
-    """Every id that ends a turn of the model: its template's, its generation config's, its tokenizer's.
+    """Every id that ends a turn of the model: by its template, its generation config and its tokenizer.
 
     Args:
-        reader: How it reads.
-        folder: The model's.
+        reader: How the model reads.
+        folder: The model's folder.
     """
     from transformers import GenerationConfig
 
     try:
-        named = GenerationConfig.from_pretrained(folder).eos_token_id
+        configured = GenerationConfig.from_pretrained(folder).eos_token_id
     except (OSError, ValueError, TypeError):
-        named = None
-    of_config = named if isinstance(named, list) else [named]
-    own = reader.template.end_ids if reader.template else []
-    found = dict.fromkeys([*own, *of_config, reader.tokenizer.tokenizer.eos_token_id])
-    return [token for token in found if token is not None and token in reader.tokenizer.vocabulary]
+        configured = None
+    ends = reader.template.end_ids if reader.template else []
+    ends = [*ends, *(configured if isinstance(configured, list) else [configured])]
+    ends.append(reader.tokenizer.tokenizer.eos_token_id)
+    return [end for end in dict.fromkeys(ends) if end in reader.tokenizer.vocabulary]

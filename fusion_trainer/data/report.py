@@ -1,21 +1,18 @@
-"""What became of the conversations while dialogues were prepared."""
+"""The counts that ``prepare`` prints and keeps."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = [
-    "Report",
-]
+__all__ = ["Report", "left_out_by_kind"]
 
 COUNTERS = ("dropped", "left_out", "unused")
-"""Of a report."""
 
 
 @dataclass
 class Report:
-    """What became of the data; all numbers of tokens are the pivot's.
+    """What happened to the data. All numbers of tokens are the pivot's.
 
     Attributes:
         dropped: Conversations left out, by reason.
@@ -54,33 +51,33 @@ class Report:
         return {**plain, "lengths": {str(bound): self.lengths[bound] for bound in sorted(self.lengths)}}
 
     def __str__(self) -> str:
-        lines = [
-            f"conversations      {self.conversations:>12,}  of which kept {self.kept:,}",
-            f"turns              {self.turns:>12,}  without an answer after them, left out {self.open_turns:,}",
-            f"blocks             {self.blocks:>12,}",
-            f"tokens             {self.tokens:>12,}",
-            f"supervised tokens  {self.supervised_tokens:>12,}",
-            f"answers cut        {self.cut_turns:>12,}  by {self.cut_tokens:,} tokens",
-            *(f"dropped            {number:>12,}  {reason}" for reason, number in sorted(self.dropped.items())),
-            *self._template_lines(),
-            *(
-                [f"keys not used      {', '.join(f'{key} ({n:,})' for key, n in self.unused.most_common())}"]
-                * bool(self.unused)
-            ),
-            "length of a block in tokens:",
+        columns = [
+            ("conversations", self.conversations, f"of which kept {self.kept:,}"),
+            ("turns", self.turns, f"without an answer after them, left out {self.open_turns:,}"),
+            ("blocks", self.blocks, ""),
+            ("tokens", self.tokens, ""),
+            ("supervised tokens", self.supervised_tokens, ""),
+            ("answers cut", self.cut_turns, f"by {self.cut_tokens:,} tokens"),
+            *(("dropped", number, reason) for reason, number in sorted(self.dropped.items())),
         ]
+        if self.folded:
+            columns.append(("system turns", self.folded, "put before the first user turn: the template has none"))
+        for kind, size, turns in left_out_by_kind(self.left_out):
+            what = f"bytes of {kind} in {turns:,} turns, left out by the template"
+            columns.append(("not rendered", size, what))
+        lines = [f"{name:<18} {number:>12,}  {what}".rstrip() for name, number, what in columns]
+        if self.unused:
+            keys = ", ".join(f"{key} ({number:,})" for key, number in self.unused.most_common())
+            lines.append(f"keys not used      {keys}")
+        lines.append("length of a block in tokens:")
         most = max(self.lengths.values(), default=1)
         for bound in sorted(self.lengths):
             bar = "█" * max(1, round(40 * self.lengths[bound] / most))
             lines.append(f"  ≤ {bound:<7,} {self.lengths[bound]:>9,}  {bar}")
         return "\n".join(lines)
 
-    def _template_lines(self) -> Iterator[str]:
-        if self.folded:
-            yield f"system turns       {self.folded:>12,}  put before the first user turn: the template has none"
-        for kind in sorted(self.left_out):
-            if kind.endswith(", turns"):
-                what = kind.removesuffix(", turns")
-                size, turns = self.left_out[what], self.left_out[kind]
-                lost = f"bytes of {what} in {turns:,} turns, left out by the template"
-                yield f"not rendered       {size:>12,}  {lost}"
+
+def left_out_by_kind(left_out: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    """Each kind of text that a template leaves out, its bytes and its turns, from ``Rendered.left_out``."""
+    kinds = sorted(key for key in left_out if f"{key}, turns" in left_out)
+    return [(kind, left_out[kind], left_out[f"{kind}, turns"]) for kind in kinds]

@@ -51,7 +51,7 @@ class Rendered:
     @property
     def spans(self) -> tuple[Span, ...]:
         """The supervised bytes of ``text``, ascending."""
-        return tuple(supervised_spans(self.answers))
+        return supervised_spans(self.answers)
 
 
 @dataclass(frozen=True)
