@@ -61,7 +61,7 @@ def _settings_as_flags(kind: type[BaseModel]) -> Callable[[Command], Command]:
                 flag += f"/--no-{name.replace('_', '-')}"
             elif get_origin(of[0]) is dict:
                 options |= {"multiple": True, "type": str, "metavar": "NAME=VALUE", "callback": _mapping}
-            elif get_origin(field.annotation) is list:
+            elif any(get_origin(part) is list for part in of):
                 options |= {"multiple": True, "type": str}
             else:
                 choices = [choice for part in of if get_origin(part) is Literal for choice in get_args(part)]
@@ -236,7 +236,9 @@ def train(config: Path | None, **flags: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON, as they stand in --output.")
 @talks()
 def evaluate(config: Path | None, as_json: bool, **flags: Any) -> None:
-    """Score a model on held-out dialogues: nats per byte and exact matches, by group of conversations.
+    """Score models on held-out dialogues: nats per byte and exact matches, by group of conversations.
+
+    Several models take several --model and as many --output, in the same order.
 
     \b
     Example:
@@ -245,18 +247,21 @@ def evaluate(config: Path | None, as_json: bool, **flags: Any) -> None:
     """
     from accelerate import PartialState
 
-    from fusion_trainer.training.evaluate import evaluate as run
+    from fusion_trainer.training.evaluate import evaluate_each
 
-    result = run(read_config(EvaluateConfig, config, _given(flags)))
+    results = evaluate_each(read_config(EvaluateConfig, config, _given(flags)))
     if not PartialState().is_main_process:
         return
     if as_json:
-        click.echo(json.dumps(result, indent=1))
+        click.echo(json.dumps(results if len(results) > 1 else results[0], indent=1))
         return
-    for name, of in result["groups"].items():
-        error = f" ± {of['nats_per_byte_error']:.4f}" if of["nats_per_byte_error"] is not None else ""
-        scores = f"{of['nats_per_byte']:.4f}{error} nats/byte  {of['exact_match']:.1%} matched"
-        click.echo(f"{name:24} {of['rows']:>7,} rows  {scores}")
+    for result in results:
+        if len(results) > 1:
+            click.echo(f"{result['model']}:")
+        for name, of in result["groups"].items():
+            error = f" ± {of['nats_per_byte_error']:.4f}" if of["nats_per_byte_error"] is not None else ""
+            scores = f"{of['nats_per_byte']:.4f}{error} nats/byte  {of['exact_match']:.1%} matched"
+            click.echo(f"{name:24} {of['rows']:>7,} rows  {scores}")
 
 
 @main.command("recipe")

@@ -257,10 +257,12 @@ class EvaluateConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = Field(description="Folder or Hub id of the model to score.")
+    model: str | list[str] = Field(
+        description="Folder or Hub id of the model to score. May be given several times."
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of the model.")
     dialogues: Path = Field(description="Prepared dialogues, held out: the same for all models compared.")
-    output: Path = Field(description="JSON file of the scores.")
+    output: Path | list[Path] = Field(description="JSON file of the scores; one for each model.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Of the weights; auto is the checkpoint's."
     )

@@ -1,4 +1,4 @@
-"""What the commands of both programs share: ``--quiet``, ``--verbose``, and completion by the shell."""
+"""Options that all commands share, ``--quiet`` and ``--verbose``, and shell completion."""
 
 import functools
 import inspect
@@ -16,14 +16,14 @@ Command = Callable[..., None]
 
 
 def talks(*, libraries: bool = True) -> Callable[[Command], Command]:
-    """Give a command ``--quiet`` and ``--verbose``. The command gets ``quiet`` if it has such a parameter.
+    """Add ``--quiet`` and ``--verbose`` to a command. A command with a parameter ``quiet`` receives it.
 
-    ``--quiet`` hides progress bars and all messages of the libraries but errors. ``--verbose`` prints what the
-    libraries report. Both also hold for the programs that a command starts: they are set in the environment, which
-    tqdm, transformers and huggingface_hub read when they are imported.
+    Both also apply to the programs that a command starts: they are set in the environment, which tqdm,
+    transformers and huggingface_hub read when they are imported.
 
     Args:
-        libraries: Whether, with neither flag, the libraries report as they do by default; if not, only warnings.
+        libraries: Whether the libraries report as they do by default when neither flag is given. If False, they
+            report only warnings.
     """
 
     def decorate(command: Command) -> Command:
@@ -42,7 +42,7 @@ def talks(*, libraries: bool = True) -> Callable[[Command], Command]:
                 level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
                 logging.basicConfig(level=level, format="%(name)s: %(message)s", force=not libraries)
             if not libraries:
-                logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+                logging.getLogger("huggingface_hub").propagate = False  # it has its own handler
             command(*arguments, **({"quiet": quiet} if wants_quiet else {}), **options)
 
         return talking
@@ -59,7 +59,7 @@ def completion(program: str) -> click.Command:
     """The command ``completion`` of a program."""
     example = f"{program} completion bash"
     help_text = (
-        "Print the script that completes commands and options in SHELL.\n\n\b\nExample, for the running shell and "
+        "Print the script that completes commands and options in SHELL.\n\n\b\nExample, for this shell and "
         f'for all later ones:\n  eval "$({example})"\n  {example} >> ~/.bashrc'
     )
 
@@ -69,9 +69,9 @@ def completion(program: str) -> click.Command:
     def command(context: click.Context, shell: str) -> None:
         root = context.find_root()
         name = str(root.info_name)
-        variable = f"_{name.replace('-', '_').upper()}_COMPLETE"  # click's own
         shell_class = get_completion_class(shell)
         assert shell_class is not None
+        variable = f"_{name.replace('-', '_').upper()}_COMPLETE"  # the name that click expects
         click.echo(shell_class(root.command, {}, name, variable).source())
 
     return command

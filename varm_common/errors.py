@@ -1,18 +1,21 @@
-"""The one kind of error that a user can cause."""
+"""The error that a user can cause, and the texts that its messages are made of."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 
 import click
 
+__all__ = ["SHOWN", "UserError", "did_you_mean", "listed", "some", "unlike"]
+
 SHOWN = 20
-"""How many problems of one kind are listed before the rest is only counted."""
+"""How many problems a message lists. The rest are counted."""
 
 
 class UserError(click.ClickException, ValueError):
-    """What is wrong, where, and what to do next, in words for the person who runs the program.
+    """Says what is wrong, where, and what to do next.
 
-    A ``ValueError`` for callers in Python; inside a command it ends the program with ``Error: …`` and exit
-    code 1 instead of a traceback.
+    A command that raises it ends with ``Error: …`` and exit code 1, without a traceback. Python code can catch it
+    as a ``ValueError``.
     """
 
 
@@ -21,18 +24,30 @@ VarmError = FusionError = UserError
 
 
 def listed(problems: Sequence[str]) -> str:
-    """The problems one below the other, indented; beyond ``SHOWN`` only their number."""
+    """The problems, an indented line each. Beyond ``SHOWN`` only their number."""
     lines = [f"\n  {problem}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"\n  … and {len(problems) - SHOWN} more")
     return "".join(lines)
 
 
-def unlike(what: str, wanted: Mapping[str, object], found: Mapping[str, object]) -> str | None:
-    """A table of the keys in which two descriptions differ, their values side by side; None if they agree."""
+def some(names: Sequence[str]) -> str:
+    """The first three names of a list, and how many more there are."""
+    shown = ", ".join(f"`{name}`" for name in names[:3])
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``; did you mean `matrix`?`` for a misspelt word; empty if no known word is like it."""
+    similar = get_close_matches(word, list(known), 1)
+    return f"; did you mean `{similar[0]}`?" if similar else ""
+
+
+def unlike(title: str, wanted: Mapping[str, object], found: Mapping[str, object]) -> str | None:
+    """A table of the keys whose values differ, both values side by side; None if all agree."""
     keys = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     if not keys:
         return None
     rows = [("", "wanted", "found"), *((key, str(wanted.get(key)), str(found.get(key))) for key in keys)]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return what + "".join(f"\n  {a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows)
+    return title + "".join(f"\n  {a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows)

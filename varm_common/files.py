@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and fingerprints of what they hold."""
+"""Files that appear only when they are complete, JSON, SHA-256, and a lock."""
 
 import errno
 import hashlib
@@ -6,76 +6,123 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import psutil
+from filelock import FileLock, Timeout
 
 from varm_common.errors import UserError
 
 __all__ = [
     "TEMPORARY",
+    "HashCache",
+    "atomic_file",
     "demand_place",
     "fingerprint",
+    "locked",
     "read_json",
     "read_mapping",
+    "remove_abandoned",
     "sha256_of",
     "sync_folder",
     "sync_tree",
-    "whole_file",
+    "temporary_name",
+    "write_file",
     "write_json",
-    "write_whole",
     "written_to",
 ]
 
 TEMPORARY = ".tmp"
-"""Suffix of a file that is being written; nothing that reads a folder looks at such files."""
+"""Suffix of a file that is being written. Code that reads a folder ignores such files."""
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name only once its content is on the disk.
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing. It gets its name only when all of its content is on the disk.
+
+    A link stays a link: the file that it leads to is replaced. A device or a pipe is written to directly.
 
     Raises:
-        OSError: The disk is full, or the folder cannot be written; nothing is left behind.
+        OSError: The disk is full, or the folder cannot be written. The earlier file is unchanged.
     """
-    temporary = temporary_name(path)
+    place = path.resolve()
+    if place.exists() and not place.is_file():
+        with place.open("wb") as file:
+            yield file
+        return
+    temporary = temporary_name(place)
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(place)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync_folder(place.parent)
 
 
-def temporary_name(path: Path) -> Path:
-    """A name beside ``path`` that tells which process of which machine is writing."""
-    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}{TEMPORARY}")
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file by ``atomic_file``; its folder is created if needed.
+
+    Args:
+        path: The file.
+        content: Text is written as UTF-8. A file name in it may hold bytes that are not UTF-8.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape")
+    try:
+        path.resolve().parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            file.write(data)
+    except OSError as error:
+        raise _not_writable(path, error) from error
 
 
-def remove_abandoned(folder: Path, name: str = "") -> None:
-    """Remove what dead processes of this machine were writing in ``folder``, by names that begin with ``name``."""
-    for path in folder.glob(f"{name}*.{platform.node()}.*{TEMPORARY}"):
-        process = path.name.removesuffix(TEMPORARY).rpartition(".")[2]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+def _not_writable(path: Path, error: OSError) -> UserError:
+    return UserError(f"`{path}` cannot be written: {error.strerror or error}")
+
+
+whole_file = atomic_file
+"""Earlier name."""
+write_whole = write_file
+"""Earlier name."""
+
+
+def demand_place(path: Path) -> None:
+    """Check that a file can be written, before hours of work for it.
+
+    Raises:
+        UserError: Its folder does not exist, or takes no file.
+    """
+    folder = path.resolve().parent
+    if path.is_dir():
+        raise UserError(f"`{path}` cannot be written: it is a folder")
+    if not folder.is_dir():
+        raise UserError(f"`{path}` cannot be written: there is no folder `{path.parent}`")
+    if path.exists() and not path.is_file():  # a device or a pipe
+        return
+    try:
+        trial = temporary_name(folder / f".{path.name}")
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise _not_writable(path, error) from error
 
 
 @contextmanager
 def written_to(folder: Path, then: str = "it goes on where it stopped") -> Iterator[None]:
-    """What the disk refuses inside the block becomes a sentence for the user.
+    """Turn a disk error inside the block into a ``UserError``.
 
     Args:
-        folder: Where the block writes.
+        folder: The folder that the block writes to.
         then: What the same command does when it is run again.
 
     Raises:
@@ -84,13 +131,58 @@ def written_to(folder: Path, then: str = "it goes on where it stopped") -> Itera
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # not the disk's
+        if error.errno is None:  # not from the disk
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full" if full else error.strerror
+        reason = "the disk is full" if full else error.strerror
         raise UserError(
-            f"`{folder}` cannot be written: {what}. Once that is mended run the same command again: {then}"
+            f"`{folder}` cannot be written: {reason}. Fix that and run the same command again: {then}"
         ) from error
+
+
+@contextmanager
+def locked(path: Path, busy: str, patience_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock file ``path``, so that one process at a time runs the block. A killed process frees its lock.
+
+    Where no lock file can be created (a read-only folder, a file system without locks), the block runs without
+    one.
+
+    Args:
+        path: The lock file. It stays when the block ends.
+        busy: The error message when another process holds it.
+        patience_s: How long to wait for the other process.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    lock = FileLock(path, timeout=patience_s)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(busy) from error
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside ``path`` that holds the machine and the process that write it."""
+    return path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}{TEMPORARY}")
+
+
+def remove_abandoned(folder: Path, name: str = "") -> None:
+    """Remove the temporary files of dead processes of this machine whose names begin with ``name``."""
+    for path in folder.glob(f"{name}*.{platform.node()}.*{TEMPORARY}"):
+        process = path.name.removesuffix(TEMPORARY).rpartition(".")[2]
+        if not process.isdecimal() or psutil.pid_exists(int(process)):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -103,19 +195,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Bring everything in a folder to the disk."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_folder(folder)
+    """Make a folder and everything in it survive a power cut."""
+    for path in (*folder.rglob("*"), folder):
+        sync_folder(path)  # a file is synced the same way
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as indented UTF-8 JSON, whole or not at all."""
-    with whole_file(path) as file:
+    """Write ``content`` as indented UTF-8 JSON by ``atomic_file``."""
+    with atomic_file(path) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
@@ -134,92 +221,61 @@ def read_json(path: Path) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The content of a JSON file that has to be an object.
+    """The content of a JSON file that holds an object.
 
     Raises:
-        UserError: It is not there, cannot be read, is not JSON, or is a list, a text or a number.
+        UserError: It does not exist, cannot be read, is not JSON, or is not an object.
     """
     try:
-        found = read_json(path)
+        content = read_json(path)
     except OSError as error:
         raise UserError(f"`{path}` cannot be read: {error.strerror}") from error
-    if not isinstance(found, dict):
-        kind = JSON_NAMES[type(found)]
-        raise UserError(f"`{path}` holds a JSON {kind}, not an object; write or copy it again")
-    return found
-
-
-JSON_NAMES = {list: "list", str: "string", int: "number", float: "number", bool: "boolean", type(None): "null"}
+    if not isinstance(content, dict):
+        raise UserError(f"`{path}` is not a JSON object but `{str(content)[:20]}`; write or copy it again")
+    return content
 
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return _sha256(file)
-
-
-def _sha256(file: BinaryIO) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 20))
-    while size := file.readinto(buffer):  # type: ignore[attr-defined]
-        digest.update(buffer[:size])
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
     return digest.hexdigest()
 
 
 def fingerprint(content: Any) -> str:
-    """The SHA-256 of a JSON-like value, whatever the order of its keys."""
+    """The SHA-256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name, sync it, rename it; its folder is made.
-
-    A link stays one, and what it leads to is written. A device or a pipe is written to as it is.
+class HashCache:
+    """SHA-256 of files. A file is read again only when its size, times or inode have changed.
 
     Args:
-        path: Of the file.
-        content: A text is written as UTF-8; a file name in it may hold bytes that are no text.
-
-    Raises:
-        UserError: It cannot be written; what was there is as it was.
+        path: The JSON file in which ``save`` keeps the sums.
     """
-    data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape")
-    place = path.resolve()
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
-    try:
-        if path.exists() and not path.is_file():
-            path.write_bytes(data)
-            return
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(place)
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"`{path}` cannot be written: {error.strerror or error}") from error
 
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[str, list[Any]] = {}
+        with suppress(UserError):
+            self._known = read_mapping(path)
 
-def demand_place(path: Path) -> None:
-    """Find out that a file cannot be written before hours of work for it.
+    def sha256(self, path: Path) -> str:
+        """The SHA-256 of a file's content, in hexadecimal."""
+        status, name = path.stat(), str(path.absolute())
+        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        known = self._known.get(name)
+        if not isinstance(known, list) or known[:-1] != stamp:
+            known = self._known[name] = [*stamp, sha256_of(path)]
+        return str(known[-1])
 
-    Raises:
-        UserError: Its folder is not there, or takes no file.
-    """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        return
-    if path.is_dir():
-        raise UserError(f"`{path}` cannot be written: it is a folder")
-    folder = path.resolve().parent
-    if not folder.is_dir():
-        raise UserError(f"`{path}` cannot be written: there is no folder `{path.parent}`")
-    trial = folder / f".{path.name}.{os.getpid()}"
-    try:
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise UserError(f"`{path}` cannot be written: {error.strerror or error}") from error
+    def fingerprint(self, paths: Iterable[Path]) -> str:
+        """One SHA-256 for the names and contents of files, whatever their order."""
+        return fingerprint([[path.name, self.sha256(path)] for path in sorted(paths)])
+
+    def save(self) -> None:
+        """Write the sums."""
+        write_json(self.path, self._known)

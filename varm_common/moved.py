@@ -1,9 +1,9 @@
-"""Imports by the names that modules had before they moved into folders."""
+"""Modules that moved can still be imported by their earlier names."""
 
 import importlib
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -11,12 +11,12 @@ __all__ = ["keep_old_names"]
 
 
 class _MovedFinder:
-    """Finds a moved module by its old name, after all other finders; the module itself is the same object."""
+    """An import hook. The module is the same object by both names."""
 
     def __init__(self, moved: Mapping[str, str]) -> None:
         self.moved = moved
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
+    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
         return ModuleSpec(name, self) if name in self.moved else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
@@ -28,9 +28,9 @@ class _MovedFinder:
 
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
-        module.__spec__ = module.__spec__.loader_state  # the import system has put the old name's in its place
+        module.__spec__ = module.__spec__.loader_state  # the import system has replaced it
 
 
 def keep_old_names(moved: Mapping[str, str]) -> None:
-    """Let modules also be imported by their old names. New name by old name, both whole."""
+    """Make modules importable by earlier names too: new full name by earlier full name."""
     sys.meta_path.append(_MovedFinder(moved))

@@ -1,9 +1,9 @@
-"""How far a score may be off by chance: standard errors over conversations, of one model or of two paired.
+"""Standard errors of scores: of one model, and of the difference between two models on the same conversations.
 
-A score is a ratio of sums (nats per byte, answers matched per row), so its error is that of a ratio: the
-linearised (Taylor) variance, from the residual of each conversation. A conversation is the unit that was drawn:
-its blocks are not independent, and count as one. Two models are compared on the same conversations, pair by pair:
-what makes a text hard for both drops out of their difference.
+A score is a ratio of sums (nats per byte, matched answers per row). Its error is the linearised (Taylor)
+variance of a ratio, from the residual of each conversation. The conversation is the sampled unit: its blocks are
+not independent and count as one. Two models are compared conversation by conversation, so what is hard for both
+cancels out.
 """
 
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from numpy.typing import NDArray
 __all__ = ["NOISE", "difference", "standard_error"]
 
 NOISE = 2.0
-"""Standard errors up to which a difference counts as chance (about 95% of the differences between equals)."""
+"""A difference of up to so many standard errors counts as noise (95% of the differences between equal models)."""
 
 Sums = tuple[Sequence[float], Sequence[float]]
-"""Numerators and denominators, an entry for each conversation."""
+"""Numerators and denominators, one of each per conversation."""
 
 
 def standard_error(score: Sums) -> float | None:
-    """Of ``sum(numerators) / sum(denominators)``; None of fewer than two conversations."""
+    """The error of ``sum(numerators) / sum(denominators)``; None for fewer than two conversations."""
     return _spread(_residuals(score))
 
 
 def difference(one: Sums, other: Sums) -> tuple[float, float | None]:
-    """The first score less the second, and the standard error of the difference; entries are paired by place."""
+    """The first score minus the second, and its standard error. Both have the same conversations in one order."""
     return _ratio(one) - _ratio(other), _spread(_residuals(one) - _residuals(other))
 
 
@@ -35,8 +35,8 @@ def _ratio(score: Sums) -> float:
 
 
 def _residuals(score: Sums) -> NDArray[np.float64]:
-    top, bottom = (np.asarray(part, np.float64) for part in score)
-    return np.asarray((top - _ratio(score) * bottom) / bottom.sum())
+    numerators, denominators = (np.asarray(part, np.float64) for part in score)
+    return np.asarray((numerators - _ratio(score) * denominators) / denominators.sum())
 
 
 def _spread(residuals: NDArray[np.float64]) -> float | None:

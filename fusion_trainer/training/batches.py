@@ -1,9 +1,10 @@
-"""Dialogues and stores → batches: the pivot's tokens, and what each supervised position learns from.
+"""From dialogues and stores to batches: the pivot's tokens, and the fused distribution of each supervised
+position.
 
-The dialogues' tokens are kept in a file beside them, made once per tokenizer. Distributions are fused when a batch
-is collated, from the memory-mapped stores: no copy of them is written.
+The dialogues' tokens are written once per tokenizer, beside the dialogues. Distributions are fused when a batch is
+collated, from the memory-mapped stores, so no copy of them is written.
 
-With packing several blocks share a row of a batch, each with positions of its own from 0 on, by which the model's
+With packing, several blocks share a row of a batch. Each block's positions begin at 0, which is how the model's
 attention keeps them apart.
 """
 
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,31 +32,38 @@ from fusion_trainer.text.tokenizer import TextTokenizer
 from fusion_trainer.training.fusion import Fused, Rule, cross_entropies, fuse
 from varm_common.console import is_quiet
 from varm_common.errors import UserError
-from varm_common.files import fingerprint, remove_abandoned, sha256_of, whole_file, written_to
+from varm_common.files import atomic_file, fingerprint, remove_abandoned, sha256_of, written_to
 
-__all__ = ["Collator", "Example", "FusionData", "TokenFile", "pack", "write_tokens"]
+__all__ = ["Collator", "Example", "FusionData", "TokenFile", "TokenRow", "pack", "write_tokens"]
 
 TOKENS = pa.schema(
     [
         pa.field("ids", pa.list_(pa.int32()), nullable=False),
         pa.field("positions", pa.list_(pa.int32()), nullable=False),  # supervised: they predict the next token
-        pa.field("gold_bytes", pa.list_(pa.int32()), nullable=False),  # bytes of the tokens that follow them
+        pa.field("gold_bytes", pa.list_(pa.int32()), nullable=False),  # bytes of the tokens after them
         pa.field("bytes", pa.int32(), nullable=False),  # supervised bytes of the text
     ]
 )
 RULES = 2
-"""Raised with every change of what a row of the token file holds."""
+"""Raised with every change of the rows of the token file."""
 BLOCKS_AT_ONCE = 256
 DIGITS = 12
-"""Of a hash in a file's name."""
+"""Digits of a hash in a file name."""
 NO_BLOCK = -1
 IGNORED = -100
-"""The label of a token that is not supervised, as everywhere in transformers."""
+"""The label of a token that is not supervised, as in transformers."""
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One block: int32 [tokens], int32 [positions], int32 [positions], and its supervised bytes."""
+    """One block.
+
+    Attributes:
+        ids: int32 [tokens].
+        positions: int32 [positions], the supervised ones.
+        gold_bytes: int32 [positions], bytes of the tokens after them.
+        bytes: Supervised bytes of the text.
+    """
 
     ids: NDArray[np.int32]
     positions: NDArray[np.int32]
@@ -63,7 +72,7 @@ class TokenRow:
 
 
 def write_tokens(dialogues: Dialogues, tokenizer: TextTokenizer) -> Path:
-    """The file with the dialogues' tokens, made if it is not there; its name ends with the hash of its content.
+    """The file with the dialogues' tokens, written if it does not exist. Its name ends with its content's hash.
 
     Raises:
         UserError: The dialogues' folder cannot be written.
@@ -73,22 +82,22 @@ def write_tokens(dialogues: Dialogues, tokenizer: TextTokenizer) -> Path:
         if known.stem.removeprefix(f"{head}-") == sha256_of(known)[:DIGITS]:
             return known
     path = dialogues.folder / f"{head}.arrow"
-    own = dialogues.manifest["request"].get("tokenizer", tokenizer.sha256) == tokenizer.sha256
+    same_tokenizer = dialogues.manifest["request"].get("tokenizer", tokenizer.sha256) == tokenizer.sha256
     reader = Reader(tokenizer, DIALOGUES)
     starts = range(0, len(dialogues), BLOCKS_AT_ONCE)
     with written_to(dialogues.folder):
         remove_abandoned(dialogues.folder, path.name)
-    with written_to(dialogues.folder), whole_file(path) as file, pa.ipc.new_file(file, TOKENS) as writer:
-        for start in tqdm(starts, desc="tokenise", unit="batch", disable=len(starts) < 2 or is_quiet()):
-            blocks = [dialogues[n] for n in range(start, min(start + BLOCKS_AT_ONCE, len(dialogues)))]
-            rows: list[tuple[Any, ...]] = []
-            for read in read_blocks(reader, blocks if own else [block.without_bos() for block in blocks]):
-                size = sum(stop - first for first, stop in read.spans)
-                rows.append((read.tokens.ids, read.positions, read.sizes[read.positions + 1], size))
-            columns = zip(zip(*rows, strict=True), TOKENS, strict=True)
-            arrays = [pa.array(list(column), field.type) for column, field in columns]
-            writer.write_batch(pa.record_batch(arrays, schema=TOKENS))
-    with written_to(dialogues.folder):
+        with atomic_file(path) as file, pa.ipc.new_file(file, TOKENS) as writer:
+            for start in tqdm(starts, desc="tokenise", unit="batch", disable=len(starts) < 2 or is_quiet()):
+                blocks = [dialogues[n] for n in range(start, min(start + BLOCKS_AT_ONCE, len(dialogues)))]
+                columns: list[list[Any]] = [[] for _ in TOKENS]
+                for read in read_blocks(reader, blocks if same_tokenizer else [b.without_bos() for b in blocks]):
+                    size = sum(stop - first for first, stop in read.spans)
+                    row = (read.tokens.ids, read.positions, read.sizes[read.positions + 1], size)
+                    for column, value in zip(columns, row, strict=True):
+                        column.append(value)
+                arrays = [pa.array(column, field.type) for column, field in zip(columns, TOKENS, strict=True)]
+                writer.write_batch(pa.record_batch(arrays, schema=TOKENS))
         return path.rename(path.with_stem(f"{head}-{sha256_of(path)[:DIGITS]}"))
 
 
@@ -98,31 +107,20 @@ class TokenFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         with pa.memory_map(str(path)) as source:
-            reader = pa.ipc.open_file(source)
-            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        self._columns = [[batch.column(name) for name in TOKENS.names] for batch in batches]
-        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+            self._columns = pa.ipc.open_file(source).read_all().columns
 
     def __reduce__(self) -> tuple[type["TokenFile"], tuple[Path]]:
         return type(self), (self.path,)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """int64 [blocks], tokens of each."""
-        offsets = [np.diff(columns[0].offsets.to_numpy()) for columns in self._columns]
-        return np.concatenate(offsets).astype(np.int64)
+        """int64 [blocks], tokens of each block."""
+        lengths: NDArray[np.int64] = pc.list_value_length(self._columns[0]).to_numpy().astype(np.int64)
+        return lengths
 
     def __getitem__(self, block: int) -> TokenRow:
-        part = int(self._starts.searchsorted(block, "right")) - 1
-        columns, row = self._columns[part], block - int(self._starts[part])
-        ids, positions, gold_bytes = (_list(column, row) for column in columns[:3])
-        return TokenRow(ids, positions, gold_bytes, columns[3][row].as_py())
-
-
-def _list(column: pa.ListArray, row: int) -> NDArray[np.int32]:
-    start, stop = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
-    found: NDArray[np.int32] = column.values.slice(start, stop - start).to_numpy()
-    return found
+        ids, positions, gold_bytes = (column[block].values.to_numpy() for column in self._columns[:3])
+        return TokenRow(ids, positions, gold_bytes, self._columns[3][block].as_py())
 
 
 @dataclass(frozen=True)
@@ -132,8 +130,8 @@ class Example:
     Attributes:
         block: Its number.
         tokens: Its ids and supervised positions.
-        fused: What the first of them learn from (all, but for what lies beyond a model's context); None for CLM
-            alone.
+        fused: The distributions of its first positions: of all, except those beyond a model's context. None for
+            CLM alone.
     """
 
     block: int
@@ -142,11 +140,11 @@ class Example:
 
 
 class FusionData(Dataset[list[Example]]):
-    """Blocks with their fused distributions; an item is the blocks of one row of a batch.
+    """Blocks with their fused distributions. An item is the blocks of one row of a batch.
 
     Args:
-        tokens: The file of ``write_tokens``.
-        stores: The pivot's own (if it takes part) and the sources' aligned ones; none for CLM alone.
+        tokens: The file from ``write_tokens``.
+        stores: The pivot's own store (if it takes part) and the sources' aligned stores; none for CLM alone.
         rule: How they are fused.
         groups: The blocks of each item.
     """
@@ -166,7 +164,7 @@ class FusionData(Dataset[list[Example]]):
         return [int(self.tokens.lengths[list(group)].sum()) for group in self.groups]
 
     def __getitem__(self, number: int | None) -> list[Example]:
-        """The blocks of an item; for None one of which nothing is learned."""
+        """The blocks of an item. For None, one block without supervised positions."""
         if number is None:
             block, nothing = self.groups[0][0], np.zeros(0, np.int32)
             return [Example(NO_BLOCK, TokenRow(self.tokens[block].ids[:1], nothing, nothing, 0), None)]
@@ -176,32 +174,32 @@ class FusionData(Dataset[list[Example]]):
         """One block with its fused distributions.
 
         Raises:
-            UserError: A store's row has another number of positions than the pivot's tokens.
+            UserError: A store's row and the pivot's tokens have different numbers of positions.
         """
         tokens = self.tokens[block]
         rows = [store[block] for store in self.stores]
         if not rows:
             return Example(block, tokens, None)
-        sizes = [len(row) for row in rows]
-        if min(sizes) != max(sizes) or max(sizes) > len(tokens.positions):
-            found = ", ".join(f"`{s.folder}` {size}" for s, size in zip(self.stores, sizes, strict=True))
+        counts = [len(row) for row in rows]
+        if min(counts) != max(counts) or max(counts) > len(tokens.positions):
+            found = ", ".join(f"`{s.folder}` {count}" for s, count in zip(self.stores, counts, strict=True))
             raise UserError(
                 f"block {block} has {len(tokens.positions)} supervised positions, but in the stores {found}: they "
-                "were made of other dialogues or with another tokenizer; extract and align again"
+                "were made from other dialogues or with another tokenizer; extract and align again"
             )
-        known = tokens.gold_bytes[: sizes[0]]
-        size = tokens.bytes if sizes[0] == len(tokens.positions) else int(known.sum())
+        known = tokens.gold_bytes[: counts[0]]
+        size = tokens.bytes if counts[0] == len(tokens.positions) else int(known.sum())
         return Example(block, tokens, fuse(rows, cross_entropies(rows, self.rule, size, known), self.rule))
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Items in as few rows of ``room`` tokens as best-fit decreasing needs; the same for the same lengths.
+    """Pack items into rows of ``room`` tokens by best-fit decreasing. Equal lengths give equal rows.
 
     Returns:
         The items of each row, ascending.
     """
     rows: list[list[int]] = []
-    free: list[tuple[int, int]] = []  # what is free in a row, and which; ascending
+    free: list[tuple[int, int]] = []  # free tokens and number of each row, ascending
     for item in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
         place = bisect_left(free, (lengths[item], -1))
         if place < len(free):
@@ -221,13 +219,13 @@ class Collator:
     Attributes:
         padding: The id that fills a row up; it is never learned.
         packed: Rows hold several blocks, told apart by ``position_ids``.
-        flat: All rows in one, as attention kernels for packed sequences want it.
-        tail: The rest of the fused distribution is an outcome of its own.
+        flat: All rows in one, as attention kernels for packed sequences need it.
+        tail: The rest of the fused distribution is one more outcome.
 
-    A batch holds ``input_ids`` and ``labels`` [B, L], ``attention_mask`` or ``position_ids`` [B, L]; for S
-    supervised positions ``positions`` (indices into [B · L]), ``of_item`` (the item they are of), ``gold``,
-    ``fused_ids`` and ``fused_probabilities`` [S, M], ``fused_tail`` (with ``tail``), ``confidence`` and ``shares``
-    [S, models]; ``blocks`` of all items and ``item_of_block``, and ``bytes`` of each item.
+    A batch holds ``input_ids`` and ``labels`` [B, L], ``attention_mask`` or (packed) ``position_ids`` [B, L];
+    for S supervised positions ``positions`` (indices into [B · L]), ``of_item`` (the number of their item),
+    ``gold``, ``fused_ids`` and ``fused_probabilities`` [S, M], ``fused_tail`` (with ``tail``), ``confidence``
+    and ``shares`` [S, models]; ``blocks`` of all items and ``item_of_block``; and ``bytes`` of each item.
     """
 
     padding: int
@@ -236,7 +234,20 @@ class Collator:
     tail: bool = False
 
     def __call__(self, items: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
-        rows = [[example for item in items for example in item]] if self.flat else items
+        examples = [example for item in items for example in item]
+        counts = [sum(len(example.tokens.positions) for example in item) for item in items]
+        batch = {
+            **self._rows([examples] if self.flat else items),
+            **self._fused(examples),
+            "of_item": np.repeat(np.arange(len(items)), counts),
+            "blocks": np.array([example.block for example in examples]),
+            "item_of_block": np.repeat(np.arange(len(items)), [len(item) for item in items]),
+            "bytes": np.array([sum(example.tokens.bytes for example in item) for item in items]),
+        }
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _rows(self, rows: Sequence[Sequence[Example]]) -> dict[str, NDArray[Any]]:
+        """Ids, labels, mask or places of the rows, and where their supervised positions are."""
         width = max(sum(len(example.tokens.ids) for example in row) for row in rows)
         ids = np.full((len(rows), width), self.padding, np.int64)
         labels = np.full((len(rows), width), IGNORED, np.int64)
@@ -256,37 +267,36 @@ class Collator:
                 golds.append(gold)
                 start = stop
             places[number, start:] = np.arange(width - start)
-        batch: dict[str, NDArray[Any]] = {"input_ids": ids, "labels": labels}
-        batch["position_ids" if self.packed else "attention_mask"] = places if self.packed else mask
-        examples = [example for item in items for example in item]
-        of_item = np.repeat(np.arange(len(items)), [sum(len(e.tokens.positions) for e in item) for item in items])
-        batch |= {"positions": np.concatenate(positions).astype(np.int64), "of_item": of_item}
-        batch |= {"gold": np.concatenate(golds).astype(np.int64), **self._fused(examples)}
-        batch["blocks"] = np.array([example.block for example in examples])
-        batch["item_of_block"] = np.repeat(np.arange(len(items)), [len(item) for item in items])
-        batch["bytes"] = np.array([sum(example.tokens.bytes for example in item) for item in items])
-        return {name: torch.from_numpy(array) for name, array in batch.items()}
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            **({"position_ids": places} if self.packed else {"attention_mask": mask}),
+            "positions": np.concatenate(positions).astype(np.int64),
+            "gold": np.concatenate(golds).astype(np.int64),
+        }
 
     def _fused(self, examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
+        """The fused distributions of all supervised positions; zeros where nothing is fused."""
         fused = [example.fused for example in examples if example.fused is not None]
-        entries = max((one.ids.shape[1] for one in fused), default=0)
-        models = max((one.shares.shape[1] for one in fused), default=0)
         size = sum(len(example.tokens.positions) for example in examples)
-        ids = np.zeros((size, entries), np.int64)
-        probabilities, shares = np.zeros((size, entries), np.float32), np.zeros((size, models), np.float32)
-        tail, confidence = np.zeros(size, np.float32), np.zeros(size, np.float32)
+        entries = max((distribution.ids.shape[1] for distribution in fused), default=0)
+        models = max((distribution.shares.shape[1] for distribution in fused), default=0)
+        columns: dict[str, NDArray[Any]] = {
+            "fused_ids": np.zeros((size, entries), np.int64),
+            "fused_probabilities": np.zeros((size, entries), np.float32),
+            "shares": np.zeros((size, models), np.float32),
+            "confidence": np.zeros(size, np.float32),
+            "fused_tail": np.zeros(size, np.float32),
+        }
         start = 0
         for example in examples:
-            if (one := example.fused) is not None:
-                here = slice(start, start + len(one.ids))
-                ids[here, : one.ids.shape[1]] = one.ids
-                probabilities[here, : one.ids.shape[1]] = one.probabilities
-                tail[here], confidence[here], shares[here] = one.tail, one.confidence, one.shares
+            if (part := example.fused) is not None:
+                here = slice(start, start + len(part.ids))
+                columns["fused_ids"][here, : part.ids.shape[1]] = part.ids
+                columns["fused_probabilities"][here, : part.ids.shape[1]] = part.probabilities
+                columns["shares"][here] = part.shares
+                columns["confidence"][here], columns["fused_tail"][here] = part.confidence, part.tail
             start += len(example.tokens.positions)
-        found = {
-            "fused_ids": ids,
-            "fused_probabilities": probabilities,
-            "shares": shares,
-            "confidence": confidence,
-        }
-        return {**found, "fused_tail": tail} if self.tail else found
+        if not self.tail:
+            del columns["fused_tail"]
+        return columns

@@ -1,21 +1,21 @@
-"""L = λ·L_CLM + (1 − λ)·L_fusion, sparse and exact (paper, equations 3 and 4).
+"""L = λ·L_CLM + (1 − λ)·L_fusion, sparse and exact (FusionChat, equations 3 and 4).
 
-At a position whose next token is g and whose fused distribution gives p_i to the ids t_i:
+At a position with the next token g, where the fused distribution gives probability p_i to id t_i:
 
     CLM    = logsumexp(z) − z_g
     fusion = Σ p_i (logsumexp(z) − z_{t_i})
 
-so both share one logsumexp, and their gradients in the logits are softmax(z) − onehot(g) and softmax(z) − p. If
-the rest of the distribution is kept as one outcome of probability r, its term is −r·log of the probability the
+Both share one logsumexp. Their gradients in the logits are softmax(z) − onehot(g) and softmax(z) − p. If the
+rest of the distribution is kept as one outcome of probability r, it adds −r·log of the probability that the
 student gives to all ids outside the t_i.
 
-The student's logits exist for supervised positions only, a chunk at a time, and are computed again in the backward
-pass. Sums are float32, whatever the model's dtype.
+The student's logits exist for supervised positions only, a chunk at a time. The backward pass computes them again.
+Sums are float32, whatever the model's dtype.
 """
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,22 +26,36 @@ from fusion_trainer.representations.split_model import CHUNK_BYTES, SplitModel
 __all__ = ["Targets", "Terms", "give_fusion_loss", "sparse_terms"]
 
 
-class Targets:
-    """What the supervised positions of a batch learn from.
+class Terms(NamedTuple):
+    """Both terms at each supervised position.
 
-    No dataclass and no mapping, so that mixed precision leaves its tensors as they are.
+    Attributes:
+        clm: float32 [S].
+        fusion: float32 [S].
+        squares: float32 [S, 2], squared norms of their gradients in the logits; 0 if not measured.
+    """
+
+    clm: Tensor
+    fusion: Tensor
+    squares: Tensor
+
+
+class Targets:
+    """The targets of a batch's supervised positions.
+
+    It is no dataclass and no mapping, so that mixed precision leaves its tensors alone.
 
     Attributes:
         positions: int64 [S], indices into the flattened batch [B · L].
-        gold: int64 [S], the tokens that follow.
+        gold: int64 [S], the next tokens.
         ids: int64 [S, M], of the fused distribution; M may be 0.
         probabilities: float32 [S, M].
-        tail: float32 [S], the probability of all other ids together; None where it is dropped.
+        tail: float32 [S], the probability of all other ids; None if it is dropped.
         clm_weight: float32 [S], λ.
-        scale: Of the loss: the inverse of the number of tokens it is the mean over.
+        scale: The loss is multiplied by it; 1 / the number of tokens that the loss is averaged over.
         norms: Whether to measure the gradients of both terms.
         terms: Both terms once the model has run, detached.
-        loss: The loss, detached; float32 where mixed precision rounds what a model returns.
+        loss: The loss, detached; float32 even if mixed precision rounds what the model returns.
     """
 
     def __init__(
@@ -61,21 +75,8 @@ class Targets:
         self.loss: Tensor | None = None
 
 
-class Terms:
-    """Both terms at each supervised position.
-
-    Attributes:
-        clm: float32 [S].
-        fusion: float32 [S].
-        squares: float32 [S, 2], squared norms of their gradients in the logits; zeros if not measured.
-    """
-
-    def __init__(self, clm: Tensor, fusion: Tensor, squares: Tensor) -> None:
-        self.clm, self.fusion, self.squares = clm, fusion, squares
-
-
 class _SparseTerms(torch.autograd.Function):
-    """Logits → both terms; saves the logits and one number per position."""
+    """Logits → both terms; it saves the logits and one number per position."""
 
     @staticmethod
     def forward(
@@ -89,22 +90,19 @@ class _SparseTerms(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         z_CV = logits_CV.float()
         lse_C = z_CV.logsumexp(1)
-        z_gold_C = z_CV.gather(1, gold_C[:, None])[:, 0]
-        z_CM = z_CV.gather(1, ids_CM)
-        clm_C = lse_C - z_gold_C
-        fusion_C = (probabilities_CM * (lse_C[:, None] - z_CM)).sum(1)
+        clm_C = lse_C - z_CV.gather(1, gold_C[:, None])[:, 0]
+        fusion_C = (probabilities_CM * (lse_C[:, None] - z_CV.gather(1, ids_CM))).sum(1)
         outside_C = None
         if tail_C is not None:
             outside_C = _outside(z_CV, ids_CM, probabilities_CM).logsumexp(1)
             fusion_C = fusion_C + tail_C * (lse_C - outside_C)
+        saved = (lse_C, outside_C, gold_C, ids_CM, probabilities_CM, tail_C)
         squares_C2 = logits_CV.new_zeros(len(clm_C), 2, dtype=torch.float32)
         if norms:
-            gradients = (
-                _gradient(z_CV, lse_C, outside_C, gold_C, ids_CM, probabilities_CM, tail_C, *weights)
-                for weights in ((torch.ones_like(lse_C), None), (None, torch.ones_like(lse_C)))
-            )
+            one_C, zero_C = torch.ones_like(lse_C), torch.zeros_like(lse_C)
+            gradients = (_gradient(z_CV, *saved, *weights) for weights in ((one_C, zero_C), (zero_C, one_C)))
             squares_C2 = torch.stack([gradient.square_().sum(1) for gradient in gradients], 1)
-        ctx.save_for_backward(logits_CV, lse_C, outside_C, gold_C, ids_CM, probabilities_CM, tail_C)
+        ctx.save_for_backward(logits_CV, *saved)
         ctx.mark_non_differentiable(squares_C2)
         return clm_C, fusion_C, squares_C2
 
@@ -123,26 +121,23 @@ def _gradient(
     ids_CM: Tensor,
     probabilities_CM: Tensor,
     tail_C: Tensor | None,
-    of_clm_C: Tensor | None,
-    of_fusion_C: Tensor | None,
+    clm_weight_C: Tensor,
+    fusion_weight_C: Tensor,
 ) -> Tensor:
-    """Of the weighted terms in the logits, float32 [C, V]."""
-    zero_C = torch.zeros_like(lse_C)
-    of_clm_C = zero_C if of_clm_C is None else of_clm_C
-    of_fusion_C = zero_C if of_fusion_C is None else of_fusion_C
+    """The gradient of both weighted terms in the logits, float32 [C, V]."""
     mass_C = probabilities_CM.sum(1) if tail_C is None else probabilities_CM.sum(1) + tail_C
     gradient_CV = (z_CV - lse_C[:, None]).exp_()
-    gradient_CV *= (of_clm_C + of_fusion_C * mass_C)[:, None]
-    gradient_CV.scatter_add_(1, gold_C[:, None], -of_clm_C[:, None])
-    gradient_CV.scatter_add_(1, ids_CM, -(of_fusion_C[:, None] * probabilities_CM))
+    gradient_CV *= (clm_weight_C + fusion_weight_C * mass_C)[:, None]
+    gradient_CV.scatter_add_(1, gold_C[:, None], -clm_weight_C[:, None])
+    gradient_CV.scatter_add_(1, ids_CM, -(fusion_weight_C[:, None] * probabilities_CM))
     if tail_C is not None and outside_C is not None:
         rest_CV = (_outside(z_CV, ids_CM, probabilities_CM) - outside_C[:, None]).exp_()
-        gradient_CV -= rest_CV.mul_((of_fusion_C * tail_C)[:, None])
+        gradient_CV -= rest_CV.mul_((fusion_weight_C * tail_C)[:, None])
     return gradient_CV
 
 
 def _outside(z_CV: Tensor, ids_CM: Tensor, probabilities_CM: Tensor) -> Tensor:
-    """The logits without those of ids that have a probability of their own."""
+    """The logits, with −inf for the ids that have a probability of their own."""
     if not ids_CM.shape[1]:
         return z_CV
     likeliest_C1 = ids_CM.gather(1, probabilities_CM.argmax(1, keepdim=True))
@@ -152,49 +147,48 @@ def _outside(z_CV: Tensor, ids_CM: Tensor, probabilities_CM: Tensor) -> Tensor:
 def sparse_terms(
     head: Callable[[Tensor], Tensor], hidden_SH: Tensor, targets: Targets, chunk: int | None = None
 ) -> Terms:
-    """Both terms at S positions, for hidden states whose logits never exist all at once.
+    """Both terms at S positions. The logits of all positions never exist at once.
 
     Args:
         head: Hidden states [C, H] → logits [C, V].
-        hidden_SH: Of the supervised positions.
-        targets: What they learn from.
-        chunk: Positions at a time; default so many that their logits take ``CHUNK_BYTES``.
+        hidden_SH: Hidden states of the supervised positions.
+        targets: Their targets.
+        chunk: Positions at a time; all by default.
     """
-
     measured: set[int] = set()
 
-    def terms(number: int, hidden_CH: Tensor, *of_chunk: Any) -> tuple[Tensor, Tensor, Tensor]:
-        norms = targets.norms and number not in measured  # not once more in the backward pass
+    def terms(number: int, hidden_CH: Tensor, *chunk_targets: Any) -> tuple[Tensor, Tensor, Tensor]:
+        norms = targets.norms and number not in measured  # not again in the backward pass
         measured.add(number)
-        found: tuple[Tensor, Tensor, Tensor] = _SparseTerms.apply(  # type: ignore[no-untyped-call]
-            head(hidden_CH), *of_chunk, norms
+        result: tuple[Tensor, Tensor, Tensor] = _SparseTerms.apply(  # type: ignore[no-untyped-call]
+            head(hidden_CH), *chunk_targets, norms
         )
-        return found
+        return result
 
     size = chunk or len(hidden_SH) or 1
-    tails = torch.split(targets.tail, size) if targets.tail is not None else None
     columns = (hidden_SH, targets.gold, targets.ids, targets.probabilities)
+    chunks = list(zip(*(torch.split(column, size) for column in columns), strict=True))
+    tails = [None] * len(chunks) if targets.tail is None else torch.split(targets.tail, size)
     parts = []
-    for number, of_chunk in enumerate(zip(*(torch.split(column, size) for column in columns), strict=True)):
-        given = (number, *of_chunk, None if tails is None else tails[number])
+    for number, (inputs, tail_C) in enumerate(zip(chunks, tails, strict=True)):
         if torch.is_grad_enabled():
-            parts.append(checkpoint(terms, *given, use_reentrant=False))
+            parts.append(checkpoint(terms, number, *inputs, tail_C, use_reentrant=False))
         else:
-            parts.append(terms(*given))
+            parts.append(terms(number, *inputs, tail_C))
     return Terms(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def give_fusion_loss(model: Any, chunk_bytes: int | None = None) -> None:
-    """Teach a causal language model's ``forward`` to take ``targets`` and return the loss of their positions.
+    """Make a causal language model's ``forward`` accept ``targets`` and return their loss.
 
-    The loss is computed inside the model's own forward, where DDP, FSDP, DeepSpeed and autocast expect it. Called
-    without ``targets`` the model does what it did. With them it returns a dict with ``loss``, the scaled sum of
-    λ·CLM + (1 − λ)·fusion over the positions (and the load-balancing loss of a mixture of experts whose config
-    asks for it, times the number of positions), and leaves that and both terms in the ``Targets``.
+    The loss is computed inside the model's own forward, where DDP, FSDP, DeepSpeed and autocast expect it. Without
+    ``targets`` the forward is unchanged. With them it returns a dict with ``loss``: the scaled sum of
+    λ·CLM + (1 − λ)·fusion over the positions. A mixture of experts whose config asks for it adds its
+    load-balancing loss, times the number of positions. The loss and both terms are also left in the ``Targets``.
 
     Args:
-        model: Of transformers; a bare one, not one wrapped for distribution or by adapters.
-        chunk_bytes: Of the logits that exist at a time, in float32.
+        model: A model of transformers, not wrapped for distribution or by adapters.
+        chunk_bytes: Size of the logits that exist at a time, in float32.
     """
     split = SplitModel(model)
 
@@ -207,20 +201,20 @@ def give_fusion_loss(model: Any, chunk_bytes: int | None = None) -> None:
         hidden_SH = output[0].flatten(0, 1).index_select(0, targets.positions)
         if len(hidden_SH):
             size = chunk_bytes or CHUNK_BYTES.get(hidden_SH.device.type, CHUNK_BYTES["cuda"])
-            found = sparse_terms(split.head, hidden_SH, targets, max(1, size // (4 * _rows(model))))
-            loss = (targets.clm_weight * found.clm + (1 - targets.clm_weight) * found.fusion).sum()
+            terms = sparse_terms(split.head, hidden_SH, targets, max(1, size // (4 * _rows(model))))
+            loss = (targets.clm_weight * terms.clm + (1 - targets.clm_weight) * terms.fusion).sum()
         else:  # nothing to learn, but every process takes part in the backward pass
             none = torch.zeros(0, device=hidden_SH.device)
-            found = Terms(none, none, none.reshape(0, 2))
+            terms = Terms(none, none, none.reshape(0, 2))
             loss = 0.0 * split.head(output[0][0, :1]).float().sum()
         if router:
             loss = loss + len(hidden_SH) * _balance(split, output, inputs.get("attention_mask"))
         loss = loss * targets.scale
-        targets.terms = Terms(found.clm.detach(), found.fusion.detach(), found.squares)
+        targets.terms = Terms(*(term.detach() for term in terms))
         targets.loss = loss.detach()
         return {"loss": loss}
 
-    forward.__signature__ = inspect.signature(split.forward)  # type: ignore[attr-defined]  # generate() looks
+    forward.__signature__ = inspect.signature(split.forward)  # type: ignore[attr-defined]  # generate() reads it
     model.forward = forward
 
 
@@ -231,6 +225,6 @@ def _rows(model: Any) -> int:
 def _balance(split: SplitModel, output: Any, mask_BL: Tensor | None) -> Tensor:
     """The weighted load-balancing loss that the model's own forward adds to its loss."""
     output.last_hidden_state = output.last_hidden_state[:, :1]
-    found = split.given(output, attention_mask=mask_BL, output_router_logits=True)
-    weight: Tensor = split.model.config.router_aux_loss_coef * found.aux_loss
-    return weight
+    router_output = split.given(output, attention_mask=mask_BL, output_router_logits=True)
+    loss: Tensor = split.model.config.router_aux_loss_coef * router_output.aux_loss
+    return loss

@@ -1,8 +1,8 @@
-"""``transformers.Trainer`` with the fusion loss: everything its users know works as they know it.
+"""``transformers.Trainer`` with the fusion loss; everything else works as its users know it.
 
-Ours are the loss (``loss``), its normalisation over all supervised tokens of an accumulated batch on all
-processes, the logs of both terms, the evaluation per token and per byte, and checkpoints that appear whole or not
-at all.
+It changes the loss (``loss``), which is a mean over all supervised tokens of an accumulated batch in all
+processes; the logs, which show both terms; the evaluation, which is per token and per byte; the order of the
+rows; and the checkpoints, which appear only when they are complete.
 """
 
 import math
@@ -32,33 +32,31 @@ __all__ = ["FusionTrainer", "Schedule", "argument_problems", "last_checkpoint"]
 Schedule = Literal["constant", "hard_and_decay", "soft"]
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 WRITING = f"checkpoint{TEMPORARY}"
-"""The folder in which a checkpoint is written before it takes its name."""
+"""The folder in which a checkpoint is written before it gets its name."""
 PROBE_TOKENS = 8
 METRICS = ("loss", "clm", "fusion", "perplexity_per_byte")
-"""Of an evaluation, under ``eval_``."""
-SUMS = ("positions", "clm", "fusion", "clm_weight", "measured", "clm_square", "fusion_square")
-"""What is summed over the supervised positions between two logs; the models' shares follow."""
+"""Results of an evaluation, logged with the prefix ``eval_``."""
+STRATEGIES = ("group_by_length", "random", "sequential")
 
 
 class FusionTrainer(Trainer):  # type: ignore[misc]
     """Trains a causal language model on λ·CLM + (1 − λ)·fusion.
 
     Args:
-        model: Of transformers, with or without peft adapters; its forward is taught to return the loss.
-        args: Of transformers.
-        train_dataset: A ``FusionData``.
-        eval_dataset: Held-out rows, likewise.
+        model: A model of transformers, with or without peft adapters. Its forward is changed to return the loss.
+        args: Arguments of transformers.
+        train_dataset: Rows to learn from.
+        eval_dataset: Held-out rows.
         collator: Makes the batches.
         clm_weight: λ.
-        schedule: ``constant``; ``hard_and_decay``: from λ linearly to 1 (FuseLLM's published options, which weaken
-            the fusion term as training goes on); ``soft``: 1 − exp(−CE) of what is fused, position by position.
-        models: Names of the models fused, for the logs.
-        name_block: What a block is called in a message.
+        schedule: ``constant``; ``hard_and_decay``: from λ linearly to 1 (FuseLLM's published options, in which the
+            fusion term fades out); ``soft``: 1 − exp(−CE) of the fused distribution, position by position.
+        models: Names of the fused models, for the logs.
+        name_block: The name of a block in messages.
         tokenizer: Saved with each checkpoint.
 
     Raises:
-        UserError: An argument of transformers would change what is trained, or the model's logits cannot be
-            taken apart.
+        UserError: An argument of transformers would change what is trained, or the model cannot be split.
     """
 
     def __init__(
@@ -89,13 +87,14 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
             compute_metrics=self._metrics,
             **others,
         )
-        self.model_accepts_loss_kwargs = True  # so that tokens are counted over the whole accumulated batch
+        self.model_accepts_loss_kwargs = True  # transformers then counts the tokens of the whole accumulated batch
         self.loss_is_scaled_for_ga = True
         self.clm_weight, self.schedule = clm_weight, schedule
         self.fused_models, self.name_block = list(models), name_block
-        self._sums: Tensor | None = None
-        self._blocks_of_update: list[int] = []
         self.has_begun = False
+        self._sums: dict[str, Tensor] = {}
+        self._blocks_of_update: list[int] = []
+        self._writing = False
 
     # The loss
 
@@ -106,7 +105,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a batch, over the number of supervised tokens that take part in this update everywhere.
+        """The loss of a batch, divided by the supervised tokens of this update in all batches and processes.
 
         Raises:
             UserError: It is NaN or infinite.
@@ -123,7 +122,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
             if not torch.isfinite(loss):
                 raise UserError(self._not_finite(inputs, targets))
             self._blocks_of_update += inputs["blocks"].tolist()
-            self._add(inputs, targets)
+            self._add_to_sums(inputs, targets)
             self.has_begun = True
         return (loss, outputs) if return_outputs else loss
 
@@ -146,10 +145,9 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         else:
             done = self.state.global_step / max(1, self.state.max_steps) if self.schedule != "constant" else 0.0
             weights = torch.full_like(inputs["confidence"], self.clm_weight + (1 - self.clm_weight) * done)
-        said = (
-            inputs["fused_probabilities"].any(1) if inputs["fused_ids"].shape[1] else torch.zeros_like(weights) > 0
-        )
-        return torch.where(said, weights, 1.0)
+        if not inputs["fused_ids"].shape[1]:
+            return torch.ones_like(weights)
+        return torch.where(inputs["fused_probabilities"].any(1), weights, 1.0)
 
     def _not_finite(self, inputs: Mapping[str, Tensor], targets: Targets) -> str:
         assert targets.terms is not None
@@ -160,26 +158,25 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
 
     def _stopped(self, what: str, blocks: Sequence[int]) -> str:
         """Why the training stops."""
-        broken = self._weights_are_broken()
-        state = "weights are not finite" if broken else "weights are finite: look at these rows"
+        state = "weights are not finite" if self._is_broken() else "weights are finite: look at these rows"
         return (
             f"the {what} is NaN or infinite in step {self.state.global_step + 1} (the model's {state}; a smaller "
             f"learning_rate or max_grad_norm may help). Nothing of this step was kept. The batch's rows:"
             f"{listed([self.name_block(block) for block in blocks if block >= 0])}"
         )
 
-    def _weights_are_broken(self) -> bool:
-        """Of this process's shards: the others may be elsewhere, and would not answer."""
-        shards = (
+    def _is_broken(self) -> bool:
+        """Whether weights of this process are not finite. Other processes may not be here to ask."""
+        weights = (
             getattr(weight, "to_local", lambda weight=weight: weight)() for weight in self.model.parameters()
         )
-        return any(not bool(torch.isfinite(shard).all()) for shard in shards)
+        return any(not bool(torch.isfinite(weight).all()) for weight in weights)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm of an update's gradients, before the update.
 
         Raises:
-            UserError: It is NaN or infinite, and no loss scaler is there to leave such an update out.
+            UserError: It is NaN or infinite, and there is no loss scaler, which would skip such an update.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         blocks, self._blocks_of_update = self._blocks_of_update, []
@@ -189,40 +186,37 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
 
     # Logs
 
-    def _add(self, inputs: Mapping[str, Tensor], targets: Targets) -> None:
-        positions, terms = len(targets.gold), targets.terms
-        assert terms is not None
-        measured = torch.full((), float(targets.norms), device=targets.gold.device)
-        shares = measured.new_zeros(len(self.fused_models))  # in all processes as many, also if nothing was fused
+    def _add_to_sums(self, inputs: Mapping[str, Tensor], targets: Targets) -> None:
+        """Add a batch to the sums over positions since the last log."""
+        assert targets.terms is not None
+        shares = torch.zeros(len(self.fused_models), device=targets.gold.device)  # also where nothing is fused
         shares[: inputs["shares"].shape[1]] = inputs["shares"].sum(0)[: len(shares)]
-        found = [
-            torch.full_like(measured, float(positions)),
-            terms.clm.sum(),
-            terms.fusion.sum(),
-            targets.clm_weight.sum(),
-            measured,
-            *terms.squares.sum(0),
-            *shares,
-        ]
-        sums = torch.stack([number.double() for number in found])
-        self._sums = sums if self._sums is None else self._sums + sums
+        sums = {
+            "positions": torch.full((), float(len(targets.gold)), device=targets.gold.device),
+            "clm": targets.terms.clm.sum(),
+            "fusion": targets.terms.fusion.sum(),
+            "clm_weight": targets.clm_weight.sum(),
+            "squares": targets.terms.squares.sum(0),
+            "shares": shares,
+        }
+        for name, number in sums.items():
+            self._sums[name] = self._sums[name] + number.double() if name in self._sums else number.double()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with both terms and what was fused since the last log."""
-        if "loss" in logs and self._sums is not None:
-            sums, self._sums = self.accelerator.reduce(self._sums, "sum"), None
-            logs |= self._averages(sums.tolist())
+        """Log, with both terms and the models' shares since the last log."""
+        if "loss" in logs and self._sums:
+            reduced = self.accelerator.reduce(self._sums, "sum")
+            sums = {name: number.tolist() for name, number in reduced.items()}
+            self._sums = {}
+            positions = max(1.0, sums["positions"])
+            logs |= {name: sums[name] / positions for name in ("clm", "fusion", "clm_weight")}
+            logs["supervised_tokens"] = sums["positions"]
+            clm_square, fusion_square = sums["squares"]
+            if clm_square:
+                logs["gradient_norm_ratio"] = (fusion_square / clm_square) ** 0.5
+            for name, share in zip(self.fused_models, sums["shares"], strict=True):
+                logs[f"share/{name}"] = share / positions
         super().log(logs, start_time)
-
-    def _averages(self, sums: Sequence[float]) -> dict[str, float]:
-        of = dict(zip(SUMS, sums, strict=False))
-        positions = max(1.0, of["positions"])
-        found = {name: of[name] / positions for name in ("clm", "fusion", "clm_weight")}
-        found["supervised_tokens"] = of["positions"]
-        if of["measured"] and of["clm_square"]:
-            found["gradient_norm_ratio"] = (of["fusion_square"] / of["clm_square"]) ** 0.5
-        shares = zip(self.fused_models, sums[len(SUMS) :], strict=False)
-        return {**found, **{f"share/{name}": share / positions for name, share in shares}}
 
     # Evaluation
 
@@ -233,7 +227,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, Tensor, Tensor]:
-        """Sums over each item of a batch, so that those that fill up the last batch can be left out."""
+        """Sums over each item of a batch, so that items that only fill up the last batch can be left out."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             targets = self._targets(inputs, 1.0)
@@ -245,25 +239,25 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         sums = columns.new_zeros(len(inputs["bytes"]), 4).index_add_(0, inputs["of_item"], columns)
         return None, sums, inputs["bytes"]
 
-    def _metrics(self, found: EvalPrediction) -> dict[str, float]:
-        """Mean losses per supervised token; the perplexity per byte is that of CLM.
+    def _metrics(self, sums: EvalPrediction) -> dict[str, float]:
+        """Mean losses per supervised token, and CLM's perplexity per byte.
 
         Raises:
             UserError: One of them is NaN or infinite.
         """
-        loss, clm, fusion, tokens = torch.as_tensor(found.predictions).double().sum(0).tolist()
-        size = float(torch.as_tensor(found.label_ids).sum())
-        means = {"loss": loss / tokens, "clm": clm / tokens, "fusion": fusion / tokens}
-        means["perplexity_per_byte"] = float(torch.tensor(clm / size, dtype=torch.float64).exp())
-        if not all(map(math.isfinite, means.values())):
-            state = "not finite" if self._weights_are_broken() else "finite: look at the held-out rows"
+        loss, clm, fusion, tokens = torch.as_tensor(sums.predictions).double().sum(0).tolist()
+        size = float(torch.as_tensor(sums.label_ids).sum())
+        metrics = {"loss": loss / tokens, "clm": clm / tokens, "fusion": fusion / tokens}
+        metrics["perplexity_per_byte"] = float(torch.tensor(clm / size, dtype=torch.float64).exp())
+        if not all(map(math.isfinite, metrics.values())):
+            state = "not finite" if self._is_broken() else "finite: look at the held-out rows"
             raise UserError(
                 f"the loss on the held-out rows is NaN or infinite after step {self.state.global_step} (the "
                 f"model's weights are {state})"
             )
-        return means
+        return metrics
 
-    # Order of the data
+    # Order of the rows
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int | None]:
         data = train_dataset if train_dataset is not None else self.train_dataset
@@ -272,10 +266,8 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
         return SequentialSampler(eval_dataset)
 
-    # Resuming
-
     def _run_epoch(self, *given: Any, **named: Any) -> None:
-        """One epoch; none if the checkpoint is of the last step, after which transformers would train one more."""
+        """One epoch; none after the last step, where transformers would train one step more when it resumes."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -284,21 +276,17 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
     # Checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where checkpoints are; while one is written, where it is written."""
+        """The folder of the checkpoints, or the one in which a checkpoint is being written."""
         folder = str(super()._get_output_dir(trial))
         return os.path.join(folder, WRITING) if self._writing else folder  # noqa: PTH118
 
-    _writing = False
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint under another name, which it changes once all of it is on the disk.
+        """Write a checkpoint under another name, and rename it once all of it is on the disk.
 
         Raises:
-            UserError: It could not be written; the checkpoints before it are as they were.
+            UserError: It could not be written. The earlier checkpoints are unchanged.
         """
-        folder = Path(super()._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        best = self.state.best_model_checkpoint
+        folder, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(folder / WRITING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -308,42 +296,37 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         except (OSError, RuntimeError, SafetensorError) as error:
             if self.args.should_save:
                 shutil.rmtree(folder / WRITING, ignore_errors=True)
-            raise UserError(self._not_written(folder, name, error)) from error
+            last = last_checkpoint(folder)
+            kept = f"The checkpoint `{last}` is whole" if last else "There is no earlier checkpoint"
+            raise UserError(
+                f"the checkpoint `{folder / name}` cannot be written: {error}.\n{kept}. Fix that and run the same "
+                "command again: it resumes from there"
+            ) from error
         finally:
             self._writing = False
         self.accelerator.wait_for_everyone()
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(folder / name)
-        else:
-            self.state.best_model_checkpoint = best
         if self.args.should_save:
             self.state.save_to_json(str(folder / WRITING / name / "trainer_state.json"))
-            sync_tree(folder / WRITING / name)
-            shutil.rmtree(folder / name, ignore_errors=True)
-            (folder / WRITING / name).rename(folder / name)
-            (folder / WRITING).rmdir()
-            sync_folder(folder)
-            rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            self._name_checkpoint(folder, name)
         self.accelerator.wait_for_everyone()
 
-    def _not_written(self, folder: Path, name: str, error: Exception) -> str:
-        last = last_checkpoint(folder)
-        kept = f"`{last}` is whole" if last else "there is none"
-        return (
-            f"the checkpoint `{folder / name}` cannot be written: {error}.\nOf those before it {kept}; once this "
-            "is mended run the same command again: it goes on from there"
+    def _name_checkpoint(self, folder: Path, name: str) -> None:
+        sync_tree(folder / WRITING / name)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / WRITING / name).rename(folder / name)
+        (folder / WRITING).rmdir()
+        sync_folder(folder)
+        rotate_checkpoints(
+            str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
         )
 
 
 class _Order(Sampler[int | None]):
-    """The items of an epoch, in an order that seed and epoch alone decide: the same in all processes.
+    """The items of an epoch, in an order that depends only on seed and epoch: the same in all processes.
 
-    Each process takes whole batches; ``None``, an item of which nothing is learned, fills the last of them up.
+    Each process takes whole batches. ``None``, an item without supervised positions, fills up the last of them.
     """
 
     def __init__(self, data: FusionData, args: TrainingArguments, epoch: Callable[[], int]) -> None:
@@ -367,27 +350,28 @@ class _Order(Sampler[int | None]):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint in a training's folder."""
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return Path(found) if found else None
+    """The last checkpoint in a training's folder."""
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return Path(last) if last else None
 
 
 def _teach(model: Any, packed: bool) -> None:
+    """Give a model the fusion loss, once it is known to work with it."""
     split = SplitModel(model)
-    if not is_deepspeed_zero3_enabled() and split.device.type != "meta":  # weights that can be tried
+    if not is_deepspeed_zero3_enabled() and split.device.type != "meta":  # weights that can be used now
         training, kernels = model.training, str(getattr(model.config, "_attn_implementation", ""))
         needs_gpu = "flash" in kernels and split.device.type == "cpu"
         model.eval()
         if needs_gpu:
             model.set_attn_implementation("eager")
-        _try(split, packed)
+        _demand_usable(split, packed)
         if needs_gpu:
             model.set_attn_implementation(kernels)
         model.train(training)
     give_fusion_loss(model)
 
 
-def _try(split: SplitModel, packed: bool) -> None:
+def _demand_usable(split: SplitModel, packed: bool) -> None:
     name = type(split.model).__name__
     if not split.trial()[1]:
         raise UserError(
@@ -415,35 +399,37 @@ def _keeps_apart(split: SplitModel) -> bool:
 
 def argument_problems(args: TrainingArguments) -> list[str]:
     """Arguments that would change what is trained, or do nothing: a sentence on each, its name first."""
-    problems = []
-    if args.n_gpu > 1:
-        problems.append("one process sees several GPUs: start with `accelerate launch -m fusion_trainer train …`")
-    if args.label_smoothing_factor:
-        problems.append("label_smoothing_factor is not part of the fusion loss; leave it at 0")
-    if not args.average_tokens_across_devices:
-        problems.append("average_tokens_across_devices: false would weigh tokens by process; leave it true")
-    if args.prediction_loss_only:
-        problems.append("prediction_loss_only would leave out the metrics; leave it false")
-    if args.use_liger_kernel:
-        problems.append("use_liger_kernel has a loss of its own, which would take the place of this one")
-    if args.auto_find_batch_size:
-        problems.append("auto_find_batch_size would begin again with other batches; set the size that fits")
-    if args.ignore_data_skip:
-        problems.append("ignore_data_skip would go on with rows that were seen before; leave it false")
-    if args.batch_eval_metrics:
-        problems.append("batch_eval_metrics would average over batches instead of tokens; leave it false")
     accelerator: Any = args.accelerator_config
-    if accelerator.split_batches or accelerator.dispatch_batches or not accelerator.even_batches:
-        problems.append("accelerator_config: split_batches, dispatch_batches and even_batches stay as they are")
-    best = args.metric_for_best_model
-    if best is not None and best.removeprefix("eval_") not in METRICS:
-        problems.append(f"metric_for_best_model: there is no {best}; there are {', '.join(METRICS)}")
-    if args.push_to_hub:
-        problems.append(
-            "push_to_hub: upload the finished target, `hf upload NAME OUTPUT_DIR --exclude 'checkpoint-*'`"
-        )
-    if args.train_sampling_strategy not in ("random", "sequential", "group_by_length"):
-        problems.append("train_sampling_strategy: use group_by_length, random or sequential")
-    if args.load_best_model_at_end and args.eval_strategy == "no":
-        problems.append("load_best_model_at_end finds no best model without eval_strategy")
-    return problems
+    uneven = accelerator.split_batches or accelerator.dispatch_batches or not accelerator.even_batches
+    best = (args.metric_for_best_model or "loss").removeprefix("eval_")
+    checks = (
+        (
+            args.n_gpu > 1,
+            "one process sees several GPUs: start with `accelerate launch -m fusion_trainer train …`",
+        ),
+        (args.label_smoothing_factor, "label_smoothing_factor is not part of the fusion loss; leave it at 0"),
+        (
+            not args.average_tokens_across_devices,
+            "average_tokens_across_devices: false would weigh tokens by process; leave it true",
+        ),
+        (args.prediction_loss_only, "prediction_loss_only would leave out the metrics; leave it false"),
+        (args.use_liger_kernel, "use_liger_kernel would replace the fusion loss by its own; leave it false"),
+        (args.auto_find_batch_size, "auto_find_batch_size would begin again with other batches; set the size"),
+        (args.ignore_data_skip, "ignore_data_skip would train on rows that were seen before; leave it false"),
+        (
+            args.batch_eval_metrics,
+            "batch_eval_metrics would average over batches instead of tokens; leave it false",
+        ),
+        (uneven, "accelerator_config: split_batches, dispatch_batches and even_batches stay as they are"),
+        (best not in METRICS, f"metric_for_best_model: there is no {best}; there are {', '.join(METRICS)}"),
+        (
+            args.push_to_hub,
+            "push_to_hub: upload the finished target, `hf upload NAME OUTPUT_DIR --exclude 'checkpoint-*'`",
+        ),
+        (args.train_sampling_strategy not in STRATEGIES, f"train_sampling_strategy: use {', '.join(STRATEGIES)}"),
+        (
+            args.load_best_model_at_end and args.eval_strategy == "no",
+            "load_best_model_at_end finds no best model without eval_strategy",
+        ),
+    )
+    return [problem for is_wrong, problem in checks if is_wrong]

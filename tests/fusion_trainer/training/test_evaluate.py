@@ -285,7 +285,7 @@ def test_scores_of_something_else_are_left_alone(world: World, tmp_path: Path) -
     ):
         result = program(*changed)
         assert result.exit_code == 1
-        assert f"`{output}` holds other scores:" in result.stderr
+        assert f"`{output}` was made with other settings:" in result.stderr
         assert f"\n  {key} " in result.stderr
         assert output.read_bytes() == before
     for text in ("years of work", '["years of work"]', '{"groups": {}}'):
@@ -434,11 +434,11 @@ def damage(folder: Path, what: str) -> None:
         ("an error page", "`model.safetensors` is cut off or damaged (22 bytes"),
         ("a missing shard", "names `model-00002-of-00002.safetensors`, and that file is not there: copy it"),
         ("no config", "has no config.json; copy it"),
-        ("config.json=[]", "config.json` holds a JSON list, not an object"),
+        ("config.json=[]", "config.json` is not a JSON object but `[]`"),
         ("config.json=", "config.json` is not JSON (0 bytes"),
         ("config.json={}", "config.json` cannot be used: Unrecognized model"),
-        ('tokenizer_config.json="x"', "tokenizer_config.json` holds a JSON string, not an object"),
-        ("generation_config.json=[1]", "generation_config.json` holds a JSON list, not an object"),
+        ('tokenizer_config.json="x"', "tokenizer_config.json` is not a JSON object but `x`"),
+        ("generation_config.json=[1]", "generation_config.json` is not a JSON object but `[1]`"),
         ("generation_config.json={", "generation_config.json` is not JSON (1 bytes"),
     ],
 )

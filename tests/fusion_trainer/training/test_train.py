@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from tiny_fusion import CHATS, World, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import fusion_trainer.training.target as targets
 import fusion_trainer.training.train as stage
 from fusion_trainer.alignment.align import align
 from fusion_trainer.cli import main
@@ -386,7 +387,7 @@ def test_a_target_is_not_continued_as_another(
     before = times(target)
     settings = {"held_out": 0.25, **changed, "training": {"seed": 3, **changed.get("training", {})}}
     said = refused(fusion.config(target, **settings))
-    assert f"`{target}` is another training:" in said
+    assert f"`{target / 'fusion.json'}` was made with other settings:" in said
     assert "Give another output_dir, or remove that folder." in said
     (line,) = (line for line in said.splitlines() if line.startswith(f"  {key} "))
     assert line.replace(key, "", 1).split() == [*wanted.split(), *found.split()] or not (wanted and found)
@@ -429,7 +430,7 @@ def test_an_output_folder_that_holds_something_else_is_left_alone(
         (output / what).write_text('"years of work"')
     before = times(tmp_path)
     said = refused(fusion.config(output))
-    assert f"`{output}`" in said
+    assert f"`{output}" in said
     assert "is a file" in said if what == "a file" else "holds something else" in said
     assert times(tmp_path) == before
 
@@ -613,8 +614,9 @@ def test_who_wants_no_checkpoint_has_to_remove_it(fusion: World, tmp_path: Path)
 
 def test_two_trainings_do_not_write_into_one_folder(fusion: World, tmp_path: Path) -> None:
     output = tmp_path / "target"
-    with stage._alone(output):
+    with targets.exclusive(output):
         said = refused(fusion.config(output))
+        assert content(output).keys() == {targets.LOCK}
     assert said == f"another training is at work in `{output}`; give another output_dir, or wait"
     assert not content(output)
     train(fusion.config(output))
@@ -630,7 +632,7 @@ def test_a_checkpoint_that_is_damaged_is_named(
             train(fusion.config(output, training=OFTEN))
     (output / "checkpoint-3" / "model.safetensors").unlink()
     said = refused(fusion.config(output, training=OFTEN))
-    assert f"the training cannot go on from `{output / 'checkpoint-3'}`: " in said
+    assert f"the training cannot resume from `{output / 'checkpoint-3'}`: " in said
 
 
 def test_a_training_that_diverges_keeps_its_last_sound_checkpoint(fusion: World, tmp_path: Path) -> None:
@@ -832,7 +834,7 @@ def test_a_damaged_state_of_a_checkpoint_is_named(
     if text == "{}":
         (output / "checkpoint-3" / "optimizer.pt").write_bytes(b"")
     said = refused(fusion.config(output, **CLM, training=OFTEN))
-    assert f"the training cannot go on from `{output / 'checkpoint-3'}`: " in said
+    assert f"the training cannot resume from `{output / 'checkpoint-3'}`: " in said
     assert "Remove that folder" in said
     assert ("trainer_state.json` " in said) == (text != "{}")
 

@@ -373,7 +373,7 @@ def test_a_full_disk_ends_in_a_message_and_a_training_that_can_be_gone_on_with(
     assert code == 1, said
     assert "Traceback" not in said
     assert f"the checkpoint `{output / 'checkpoint-3'}` cannot be written: " in said
-    assert f"`{output / 'checkpoint-2'}` is whole; once this is mended run the same command again" in said
+    assert f"`{output / 'checkpoint-2'}` is whole. Fix that and run the same command again" in said
     assert {path.name for path in output.iterdir()} == {"checkpoint-1", "checkpoint-2", "training.json"}
     assert whole_checkpoints(output, uninterrupted) == 2
     small_disk(1 << 26)

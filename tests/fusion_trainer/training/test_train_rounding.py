@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import fusion_trainer.training.target as targets
 from fusion_trainer.cli import main
-from fusion_trainer.training.rounding import rounding, rounding_told
+from fusion_trainer.training.rounding import rounding, rounding_sentence
 from fusion_trainer.training.train import train
 
 CLM = {"kind": "none", "clm_weight": 1.0}
@@ -71,7 +71,7 @@ def test_the_share_that_the_pivots_dtype_would_keep_is_measured(light: Path, piv
         "share": pytest.approx(share, rel=1e-12),
         "trained_in_dtype": False,
     }
-    assert rounding_told(light) == (
+    assert rounding_sentence(light) == (
         f"In bfloat16, the pivot's dtype, {100 * share:.1f}% of the elements in the tensors that training moved "
         "would differ from the pivot; the target is written in float32."
     )
@@ -85,7 +85,7 @@ def test_the_command_says_it_at_the_end_and_again_when_there_is_nothing_to_do(
     for _ in range(2):
         result = CliRunner().invoke(main, ["train", str(tmp_path / "target.yaml")])
         assert result.exit_code == 0, result.output
-        last = [f"the target is in {tmp_path / 'target'}", rounding_told(tmp_path / "target")]
+        last = [f"the target is in {tmp_path / 'target'}", rounding_sentence(tmp_path / "target")]
         assert result.stdout.splitlines()[-2:] == last
 
 
@@ -99,7 +99,7 @@ def test_of_a_target_in_16_bits_it_is_all_that_is_left(
     differ = sum(int((tensor != start[name]).sum()) for name, tensor in end.items())
     assert told(target) == {**told(light), "written": "bfloat16"}
     assert told(target)["share"] == pytest.approx(differ / told(target)["elements"], rel=1e-12)
-    assert rounding_told(target) == (
+    assert rounding_sentence(target) == (
         f"The target is written in bfloat16: {told(target)['share']:.1%} of the elements in the tensors that "
         "training moved differ from the pivot. This is all that is left; `output_dtype: float32` keeps the rest."
     )
@@ -109,7 +109,7 @@ def test_a_pivot_in_float32_loses_only_what_was_asked_for(fusion: World, tmp_pat
     """Nothing is said of float32; a target in bfloat16 is compared with the pivot rounded likewise."""
     wide = train(fusion.config(tmp_path / "wide", **CLM, training=LIGHT))
     assert "rounding" not in json.loads((wide / "fusion.json").read_text())
-    assert rounding_told(wide) is None
+    assert rounding_sentence(wide) is None
     narrow = train(fusion.config(tmp_path / "narrow", **CLM, training=LIGHT, output_dtype="bfloat16"))
     elements, share = share_kept(fusion.folder / "pivot", wide)
     assert (told(narrow)["elements"], told(narrow)["dtype"]) == (elements, "bfloat16")
@@ -123,7 +123,7 @@ def test_what_was_trained_in_16_bits_is_not_said_to_be_kept_in_float32(
     target = train(fusion.config(tmp_path / "t", **CLM, pivot=str(pivot), training=LIGHT, dtype="bfloat16"))
     assert {tensor.dtype for tensor in weights(target).values()} == {torch.float32}
     assert (told(target)["elements"], told(target)["share"]) == share_kept(pivot, target)
-    assert str(rounding_told(target)).startswith(
+    assert str(rounding_sentence(target)).startswith(
         "The trained weights are bfloat16 values, so float32 keeps no more"
     )
 
@@ -222,5 +222,5 @@ def test_a_training_is_not_lost_over_what_cannot_be_measured(
             patch.setattr(targets, "_write_target", spoiled)
             target = train(fusion.config(tmp_path / f"of {name}", **CLM, pivot=str(moved), training=LIGHT))
         assert "it cannot be measured how much of the training 16 bits keep: " in caplog.text
-        assert rounding_told(target) is None
+        assert rounding_sentence(target) is None
         assert (target / "model.safetensors").read_bytes() == (light / "model.safetensors").read_bytes()

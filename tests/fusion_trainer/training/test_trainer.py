@@ -637,7 +637,7 @@ def test_only_as_many_checkpoints_are_kept_as_asked_for_and_the_best(fusion: Wor
         ({"prediction_loss_only": True}, "prediction_loss_only would leave out the metrics"),
         ({"push_to_hub": True}, "push_to_hub: upload the finished target"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size would begin again"),
-        ({"ignore_data_skip": True}, "ignore_data_skip would go on with rows that were seen"),
+        ({"ignore_data_skip": True}, "ignore_data_skip would train on rows that were seen"),
         ({"batch_eval_metrics": True}, "batch_eval_metrics would average over batches"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches and even_batches stay as they are"),
         ({"metric_for_best_model": "accuracy"}, "there is no accuracy; there are loss, clm, fusion, perplexity"),

@@ -1,0 +1,60 @@
+"""A record says what an output was made from, so that it is made once and never taken for another one."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from varm_common.errors import UserError, unlike
+from varm_common.files import read_mapping, write_json
+
+__all__ = ["Record"]
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A JSON file that says what an output was made from.
+
+    Attributes:
+        path: The file.
+        identity: What the output depends on, as JSON. Its ``format`` names the kind of output.
+        remedy: What a user can do about a different output there.
+        compared: Of an identity, what must agree; all of it by default.
+    """
+
+    path: Path
+    identity: Settings
+    remedy: str
+    compared: Callable[[Settings], Settings] = field(default=dict)
+
+    def read(self) -> dict[str, Any] | None:
+        """The record that is there, results included; None if there is none.
+
+        Raises:
+            UserError: It cannot be read, is of another format, or differs from ``identity``.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            content = read_mapping(self.path)
+        except UserError as error:
+            raise UserError(f"`{self.path}` holds something else: {error}.\n{self.remedy}.") from error
+        if content.get("format") != self.identity["format"]:
+            raise UserError(f"`{self.path}` holds something else.\n{self.remedy}.")
+        try:
+            earlier = self.compared({key: content.get(key) for key in self.identity})
+        except (AttributeError, LookupError, TypeError) as error:
+            raise UserError(
+                f"`{self.path}` is damaged ({type(error).__name__}: {error}).\n{self.remedy}."
+            ) from error
+        if difference := unlike(
+            f"`{self.path}` was made with other settings:", self.compared(self.identity), earlier
+        ):
+            raise UserError(f"{difference}\n{self.remedy}.")
+        return content
+
+    def write(self, **results: Any) -> None:
+        """Write identity and results."""
+        write_json(self.path, {**self.identity, **results})
