@@ -6,18 +6,15 @@
   python benchmarks/train.py --model tiny --rounds 1 --steps 1      a trial of everything, some 4 minutes
   python benchmarks/train.py --model llama-7b --save                on a GPU of 80 GB or more
 
-The models are random. The dialogues are those of examples/make_sharegpt.py, and so is the tokenizer, filled up to
-the vocabulary of the layout. The stores are written without asking a model, by the program's own writer: ten
-plausible entries at each position, and cross-entropies of which now the pivot's and now the source's is lower.
-What a step costs does not depend on what they say.
+Models and stores are random (train_data.py).
 
-A leg is a real `trainer.train()` of new weights, the same for all, on the same rows in the same order. The clock
-runs from the end of its first step (which allocates the optimizer's state) to the end of its last: reading the
-stores, fusing, collating, clipping and AdamW count. The plain leg is transformers' Trainer with the model's own
-loss of `labels`; its collator is ours too, without stores, and hands on nothing but `input_ids`, `labels` and
-`attention_mask` (packed: `position_ids`). All legs run in one process, in an order that rotates from round to
-round; a ratio is taken within a round. Peak memory is that of two steps in a process of their own: RssAnon,
-sampled every 10 ms; on a GPU `torch.cuda.max_memory_allocated`.
+A leg is a real `trainer.train()` from the same random weights, on the same rows in the same order. The clock runs
+from the end of its first step (which allocates the optimizer's state) to the end of its last: reading the stores,
+fusing, collating, clipping and AdamW count. The plain leg is transformers' Trainer with the model's own loss of
+`labels`; its collator is ours too, without stores, and passes only `input_ids`, `labels` and `attention_mask`
+(packed: `position_ids`). All legs run in one process, in an order that rotates from round to round; a ratio is
+taken within a round. Peak memory is that of two steps in their own process: RssAnon, sampled every 10 ms; on a GPU
+`torch.cuda.max_memory_allocated`.
 """
 
 import gc
@@ -30,7 +27,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cache, partial
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -45,14 +41,11 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from measure import machine, measured, spread, table, verdict
 from torch import Tensor
+from train_data import SOURCES, K, prepared
 from transformers import AutoModelForCausalLM, LlamaConfig, PrinterCallback, Trainer, TrainingArguments
 
-from fusion_trainer.config import PrepareConfig
-from fusion_trainer.data.prepare import prepare
-from fusion_trainer.representations import store, store_writer
-from fusion_trainer.text.tokenizer import load_tokenizer
 from fusion_trainer.training import loss
-from fusion_trainer.training.batches import Collator, Example, FusionData, TokenFile, pack, write_tokens
+from fusion_trainer.training.batches import Collator, Example, FusionData, pack
 from fusion_trainer.training.fusion import Rule
 from fusion_trainer.training.trainer import FusionTrainer
 
@@ -61,7 +54,6 @@ TIME_BUDGET = 1.05  # wall, our step / plain step
 MEMORY_BUDGET = 1.0  # peak, ours / plain
 COLLATE_BUDGET_MS = 20.0
 
-K, SOURCES = 10, 3
 PLAIN, OURS = "plain CLM", "MinCE, λ = 0.9"
 TAIL = Rule("avg_ce", tail="bucket")
 LEGS = {PLAIN: (None, 1.0), OURS: (Rule(), 0.9), "ours, λ = 1": (None, 1.0), "AvgCE + tail, λ = 0.9": (TAIL, 0.9)}
@@ -104,61 +96,6 @@ SHAPES = {  # and the legs run on it
     Shape(8, 2048, False) if ON_GPU else Shape(4, 512, False): [*LEGS],
     Shape(8, 2048, True) if ON_GPU else Shape(2, 2048, True): [*LEGS] if ON_GPU else [PLAIN, OURS],
 }
-
-
-# Data
-
-
-def prepared(work: Path, vocabulary: int, length: int, tokens: int, text: bool = False) -> FusionData:
-    """Blocks of dialogues (or of plain text, where all is supervised), with the stores of pivot and sources."""
-    pivot, data = work / "pivot", work / "data.jsonl"
-    lines = list(extract.texts(islice(extract.conversations(1), extract.TRAINED_ON)))
-    extract.write_model(pivot, f"narrow-{vocabulary // 1000}k", lines, torch.device("cpu"))
-    rows, characters = [], 0
-    for row in extract.conversations(0):
-        words = "\n".join(extract.texts([row]))
-        rows.append({"id": row["id"], "text": words} if text else row)
-        characters += len(words)
-        if characters > extract.CHARACTERS_PER_TOKEN * tokens:
-            break
-    extract.write_jsonl(data, rows)
-    config = PrepareConfig(data=[str(data)], pivot=str(pivot), template="chatml", max_length=length)
-    path = write_tokens(prepare(config, work, quiet=True), load_tokenizer(pivot, "pivot"))
-    stores = [random_store(work / f"store-{n}", TokenFile(path), n, vocabulary) for n in range(1 + SOURCES)]
-    return FusionData(path, stores, Rule(), [[block] for block in range(len(stores[0]))])
-
-
-def random_store(folder: Path, tokens: TokenFile, number: int, vocabulary: int) -> store.RepresentationStore:
-    """Number 0 is the pivot's own; the others are aligned to it."""
-    rng, blocks = np.random.default_rng(number), len(tokens.lengths)
-    identity = {"top_k": K, "vocabulary": vocabulary}
-    identity |= {"kind": store.ALIGNED, "version": store.ALIGNED_VERSION} if number else {}
-    writer = store_writer.StoreWriter(folder, identity, [0, blocks])
-    writer.begin()
-    rows = [random_row(rng, tokens, block, vocabulary, number > 0) for block in range(blocks)]
-    writer.write(0, rows, {"positions": sum(map(len, rows))})
-    writer.wait()
-    writer.finish()
-    return store.RepresentationStore(folder)
-
-
-def random_row(rng: Any, tokens: TokenFile, block: int, vocabulary: int, aligned: bool) -> store.Representation:
-    row = tokens[block]
-    golds, size = row.ids[row.positions + 1].astype(np.int64), len(row.positions)
-    steps = 7919 * (np.arange(K) - rng.integers(3, size=(size, 1)))  # a prime: no id twice at a position
-    tail, shares = rng.uniform(0.01, 0.2, size), -np.sort(-(rng.exponential(size=(size, K)) ** 3))
-    shares *= ((1 - tail) / shares.sum(1))[:, None]
-    ids = ((golds[:, None] + steps) % vocabulary).astype(store.id_dtype(vocabulary))
-    gold_logprob = np.log(shares[:, 0] * rng.uniform(0.5, 1)).astype(np.float16)
-    logprobs = np.log(shares).clip(-30).astype(np.float16)
-    columns = (ids, logprobs, tail.astype(np.float16), gold_logprob, f"block {block}", 0)
-    if not aligned:
-        return store.Representation(*columns)
-    entropy = -float(gold_logprob.sum(dtype=np.float64))
-    gold_bytes = row.gold_bytes.clip(1).astype(np.uint16)
-    means = entropy / max(1, size), entropy / max(1, row.bytes)
-    of_pivot = (mean * rng.uniform(0.9, 1.1) for mean in means)
-    return store.Representation(*columns, np.ones(size, np.uint8), gold_bytes, *means, *of_pivot)
 
 
 # A leg
@@ -340,10 +277,8 @@ def head_alone() -> tuple[Any, Tensor, Tensor, Tensor]:
     with DEVICE:
         config = LlamaConfig(**{**UNTIED, **SMALL, "hidden_size": hidden, "num_hidden_layers": 0})
         model = AutoModelForCausalLM.from_config(config)
-        ids_BL, ids_SK = (
-            torch.randint(1000, (1, size + 1)),
-            1000 + torch.randint(1000, (size, 1)) + torch.arange(K),
-        )
+        ids_BL = torch.randint(1000, (1, size + 1))
+        ids_SK = 1000 + torch.randint(1000, (size, 1)) + torch.arange(K)
         loss.give_fusion_loss(model)
         return model, ids_BL, ids_SK, torch.rand(size, K).softmax(1)
 
@@ -365,8 +300,9 @@ def loss_step(kind: str) -> None:
         model(ids_BL, labels=ids_BL, use_cache=False).loss.backward()
     elif kind:
         tail_S, places_S = 1 - weight_S if "tail" in kind else None, torch.arange(len(gold_S), device=DEVICE)
-        of = loss.Targets(places_S, gold_S, ids_SK, shares_SK, tail_S, weight_S, norms="norms" in kind)
-        model(input_ids=ids_BL, targets=of)["loss"].backward()
+        fused = {"ids": ids_SK, "probabilities": shares_SK, "tail": tail_S, "clm_weight": weight_S}
+        targets = loss.Targets(positions=places_S, gold=gold_S, **fused, norms="norms" in kind)
+        model(input_ids=ids_BL, targets=targets)["loss"].backward()
     model.zero_grad()
 
 
@@ -406,15 +342,8 @@ def step_tables(setting: Setting, found: dict[str, list[Steps]]) -> Iterator[tup
             ratios.append((f"{leg} / {PLAIN}", spread(wall, 3), by_round, spread(cpu, 3), *limits))
     about = f"{count} steps that count: {tokens:,} tokens, {supervised / tokens:.1%} of them supervised; of "
     about += f"{places:,} places {1 - tokens / places:.1%} are padding."
-    header = (
-        "leg",
-        "wall of a step, s",
-        "CPU, s",
-        "tokens/s",
-        "TFLOP/s",
-        *(("MFU",) if peak else ()),
-        "mean loss",
-    )
+    speeds = ("tokens/s", "TFLOP/s", *(("MFU",) if peak else ()))
+    header = ("leg", "wall of a step, s", "CPU, s", *speeds, "mean loss")
     yield f"Steps, {shape}", f"{about}\n\n{table(header, legs)}"
     header = ("pair", "wall ratio", "round by round", "CPU ratio", "budget, wall", "verdict")
     yield f"Time within a round, {shape}", table(header, ratios)
@@ -466,9 +395,7 @@ def measurements(work: Path, layout: str, rounds: int, steps: int) -> str:
     assert setting is not None
     title = f"Where the time of two steps goes, {setting.shape} (one run, clocked)"
     sections.append((title, profile_table(replace(setting, steps=1))))
-    note = (
-        f"Reading, fusing and collating 4 blocks of plain text, all of it supervised: {COLLATED_BATCHES} batches, "
-    )
+    note = f"Reading, fusing and collating 4 blocks of plain text, all supervised: {COLLATED_BATCHES} batches, "
     note += "page cache warm. The published code needs 9.3 s and 1 GB for such a batch, [4, 2048, 32000] dense."
     text = prepared(work / "text", 32_000, 2048, COLLATED_BLOCKS * 2048, text=True)
     sections.append(("Collating 4 × 2048 positions", f"{note}\n\n{collating_table(text)}"))

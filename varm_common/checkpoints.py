@@ -67,19 +67,12 @@ Tensors = dict[str, tuple[tuple[int, ...], str]]
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The weight files of one checkpoint.
+    """The weight files of one checkpoint."""
 
-    Attributes:
-        names: The files that transformers loads, in ascending order.
-        named: The shard of each tensor according to the index; None if one file holds all.
-        problems: Why the files cannot be read, or could be the wrong ones.
-        remarks: Other weight files there, which are not read.
-    """
-
-    names: list[str]
-    named: Mapping[str, str] | None = None
-    problems: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    names: list[str]  # the files that transformers loads, in ascending order
+    named: Mapping[str, str] | None = None  # the shard of each tensor by the index; None if one file holds all
+    problems: list[str] = field(default_factory=list)  # why files cannot be read, or could be the wrong ones
+    remarks: list[str] = field(default_factory=list)  # other weight files there, which are not read
 
 
 def choose_weight_files(names: set[str], read: Callable[[str], str | bytes]) -> WeightFiles:
@@ -161,19 +154,12 @@ def _entry(path: Path, key: str) -> Any:
 
 @dataclass(frozen=True)
 class Header:
-    """The tensors in the weight files of a local checkpoint.
-
-    Attributes:
-        tensors: Shape and dtype of each tensor.
-        files: The file of each tensor.
-        problems: What is wrong with the files, a sentence each.
-        remarks: Other weight files there, which are not read.
-    """
+    """The tensors in the weight files of a local checkpoint. Problems and remarks are sentences."""
 
     tensors: Tensors = field(default_factory=dict)
-    files: dict[str, Path] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)  # the file of each tensor
+    problems: list[str] = field(default_factory=list)  # what is wrong with the files
+    remarks: list[str] = field(default_factory=list)  # other weight files there, which are not read
 
 
 def read_header(folder: Path) -> Header:

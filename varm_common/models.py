@@ -21,14 +21,8 @@ __all__ = [
 TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 NOT_NEEDED = ["consolidated*", "*/*"]
 """Second copies of the weights in some repositories of the Hub."""
-SETTINGS_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-"""Files in which transformers expects a JSON object."""
+SETTINGS = ("config", "generation_config", "tokenizer_config", "special_tokens_map", "added_tokens")
+"""JSON files in which transformers expects an object."""
 NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 """Keys of a config that do not change what the model computes."""
 
@@ -48,9 +42,9 @@ def local_folder(
     else:
         folder = _downloaded(model, revision, weights, code)
         commit = folder.name
-    for name in SETTINGS_FILES:
-        if (folder / name).exists():
-            read_mapping(folder / name)
+    for name in SETTINGS:
+        if (path := folder / f"{name}.json").exists():
+            read_mapping(path)
     return folder, commit
 
 
@@ -72,11 +66,7 @@ def _downloaded(model: str, revision: str | None, weights: bool, code: bool) -> 
 
 
 def weight_files(folder: Path, name: str | None = None) -> list[Path]:
-    """The weight files that transformers reads. ``name`` names the model in messages.
-
-    Raises:
-        UserError: One is missing, or it is not certain which they are.
-    """
+    """The weight files that transformers reads. ``name`` names the model in messages."""
     chosen = checkpoints.weight_files(folder)
     if chosen.problems:
         raise UserError(f"the weights of `{name or folder}`: {'; '.join(chosen.problems)}")

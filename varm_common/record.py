@@ -15,19 +15,12 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Record:
-    """A JSON file that says what an output was made from.
-
-    Attributes:
-        path: The file.
-        identity: What the output depends on, as JSON. Its ``format`` names the kind of output.
-        remedy: What a user can do about a different output there.
-        compared: Of an identity, what must agree; all of it by default.
-    """
+    """A JSON file that says what an output was made from."""
 
     path: Path
-    identity: Settings
-    remedy: str
-    compared: Callable[[Settings], Settings] = field(default=dict)
+    identity: Settings  # what the output depends on, as JSON; its `format` names the kind of output
+    remedy: str  # what a user can do about a different output there
+    compared: Callable[[Settings], Settings] = field(default=dict)  # the part of an identity that must agree
 
     def read(self) -> dict[str, Any] | None:
         """The record that is there, results included; None if there is none.

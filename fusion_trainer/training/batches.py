@@ -36,14 +36,14 @@ from varm_common.files import atomic_file, fingerprint, remove_abandoned, sha256
 
 __all__ = ["Collator", "Example", "FusionData", "TokenFile", "TokenRow", "pack", "write_tokens"]
 
+LISTS = ("ids", "positions", "gold_bytes")
 TOKENS = pa.schema(
     [
-        pa.field("ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("positions", pa.list_(pa.int32()), nullable=False),  # supervised: they predict the next token
-        pa.field("gold_bytes", pa.list_(pa.int32()), nullable=False),  # bytes of the tokens after them
-        pa.field("bytes", pa.int32(), nullable=False),  # supervised bytes of the text
+        *(pa.field(name, pa.list_(pa.int32()), nullable=False) for name in LISTS),
+        pa.field("bytes", pa.int32(), nullable=False),
     ]
 )
+"""Columns of the token file, as in ``TokenRow``."""
 RULES = 2
 """Raised with every change of the rows of the token file."""
 BLOCKS_AT_ONCE = 256
@@ -56,19 +56,12 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One block.
+    """One block; a row of the token file."""
 
-    Attributes:
-        ids: int32 [tokens].
-        positions: int32 [positions], the supervised ones.
-        gold_bytes: int32 [positions], bytes of the tokens after them.
-        bytes: Supervised bytes of the text.
-    """
-
-    ids: NDArray[np.int32]
-    positions: NDArray[np.int32]
-    gold_bytes: NDArray[np.int32]
-    bytes: int
+    ids: NDArray[np.int32]  # [tokens]
+    positions: NDArray[np.int32]  # [supervised positions]: they predict the next token
+    gold_bytes: NDArray[np.int32]  # [supervised positions], bytes of the tokens after them
+    bytes: int  # supervised bytes of the text
 
 
 def write_tokens(dialogues: Dialogues, tokenizer: TextTokenizer) -> Path:
@@ -125,18 +118,11 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class Example:
-    """One block, ready to be collated.
-
-    Attributes:
-        block: Its number.
-        tokens: Its ids and supervised positions.
-        fused: The distributions of its first positions: of all, except those beyond a model's context. None for
-            CLM alone.
-    """
+    """One block, ready to be collated."""
 
     block: int
     tokens: TokenRow
-    fused: Fused | None
+    fused: Fused | None  # of the positions within every model's context, the first ones; None for CLM alone
 
 
 class FusionData(Dataset[list[Example]]):
@@ -216,22 +202,16 @@ def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 class Collator:
     """Items → a batch of tensors.
 
-    Attributes:
-        padding: The id that fills a row up; it is never learned.
-        packed: Rows hold several blocks, told apart by ``position_ids``.
-        flat: All rows in one, as attention kernels for packed sequences need it.
-        tail: The rest of the fused distribution is one more outcome.
-
     A batch holds ``input_ids`` and ``labels`` [B, L], ``attention_mask`` or (packed) ``position_ids`` [B, L];
     for S supervised positions ``positions`` (indices into [B · L]), ``of_item`` (the number of their item),
     ``gold``, ``fused_ids`` and ``fused_probabilities`` [S, M], ``fused_tail`` (with ``tail``), ``confidence``
     and ``shares`` [S, models]; ``blocks`` of all items and ``item_of_block``; and ``bytes`` of each item.
     """
 
-    padding: int
-    packed: bool = False
-    flat: bool = False
-    tail: bool = False
+    padding: int  # the id that fills a row up; it is never learned
+    packed: bool = False  # rows hold several blocks, told apart by position_ids
+    flat: bool = False  # all rows in one, as attention kernels for packed sequences need it
+    tail: bool = False  # the rest of the fused distribution is one more outcome
 
     def __call__(self, items: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
         examples = [example for item in items for example in item]

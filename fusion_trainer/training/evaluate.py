@@ -30,16 +30,10 @@ from fusion_trainer.representations.extraction import batches
 from fusion_trainer.representations.split_model import CHUNK_BYTES, SplitModel, context_length
 from fusion_trainer.text.tokenizer import load_tokenizer
 from fusion_trainer.training.batches import Collator, Example, TokenFile, TokenRow, write_tokens
+from varm_common import models
 from varm_common.console import is_quiet
 from varm_common.errors import UserError
 from varm_common.files import written_to
-from varm_common.models import (
-    config_fingerprint,
-    load_causal_lm,
-    local_folder,
-    resolved_dtype,
-    weights_fingerprint,
-)
 from varm_common.record import Record
 from varm_common.standard_errors import standard_error
 
@@ -72,13 +66,13 @@ def evaluate_each(config: EvaluateConfig) -> list[dict[str, Any]]:
     Raises:
         UserError: Some could not be scored; the others are.
     """
-    models, outputs = one_or_more(config.model), one_or_more(config.output)
-    if len(models) != len(outputs):
-        raise UserError(f"{len(models)} models and {len(outputs)} outputs: give one --output for each --model")
+    names, outputs = one_or_more(config.model), one_or_more(config.output)
+    if len(names) != len(outputs):
+        raise UserError(f"{len(names)} models and {len(outputs)} outputs: give one --output for each --model")
     results, problems = [], []
-    for model, output in zip(models, outputs, strict=True):
+    for name, output in zip(names, outputs, strict=True):
         try:
-            results.append(evaluate(config.model_copy(update={"model": model, "output": output})))
+            results.append(evaluate(config.model_copy(update={"model": name, "output": output})))
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -93,24 +87,24 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         UserError: Model or dialogues cannot be used, the loss is not finite, or the output holds something else.
     """
     name, output = str(config.model), Path(str(config.output))
-    folder, revision = local_folder(name, config.revision, code=config.trust_remote_code)
+    folder, revision = models.local_folder(name, config.revision, code=config.trust_remote_code)
     dialogues = Dialogues(config.dialogues)
     tokenizer = load_tokenizer(folder, name, config.trust_remote_code)
     identity = {
         "format": FORMAT,
         "version": VERSION,
-        "weights": weights_fingerprint(folder, name),
-        "config": config_fingerprint(folder, config.trust_remote_code),
+        "weights": models.weights_fingerprint(folder, name),
+        "config": models.config_fingerprint(folder, config.trust_remote_code),
         "tokenizer": tokenizer.sha256,
         "dialogues": dialogues.fingerprint,
-        "dtype": resolved_dtype(folder, config.dtype, config.trust_remote_code),
+        "dtype": models.resolved_dtype(folder, config.dtype, config.trust_remote_code),
         "attention": config.attention,
     }
     record = Record(output, identity, "Give another --output, or remove that file")
     if (known := record.read()) is not None:
         return known
     state = PartialState(cpu=not torch.accelerator.is_available())
-    model = load_causal_lm(
+    model = models.load_causal_lm(
         folder,
         name,
         dtype=config.dtype,
@@ -221,11 +215,7 @@ def _scored(split: SplitModel, batch: dict[str, Tensor]) -> tuple[NDArray[np.flo
 
 
 def _demand_finite(scored: Mapping[str, Sums], model: Any, name: str) -> None:
-    """Check that every conversation has a number.
-
-    Raises:
-        UserError: One is NaN or infinite. The model's first tensor that is not finite is named.
-    """
+    """Check that every conversation has a number."""
     wrong = next((conversation for conversation, sums in scored.items() if not math.isfinite(sums.nats)), None)
     if wrong is None:
         return
@@ -245,11 +235,7 @@ def _group(conversation: str) -> str:
 
 
 def _groups(scored: Mapping[str, Sums], model: str) -> dict[str, dict[str, float | None]]:
-    """Sums, scores and standard errors by group, ``ALL`` first. A group without a scored byte is left out.
-
-    Raises:
-        UserError: No group has one.
-    """
+    """Sums, scores and standard errors by group, ``ALL`` first. A group without a scored byte is left out."""
     groups: dict[str, list[Sums]] = {ALL: list(scored.values())}
     for name in sorted(scored, key=_group):
         if _group(name) != ALL:

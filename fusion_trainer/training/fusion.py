@@ -23,48 +23,29 @@ Function = Literal["min_ce", "avg_ce"]
 Compare = Literal["conversation", "token"]
 Unit = Literal["token", "byte"]
 Tail = Literal["renormalise", "bucket"]
-
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How distributions are fused.
-
-    Attributes:
-        function: MinCE or AvgCE.
-        compare: Whether models are compared by conversation (the papers) or at each token.
-        unit: Whether the cross-entropy is per byte or per token (the papers).
-        temperature: Each model's probabilities are raised to the power 1 / temperature and renormalised.
-        tail: Whether the probability outside the top k is dropped and the rest renormalised (the papers), or kept
-            as one more outcome.
-    """
+    """How distributions are fused. The papers take all defaults but one: they compare per token."""
 
     function: Function = "min_ce"
-    compare: Compare = "conversation"
-    unit: Unit = "byte"
-    temperature: float = 1.0
-    tail: Tail = "renormalise"
+    compare: Compare = "conversation"  # compare models by conversation, or at each token
+    unit: Unit = "byte"  # cross-entropy per byte, or per token
+    temperature: float = 1.0  # probabilities are raised to the power 1 / temperature and renormalised
+    tail: Tail = "renormalise"  # drop the probability outside the top k, or keep it as one more outcome
 
 
 @dataclass(frozen=True)
 class Fused:
-    """The fused distributions of P positions.
+    """The fused distributions of P positions. Entries and tail sum to 1, or to 0 where no model has any."""
 
-    Attributes:
-        ids: int64 [P, entries]. At a position, an id has probability in one entry only.
-        probabilities: float32 [P, entries].
-        tail: float32 [P], the probability of all other ids; 0 if it is dropped. With the entries it sums to 1, or
-            all are 0 where no model has a distribution.
-        shares: float32 [P, models], the share of each model in it.
-        confidence: float32 [P], exp(−CE) of the chosen model; with AvgCE the mean over the models used.
-    """
-
-    ids: NDArray[np.int64]
-    probabilities: NDArray[np.float32]
-    tail: NDArray[np.float32]
-    shares: NDArray[np.float32]
-    confidence: NDArray[np.float32]
+    ids: NDArray[np.int64]  # [P, entries]; at a position, an id has probability in one entry only
+    probabilities: NDArray[np.float32]  # [P, entries]
+    tail: NDArray[np.float32]  # [P], the probability of all other ids; 0 if it is dropped
+    shares: NDArray[np.float32]  # [P, models], the share of each model
+    confidence: NDArray[np.float32]  # [P], exp(−CE) of the chosen model; with AvgCE the mean over the models used
 
 
 def cross_entropies(

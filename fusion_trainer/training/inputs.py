@@ -2,7 +2,6 @@
 
 import math
 import os
-import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from safetensors import SafetensorError
 from transformers import GenerationConfig, TrainingArguments
 
 from fusion_trainer.config import NOT_OF_THE_RESULT, TrainConfig
@@ -20,19 +18,12 @@ from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.representations.store import ALIGNED, RepresentationStore
 from fusion_trainer.text.tokenizer import TextTokenizer, load_tokenizer
 from fusion_trainer.training.trainer import argument_problems
+from varm_common import models
 from varm_common.checkpoints import read_header
 from varm_common.errors import UserError, listed
 from varm_common.files import sha256_of
-from varm_common.models import (
-    config_fingerprint,
-    load_causal_lm,
-    local_folder,
-    resolved_dtype,
-    weights_fingerprint,
-)
 
 __all__ = [
-    "UNUSABLE",
     "Inputs",
     "fixed_settings",
     "identity_of",
@@ -44,19 +35,6 @@ __all__ = [
 ]
 
 FORMAT, VERSION = "fusion-trainer target", 1
-UNUSABLE = (
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SafetensorError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-)
-"""What transformers and torch raise for arguments and checkpoints that they cannot use."""
 
 
 @dataclass
@@ -88,7 +66,7 @@ def open_inputs(config: TrainConfig) -> Inputs:
     own = {"remove_unused_columns": False, "label_names": ["labels"]}
     try:
         arguments = TrainingArguments(**{**defaults, **_public_arguments(config), **own})
-    except UNUSABLE as error:
+    except Exception as error:
         raise unusable(config, error) from error
     _demand_processes(arguments)
     if problems := [*argument_problems(arguments), *_problems(config, arguments)]:
@@ -97,7 +75,7 @@ def open_inputs(config: TrainConfig) -> Inputs:
             place_of_setting(config, f"training.{name}") + text for name, text in zip(names, problems, strict=True)
         ]
         raise UserError(f"these training arguments cannot be used:{listed(lines)}")
-    folder, revision = local_folder(config.pivot, config.pivot_revision, code=config.trust_remote_code)
+    folder, revision = models.local_folder(config.pivot, config.pivot_revision, code=config.trust_remote_code)
     tokenizer = load_tokenizer(folder, config.pivot, config.trust_remote_code)
     stores = _stores(config, tokenizer)
     dtype = _output_dtype(config, folder)
@@ -170,7 +148,7 @@ def _output_dtype(config: TrainConfig, folder: Path) -> str:
     """The dtype of the target: the configured one, or that of the pivot's config, or of its first tensor."""
     if config.output_dtype != "auto":
         return config.output_dtype
-    name = resolved_dtype(folder, "auto", config.trust_remote_code)
+    name = models.resolved_dtype(folder, "auto", config.trust_remote_code)
     if name == "auto":
         names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
         _, stored = next(iter(read_header(folder).tensors.values()))
@@ -221,7 +199,7 @@ def _dialogues(config: TrainConfig, stores: Sequence[RepresentationStore]) -> Di
 
 def load_pivot(inputs: Inputs, dtype: str, load_in: str | None) -> Any:
     """The pivot, with generation settings that can be saved: transformers reads some that it refuses to write."""
-    model = load_causal_lm(
+    model = models.load_causal_lm(
         inputs.folder,
         inputs.config.pivot,
         dtype=dtype,
@@ -244,8 +222,8 @@ def identity_of(inputs: Inputs) -> dict[str, Any]:
         UserError: The pivot's store was made from another pivot.
     """
     config, arguments = inputs.config, inputs.arguments
-    weights = weights_fingerprint(inputs.folder, config.pivot)
-    computed = config_fingerprint(inputs.folder, config.trust_remote_code)
+    weights = models.weights_fingerprint(inputs.folder, config.pivot)
+    computed = models.config_fingerprint(inputs.folder, config.trust_remote_code)
     for store in inputs.stores:
         if store.identity.get("kind") != ALIGNED:
             store.demand(weights=weights, config=computed)

@@ -15,6 +15,7 @@ Sums are float32, whatever the model's dtype.
 
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,52 +28,29 @@ __all__ = ["Targets", "Terms", "give_fusion_loss", "sparse_terms"]
 
 
 class Terms(NamedTuple):
-    """Both terms at each supervised position.
+    """Both terms at each supervised position."""
 
-    Attributes:
-        clm: float32 [S].
-        fusion: float32 [S].
-        squares: float32 [S, 2], squared norms of their gradients in the logits; 0 if not measured.
-    """
-
-    clm: Tensor
-    fusion: Tensor
-    squares: Tensor
+    clm: Tensor  # float32 [S]
+    fusion: Tensor  # float32 [S]
+    squares: Tensor  # float32 [S, 2], squared norms of their gradients in the logits; 0 if not measured
 
 
-class Targets:
-    """The targets of a batch's supervised positions.
+class Targets(SimpleNamespace):
+    """What the supervised positions of a batch learn from; built with keywords.
 
     It is no dataclass and no mapping, so that mixed precision leaves its tensors alone.
-
-    Attributes:
-        positions: int64 [S], indices into the flattened batch [B · L].
-        gold: int64 [S], the next tokens.
-        ids: int64 [S, M], of the fused distribution; M may be 0.
-        probabilities: float32 [S, M].
-        tail: float32 [S], the probability of all other ids; None if it is dropped.
-        clm_weight: float32 [S], λ.
-        scale: The loss is multiplied by it; 1 / the number of tokens that the loss is averaged over.
-        norms: Whether to measure the gradients of both terms.
-        terms: Both terms once the model has run, detached.
-        loss: The loss, detached; float32 even if mixed precision rounds what the model returns.
     """
 
-    def __init__(
-        self,
-        positions: Tensor,
-        gold: Tensor,
-        ids: Tensor,
-        probabilities: Tensor,
-        tail: Tensor | None,
-        clm_weight: Tensor,
-        scale: Tensor | float = 1.0,
-        norms: bool = False,
-    ) -> None:
-        self.positions, self.gold, self.ids, self.probabilities = positions, gold, ids, probabilities
-        self.tail, self.clm_weight, self.scale, self.norms = tail, clm_weight, scale, norms
-        self.terms: Terms | None = None
-        self.loss: Tensor | None = None
+    positions: Tensor  # int64 [S], indices into the flattened batch [B · L]
+    gold: Tensor  # int64 [S], the next tokens
+    ids: Tensor  # int64 [S, M], of the fused distribution; M may be 0
+    probabilities: Tensor  # float32 [S, M]
+    tail: Tensor | None  # float32 [S], the probability of all other ids; None if it is dropped
+    clm_weight: Tensor  # float32 [S], λ
+    scale: Tensor | float = 1.0  # the loss is multiplied by it: 1 / the tokens that it is averaged over
+    norms: bool = False  # whether to measure the gradients of both terms
+    terms: Terms | None = None  # set by the model's forward, detached
+    loss: Tensor | None = None  # likewise; float32 even if mixed precision rounds what the model returns
 
 
 class _SparseTerms(torch.autograd.Function):

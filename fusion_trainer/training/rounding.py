@@ -94,11 +94,7 @@ def _measured(pivot: Path, target: Path, trained: Mapping[str, Tensor]) -> dict[
 
 
 def _narrow_tensors(pivot: Path, target: Path) -> Iterator[tuple[str, torch.dtype, Tensor, Tensor]]:
-    """Name, 16-bit dtype, the pivot's tensor and the target's, for each tensor of both that has such a dtype.
-
-    Raises:
-        ValueError: They have no tensor in common.
-    """
+    """Name, 16-bit dtype, the pivot's tensor and the target's, for each tensor of both that has such a dtype."""
     starts, ends = read_header(pivot), read_header(target)
     shapes = {name: shape for name, (shape, _) in ends.tensors.items()}
     common = [name for name, (shape, _) in starts.tensors.items() if shapes.get(name) == shape]

@@ -178,11 +178,7 @@ def _write_target(
 
 
 def _demand_moved(inputs: Inputs, written: Mapping[str, torch.Tensor]) -> None:
-    """Check that a tensor of the target differs from the pivot's. The first that differs is enough.
-
-    Raises:
-        UserError: None does.
-    """
+    """Check that a tensor of the target differs from the pivot's. The first that differs is enough."""
     dtype = "float32" if inputs.config.lora is not None else inputs.config.dtype  # adapters are merged in float32
     pivot = read_header(inputs.folder)
     for name, end in written.items():

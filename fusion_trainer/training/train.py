@@ -22,7 +22,6 @@ from fusion_trainer.representations.store import ALIGNED, RepresentationStore
 from fusion_trainer.training.batches import Collator, FusionData, TokenFile, pack, write_tokens
 from fusion_trainer.training.fusion import Rule
 from fusion_trainer.training.inputs import (
-    UNUSABLE,
     Inputs,
     identity_of,
     load_pivot,
@@ -69,11 +68,7 @@ def train(config: TrainConfig) -> Path:
 
 
 def _progress(inputs: Inputs) -> tuple[bool, str | None]:
-    """Whether the target is finished, and the checkpoint to resume from; the same in all processes.
-
-    Raises:
-        UserError: The processes see different ones, or the config forbids or names one that does not fit.
-    """
+    """Whether the target is finished, and the checkpoint to resume from; the same in all processes."""
     wanted = inputs.config.training.get("resume_from_checkpoint")
     last = str(found) if (found := last_checkpoint(inputs.output)) else None
     if wanted is False and last:
@@ -136,7 +131,7 @@ def _learn(config: TrainConfig, trainer: FusionTrainer, last: str | None) -> Non
         ) from error
     except UserError:
         raise
-    except UNUSABLE as error:
+    except Exception as error:
         if trainer.has_begun and not isinstance(error, OSError):
             raise  # no setting causes this
         if trainer.has_begun:
@@ -183,7 +178,7 @@ def _trainer(inputs: Inputs, tokens: Path) -> FusionTrainer:
         )
     except UserError:
         raise
-    except UNUSABLE as error:
+    except Exception as error:
         raise unusable(config, error) from error
 
 
@@ -202,7 +197,7 @@ def _with_adapters(model: Any, config: TrainConfig) -> Any:
     set_seed(config.training.get("seed", TrainingArguments.seed))  # new adapters are random
     try:
         return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **(config.lora or {})}))
-    except UNUSABLE as error:
+    except Exception as error:
         raise UserError(f"{place_of_setting(config, 'lora')}`lora` cannot be used: {reason_of(error)}") from error
 
 
@@ -216,11 +211,7 @@ def _names(stores: Sequence[RepresentationStore]) -> list[str]:
 
 
 def _split(dialogues: Dialogues, share: float) -> tuple[list[int], list[int]]:
-    """Blocks to learn from and blocks held out, by the hash of their conversations' names: equal for every target.
-
-    Raises:
-        UserError: One of the two would be empty.
-    """
+    """Blocks to learn from and blocks held out, by the hash of the conversation's name: equal for every target."""
     if not share:
         return list(range(len(dialogues))), []
     parts: tuple[list[int], list[int]] = [], []

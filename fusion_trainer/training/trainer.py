@@ -128,14 +128,14 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
 
     def _targets(self, inputs: Mapping[str, Tensor], scale: Tensor | float, norms: bool = False) -> Targets:
         return Targets(
-            inputs["positions"],
-            inputs["gold"],
-            inputs["fused_ids"],
-            inputs["fused_probabilities"],
-            inputs.get("fused_tail"),
-            self._clm_weights(inputs),
-            scale,
-            norms,
+            positions=inputs["positions"],
+            gold=inputs["gold"],
+            ids=inputs["fused_ids"],
+            probabilities=inputs["fused_probabilities"],
+            tail=inputs.get("fused_tail"),
+            clm_weight=self._clm_weights(inputs),
+            scale=scale,
+            norms=norms,
         )
 
     def _clm_weights(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -173,13 +173,10 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         return any(not bool(torch.isfinite(weight).all()) for weight in weights)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The norm of an update's gradients, before the update.
-
-        Raises:
-            UserError: It is NaN or infinite, and there is no loss scaler, which would skip such an update.
-        """
+        """The norm of an update's gradients, before the update."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         blocks, self._blocks_of_update = self._blocks_of_update, []
+        # a loss scaler skips such an update itself
         if norm is not None and self.accelerator.scaler is None and not math.isfinite(float(norm)):
             raise UserError(self._stopped("gradients' norm", blocks))
         return norm
@@ -220,13 +217,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
 
     # Evaluation
 
-    def prediction_step(
-        self,
-        model: Any,
-        inputs: Mapping[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, Tensor, Tensor]:
+    def prediction_step(self, model: Any, inputs: Mapping[str, Any], *_: Any, **__: Any) -> tuple[Any, ...]:
         """Sums over each item of a batch, so that items that only fill up the last batch can be left out."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -240,11 +231,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         return None, sums, inputs["bytes"]
 
     def _metrics(self, sums: EvalPrediction) -> dict[str, float]:
-        """Mean losses per supervised token, and CLM's perplexity per byte.
-
-        Raises:
-            UserError: One of them is NaN or infinite.
-        """
+        """Mean losses per supervised token, and CLM's perplexity per byte."""
         loss, clm, fusion, tokens = torch.as_tensor(sums.predictions).double().sum(0).tolist()
         size = float(torch.as_tensor(sums.label_ids).sum())
         metrics = {"loss": loss / tokens, "clm": clm / tokens, "fusion": fusion / tokens}
@@ -281,11 +268,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         return os.path.join(folder, WRITING) if self._writing else folder  # noqa: PTH118
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write a checkpoint under another name, and rename it once all of it is on the disk.
-
-        Raises:
-            UserError: It could not be written. The earlier checkpoints are unchanged.
-        """
+        """Write a checkpoint under another name, and rename it once all of it is on the disk."""
         folder, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(folder / WRITING, ignore_errors=True)

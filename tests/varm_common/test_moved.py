@@ -28,6 +28,7 @@ def test_a_module_is_one_object_by_its_old_and_its_new_name(old: str, new: str, 
     assert importlib.import_module(new).__spec__.name == new
 
 
+@pytest.mark.slow
 def test_an_old_name_is_reported() -> None:
     code = "import fusion_trainer.conversations as old; print(old.__name__)"
     command = [sys.executable, "-W", "error::DeprecationWarning", "-c", code]

@@ -361,9 +361,9 @@ def learned(model: Any, collator: Collator, items: Sequence[Sequence[Example]]) 
     """Loss, both terms and all gradients of a batch."""
     batch = collator(items)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    fused = {name: batch[f"fused_{name}"] for name in ("ids", "probabilities", "tail")}
     weights = 0.1 + 0.8 * batch["confidence"]
-    named = (batch[name] for name in ("positions", "gold", "fused_ids", "fused_probabilities", "fused_tail"))
-    targets = Targets(*named, weights)
+    targets = Targets(positions=batch["positions"], gold=batch["gold"], **fused, clm_weight=weights)
     loss = model(**inputs, targets=targets)["loss"]
     model.zero_grad()
     loss.backward()

@@ -265,9 +265,39 @@ def test_the_program_prints_a_line_per_group_and_does_not_score_twice(
         line = f"{name:24} {of['rows']:>7,} rows  {of['nats_per_byte']:.4f}{error} nats/byte  0.0% matched"
         assert line in result.stdout.splitlines()
     before = output.stat().st_mtime_ns
-    monkeypatch.setattr(evaluation, "load_causal_lm", None)
+    monkeypatch.setattr(evaluation.models, "load_causal_lm", None)
     assert program(*flags(world, "bytes", output)).stdout == result.stdout
     assert output.stat().st_mtime_ns == before
+
+
+def test_several_models_are_scored_by_one_run_as_each_by_its_own(world: World, tmp_path: Path) -> None:
+    """One result per model, in the order of the flags; ``--json`` prints a list."""
+    names = ("pivot", "bytes")
+    own = [program(*flags(world, name, tmp_path / f"{name}-alone.json")).stdout for name in names]
+    together = [flag for name in names for flag in flags(world, name, tmp_path / f"{name}.json")]
+    result = program(*together)
+    titles = [f"{world.folder / name}:\n" for name in names]
+    assert result.stdout == "".join(title + lines for title, lines in zip(titles, own, strict=True))
+    for name in names:
+        assert (tmp_path / f"{name}.json").read_bytes() == (tmp_path / f"{name}-alone.json").read_bytes()
+    printed = json.loads(program(*together, "--json").stdout)
+    assert printed == [json.loads((tmp_path / f"{name}.json").read_text()) for name in names]
+
+
+def test_a_model_that_cannot_be_scored_leaves_the_others_scored(world: World, tmp_path: Path) -> None:
+    broken(world, tmp_path / "broken", float("nan"))
+    models = (tmp_path / "nowhere", tmp_path / "broken", world.folder / "bytes")
+    outputs = [tmp_path / f"{number}.json" for number in range(3)]
+    paired = [
+        flag for model, output in zip(models, outputs, strict=True) for flag in flags(world, str(model), output)
+    ]
+    result = program(*paired)
+    assert result.exit_code == 1
+    assert f"no model folder `{models[0]}`" in result.stderr
+    assert f"the loss of `{models[1]}` is not finite" in result.stderr
+    assert [output.exists() for output in outputs] == [False, False, True]
+    result = program(*paired[:-2])
+    assert "3 models and 2 outputs: give one --output for each --model" in result.stderr
 
 
 def test_scores_of_something_else_are_left_alone(world: World, tmp_path: Path) -> None:

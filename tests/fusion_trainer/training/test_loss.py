@@ -97,12 +97,12 @@ def random_targets(
         ids[place], probabilities[place] = ids[place, mixed], probabilities[place, mixed]
     weight = np.full(size, clm_weight) if clm_weight is not None else rng.random(size)
     return Targets(
-        torch.tensor(positions, dtype=torch.int64),
-        torch.from_numpy(gold),
-        torch.from_numpy(ids),
-        torch.from_numpy(probabilities).float(),
-        torch.from_numpy(tail).float() if bucket else None,
-        torch.from_numpy(weight).float(),
+        positions=torch.tensor(positions, dtype=torch.int64),
+        gold=torch.from_numpy(gold),
+        ids=torch.from_numpy(ids),
+        probabilities=torch.from_numpy(probabilities).float(),
+        tail=torch.from_numpy(tail).float() if bucket else None,
+        clm_weight=torch.from_numpy(weight).float(),
         norms=norms,
     )
 
@@ -205,8 +205,9 @@ def test_squares_are_the_squared_norms_of_the_true_gradients_in_the_logits(case:
 def test_the_loss_worked_by_hand() -> None:
     """Probabilities 1/2, 1/4, 1/8, 1/8; gold the second; fused 0.75 and 0.25 on the first and third."""
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.125]])).requires_grad_()
-    entry = torch.tensor([[0, 2, 0]]), torch.tensor([[0.75, 0.25, 0.0]])
-    targets = Targets(torch.tensor([0]), torch.tensor([1]), *entry, None, torch.tensor([0.9]), norms=True)
+    entry = {"ids": torch.tensor([[0, 2, 0]]), "probabilities": torch.tensor([[0.75, 0.25, 0.0]])}
+    place = {"positions": torch.tensor([0]), "gold": torch.tensor([1])}
+    targets = Targets(**place, **entry, tail=None, clm_weight=torch.tensor([0.9]), norms=True)
     found = sparse_terms(lambda hidden: hidden, logits, targets)
     two = np.log(2)
     assert found.clm.tolist() == pytest.approx([2 * two], rel=1e-6)
@@ -217,7 +218,7 @@ def test_the_loss_worked_by_hand() -> None:
     assert logits.grad is not None
     np.testing.assert_allclose(logits.grad[0], 0.9 * of_clm + 0.1 * of_fusion, atol=1e-7)
 
-    bucket = Targets(targets.positions, targets.gold, *entry, torch.tensor([0.5]), torch.tensor([0.0]))
+    bucket = Targets(**place, **entry, tail=torch.tensor([0.5]), clm_weight=torch.tensor([0.0]))
     bucket.probabilities = bucket.probabilities / 2
     found = sparse_terms(lambda hidden: hidden, logits, bucket)  # all else has 1/4 + 1/8
     expected = 0.375 * two + 0.125 * 3 * two - 0.5 * np.log(0.375)

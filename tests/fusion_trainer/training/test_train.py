@@ -438,7 +438,7 @@ def test_an_output_folder_that_holds_something_else_is_left_alone(
 # Going on
 
 
-class SwitchedOffError(Exception):
+class SwitchedOffError(BaseException):
     """The machine is switched off."""
 
 
