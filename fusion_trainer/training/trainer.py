@@ -269,7 +269,8 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint under another name, and rename it once all of it is on the disk."""
-        folder, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(folder / WRITING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -302,7 +303,10 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         (folder / WRITING).rmdir()
         sync_folder(folder)
         rotate_checkpoints(
-            str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            output_dir=str(folder),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
         )
 
 

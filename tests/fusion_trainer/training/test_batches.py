@@ -645,6 +645,7 @@ def test_data_can_be_sent_to_another_process(world: Path) -> None:
         assert_same_batch(Collator(0)([copy[number]]), Collator(0)([data[number]]))
 
 
+@pytest.mark.slow
 def test_a_spawned_worker_gives_the_same_batches(world: Path) -> None:
     groups = pack(TokenFile(tokens_of(world)).lengths.tolist(), 300)
     data, collator = data_of(world, *BOTH, groups=groups), Collator(0, packed=True)

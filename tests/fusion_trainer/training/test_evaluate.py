@@ -219,6 +219,7 @@ def test_what_lies_beyond_the_context_is_counted_and_not_scored(world: World, tm
     assert found["nats"] == pytest.approx(nats, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_row_that_is_cut_is_not_matched(tmp_path: Path) -> None:
     """Even when all that was read of it is."""
     kind = MODELS["pivot"][1]

@@ -361,6 +361,7 @@ def test_all_sums_to_one_wherever_anything_has_mass(case: Case) -> None:
     assert (fused.confidence <= 1 + 1e-6).all()
 
 
+@pytest.mark.slow
 @property_test
 @given(cases(), st.randoms(use_true_random=False))
 def test_the_order_of_the_models_changes_nothing_but_the_order_of_their_shares(case: Case, random: Any) -> None:

@@ -21,6 +21,8 @@ from fusion_trainer.config import AlignConfig, TrainConfig
 from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.training.train import train
 
+pytestmark = pytest.mark.slow
+
 COLOURS = ["red", "green", "blue", "white", "black", "pink", "brown", "gold"]
 THINGS = ["fox", "dog", "cat", "owl", "bear", "wolf", "frog", "fish", "bird", "ant"]
 WORDS = 8

@@ -165,6 +165,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(head, hidden_SH, targets, draw(st.sampled_from([None, 1, 3, 100])))
 
 
+@pytest.mark.slow
 @property_test
 @given(cases())
 def test_value_and_gradients_are_those_of_the_dense_reference(case: Case) -> None:
@@ -178,6 +179,7 @@ def test_value_and_gradients_are_those_of_the_dense_reference(case: Case) -> Non
     assert all(torch.equal(one, other) for one, other in zip(again, terms, strict=True))
 
 
+@pytest.mark.slow
 @property_test
 @given(cases(), st.sampled_from([1, 2, 5, 13]))
 def test_the_chunk_changes_nothing(case: Case, chunk: int) -> None:

@@ -487,6 +487,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_stopped_and_started_again_it_ends_with_the_same_bytes(
     name: str, fusion: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -524,6 +525,7 @@ def test_stopped_and_started_again_it_ends_with_the_same_bytes(
     assert not (parts / "training.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [3, 5, 7])
 def test_stopped_after_the_last_step_it_trains_no_further(
     steps: int, fusion: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -540,6 +542,7 @@ def test_stopped_after_the_last_step_it_trains_no_further(
     assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_into_memory_goes_on_in_smaller_batches(
     fusion: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -352,6 +352,7 @@ def test_evaluation_leaves_the_training_as_it_is(fusion: World, tmp_path: Path) 
 # The order of the data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_every_row_is_learned_from_once_an_epoch(epochs: int, fusion: World, tmp_path: Path) -> None:
     for strategy in ("random", "group_by_length", "sequential"):
