@@ -16,7 +16,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from fusion_trainer.training.inputs import Inputs, fixed_settings, load_pivot
 from fusion_trainer.training.rounding import rounding, stored_tensor
-from fusion_trainer.training.trainer import WRITING, FusionTrainer, last_checkpoint
+from fusion_trainer.training.trainer import WRITING, FusionTrainer, last_checkpoint, when_run_again
 from varm_common.checkpoints import read_header
 from varm_common.errors import UserError
 from varm_common.files import TEMPORARY, locked, sync_folder, sync_tree, write_json, written_to
@@ -50,10 +50,13 @@ def demand_free(output: Path, identity: dict[str, Any]) -> None:
         raise UserError(f"`{output}` holds something else ({', '.join(content[:3])}); give a new output_dir")
     if known is not None:
         is_trained = known.name == FUSION or last_checkpoint(output) is not None
-        compared = (
-            fixed_settings if is_trained else lambda _: {}
-        )  # nothing is trained yet: other settings are fine
+        compared = fixed_settings if is_trained else _nothing
         Record(known, identity, "Give another output_dir, or remove that folder", compared).read()
+
+
+def _nothing(_: Mapping[str, Any]) -> dict[str, Any]:
+    """What must agree before anything is trained: other settings are fine."""
+    return {}
 
 
 @contextmanager
@@ -109,13 +112,7 @@ def finish_training(inputs: Inputs, trainer: FusionTrainer, about: dict[str, Any
     """
     weights = _trained_weights(trainer)
     if inputs.arguments.should_save:
-        last = last_checkpoint(inputs.output)
-        then = (
-            f"it resumes from `{last}`"
-            if last
-            else "it trains again, since there is no checkpoint (save_strategy)"
-        )
-        with written_to(inputs.output, then):
+        with written_to(inputs.output, when_run_again(inputs.output)):
             making = inputs.output / RESULT
             try:
                 trained = _write_target(inputs, trainer, weights, making)

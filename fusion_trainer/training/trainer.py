@@ -27,7 +27,7 @@ from fusion_trainer.training.loss import Targets, give_fusion_loss
 from varm_common.errors import UserError, listed
 from varm_common.files import TEMPORARY, sync_folder, sync_tree
 
-__all__ = ["FusionTrainer", "Schedule", "argument_problems", "last_checkpoint"]
+__all__ = ["FusionTrainer", "Schedule", "argument_problems", "last_checkpoint", "when_run_again"]
 
 Schedule = Literal["constant", "hard_and_decay", "soft"]
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
@@ -44,10 +44,6 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         model: A model of transformers, with or without peft adapters. Its forward is changed to return the loss.
-        args: Arguments of transformers.
-        train_dataset: Rows to learn from.
-        eval_dataset: Held-out rows.
-        collator: Makes the batches.
         clm_weight: λ.
         schedule: ``constant``; ``hard_and_decay``: from λ linearly to 1 (FuseLLM's published options, in which the
             fusion term fades out); ``soft``: 1 − exp(−CE) of the fused distribution, position by position.
@@ -280,11 +276,9 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         except (OSError, RuntimeError, SafetensorError) as error:
             if self.args.should_save:
                 shutil.rmtree(folder / WRITING, ignore_errors=True)
-            last = last_checkpoint(folder)
-            kept = f"The checkpoint `{last}` is whole" if last else "There is no earlier checkpoint"
             raise UserError(
-                f"the checkpoint `{folder / name}` cannot be written: {error}.\n{kept}. Fix that and run the same "
-                "command again: it resumes from there"
+                f"the checkpoint `{folder / name}` cannot be written: {error}.\nFix that and run the same command "
+                f"again: {when_run_again(folder)}"
             ) from error
         finally:
             self._writing = False
@@ -340,6 +334,12 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The last checkpoint in a training's folder."""
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     return Path(last) if last else None
+
+
+def when_run_again(folder: Path) -> str:
+    """What the same command does after an error, to end a message with."""
+    last = last_checkpoint(folder)
+    return f"it resumes from `{last}`" if last else "it trains again, since there is no checkpoint (save_strategy)"
 
 
 def _teach(model: Any, packed: bool) -> None:

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fusion_trainer.cli import main
 from fusion_trainer.training.train import train
 
+pytestmark = pytest.mark.slow
 IMPORTS = "import fusion_trainer.training.train, peft, torch.distributed.fsdp, torch.distributed.checkpoint"
 SHARDED = {
     "distributed_type": "FSDP",
@@ -49,8 +50,6 @@ FSDP |= {name: FSDP[name].upper() for name in ("FSDP_AUTO_WRAP_POLICY", "FSDP_ST
 """What accelerate's launcher makes of it."""
 SLOWLY = """
 import time, torch
-
-pytestmark = pytest.mark.slow
 save = torch.save
 torch.save = lambda *given, **named: (time.sleep(0.02), save(*given, **named), time.sleep(0.02))
 """
@@ -360,7 +359,7 @@ def test_a_full_disk_ends_in_a_message_and_a_training_that_can_be_gone_on_with(
     assert code == 1, said
     assert "Traceback" not in said
     assert f"the checkpoint `{output / 'checkpoint-3'}` cannot be written: " in said
-    assert f"`{output / 'checkpoint-2'}` is whole. Fix that and run the same command again" in said
+    assert f"run the same command again: it resumes from `{output / 'checkpoint-2'}`" in said
     assert {path.name for path in output.iterdir()} == {"checkpoint-1", "checkpoint-2", "training.json"}
     assert whole_checkpoints(output, uninterrupted) == 2
     small_disk(1 << 26)
