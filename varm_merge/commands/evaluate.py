@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,8 @@ from varm_common.console import talks
 from varm_common.tables import show
 
 if TYPE_CHECKING:
+    from varm_merge.evaluation.collect import Judging, Outcome
     from varm_merge.evaluation.endpoint import Endpoint, Usage
-    from varm_merge.evaluation.judging import Judging, Outcome
 
 __all__ = ["evaluate"]
 
@@ -37,6 +37,7 @@ SHOWN = 10
 """How many failures are listed; the others are only counted."""
 Command = Callable[..., None]
 option = partial(click.option, show_default=True)
+flag = partial(click.option, is_flag=True)
 
 
 @click.group()
@@ -90,20 +91,17 @@ def through_endpoint(prefix: str) -> Callable[[Command], Command]:
     )
 
 
+OPENAI = "https://api.openai.com/v1"
+with_json = flag("--json", "as_json", help="Print the result as JSON.")
 with_judge = with_options(
     option("--judge", "judge_model", required=True, help="The judge's name at the endpoint."),
-    option(
-        "--judge-url",
-        "url",
-        default="https://api.openai.com/v1",
-        help="The endpoint, without /chat/completions.",
-    ),
+    option("--judge-url", "url", default=OPENAI, help="The endpoint, without /chat/completions."),
     through_endpoint("judge-"),
     option("--price-in", type=click.FloatRange(min=0), help="Dollars per million prompt tokens."),
     option("--price-out", type=click.FloatRange(min=0), help="Dollars per million answer tokens."),
-    click.option("--yes", "-y", is_flag=True, help="Start without asking."),
-    click.option("--dry-run", is_flag=True, help="Estimate the cost and send nothing."),
-    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON."),
+    flag("--yes", "-y", help="Start without asking."),
+    flag("--dry-run", help="Estimate the cost and send nothing."),
+    with_json,
     talks(libraries=False),
 )
 """The options of a command that queries a judge."""
@@ -130,10 +128,10 @@ with_judge = with_options(
 )
 @option("--chat-template", type=READ, help="A Jinja file that replaces the model's template.")
 @option("--revision", help="Revision of a model on the Hub.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@flag("--trust-remote-code", help="Run code that comes with the model.")
 @option("--url", help="Query MODEL at an OpenAI-compatible endpoint (vLLM, …), without /chat/completions.")
 @through_endpoint("")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@with_json
 @talks(libraries=False)
 def answers(
     model: str,
@@ -182,17 +180,16 @@ def answers(
     else:
         endpoint, identity = _endpoint(url, model, **options), {"endpoint": url, "model": model}
         answer = partial(answer_at_endpoint, file.questions, settings, endpoint, options["concurrency"])
-    outcome = write_answers(file, settings, identity, answer, output, quiet)
+    outcome, ends = write_answers(file, settings, identity, answer, output, quiet)
     if as_json:
-        click.echo(json.dumps({"output": str(output), "benchmark": file.benchmark, **vars(outcome)}, indent=1))
+        counts = {"there": outcome.there, "answered": outcome.new, "failed": outcome.failed, "ends": ends}
+        click.echo(json.dumps({"output": str(output), "benchmark": file.benchmark, **counts}, indent=1))
     else:
-        _show_failures(outcome.failed)
-        counts = f"{outcome.answered} of {len(file.questions)} questions answered"
-        click.echo(f"{file.benchmark}: {counts}" + (f", {outcome.there} before" if outcome.there else ""))
-        for end in filter(outcome.ends.get, CUT_ANSWERS):
-            _warn(f"{CUT_ANSWERS[end]}: {outcome.ends[end]}")
-        if not outcome.failed:
-            click.secho(f"✓ {output}", fg="green")
+        before = f", {outcome.there} before" if outcome.there else ""
+        click.echo(f"{file.benchmark}: {outcome.new} of {len(file.questions)} questions answered{before}")
+        for end in filter(ends.get, CUT_ANSWERS):
+            _warn(f"{CUT_ANSWERS[end]}: {ends[end]}")
+        _show_end(outcome, output)
     sys.exit(1 if outcome.failed else 0)
 
 
@@ -299,14 +296,14 @@ def _judge(
     **options: Any,
 ) -> None:
     """Print the estimated cost, have the judgments made, print what they cost."""
-    from varm_merge.evaluation.endpoint import Usage
-    from varm_merge.evaluation.judging import judge as judge_all
-
     if (price_in is None) != (price_out is None):
         raise click.UsageError("--price-in and --price-out go together")
 
-    def price(usage: Usage) -> float | None:
-        return None if price_in is None or price_out is None else usage.price(price_in, price_out)
+    def price(usage: "Usage") -> float:
+        return (usage.prompt_tokens * (price_in or 0) + usage.completion_tokens * (price_out or 0)) / 1e6
+
+    def dollars(usage: "Usage", before: str) -> str:
+        return "" if price_in is None else f"{before}${price(usage):.{2 if price(usage) >= 1 else 4}f}"
 
     estimate = judging.estimate()
     result: dict[str, Any] = {"output": str(output), "estimate": vars(estimate)}
@@ -317,55 +314,46 @@ def _judge(
     if judging.requests:
         click.echo(
             f"about {estimate.prompt_tokens:,} prompt tokens (4 bytes each), at most "
-            f"{estimate.completion_tokens:,} completion tokens{_dollars(price(estimate), ', at most ')}",
+            f"{estimate.completion_tokens:,} completion tokens{dollars(estimate, ', at most ')}",
             err=as_json,
         )
-    endpoint = outcome = None
-    if judging.requests and not dry_run:
-        endpoint = _endpoint(url, judge_model, **options)
-        if not yes:
-            click.confirm("Start? (--yes skips this question)", abort=True, err=True)
-    used = endpoint.used if endpoint else Usage()
+    outcome = None
     if not dry_run:
-        outcome = judge_all(judging, endpoint, options["concurrency"], quiet)
-        result |= {**vars(outcome), "used": vars(used)}
-        result |= {} if price_in is None else {"price": price(used)}
+        endpoint = _endpoint(url, judge_model, **options) if judging.requests else None
+        if endpoint and not yes:
+            click.confirm("Start? (--yes skips this question)", abort=True, err=True)
+        outcome = judging.run(endpoint, options["concurrency"], quiet)
+        used, unrated = endpoint.used if endpoint else estimate, judging.unrated()
+        result |= {"there": outcome.there, "asked": outcome.new, "unrated": unrated, "failed": outcome.failed}
+        result |= {"used": vars(used)} | ({} if price_in is None else {"price": price(used)})
     if as_json:
         click.echo(json.dumps(result, indent=1))
     elif outcome:
-        _show_judged(outcome, output, used, _dollars(price(used), ", "))
+        if used.requests:
+            click.echo(
+                f"{outcome.new} judged; the endpoint counted {used.prompt_tokens:,} prompt tokens and "
+                f"{used.completion_tokens:,} completion tokens{dollars(used, ', ')}"
+            )
+        if used.uncounted:
+            _warn(f"the endpoint did not count the tokens of {used.uncounted} replies")
+        if unrated:
+            _warn(f"judgments without a rating, which do not count in averages: {unrated}")
+        _show_end(outcome, output)
     sys.exit(1 if outcome and outcome.failed else 0)
-
-
-def _show_judged(outcome: "Outcome", output: Path, used: "Usage", price: str) -> None:
-    _show_failures(outcome.failed)
-    if used.requests:
-        click.echo(
-            f"{outcome.asked} judged; the endpoint counted {used.prompt_tokens:,} prompt tokens and "
-            f"{used.completion_tokens:,} completion tokens{price}"
-        )
-    if used.uncounted:
-        _warn(f"the endpoint did not count the tokens of {used.uncounted} replies")
-    if outcome.unrated:
-        _warn(f"judgments without a rating, which do not count in averages: {outcome.unrated}")
-    if not outcome.failed:
-        click.secho(f"✓ {output}", fg="green")
-
-
-def _dollars(price: float | None, before: str) -> str:
-    return "" if price is None else f"{before}${price:.{2 if price >= 1 else 4}f}"
 
 
 def _warn(message: str, err: bool = False) -> None:
     click.secho(f"! {message}", fg="yellow", err=err)
 
 
-def _show_failures(failed: Mapping[str, str]) -> None:
-    lines = [f"{name}: {reason}" for name, reason in list(failed.items())[:SHOWN]]
-    if len(failed) > SHOWN:
-        lines.append(f"and {len(failed) - SHOWN} more")
-    if failed:
-        lines.append(f"{len(failed)} are missing; run the same command again to request only these")
+def _show_end(outcome: "Outcome", output: Path) -> None:
+    if not outcome.failed:
+        click.secho(f"✓ {output}", fg="green")
+        return
+    lines = [f"{name}: {reason}" for name, reason in list(outcome.failed.items())[:SHOWN]]
+    if len(outcome.failed) > SHOWN:
+        lines.append(f"and {len(outcome.failed) - SHOWN} more")
+    lines.append(f"{len(outcome.failed)} are missing; run the same command again to request only these")
     for line in lines:
         click.secho(f"✗ {line}", fg="red", err=True)
 
@@ -374,7 +362,7 @@ def _show_failures(failed: Mapping[str, str]) -> None:
 @click.argument("files", nargs=-1, required=True, type=READ)
 @option("--questions", type=READ, help="MT-Bench's question.jsonl, for the categories.")
 @option("--baseline", help="A model of MT-Bench to compare the others with, in percent.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@with_json
 def results(files: tuple[Path, ...], questions: Path | None, baseline: str | None, as_json: bool) -> None:
     """Show judgments: MT-Bench by category and turn, as in the papers, or the win rates of AlpacaEval.
 

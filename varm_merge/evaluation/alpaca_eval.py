@@ -17,13 +17,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from varm_common.errors import UserError
 from varm_common.files import fingerprint
+from varm_merge.evaluation.collect import Judging
 from varm_merge.evaluation.endpoint import Reply
 from varm_merge.evaluation.journal import Journal
-from varm_merge.evaluation.judging import Judging
 from varm_merge.evaluation.questions import checked, read_text, refuse
-from varm_merge.evaluation.rows import Output
 from varm_merge.version import __version__
 
 __all__ = ["EQUAL", "Pair", "annotations", "pairs", "preference", "read_prompt"]
@@ -36,6 +37,12 @@ EQUAL = 1.5
 PLACES = ("instruction", "output_1", "output_2")
 MESSAGE = re.compile(r"<\|im_start\|>(\w+)[^\n]*\n(.*?)<\|im_end\|>", re.DOTALL)
 Messages = list[dict[str, str]]
+
+
+class Output(BaseModel, strict=True):
+    instruction: str
+    output: str
+    generator: str
 
 
 @dataclass(frozen=True)
@@ -151,7 +158,7 @@ def annotations(pairs: Sequence[Pair], prompt: Messages, judge: str, output: Pat
             already=len(unequal) - len(requests),
             max_tokens=1,
             settings={"temperature": 1, "logprobs": True, "top_logprobs": 5},
-            add=lambda pair, reply: journal.add(pair.number, _record(pair, reply)),
+            add=lambda pair, reply: journal.keep(pair.number, _record(pair, reply)),
             finish=finish,
             unrated=unrated,
         )

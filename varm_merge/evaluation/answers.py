@@ -8,28 +8,44 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from varm_merge.evaluation.chat import Answer, Prompt
-from varm_merge.evaluation.endpoint import Endpoint, Failed, in_parallel
+from varm_merge.evaluation.collect import Outcome, collect, in_parallel
+from varm_merge.evaluation.endpoint import Endpoint, Failed
 from varm_merge.evaluation.journal import Journal
 from varm_merge.evaluation.questions import Question, Questions
 
 if TYPE_CHECKING:
     from varm_merge.evaluation.local import LocalModel
 
-__all__ = ["Outcome", "Settings", "answer_at_endpoint", "answer_locally", "write_answers"]
+__all__ = ["Answer", "Prompt", "Settings", "answer_at_endpoint", "answer_locally", "write_answers"]
 
 FORMAT = "varm-merge answers"
 GREEDY = ("extraction", "math", "coding", "reasoning", "arena-hard-200")
-TEMPERATURES = {**dict.fromkeys(GREEDY, 0.0), "stem": 0.1, "humanities": 0.1}
-"""FastChat's temperatures for MT-Bench's categories."""
+TEMPERATURES = {**dict.fromkeys(GREEDY, 0.0), "stem": 0.1, "humanities": 0.1, "": 0.0}
+"""FastChat's temperatures for MT-Bench's categories; AlpacaEval's questions have none."""
 OTHER_TEMPERATURE = 0.7
 """FastChat's temperature for writing, roleplay and unknown categories."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that ends with the user's message, and how to sample the answer."""
+
+    messages: Sequence[dict[str, str]]
+    temperature: float
+    seed: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer; ``end`` says why it ended: ``stop``, ``length``, ``context`` or ``no room``."""
+
+    text: str
+    end: str
+
 
 Choices = list[list[Answer]]
 """The answers to a question: for each choice, one for each turn."""
@@ -54,29 +70,26 @@ class Settings:
     temperature: float | None = None
     seed: int = 0
 
-    def prompt(self, chat: Sequence[dict[str, str]], question: Question, choice: int, turn: int) -> Prompt:
-        """The prompt for the next answer of a chat."""
-        temperature = self.temperature
-        if temperature is None:
-            temperature = TEMPERATURES.get(question.category, OTHER_TEMPERATURE) if question.category else 0.0
-        return Prompt(tuple(chat), temperature, f"{self.seed}/{question.id}/{choice}/{turn}")
 
+class Chat:
+    """One choice of answers to a question, turn by turn."""
 
-@dataclass
-class Outcome:
-    """The result of a run.
+    def __init__(self, question: Question, choice: int, settings: Settings) -> None:
+        self.question, self.answers = question, list[Answer]()
+        self._messages: list[dict[str, str]] = []
+        by_category = TEMPERATURES.get(question.category, OTHER_TEMPERATURE)
+        self._temperature = by_category if settings.temperature is None else settings.temperature
+        self._seed = f"{settings.seed}/{question.id}/{choice}"
 
-    Attributes:
-        there: Questions that were answered before.
-        answered: Questions answered now.
-        failed: Why the others were not, by question.
-        ends: How many answers ended how: ``stop``, ``length``, ``context``, ``no room``.
-    """
+    def prompt(self) -> Prompt:
+        """The prompt for the next answer."""
+        turn = len(self.answers)
+        self._messages.append({"role": "user", "content": self.question.turns[turn]})
+        return Prompt(tuple(self._messages), self._temperature, f"{self._seed}/{turn}")
 
-    there: int
-    answered: int = 0
-    failed: dict[str, str] = field(default_factory=dict)
-    ends: Counter[str] = field(default_factory=Counter)
+    def add(self, answer: Answer) -> None:
+        self._messages.append({"role": "assistant", "content": answer.text})
+        self.answers.append(answer)
 
 
 def write_answers(
@@ -86,7 +99,7 @@ def write_answers(
     answer: Callable[[Container[Any]], Answers],
     output: Path,
     quiet: bool = False,
-) -> Outcome:
+) -> tuple[Outcome, Counter[str]]:
     """Write the answers that ``output`` lacks.
 
     Args:
@@ -97,90 +110,78 @@ def write_answers(
         output: The file to write.
         quiet: Whether to hide progress.
 
+    Returns:
+        The outcome, and how many of the new answers ended how (see ``Answer``).
+
     Raises:
         UserError: The model cannot answer, or the output was made with other settings.
     """
     about = {"format": FORMAT, **model, "questions": questions.sha256, **vars(settings)}
-    number = len(questions.questions)
+    total, ends = len(questions.questions), Counter[str]()
     with Journal(output, about) as journal:
         if journal.finished:
-            return Outcome(number)
-        outcome = Outcome(len(journal.records))
-        with tqdm(total=number, initial=outcome.there, unit="question", disable=quiet) as bar:
-            for question, choices in answer(journal.records):
-                if isinstance(choices, Failed):
-                    outcome.failed[str(question.id)] = str(choices)
-                    continue
-                journal.add(question.id, [[answer.text for answer in turns] for turns in choices])
-                outcome.answered += 1
-                outcome.ends.update(answer.end for turns in choices for answer in turns)
-                bar.update()
+            return Outcome(total), ends
+
+        def keep(question: Question, choices: Choices) -> None:
+            journal.keep(question.id, [[answer.text for answer in turns] for turns in choices])
+            ends.update(answer.end for turns in choices for answer in turns)
+
+        there = len(journal.records)
+        outcome = collect(answer(journal.records), keep, there=there, total=total, unit="question", quiet=quiet)
         if not outcome.failed:
             journal.finish(_content(questions, settings, journal))
-    return outcome
+    return outcome, ends
 
 
 def _content(questions: Questions, settings: Settings, journal: Journal) -> str:
     """The file as FastChat or alpaca_eval reads it."""
-    said = journal.records
+    texts = journal.records
     if questions.benchmark == "AlpacaEval":
         rows = [
-            {**question.row, "output": said[question.id][0][0], "generator": settings.name}
+            {**question.row, "output": texts[question.id][0][0], "generator": settings.name}
             for question in questions.questions
         ]
         return json.dumps(rows, indent=2) + "\n"
     rows = []
-    for question in sorted(questions.questions, key=lambda question: question.sort_key):
-        identity = json.dumps([settings.name, question.id, said[question.id]])
+    for question in sorted(questions.questions, key=lambda question: (isinstance(question.id, str), question.id)):
+        identity = json.dumps([settings.name, question.id, texts[question.id]])
         row = {
             "question_id": question.id,
             "answer_id": hashlib.sha256(identity.encode()).hexdigest()[:22],
             "model_id": settings.name,
-            "choices": [{"index": index, "turns": turns} for index, turns in enumerate(said[question.id])],
+            "choices": [{"index": index, "turns": turns} for index, turns in enumerate(texts[question.id])],
             "tstamp": journal.began,
         }
         rows.append(row)
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-# A model on this machine
-
-
 def answer_locally(
     questions: Sequence[Question], settings: Settings, model: "LocalModel", done: Container[Any]
 ) -> Answers:
-    """Answer questions in batches of similar length.
+    """Answer questions on this machine, in batches of similar length.
 
     The longest come first, so a lack of memory shows at once. A batch of which only a part is done is answered as
     a whole: in another batch, the last bits of the logits would differ.
     """
-    lengths = {question.id: len(model.tokens([_user(question.turns[0])])) for question in questions}
-    ordered = sorted(questions, key=lambda question: (-lengths[question.id], question.sort_key))
+
+    def length(question: Question) -> int:
+        return len(model.tokens(Chat(question, 0, settings).prompt().messages))
+
+    ordered = sorted(questions, key=length, reverse=True)
     size = max(1, model.batch_size // settings.choices)
     for start in range(0, len(ordered), size):
         batch = ordered[start : start + size]
-        if any(question.id not in done for question in batch):
-            for question, choices in zip(batch, _answer_batch(batch, settings, model), strict=True):
-                if question.id not in done:
-                    yield question, choices
-
-
-def _answer_batch(batch: Sequence[Question], settings: Settings, model: "LocalModel") -> list[Choices]:
-    places = [(question, choice) for question in batch for choice in range(settings.choices)]
-    chats: list[list[dict[str, str]]] = [[] for _ in places]
-    answers: list[list[Answer]] = [[] for _ in places]
-    for turn in range(max(len(question.turns) for question in batch)):
-        active = [number for number, (question, _) in enumerate(places) if turn < len(question.turns)]
-        for number in active:
-            chats[number].append(_user(places[number][0].turns[turn]))
-        prompts = [settings.prompt(chats[number], *places[number], turn) for number in active]
-        for number, answer in zip(active, model.answer(prompts), strict=True):
-            chats[number].append({"role": "assistant", "content": answer.text})
-            answers[number].append(answer)
-    return [answers[start : start + settings.choices] for start in range(0, len(places), settings.choices)]
-
-
-# A model behind an endpoint
+        if all(question.id in done for question in batch):
+            continue
+        chats = [Chat(question, choice, settings) for question in batch for choice in range(settings.choices)]
+        for turn in range(max(len(question.turns) for question in batch)):
+            active = [chat for chat in chats if turn < len(chat.question.turns)]
+            for chat, answer in zip(active, model.answer([chat.prompt() for chat in active]), strict=True):
+                chat.add(answer)
+        for question in batch:
+            if question.id not in done:
+                yield question, [chat.answers for chat in chats if chat.question is question]
 
 
 def answer_at_endpoint(
@@ -189,25 +190,16 @@ def answer_at_endpoint(
     """Answer questions at an endpoint, several at a time."""
 
     def choices(question: Question) -> Choices:
-        return [_chat(question, choice, settings, endpoint) for choice in range(settings.choices)]
+        chats = [Chat(question, choice, settings) for choice in range(settings.choices)]
+        for chat in chats:
+            for _ in question.turns:
+                prompt = chat.prompt()
+                seed = int(hashlib.sha256(prompt.seed.encode()).hexdigest()[:7], 16)
+                limit, temperature = settings.max_new_tokens, prompt.temperature
+                reply = endpoint.ask(prompt.messages, limit, temperature=temperature, seed=seed)
+                end = "length" if reply.choice.get("finish_reason") == "length" else "stop"
+                chat.add(Answer(reply.text.strip(), end))
+        return [chat.answers for chat in chats]
 
     missing = [question for question in questions if question.id not in done]
     return in_parallel(choices, missing, concurrency)
-
-
-def _chat(question: Question, choice: int, settings: Settings, endpoint: Endpoint) -> list[Answer]:
-    chat: list[dict[str, str]] = []
-    answers = []
-    for turn, text in enumerate(question.turns):
-        chat.append(_user(text))
-        prompt = settings.prompt(chat, question, choice, turn)
-        seed = int(hashlib.sha256(prompt.seed.encode()).hexdigest()[:7], 16)
-        reply = endpoint.ask(chat, settings.max_new_tokens, temperature=prompt.temperature, seed=seed)
-        end = "length" if reply.choice.get("finish_reason") == "length" else "stop"
-        answers.append(Answer(reply.text.strip(), end))
-        chat.append({"role": "assistant", "content": answers[-1].text})
-    return answers
-
-
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}

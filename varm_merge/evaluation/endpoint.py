@@ -1,23 +1,23 @@
 """Queries a model behind an OpenAI-compatible endpoint.
 
-The openai client retries timeouts, lost connections and the statuses 408, 409, 429 and 5xx, and waits as long as
-``Retry-After`` says, up to two minutes. Replies without text are treated like a 5xx. All tries keep to the rate
-limits. The key is read from the environment and removed from every message.
+The openai client retries timeouts, lost connections and the statuses 408, 409, 429 and 5xx. Replies without text
+are treated like a 5xx. All tries keep to the rate limits and wait as long as ``Retry-After`` says. The key is read
+from the environment and removed from every message.
 """
 
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
-from typing import Any, TypeVar
+from email.utils import mktime_tz, parsedate_tz
+from typing import Any
 from urllib.parse import urlsplit
 
 from varm_common.errors import UserError
 
-__all__ = ["Endpoint", "Failed", "Reply", "Usage", "in_parallel"]
+__all__ = ["Endpoint", "Failed", "Reply", "Usage", "estimated_tokens"]
 
 OPENAI_HOST, OPENAI_KEY = "api.openai.com", "OPENAI_API_KEY"
 NO_KEY = "none"
@@ -34,6 +34,7 @@ LONGEST_WAIT_SECONDS = 120
 """The client does not retry a request when the server wants it to wait longer."""
 BYTES_PER_TOKEN = 4
 """For estimates; tokenizers differ."""
+LONGEST_REASON = 200
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -59,16 +60,6 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     uncounted: int = 0
-
-    def expect(self, messages: Messages, max_tokens: int) -> None:
-        """Add a request with its longest answer."""
-        self.requests += 1
-        self.prompt_tokens += estimated_tokens(messages)
-        self.completion_tokens += max_tokens
-
-    def price(self, price_in: float, price_out: float) -> float:
-        """Dollars, at prices per million tokens."""
-        return (self.prompt_tokens * price_in + self.completion_tokens * price_out) / 1e6
 
 
 def estimated_tokens(messages: Messages) -> int:
@@ -107,10 +98,14 @@ class Endpoint:
             import openai
         except ImportError as error:
             raise UserError("endpoints need the openai package: pip install 'varm-merge[judge]'") from error
-        _check(url)
-        self.url, self.model, self.used = url, model, Usage()
-        if key_variable is None and (urlsplit(url).scheme, urlsplit(url).hostname) == ("https", OPENAI_HOST):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UserError("the endpoint's URL must begin with http:// or https:// and a host")
+        if parts.username or parts.password or parts.query:
+            raise UserError("the endpoint's URL contains a key; set it in the environment instead")
+        if key_variable is None and (parts.scheme, parts.hostname) == ("https", OPENAI_HOST):
             key_variable = OPENAI_KEY
+        self.url, self.model, self.used = url, model, Usage()
         self._key = os.environ.get(key_variable, "").strip() if key_variable else ""
         if key_variable and not self._key:
             raise UserError(f"{url} needs a key: set the environment variable {key_variable}")
@@ -153,7 +148,7 @@ class Endpoint:
                 response.status_code = BROKEN_REPLY
         elif "insufficient_quota" in response.text:
             response.headers["x-should-retry"] = "false"
-        wait = self._client._parse_retry_after_header(response.headers) or 0
+        wait = _retry_after_seconds(response.headers.get("retry-after", ""))
         if wait <= LONGEST_WAIT_SECONDS:
             with self._lock:
                 self._next_start = max(self._next_start, time.monotonic() + wait)
@@ -173,14 +168,15 @@ class Endpoint:
                 model=self.model, messages=list(messages), **{limit: max_tokens}, **settings
             )
         except openai.APIStatusError as error:
-            reason = self._reason(error)
+            message = error.body.get("message", error.body) if isinstance(error.body, dict) else error.message
+            reason = f"{error.status_code} {self._without_key(str(message))}"
             if error.status_code == 400 and NEW_LIMIT in reason and limit != NEW_LIMIT:
                 self._limit = NEW_LIMIT
                 return self.ask(messages, max_tokens, **settings)
             if error.status_code in (401, 403, 404) or error.code == "insufficient_quota":
                 hint = NO_KEY_SENT if error.status_code == 401 and not self._key else ""
                 raise UserError(f"{self.url} takes no request for `{self.model}`: {reason}{hint}") from None
-            raise Failed(reason) from None
+            raise Failed("the replies have no text" if error.status_code == BROKEN_REPLY else reason) from None
         except openai.APIError as error:
             raise Failed(self._without_key(str(error))) from None
         choice, usage = reply.choices[0].model_dump(), reply.usage
@@ -192,43 +188,15 @@ class Endpoint:
         total = (usage and usage.total_tokens) or 0
         return Reply(choice["message"]["content"], choice, total, time.monotonic() - began)
 
-    def _reason(self, error: Any) -> str:
-        if error.status_code == BROKEN_REPLY:
-            return "the replies have no text"
-        message = error.body.get("message", error.body) if isinstance(error.body, dict) else error.message
-        return f"{error.status_code} {self._without_key(str(message))}"
-
     def _without_key(self, text: str) -> str:
         line = " ".join((text.replace(self._key, "[key]") if self._key else text).split())
-        return line if len(line) <= 200 else f"{line[:200]}…"
+        return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}…"
 
 
-def _check(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError("the endpoint's URL must begin with http:// or https:// and a host")
-    if parts.username or parts.password or parts.query:
-        raise UserError("the endpoint's URL contains a key; set it in the environment, where nothing prints it")
-
-
-Job = TypeVar("Job")
-Result = TypeVar("Result")
-
-
-def in_parallel(
-    work: Callable[[Job], Result], jobs: Sequence[Job], threads: int
-) -> Iterator[tuple[Job, Result | Failed]]:
-    """Yield each job with its result, in the order in which they end.
-
-    Raises:
-        Exception: Any error of a job but ``Failed``. Jobs that have not begun are dropped.
-    """
-
-    def attempt(job: Job) -> tuple[Job, Result | Failed]:
-        try:
-            return job, work(job)
-        except Failed as failed:
-            return job, failed
-
-    with ThreadPool(threads) as pool:  # its threads are daemons, so Ctrl-C does not wait for an answer
-        yield from pool.imap_unordered(attempt, jobs)
+def _retry_after_seconds(header: str) -> float:
+    """Seconds to wait by ``Retry-After``, a number or a date (RFC 9110, section 10.2.3); 0 without one."""
+    try:
+        return float(header)
+    except ValueError:
+        date = parsedate_tz(header)
+        return mktime_tz(date) - time.time() if date else 0.0

@@ -10,89 +10,89 @@ import os
 import time
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from varm_common.errors import UserError, unlike
 from varm_common.files import write_whole, written_to
 
 __all__ = ["Journal", "Lines"]
 
+Self = TypeVar("Self", bound="Lines")
+
 
 class Lines:
     """A file of JSON lines that one process at a time appends to. Use it in a ``with`` block.
+
+    A killed run may have left the last line incomplete. Only ``add`` and ``mend`` remove it, because the file may
+    turn out to be another program's.
 
     Args:
         path: The file. It is created if needed, and removed again if it stays empty.
 
     Attributes:
         rows: The rows that were in the file.
-        torn: The number of bytes of a last line that a killed run left incomplete.
+        torn: The number of bytes of an incomplete last line.
 
     Raises:
         UserError: The file holds something else, another process writes it, or the disk refuses.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.rows, self.torn = path, list[Any](), 0
         with written_to(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._created = not os.path.lexists(path)
             self._file = path.open("a+b", buffering=0)
         try:
-            self._lock()
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._file.seek(0)
-            self.rows, self.torn = self._parsed(self._file.read())
-        except BaseException:
+            self._parse(self._file.read().split(b"\n"))
+        except BaseException as error:
             self._file.close()
+            if isinstance(error, BlockingIOError):
+                raise UserError(f"`{path}` is being written by another process") from error
             raise
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"`{self.path}` is being written by another process") from error
-
-    def _parsed(self, content: bytes) -> tuple[list[Any], int]:
-        rows = []
-        lines = content.split(b"\n")
+    def _parse(self, lines: list[bytes]) -> None:
         for number, line in enumerate(lines, 1):
             try:
-                rows += [json.loads(line)] if line.strip() else []
+                self.rows += [json.loads(line)] if line.strip() else []
             except ValueError as error:
-                if number == len(lines) and line.startswith((b"{", b"[")):
-                    return rows, len(line)
-                raise UserError(f"`{self.path}`, line {number}: not JSON: {error}") from error
-        return rows, 0
+                if number < len(lines) or not line.startswith((b"{", b"[")):
+                    raise UserError(f"`{self.path}`, line {number}: not JSON: {error}") from error
+                self.torn = len(line)
+        self._end = b"\n" if lines[-1] and not self.torn else b""
 
     def mend(self) -> None:
-        """Remove an incomplete last line, and end a complete one, once the file is known to be this program's."""
+        """Remove an incomplete last line, and end a complete one."""
         with written_to(self.path.parent):
-            size = self.path.stat().st_size - self.torn
-            self._file.truncate(size)
-            self.torn = 0
-            self._file.seek(max(size - 1, 0))
-            if self._file.read(1) not in (b"\n", b""):
-                self._file.write(b"\n")
+            self._file.truncate(os.fstat(self._file.fileno()).st_size - self.torn)
+            self._file.write(self._end)
+        self.torn, self._end = 0, b""
 
     def add(self, row: Any) -> None:
         """Append a row; it is on the disk when this returns."""
-        line = memoryview(json.dumps(row).encode() + b"\n")
         self.mend()
+        line = memoryview(json.dumps(row).encode() + b"\n")
         with written_to(self.path.parent):
             while line:
                 line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
 
-    def __enter__(self) -> "Lines":
+    def close(self) -> None:
+        """Let other processes write the file."""
+        if self._created and not os.fstat(self._file.fileno()).st_size:
+            self.path.unlink(missing_ok=True)
+        self._file.close()
+
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        if self._created and self.path.exists() and not self.path.stat().st_size:
-            self.path.unlink()
+        self.close()
 
 
-class Journal:
+class Journal(Lines):
     """The records of one output. Use it in a ``with`` block.
 
     Args:
@@ -109,24 +109,21 @@ class Journal:
     """
 
     def __init__(self, output: Path, about: Mapping[str, Any]) -> None:
-        self.output = output
-        self.records: dict[Hashable, Any] = {}
+        super().__init__(output.with_name(f"{output.name}.partial"))
+        self.output, self.finished = output, output.exists()
         self._settings = output.with_name(f"{output.name}.settings.json")
-        self._partial = output.with_name(f"{output.name}.partial")
-        self.finished = output.exists()
-        self._lines = None if self.finished else Lines(self._partial)
         try:
-            self.began = self._agree(json.loads(json.dumps(about)))
+            self.began = self._compare_settings(json.loads(json.dumps(about)))
+            self.records: dict[Hashable, Any] = dict(self.rows)
         except BaseException:
-            self._close()
+            super().close()
             raise
-        self.records = dict(self._lines.rows) if self._lines else {}
 
-    def _agree(self, about: Mapping[str, Any]) -> float:
+    def _compare_settings(self, about: Mapping[str, Any]) -> float:
         """Write the settings, or compare them with those of earlier runs; returns when the first run began."""
         if not os.path.lexists(self._settings):
-            if self._lines is None or self._lines.rows or self._lines.torn:
-                path = self.output if self.finished else self._partial
+            if self.finished or self.rows or self.torn:
+                path = self.output if self.finished else self.path
                 raise UserError(f"`{path}` exists without {self._settings.name}; give another --output")
             began = time.time()
             write_whole(self._settings, json.dumps({"began": began, **about}, indent=1, ensure_ascii=False) + "\n")
@@ -143,26 +140,18 @@ class Journal:
             )
         return began
 
-    def add(self, key: Hashable, record: Any) -> None:
-        """Keep a record; it is on the disk when this returns."""
-        assert self._lines is not None
-        self._lines.add([key, record])
+    def keep(self, key: Hashable, record: Any) -> None:
+        """Add a record; it is on the disk when this returns."""
+        self.add([key, record])
         self.records[key] = record
 
     def finish(self, content: str) -> None:
         """Write the output."""
         write_whole(self.output, content)
-        self._partial.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
         self.finished = True
 
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
+    def close(self) -> None:
         if not self.finished and not self.records:
             self._settings.unlink(missing_ok=True)
-
-    def _close(self) -> None:
-        if self._lines is not None:
-            self._lines.__exit__()
+        super().close()

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from varm_common.errors import UserError
 from varm_common.files import fingerprint, sha256_of
 from varm_common.models import load_causal_lm, local_folder, weights_fingerprint
-from varm_merge.evaluation.chat import Answer, Prompt
+from varm_merge.evaluation.answers import Answer, Prompt
 from varm_merge.evaluation.questions import read_text
 
 __all__ = ["LocalModel", "Sampler"]
@@ -75,25 +75,25 @@ class LocalModel:
         try:
             yield
         except Exception as error:  # the model's files and code may raise anything
-            if "trust_remote_code" in str(error) and not self.code:
-                raise UserError(
-                    f"`{self.name}` has its own code, which runs only with --trust-remote-code"
-                ) from error
-            if isinstance(error, UserError):
-                raise
             message = str(error).strip() or type(error).__name__
-            raise UserError(f"the {what} of `{self.name}` cannot be loaded: {message}") from error
+            if "trust_remote_code" in message and not self.code:
+                message = f"`{self.name}` has its own code, which runs only with --trust-remote-code"
+            elif not isinstance(error, UserError):
+                message = f"the {what} of `{self.name}` cannot be loaded: {message}"
+            raise UserError(message) from error
 
     @cached_property
     def model(self) -> Any:
-        settings = {"attention": None, "device": None, "device_map": self.device, "load_in": None}
         with self._loading("model"):
             return load_causal_lm(
                 self.folder,
                 self.name,
                 dtype=self.dtype,
+                attention=None,
+                device=None,
+                device_map=self.device,
+                load_in=None,
                 trust_remote_code=self.code,
-                **settings,
             )
 
     def about(self) -> dict[str, Any]:
@@ -110,17 +110,13 @@ class LocalModel:
 
     def tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Tokenize a conversation as the chat template renders it for the next answer."""
-        return list(self.tokenizer(self._prompt(messages), add_special_tokens=False)["input_ids"])
-
-    def _prompt(self, messages: Sequence[dict[str, str]]) -> str:
         text = self._rendered(messages, add_generation_prompt=True)
-        if text != self._rendered(messages):
-            return text
-        # The template has no generation prompt, so what it writes before an answer serves as one. A space at its
-        # end belongs to the first token of the answer.
-        answered = self._rendered([*messages, {"role": "assistant", "content": MARK}])
-        before, mark, _ = answered.rpartition(MARK)
-        return before.rstrip(" ") if mark else text
+        if text == self._rendered(messages):
+            # The template has no generation prompt, so what it writes before an answer serves as one. A space at
+            # its end belongs to the first token of the answer.
+            before, mark, _ = self._rendered([*messages, {"role": "assistant", "content": MARK}]).rpartition(MARK)
+            text = before.rstrip(" ") if mark else text
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _rendered(self, messages: Sequence[dict[str, str]], **settings: Any) -> str:
         try:
@@ -138,7 +134,7 @@ class LocalModel:
         after = answered.rpartition(MARK)[2].lstrip()
         ids = self.tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.get_added_vocab().values()}
-        stops.update(ids[:1] if set(ids[:1]) <= special else ())
+        stops |= {*ids[:1]} & special
         return frozenset(stops - {None})
 
     @cached_property
@@ -153,42 +149,42 @@ class LocalModel:
             UserError: Memory does not suffice for one row, or tokenizer and weights do not fit together.
         """
         rows = [self.tokens(prompt.messages) for prompt in prompts]
-        rooms = [self.max_new_tokens if self.context is None else self.context - len(row) for row in rows]
-        answers = {number: Answer("", "no room") for number, room in enumerate(rooms) if room <= 0}
-        together = [number for number, room in enumerate(rooms) if room >= self.max_new_tokens]
-        alone = [[number] for number, room in enumerate(rooms) if 0 < room < self.max_new_tokens]
-        for numbers in [together, *alone]:  # alone, a row is not continued beyond the model's context
-            limit = min([self.max_new_tokens, *(rooms[number] for number in numbers)])
-            chosen = [rows[number] for number in numbers], [prompts[number] for number in numbers]
-            answers |= dict(zip(numbers, self._in_batches(*chosen, limit), strict=True))
+        by_limit: dict[int, list[int]] = {}  # rows share a batch if their answers may have the same length
+        for number, row in enumerate(rows):
+            limit = self.max_new_tokens if self.context is None else self.context - len(row)
+            by_limit.setdefault(max(0, min(limit, self.max_new_tokens)), []).append(number)
+        answers: dict[int, Answer] = {}
+        for limit, numbers in by_limit.items():
+            while numbers:
+                batch = numbers[: self.batch_size]
+                chosen = [rows[number] for number in batch], [prompts[number] for number in batch]
+                try:
+                    answers.update(zip(batch, self._generated(*chosen, limit), strict=True))
+                except RuntimeError as error:
+                    self._halve_batch(len(batch), limit, error)
+                else:
+                    numbers = numbers[len(batch) :]
         return [answers[number] for number in range(len(prompts))]
 
-    def _in_batches(self, rows: Sequence[list[int]], prompts: Sequence[Prompt], limit: int) -> list[Answer]:
-        answers: list[Answer] = []
-        while len(answers) < len(rows):
-            part = slice(len(answers), len(answers) + self.batch_size)
-            try:
-                answers += self._generated(rows[part], prompts[part], limit)
-                continue
-            except RuntimeError as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                    raise
-            size = len(rows[part])
-            if size == 1:
-                raise UserError(f"out of memory for one answer of {limit} tokens: lower --max-new-tokens")
-            self.batch_size = size // 2
-            self.warn(f"out of memory for {size} answers at a time; continuing with {self.batch_size}")
-            torch.cuda.empty_cache()
-        return answers
+    def _halve_batch(self, size: int, limit: int, error: RuntimeError) -> None:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise error
+        if size == 1:
+            raise UserError(f"out of memory for one answer of {limit} tokens: lower --max-new-tokens") from error
+        self.batch_size = size // 2
+        self.warn(f"out of memory for {size} answers at a time; continuing with {self.batch_size}")
+        torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def _generated(self, rows: Sequence[list[int]], prompts: Sequence[Prompt], limit: int) -> list[Answer]:
-        if max(map(max, rows)) >= self.model.get_input_embeddings().weight.shape[0]:
+        if limit == 0:
+            return [Answer("", "no room")] * len(rows)
+        embeddings_VD = self.model.get_input_embeddings().weight
+        if max(map(max, rows)) >= embeddings_VD.shape[0]:
             raise UserError(f"the tokenizer of `{self.name}` has tokens for which its weights have no row")
         width, pad = max(map(len, rows)), self.tokenizer.pad_token_id or 0
-        device = self.model.get_input_embeddings().weight.device
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        ids_BT = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
+        mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
         own = self.model.generation_config
         top_k, top_p = (50 if own.top_k is None else own.top_k), (1.0 if own.top_p is None else own.top_p)
         config = GenerationConfig(
@@ -200,20 +196,20 @@ class LocalModel:
             eos_token_id=sorted(self.stops) or None,
             pad_token_id=pad,
         )
-        generated = self.model.generate(
-            ids,
-            attention_mask=mask,
+        generated_BT = self.model.generate(
+            ids_BT.to(embeddings_VD.device),
+            attention_mask=mask_BT.to(embeddings_VD.device),
             generation_config=config,
             logits_processor=LogitsProcessorList([Sampler(prompts, top_k, top_p)]),
             tokenizer=self.tokenizer,
         )
-        end = "length" if limit == self.max_new_tokens else "context"
-        return [self._decoded(row, end) for row in generated[:, width:].tolist()]
+        return [self._decoded(ids, limit) for ids in generated_BT[:, width:].tolist()]
 
-    def _decoded(self, ids: list[int], otherwise: str) -> Answer:
+    def _decoded(self, ids: list[int], limit: int) -> Answer:
         stop = next((place for place, token in enumerate(ids) if token in self.stops), None)
         text = self.tokenizer.decode(ids[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(text.strip(), otherwise if stop is None else "stop")
+        cut = "length" if limit == self.max_new_tokens else "context"
+        return Answer(text.strip(), cut if stop is None else "stop")
 
 
 class Sampler(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed
@@ -226,22 +222,21 @@ class Sampler(LogitsProcessor):  # type: ignore[misc]  # transformers is not typ
     """
 
     def __init__(self, prompts: Sequence[Prompt], top_k: int = 0, top_p: float = 1.0) -> None:
-        self._temperatures = [prompt.temperature for prompt in prompts]
-        self._seeds = [
-            int.from_bytes(hashlib.sha256(prompt.seed.encode()).digest()[:8], "big") >> 1 for prompt in prompts
-        ]
+        self._prompts = prompts
         self._generators: list[torch.Generator] = []
         self._kept = [TopKLogitsWarper(top_k)] * (top_k > 0) + [TopPLogitsWarper(top_p)] * (top_p < 1)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not self._generators:
-            self._generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self._seeds]
-        sampled = scores.float().clone()
-        for row, (temperature, generator) in enumerate(zip(self._temperatures, self._generators, strict=True)):
-            if temperature < GREEDY_BELOW:
+            digests = [hashlib.sha256(prompt.seed.encode()).digest() for prompt in self._prompts]
+            seeds = [int.from_bytes(digest[:8], "big") >> 1 for digest in digests]
+            self._generators = [torch.Generator(scores.device).manual_seed(seed) for seed in seeds]
+        sampled_BV = scores.float().clone()
+        for row, (prompt, generator) in enumerate(zip(self._prompts, self._generators, strict=True)):
+            if prompt.temperature < GREEDY_BELOW:
                 continue
-            logits_1V = sampled[row : row + 1] / temperature
+            logits_1V = sampled_BV[row : row + 1] / prompt.temperature
             for warper in self._kept:
                 logits_1V = warper(input_ids[row : row + 1], logits_1V)
-            sampled[row] = (logits_1V - torch.empty_like(logits_1V).exponential_(generator=generator).log())[0]
-        return sampled
+            sampled_BV[row] = (logits_1V - torch.empty_like(logits_1V).exponential_(generator=generator).log())[0]
+        return sampled_BV

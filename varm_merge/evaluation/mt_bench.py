@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field
+
 from varm_common.errors import UserError
+from varm_merge.evaluation.collect import Judging
 from varm_merge.evaluation.endpoint import Reply
 from varm_merge.evaluation.journal import Lines
-from varm_merge.evaluation.judging import Judging
 from varm_merge.evaluation.questions import Question, Questions, checked, problems_of, refuse
-from varm_merge.evaluation.rows import JudgePrompt, Judgment, MTBenchAnswer
 
-__all__ = ["Game", "games", "judgments", "rating"]
+__all__ = ["Game", "Judgment", "games", "judgments", "rating"]
 
 WITH_REFERENCE = frozenset({"math", "reasoning", "coding", "arena-hard-200"})
 """Categories whose judge is shown a reference answer."""
@@ -35,12 +36,36 @@ NO_RATING = -1
 RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 
 
+class Choice(BaseModel, strict=True):
+    turns: list[str]
+
+
+class MTBenchAnswer(BaseModel, strict=True):
+    question_id: int | str
+    choices: list[Choice] = Field(min_length=1)
+
+
+class JudgePrompt(BaseModel, strict=True):
+    name: str
+    system_prompt: str
+    prompt_template: str
+    output_format: str
+
+
+class Judgment(BaseModel, strict=True):
+    model: str
+    question_id: int | str
+    turn: int
+    judge: list[str] = Field(min_length=1)
+    score: float = Field(allow_inf_nan=False)
+
+
 @dataclass(frozen=True)
 class Game:
     """One judgment to make: a model's answer to a question, at a turn."""
 
     model: str
-    question: Question
+    question_id: int | str
     turn: int
     prompt: str
     system: str
@@ -48,11 +73,11 @@ class Game:
 
     def key(self, judge: str) -> tuple[Any, ...]:
         """What identifies its judgment in FastChat's file."""
-        return self.model, self.question.id, self.turn, judge, self.prompt
+        return self.model, self.question_id, self.turn, judge, self.prompt
 
     @property
     def name(self) -> str:
-        return f"{self.model}, question {self.question.id}, turn {self.turn}"
+        return f"{self.model}, question {self.question_id}, turn {self.turn}"
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -81,18 +106,17 @@ def games(questions: Questions, answers: Sequence[Path], prompts: Path, referenc
         raise UserError("these are AlpacaEval's questions; use `evaluate judge alpaca-eval`")
     templates = _read_templates(prompts)
     with_reference = [question for question in questions.questions if question.category in WITH_REFERENCE]
-    reference_answers = {}
-    if with_reference:
-        if references is None:
-            raise UserError(
-                f"{len(with_reference)} questions of math, reasoning or coding need reference answers: give them "
-                "by --references FILE"
-            )
-        reference_answers = _read_complete(references, with_reference)
+    if with_reference and references is None:
+        raise UserError(
+            f"{len(with_reference)} questions of math, reasoning or coding need reference answers: give them "
+            "by --references FILE"
+        )
+    known = _read_complete(references, with_reference) if references else {}
+    shown = {question.id: known[question.id] for question in with_reference}
     return [
-        _game(path.stem, question, turn, said[question.id], reference_answers.get(question.id, []), templates)
+        _game(path.stem, question, turn, turns[question.id], shown.get(question.id, [])[:turn], templates)
         for path in answers
-        for said in [_read_complete(path, questions.questions)]
+        for turns in [_read_complete(path, questions.questions)]
         for question in questions.questions
         for turn in ((1, 2) if len(question.turns) == 2 else (1,))
     ]
@@ -112,14 +136,10 @@ def _read_complete(path: Path, questions: Sequence[Question]) -> dict[int | str,
 
 
 def _read_templates(path: Path) -> dict[str, dict[str, Any]]:
-    templates = {row["name"]: row for row in checked(path, JudgePrompt)}
-    problems = []
-    for name in PROMPTS.values():
-        if name not in templates:
-            problems.append(f"no prompt `{name}`; there are {', '.join(f'`{other}`' for other in templates)}")
-        elif (form := templates[name]["output_format"]) != "[[rating]]":
-            problems.append(f"`{name}` has the output_format {form!r}, not '[[rating]]'")
-    refuse(path, problems)
+    templates = {row["name"]: row for row in checked(path, JudgePrompt) if row["output_format"] == "[[rating]]"}
+    missing = [name for name in PROMPTS.values() if name not in templates]
+    names = ", ".join(f"`{name}`" for name in templates)
+    refuse(path, [f"no prompt `{name}`; there are {names} with the output_format [[rating]]" for name in missing])
     return templates
 
 
@@ -131,21 +151,20 @@ def _game(
     references: Sequence[str],
     templates: Mapping[str, Mapping[str, Any]],
 ) -> Game:
-    shown = references[:turn] if question.category in WITH_REFERENCE else []
-    template = templates[PROMPTS[turn, bool(shown)]]
+    template = templates[PROMPTS[turn, bool(references)]]
+    values = {f"ref_answer_{number}": text for number, text in enumerate(references, 1)}
     if turn == 1:
-        values = {"question": question.turns[0], "answer": answers[0]}
+        values |= {"question": question.turns[0], "answer": answers[0]}
     else:
-        values = {f"question_{number}": text for number, text in enumerate(question.turns, 1)}
+        values |= {f"question_{number}": text for number, text in enumerate(question.turns, 1)}
         values |= {f"answer_{number}": text for number, text in enumerate(answers, 1)}
-    values |= {f"ref_answer_{number}": text for number, text in enumerate(shown, 1)}
     try:
         text = str(template["prompt_template"]).format(**values)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise UserError(
             f"the prompt `{template['name']}` has a placeholder that nothing fills: {error}"
         ) from error
-    return Game(model, question, turn, template["name"], template["system_prompt"], text)
+    return Game(model, question.id, turn, template["name"], template["system_prompt"], text)
 
 
 @contextmanager
@@ -160,7 +179,7 @@ def judgments(games: Sequence[Game], judge: str, output: Path) -> Iterator[Judgi
 
         def add(game: Game, reply: Reply) -> None:
             row = {
-                "question_id": game.question.id,
+                "question_id": game.question_id,
                 "model": game.model,
                 "judge": [judge, game.prompt],
                 "user_prompt": game.text,
@@ -179,7 +198,7 @@ def judgments(games: Sequence[Game], judge: str, output: Path) -> Iterator[Judgi
             settings={"temperature": 0},
             add=add,
             finish=lines.mend,
-            unrated=lambda: sum(score == NO_RATING for score in scores.values()),
+            unrated=lambda: list(scores.values()).count(NO_RATING),
         )
 
 
@@ -191,9 +210,9 @@ def _known_scores(
     known = {(row["model"], row["question_id"], row["turn"], *row["judge"]): row for row in rows}
     judged = [(game, row) for game in games if (row := known.get(game.key(judge)))]
     if other := Counter(game.model for game, row in judged if row.get("user_prompt") != game.text):
-        listed = ", ".join(f"{count} of `{model}`" for model, count in other.items())
+        counts = ", ".join(f"{count} of `{model}`" for model, count in other.items())
         raise UserError(
-            f"`{output}` has judgments of other answers, or by other prompts: {listed}. Give another --output, or "
+            f"`{output}` has judgments of other answers, or by other prompts: {counts}. Give another --output, or "
             "remove those lines."
         )
     return {game.key(judge): row["score"] for game, row in judged}

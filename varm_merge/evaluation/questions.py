@@ -10,13 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from varm_common.errors import UserError, listed
 from varm_common.files import fingerprint
-from varm_merge.evaluation.rows import Instruction, MTBenchQuestion
 
 __all__ = ["Question", "Questions", "checked", "problems_of", "read_questions", "read_text", "refuse", "rows_of"]
+
+
+class MTBenchQuestion(BaseModel, strict=True):
+    question_id: int | str
+    category: str
+    turns: list[str] = Field(min_length=1)
+
+
+class Instruction(BaseModel, strict=True):
+    instruction: str
+    input: str | None = Field(None, max_length=0)
 
 
 @dataclass(frozen=True)
@@ -29,9 +39,8 @@ class Question:
     row: Mapping[str, Any]
 
     @property
-    def sort_key(self) -> tuple[bool, Any]:
-        """Sorts questions by id, numbers before texts."""
-        return isinstance(self.id, str), self.id
+    def name(self) -> str:
+        return str(self.id)
 
 
 @dataclass(frozen=True)
@@ -60,31 +69,29 @@ def rows_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
     text = read_text(path)
     rows: list[tuple[str, Any]] = []
     problems = []
-    try:
-        if text.lstrip().startswith("["):
-            rows = [(f"row {number}", row) for number, row in enumerate(json.loads(text), 1)]
-            text = ""
-    except ValueError as error:
-        refuse(path, [f"not JSON: {error}"])
-    for number, line in enumerate(text.split("\n"), 1):
+    is_list = text.lstrip().startswith("[")
+    for number, part in enumerate([text] if is_list else text.split("\n"), 1):
         try:
-            rows += [(f"line {number}", json.loads(line))] if line.strip() else []
+            if is_list:
+                rows = [(f"row {number}", row) for number, row in enumerate(json.loads(part), 1)]
+            elif part.strip():
+                rows.append((f"line {number}", json.loads(part)))
         except ValueError as error:
-            problems.append(f"line {number}: not JSON: {error}")
+            problems.append(f"{'' if is_list else f'line {number}: '}not JSON: {error}")
     problems += [f"{where}: not a JSON object" for where, row in rows if not isinstance(row, dict)]
     refuse(path, problems if problems or rows else ["it is empty"])
     return rows
 
 
 def checked(path: Path, kind: type[BaseModel]) -> list[dict[str, Any]]:
-    """Read the rows of a file, each with the entries of ``kind``."""
+    """Read the rows of a file. Each must have the entries of ``kind``; other entries are kept."""
     rows = rows_of(path)
     refuse(path, [problem for where, row in rows for problem in problems_of(where, row, kind)])
     return [row for _, row in rows]
 
 
 def problems_of(where: str, row: Any, kind: type[BaseModel]) -> Iterator[str]:
-    """Describe the entries that keep a row from being of a kind."""
+    """Describe the entries of a row that ``kind`` does not allow."""
     try:
         kind.model_validate(row)
     except ValidationError as error:

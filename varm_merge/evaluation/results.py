@@ -6,10 +6,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from pydantic import BaseModel, field_validator
+
 from varm_common.errors import UserError
 from varm_merge.evaluation.alpaca_eval import EQUAL
+from varm_merge.evaluation.mt_bench import NO_RATING, Judgment
 from varm_merge.evaluation.questions import checked, read_questions, rows_of
-from varm_merge.evaluation.rows import Annotation, Judgment
 
 __all__ = ["alpaca_eval", "is_alpaca_eval", "mt_bench", "remarks", "table", "win_rate"]
 
@@ -19,6 +21,23 @@ TURNS = {1: "1st turn", 2: "2nd turn"}
 AVERAGE = "average"
 DRAW = 0
 """A draw in the files of alpaca_eval's other annotators; it counts as ``EQUAL``."""
+
+
+class Annotation(BaseModel, strict=True):
+    generator_1: str
+    generator_2: str
+    output_2: str
+    annotator: str
+    preference: Any
+
+    @field_validator("preference")
+    @classmethod
+    def is_preference(cls, value: Any) -> Any:
+        if value is None or value != value:  # pandas makes NaN of null
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (value == DRAW or 1 <= value <= 2):
+            raise ValueError("it must be from 1 to 2, 0 (a draw), or null")
+        return value
 
 
 def is_alpaca_eval(path: Path) -> bool:
@@ -62,15 +81,23 @@ def mt_bench(judgments: Sequence[Path], questions: Path | None, baseline: str | 
         model: _scores([row for row in latest.values() if row["model"] == model], category)
         for model in dict.fromkeys(model for model, *_ in latest)
     }
-    if baseline is not None:
-        _compare(models, baseline)
+    if baseline is not None and baseline not in models:
+        raise UserError(f"no model `{baseline}` was judged; there are {', '.join(f'`{name}`' for name in models)}")
+    for name, model in models.items():
+        if baseline not in (None, name):
+            base = models[baseline]["scores"]
+            model["improvement"] = {
+                group: 100 * (score - base[group]) / base[group] if score is not None and base[group] else None
+                for group, score in model["scores"].items()
+            }
     return {"benchmark": "MT-Bench", "judge": judges[0], "baseline": baseline, "models": models}
 
 
 def _scores(rows: Sequence[Mapping[str, Any]], category: Mapping[Any, str]) -> dict[str, Any]:
-    rated = [row for row in rows if row["score"] != -1]
-    order = {name: place for place, name in enumerate(CATEGORIES)}
-    categories = sorted(set(category.values()), key=lambda name: (order.get(name, len(order)), name))
+    rated = [row for row in rows if row["score"] != NO_RATING]
+    present = {*category.values()}
+    others = sorted(present.difference(CATEGORIES))
+    categories = [name for name in (*CATEGORIES, *others) if name in present]
     groups: dict[str, list[float]] = {name: [] for name in (*categories, *TURNS.values(), AVERAGE)}
     for row in rated:
         for name in (category.get(row["question_id"]), TURNS.get(row["turn"]), AVERAGE):
@@ -82,18 +109,6 @@ def _scores(rows: Sequence[Mapping[str, Any]], category: Mapping[Any, str]) -> d
         "unrated": len(rows) - len(rated),
         "outside": sum(not 1 <= row["score"] <= 10 for row in rated),
     }
-
-
-def _compare(models: Mapping[str, Any], baseline: str) -> None:
-    if baseline not in models:
-        raise UserError(f"no model `{baseline}` was judged; there are {', '.join(f'`{name}`' for name in models)}")
-    base = models[baseline]["scores"]
-    for name, model in models.items():
-        if name != baseline:
-            model["improvement"] = {
-                group: 100 * (score - base[group]) / base[group] if score is not None and base[group] else None
-                for group, score in model["scores"].items()
-            }
 
 
 def alpaca_eval(annotations: Sequence[Path]) -> dict[str, Any]:
@@ -139,12 +154,12 @@ def table(results: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     models = results["models"]
     if results["benchmark"] == "MT-Bench":
         against = f", with the improvement over {results['baseline']}" if results["baseline"] else ""
-        title = f"MT-Bench, judged by {results['judge']}{against}"
+        groups = next(iter(models.values()))["scores"]
         rows = [
             [group.capitalize().replace("Stem", "STEM"), *(_cell(model, group) for model in models.values())]
-            for group in next(iter(models.values()))["scores"]
+            for group in groups
         ]
-        return title, ["", *models], rows
+        return f"MT-Bench, judged by {results['judge']}{against}", ["", *models], rows
     judge, reference = (" and ".join(_distinct(models, key)) for key in ("judge", "reference"))
     title = f"AlpacaEval 2, against {reference}, judged by {judge}"
     header = ["", "win rate, %", "± error", "wins", "losses", "draws", "unrated", "length"]
@@ -172,10 +187,9 @@ def _cell(model: Mapping[str, Any], group: str) -> str:
 def remarks(results: Mapping[str, Any]) -> Iterator[str]:
     """What a reader has to know about the numbers."""
     models = results["models"]
-    compared = {"judgments": "numbers of judgments"}
-    if results["benchmark"] == "AlpacaEval":
-        compared = {"judge": "judges", "reference": "reference outputs", "n_total": "numbers of pairs"}
-    else:
+    compared = {"judge": "judges", "reference": "reference outputs", "n_total": "numbers of pairs"}
+    if results["benchmark"] == "MT-Bench":
+        compared = {"judgments": "numbers of judgments"}
         for name, model in models.items():
             if model["unrated"]:
                 yield f"{name}: {model['unrated']} of {model['judgments']} judgments are unrated and do not count"

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from varm_common.errors import UserError
 from varm_merge.cli import main
-from varm_merge.evaluation.chat import Answer, Prompt
+from varm_merge.evaluation.answers import Answer, Prompt
 from varm_merge.evaluation.journal import Journal
 from varm_merge.evaluation.local import LocalModel, Sampler
 
@@ -386,7 +386,7 @@ def test_an_incomplete_line_is_removed_only_beside_matching_settings(tmp_path: P
     settings.write_text(json.dumps({"began": 1.5, **about}))
     with Journal(output, about) as journal:
         assert partial.read_bytes() == b"[my notes"
-        journal.add(1, "said")
+        journal.keep(1, "said")
     assert partial.read_bytes() == b'[1, "said"]\n'
 
 
@@ -396,7 +396,7 @@ def test_two_processes_do_not_write_the_same_file(llama: Path, questions: Path, 
         done = asked(llama, questions, output)
         assert done.exit_code == 1
         assert f"`{output}.partial` is being written by another process" in done.output
-        journal.add(81, [["said"]])
+        journal.keep(81, [["said"]])
     assert "`tiny.jsonl` was begun with other settings" in asked(llama, questions, output).output.replace(
         f"{tmp_path}/", ""
     )
