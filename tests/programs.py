@@ -129,6 +129,17 @@ class Programs:
         self._parent.wait()
 
 
+def forked(command: Callable[[], object]) -> int:
+    """Run ``command`` in a fork of this process, to be killed; returns the process id."""
+    process = os.fork()
+    if process == 0:
+        try:
+            command()
+        finally:
+            os._exit(0)
+    return process
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """All files below a folder."""
     return {

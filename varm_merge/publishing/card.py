@@ -8,15 +8,16 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import huggingface_hub
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
+from mergekit.card import CARD_TEMPLATE
+from mergekit.config import MergeConfiguration
 
 from varm_common.errors import UserError
 from varm_merge.merging import weight_log
@@ -25,20 +26,15 @@ __all__ = ["Card", "Findings", "Parent", "is_generated", "make", "only_renews", 
 
 README, PICTURE, RECIPE = "README.md", "weights.png", "mergekit_config.yml"
 TEMPLATE = Path(__file__).with_name("card.md.j2")
+ANY_LINES = r"[\s\S]*?"
+PARTS = {"metadata": f"(?P<metadata>{ANY_LINES})", "model_list": r"(\* .*\n?)*", "config_yaml": ANY_LINES}
 MERGEKIT_CARD = re.compile(
-    r"---\n(?P<metadata>.*?)\n---\n# [^\n]*\n\n"
-    r"This is a merge of pre-trained language models created using \[mergekit\]\([^)\n]*\)\.\n\n"
-    r"## Merge Details\n### Merge Method\n\nThis model was merged using the [^\n]* merge method[^\n]*\n\n"
-    r"### Models Merged\n\nThe following models were included in the merge:\n(\* [^\n]*\n)*\n?"
-    r"### Configuration\n\nThe following YAML configuration was used to produce this model:\n\n"
-    r"```yaml\n.*?\n```\s*",
-    re.DOTALL,
+    re.sub(r"\\{(\w+)\\}", lambda part: PARTS.get(part[1], ".*"), re.escape(CARD_TEMPLATE.strip()))
 )
 """The whole card that mergekit writes. A card with one more sentence was edited by a person."""
 CHECKSUM = re.compile(r"\n<!-- varm-merge card ([0-9a-f]{16}) -->\n*$")
 LICENSE = ("license", "license_name", "license_link")
 RENEWED = (*LICENSE, "base_model", "base_model_relation", "merge_method")
-COMPARISON_LIMIT_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -83,9 +79,6 @@ class Findings:
     remarks: list[str] = field(default_factory=list)
 
 
-# The recipe and its models
-
-
 def read_recipe(folder: Path) -> tuple[str, dict[str, Any]]:
     """Read text and content of the recipe that produced a folder.
 
@@ -118,8 +111,6 @@ def parents_of(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     Raises:
         UserError: mergekit does not accept the recipe.
     """
-    from mergekit.config import MergeConfiguration
-
     try:
         config = MergeConfiguration.model_validate({key: content[key] for key in content if key != "name"})
         models = config.referenced_models()
@@ -134,9 +125,6 @@ def parents_of(content: Mapping[str, Any]) -> list[tuple[str, str]]:
         if model.lora:
             roles.setdefault(model.lora.path, "adapter")
     return list(roles.items())
-
-
-# The card
 
 
 def make(
@@ -170,7 +158,7 @@ def make(
             f"{README} is your own: only its metadata changes; --overwrite-card writes a new card"
         )
         return Card(_with_metadata(own, metadata), generated=False)
-    weights = _read_weights(folder, findings)
+    weights = _weights(folder, findings)
     has_picture = (folder / PICTURE).is_file()
     picture = _drawn(weights, findings) if weights and not has_picture else None
     settings = content.get("parameters") or {}
@@ -181,10 +169,10 @@ def make(
         method=content["merge_method"],
         is_sce=content["merge_method"] == "sce" or "select_topk" in settings or settings.get("erase_minority"),
         parents=parents,
-        weights=weights and _summary(weights),
+        weights=weights,
         picture=PICTURE if picture or has_picture else None,
         comparison=comparison,
-        packages=_packages(weights or {}),
+        packages=_packages(weights),
         recipe=text,
         fence="`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0)),
     )
@@ -196,7 +184,7 @@ def is_generated(text: str) -> bool:
     """Whether a card is as mergekit or ``varm-merge push`` wrote it."""
     if checksum := CHECKSUM.search(text):
         return checksum[1] == _checksum(text[: checksum.start()])
-    card = MERGEKIT_CARD.fullmatch(text.replace("\r\n", "\n"))
+    card = MERGEKIT_CARD.fullmatch(text.replace("\r\n", "\n").strip())
     return card is not None and set(yaml.safe_load(card["metadata"])) <= {"base_model", "library_name", "tags"}
 
 
@@ -206,17 +194,17 @@ def _checksum(text: str) -> str:
 
 def _own_card(folder: Path, findings: Findings) -> ModelCard | None:
     """Read the README.md if a person wrote it."""
-    if not (folder / README).is_file():
-        return None
     try:
         text = (folder / README).read_text(encoding="utf-8-sig")
         return None if is_generated(text) else ModelCard(text)
+    except FileNotFoundError:
+        return None
     except (ValueError, TypeError, yaml.YAMLError) as error:
         findings.problems.append(f"the metadata of {README} cannot be read: {str(error).splitlines()[0]}")
         return None
 
 
-def _metadata(folder: Path, content: Mapping[str, Any], parents: Iterable[Parent]) -> dict[str, Any]:
+def _metadata(folder: Path, content: Mapping[str, Any], parents: Sequence[Parent]) -> dict[str, Any]:
     hub_ids = [parent.hub_id for parent in parents if parent.hub_id]
     method = str(content["merge_method"])
     try:
@@ -239,7 +227,7 @@ def _license(
     """The licence of the merge: the user's choice, or the one that all parents share."""
     if license_id:
         return {"license": license_id}
-    if own is not None and vars(own.data).get("license"):
+    if own is not None and own.data.get("license"):
         return {}
     known = [dict(parent.license) for parent in parents]
     if known and known[0] and all(license_ == known[0] for license_ in known):
@@ -251,12 +239,11 @@ def _license(
 
 def _with_metadata(own: ModelCard, metadata: Mapping[str, Any]) -> str:
     """A person's card with the metadata that it lacks."""
-    given = vars(own.data)
     for key, value in metadata.items():
         if key == "tags":
-            setattr(own.data, key, list(dict.fromkeys([*(given.get(key) or []), *value])))
-        elif given.get(key) in (None, [], "") or key in LICENSE:
-            setattr(own.data, key, value)
+            own.data[key] = list(dict.fromkeys([*(own.data.get(key) or []), *value]))
+        elif key in LICENSE or not own.data.get(key):
+            own.data[key] = value
     return str(own)
 
 
@@ -277,11 +264,9 @@ def read_comparison(path: Path) -> str:
     """Read a report for the card: without its title, its headings one level deeper.
 
     Raises:
-        UserError: It is not readable text, or too long.
+        UserError: It is not readable text.
     """
     try:
-        if path.stat().st_size > COMPARISON_LIMIT_BYTES:
-            raise UserError(f"`{path}` is too long for a model card: {path.stat().st_size:,} bytes")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
@@ -299,68 +284,46 @@ def _packages(weights: Mapping[str, Any]) -> list[str]:
     return known or ["mergekit", "varm-merge"]
 
 
-# Weights
+def _weights(folder: Path, findings: Findings) -> dict[str, Any]:
+    """``varm_weights.json`` with ``rows`` for the card and its ``granularity``; empty without that file.
 
-
-def _read_weights(folder: Path, findings: Findings) -> dict[str, Any] | None:
-    path = folder / weight_log.FILE_NAME
-    if not path.is_file():
-        return None
+    A row has the lowest, median, highest and mean weight of a target. The mean is weighted by the units' sizes.
+    """
     try:
-        weights = dict(json.loads(path.read_text(encoding="utf-8")))
-        _summary(weights)
+        log = dict(json.loads((folder / weight_log.FILE_NAME).read_text(encoding="utf-8")))
+        rows = []
+        for target in log["targets"]:
+            units = [unit for unit in log["units"] if target in unit["targets"]]
+            shares = [float(unit["targets"][target]["weight"]) for unit in units]
+            sizes = [int(unit["elements"]) for unit in units]
+            if shares:
+                mean = sum(share * size for share, size in zip(shares, sizes, strict=True)) / max(sum(sizes), 1)
+                cells = (f"{number:.3f}" for number in (min(shares), median(shares), max(shares), mean))
+                rows.append([f"`{target}`", *cells])
+        granularities = dict.fromkeys(str(unit["granularity"]) for unit in log["units"])
+    except FileNotFoundError:
+        return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         findings.problems.append(f"`{weight_log.FILE_NAME}` does not hold the weights of a merge: {error!r}")
-        return None
-    return weights
-
-
-def _summary(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Lowest, median, highest and size-weighted mean weight of each target."""
-    rows = []
-    for target in weights["targets"]:
-        units = [unit for unit in weights["units"] if target in unit["targets"]]
-        shares = [float(unit["targets"][target]["weight"]) for unit in units]
-        sizes = [int(unit["elements"]) for unit in units]
-        if shares:
-            mean = sum(share * size for share, size in zip(shares, sizes, strict=True)) / max(sum(sizes), 1)
-            cells = (f"{number:.3f}" for number in (min(shares), median(shares), max(shares), mean))
-            rows.append([f"`{target}`", *cells])
-    return {"rows": rows, "units": len(weights["units"]), "granularity": _granularity(weights)}
-
-
-def _granularity(weights: Mapping[str, Any]) -> str:
-    return " and ".join(dict.fromkeys(str(unit["granularity"]) for unit in weights["units"]))
+        return {}
+    return {**log, "rows": rows, "granularity": " and ".join(granularities)}
 
 
 def _drawn(weights: Mapping[str, Any], findings: Findings) -> bytes | None:
+    """A picture of the weights as a PNG; None without matplotlib."""
     from varm_merge.inspection import heatmap
 
-    granularity = _granularity(weights)
+    granularity = weights["granularity"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / PICTURE
         try:
-            heatmap.draw(
-                {"targets": weights["targets"], "units": {granularity: weights["units"]}}, granularity, path
-            )
+            heatmap.draw({**weights, "units": {granularity: weights["units"]}}, granularity, path)
         except UserError as error:
             findings.remarks.append(f"the card has no picture: {error}")
             return None
         return path.read_bytes()
 
 
-# Parents
-
-
 def license_in(metadata: Mapping[str, Any]) -> dict[str, str]:
     """The licence entries of a card's metadata; empty without a licence."""
     return {key: str(metadata[key]) for key in LICENSE if metadata.get(key)} if metadata.get("license") else {}
-
-
-def local_parent(name: str, role: str) -> Parent:
-    """Describe a parent that is a folder; the folder may no longer exist."""
-    try:
-        metadata = huggingface_hub.metadata_load(Path(name).expanduser() / README) or {}
-    except (ValueError, OSError, yaml.YAMLError):
-        metadata = {}
-    return Parent(name, role, None, license_in(metadata))

@@ -23,14 +23,9 @@ IGNORED = ("stage.json", "lock", "*.tmp", "*.lock", "*~", "__pycache__")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 CHECKPOINTS = ("checkpoint-*", "global_step*")
 TRAINING = (
-    "optimizer[._]*",
-    "scheduler.pt",
-    "rng_state*.pth",
-    "scaler.pt",
-    "training_args.bin",
-    "trainer_state.json",
+    *("optimizer[._]*", "scheduler.pt", "rng_state*.pth", "scaler.pt", "training_args.bin", "trainer_state.json"),
+    *("*_states.pt", "*.distcp"),
 )
-SHARDED_STATE = ("*_states.pt", "*.distcp")
 KEYS = ("*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_ed25519*", "id_ecdsa*", "credentials*", "*.kdbx")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 SECRETS = {
@@ -71,7 +66,7 @@ def look(
     for name, why in _walk(folder, findings):
         if why:
             left_out[name] = why
-        elif any(fnmatch.fnmatch(name, pattern) or name.startswith(f"{pattern}/") for pattern in exclude):
+        elif _is_one_of(name, exclude) or any(name.startswith(f"{pattern}/") for pattern in exclude):
             left_out[name] = "excluded"
         else:
             files[name] = folder / name
@@ -85,6 +80,10 @@ def look(
     return files, left_out
 
 
+def _is_one_of(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
 def _walk(folder: Path, findings: Findings) -> Iterator[tuple[str, str]]:
     """Names of all files, and of folders that are not entered; with the reason if they are not published."""
 
@@ -95,23 +94,17 @@ def _walk(folder: Path, findings: Findings) -> Iterator[tuple[str, str]]:
         for name in sorted([*folders, *files]):
             path = Path(top, name)
             shown = path.relative_to(folder).as_posix()
-            ignored = any(fnmatch.fnmatch(name, pattern) for pattern in IGNORED)
-            why = "hidden" if name.startswith(".") else "temporary" if ignored else ""
-            if name in folders and not path.is_symlink():
-                if why:
-                    folders.remove(name)
-                    yield f"{shown}/", why
-            else:
+            why = "hidden" if name.startswith(".") else "temporary" if _is_one_of(name, IGNORED) else ""
+            if name in files or path.is_symlink():
                 yield shown, why
+            elif why:
+                folders.remove(name)
+                yield f"{shown}/", why
 
 
 def _file_problems(name: str, folder: Path, allow_pickle: bool) -> Iterator[str]:
     path, way = folder / name, f"remove it, or leave it out with --exclude '{name}'"
     *folders, last = name.split("/")
-
-    def is_one_of(patterns: Sequence[str]) -> bool:
-        return any(fnmatch.fnmatch(last, pattern) for pattern in patterns)
-
     if not path.is_file():
         kind = "a broken link" if path.is_symlink() and not path.exists() else "not a regular file"
         yield f"`{name}` is {kind}: {way}"
@@ -119,13 +112,13 @@ def _file_problems(name: str, folder: Path, allow_pickle: bool) -> Iterator[str]
         yield f"`{name}` links to a file outside the folder: copy that file here, or {way}"
     elif not os.access(path, os.R_OK):
         yield f"`{name}` cannot be read: permission denied"
-    elif any(fnmatch.fnmatch(part, pattern) for part in folders for pattern in CHECKPOINTS):
+    elif any(_is_one_of(part, CHECKPOINTS) for part in folders):
         yield f"`{name}` is a training checkpoint: remove that folder, or --exclude '{folders[0]}'"
-    elif is_one_of(TRAINING + SHARDED_STATE):
+    elif _is_one_of(last, TRAINING):
         yield f"`{name}` is training state, not part of the model: {way}"
-    elif is_one_of(KEYS):
+    elif _is_one_of(last, KEYS):
         yield f"`{name}` has the name of a key file: {way}"
-    elif is_one_of(PICKLES) and not allow_pickle:
+    elif _is_one_of(last, PICKLES) and not allow_pickle:
         yield (
             f"`{name}` is a pickle, which can run code when loaded: merge to safetensors (mergekit's default), or "
             "use --exclude or --allow-pickle"

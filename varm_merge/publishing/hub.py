@@ -1,17 +1,14 @@
-"""Compares files with a repository on the Hub, and uploads the difference in one commit.
+"""Reads a repository on the Hub, compares files with it, and explains what the Hub refuses.
 
-huggingface_hub does the transfer. Large files are uploaded first and become visible with the commit at the end, so
-readers see the old model or the new one. The Hub recognises files that an interrupted push has uploaded by their
-hash. Tokens are removed from every message.
+Tokens are removed from every message.
 """
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import yaml
@@ -22,16 +19,7 @@ from huggingface_hub.utils.sha import git_hash
 from tqdm import tqdm
 
 from varm_common.errors import UserError
-from varm_merge.publishing.card import (
-    README,
-    Card,
-    Findings,
-    Parent,
-    is_generated,
-    license_in,
-    local_parent,
-    only_renews,
-)
+from varm_merge.publishing.card import README, Card, Findings, Parent, is_generated, license_in, only_renews
 
 __all__ = [
     "Change",
@@ -39,24 +27,18 @@ __all__ = [
     "card_is_edited",
     "check_name",
     "compare",
+    "explained",
     "guard_logs",
     "look_at",
     "parent_at",
-    "upload",
 ]
 
 QUERY_TIMEOUT_SECONDS = 10
-STALLED_SECONDS = 300
-"""Seconds without any traffic after which an upload counts as interrupted."""
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 """The files among which transformers chooses. Old ones left beside new ones could be loaded instead."""
 TOKENS = re.compile(
     r"hf_[A-Za-z0-9]{8,}|(?i:bearer) +[^\s'\"]+|(?<=://)[^/@\s]+@|(?<=[?&])[^\s'\"]*(?i:signature|token)=[^\s'\"]*"
 )
-SENT = ("new", "changed", "removed")
-"""States of files that the commit changes."""
-GITATTRIBUTES = ".gitattributes"
-"""The Hub puts this file into every new repository."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +53,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Remote:
-    """A repository as it is on the Hub; a branch that does not exist has the files it would start from."""
+    """A repository as it is on the Hub; a branch that does not exist has the files it would start from.
+
+    ``commit`` is the branch's last one; None if the branch, or the repository, does not exist.
+    """
 
     exists: bool = False
     private: bool = True
     commit: str | None = None
-    has_revision: bool = True
     files: Mapping[str, RepoSibling] = field(default_factory=dict)
 
 
@@ -106,13 +90,12 @@ def look_at(repository: str, revision: str | None = None) -> Remote:
                 repository, revision=revision, files_metadata=True, timeout=QUERY_TIMEOUT_SECONDS
             )
         except errors.RevisionNotFoundError:
-            return replace(look_at(repository), commit=None, has_revision=False)
+            return replace(look_at(repository), commit=None)
         except errors.GatedRepoError:
             raise
         except errors.RepositoryNotFoundError:
             return Remote()
-    files = {file.rfilename: file for file in info.siblings or []}
-    return Remote(True, bool(info.private), info.sha, True, files)
+    return Remote(True, bool(info.private), info.sha, {file.rfilename: file for file in info.siblings or []})
 
 
 def compare(files: Mapping[str, Path | bytes], remote: Remote, quiet: bool = True) -> list[Change]:
@@ -155,20 +138,23 @@ def card_is_edited(repository: str, remote: Remote, card: Card) -> bool:
 
 def parent_at(name: str, role: str, findings: Findings) -> Parent:
     """Look up a model of the recipe on the Hub, or in its folder if it is one."""
-    if not _may_be_hub_id(name):
-        return local_parent(name, role)
-    try:
-        with explained(name):
-            info = HfApi().model_info(name, timeout=QUERY_TIMEOUT_SECONDS)
-    except UserError as error:
-        if isinstance(error.__cause__, errors.RepositoryNotFoundError):
+    if _may_be_hub_id(name):
+        try:
+            with explained(name):
+                info = HfApi().model_info(name, timeout=QUERY_TIMEOUT_SECONDS)
+            return Parent(name, role, info.id or name, license_in(vars(info.card_data) if info.card_data else {}))
+        except UserError as error:
+            if not isinstance(error.__cause__, errors.RepositoryNotFoundError):
+                findings.remarks.append(f"the licence of `{name}` is unknown: {error}")
+                return Parent(name, role, name)
             findings.remarks.append(
                 f"`{name}` is neither a folder here nor a model on the Hub; the card's metadata omit it"
             )
-            return local_parent(name, role)
-        findings.remarks.append(f"the licence of `{name}` is unknown: {error}")
-        return Parent(name, role, name)
-    return Parent(name, role, info.id or name, license_in(vars(info.card_data) if info.card_data else {}))
+    try:
+        metadata = huggingface_hub.metadata_load(Path(name).expanduser() / README) or {}
+    except (ValueError, OSError, yaml.YAMLError):  # the folder may no longer exist
+        metadata = {}
+    return Parent(name, role, None, license_in(metadata))
 
 
 def _may_be_hub_id(name: str) -> bool:
@@ -177,53 +163,6 @@ def _may_be_hub_id(name: str) -> bool:
     except errors.HFValidationError:
         return False
     return name[0] not in ".~" and not Path(name).exists()
-
-
-def upload(
-    repository: str,
-    changes: Sequence[Change],
-    remote: Remote,
-    *,
-    public: bool,
-    revision: str | None,
-    create_pr: bool,
-    message: str,
-) -> Any:
-    """Create repository and branch if needed, and commit the changes; returns huggingface_hub's ``CommitInfo``.
-
-    Raises:
-        UserError: The upload failed. The repository is unchanged, and the same call resumes.
-    """
-    api = HfApi()
-    with explained(repository):
-        huggingface_hub.get_session().timeout = STALLED_SECONDS
-        for change in changes:
-            if change.path == README and isinstance(change.operation, CommitOperationAdd):
-                with change.operation.as_file() as file:
-                    huggingface_hub.ModelCard(file.read().decode()).validate()
-        if not remote.exists:
-            api.create_repo(repository, private=not public, exist_ok=True)
-        if revision and revision != "main" and not (remote.exists and remote.has_revision):
-            api.create_branch(repository, branch=revision, exist_ok=True)
-        if not (remote.exists and remote.has_revision):
-            remote = _just_created(repository, revision, remote)
-        return api.create_commit(
-            repository,
-            [change.operation for change in changes],
-            commit_message=message,
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=None if create_pr else remote.commit,
-        )
-
-
-def _just_created(repository: str, revision: str | None, before: Remote) -> Remote:
-    """Look again after creating a repository or branch: another push may have created and filled it first."""
-    created = look_at(repository, revision)
-    known, present = ({**state.files, GITATTRIBUTES: None} for state in (before, created))
-    if known != present:
-        raise UserError(ADVICE[412].format(repository))
-    return created
 
 
 # Tokens and errors
@@ -248,7 +187,6 @@ class _Redacting(logging.Formatter):
 def guard_logs() -> None:
     """Remove tokens from what the libraries log, at any level."""
     logging.captureWarnings(True)
-    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     for name in ("", "huggingface_hub", "transformers"):
         for handler in logging.getLogger(name).handlers:
             if not isinstance(handler.formatter, _Redacting):
@@ -267,10 +205,9 @@ def explained(repository: str) -> Iterator[None]:
 
 
 def _sentence(repository: str, error: Exception) -> str:
-    chain: list[BaseException] = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
-    for cause in chain:
+    cause: BaseException | None = error
+    while cause is not None:
+        last = cause
         if isinstance(cause, errors.HfHubHTTPError) and cause.response is not None:
             reply = str(cause.server_message or "").strip().splitlines()
             return _advice(repository, cause) + (f" (the Hub says: {reply[0][:300]})" if reply else "")
@@ -278,10 +215,11 @@ def _sentence(repository: str, error: Exception) -> str:
             return f"HF_HUB_OFFLINE is set, so `{repository}` cannot be reached: unset it"
         if isinstance(cause, OSError) and cause.filename:
             return f"`{cause.filename}` cannot be read: {cause.strerror}"
+        cause = cause.__cause__ or cause.__context__
     if isinstance(error, ValueError):
         return f"`{repository}`: {error}"
     endpoint = huggingface_hub.constants.ENDPOINT
-    return f"the connection to {endpoint} failed ({type(chain[-1]).__name__}: {chain[-1]}): {AGAIN}"
+    return f"the connection to {endpoint} failed ({type(last).__name__}: {last}): {AGAIN}"
 
 
 AGAIN = "run the same command again; files that have arrived are not sent again"

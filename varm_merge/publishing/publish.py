@@ -1,4 +1,9 @@
-"""Plans a push and carries it out: check folder, parents and repository, then upload."""
+"""Plans a push and carries it out: check folder, parents and repository, then upload in one commit.
+
+huggingface_hub does the transfer. Large files are uploaded first and become visible with the commit at the end, so
+readers see the old model or the new one. The Hub recognises files that an interrupted push has uploaded by their
+hash.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -6,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from huggingface_hub import HfApi
 
 from varm_common.errors import UserError
 from varm_merge.publishing import card as model_card
@@ -14,6 +20,12 @@ from varm_merge.publishing import hub
 from varm_merge.publishing.card import PICTURE, README, Card, Findings
 
 __all__ = ["Options", "Plan", "as_json", "prepare", "send"]
+
+
+STALLED_SECONDS = 300
+"""Seconds without any traffic after which an upload counts as interrupted."""
+GITATTRIBUTES = ".gitattributes"
+"""The Hub puts this file into every new repository."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,7 @@ class Plan(Findings):
     @property
     def to_send(self) -> list[hub.Change]:
         """The changes that the commit contains."""
-        return [change for change in self.changes if change.state in hub.SENT]
+        return [change for change in self.changes if change.state not in ("same", "kept")]
 
 
 def prepare(folder: Path, repository: str, options: Options, *, dry_run: bool, quiet: bool) -> Plan:
@@ -83,15 +95,46 @@ def prepare(folder: Path, repository: str, options: Options, *, dry_run: bool, q
 
 
 def send(plan: Plan, options: Options) -> Any:
-    """Upload what is new or changed; returns huggingface_hub's ``CommitInfo``, or None if there is nothing to do.
+    """Create repository and branch if needed, and commit the changes.
+
+    Returns:
+        huggingface_hub's ``CommitInfo``, or None if there is nothing to do.
 
     Raises:
-        UserError: The upload failed.
+        UserError: The upload failed. The repository is unchanged, and the same call resumes.
     """
     assert plan.remote is not None
     assert not plan.problems
-    wishes = {key: getattr(options, key) for key in ("public", "revision", "create_pr", "message")}
-    return hub.upload(plan.repository, plan.to_send, plan.remote, **wishes) if plan.to_send else None
+    if not plan.to_send:
+        return None
+    api, name, remote = HfApi(), plan.repository, plan.remote
+    with hub.explained(name):
+        huggingface_hub.get_session().timeout = STALLED_SECONDS
+        if any(change.path == README for change in plan.to_send):
+            huggingface_hub.ModelCard(plan.card).validate()
+        if not remote.exists:
+            api.create_repo(name, private=not options.public, exist_ok=True)
+        if remote.commit is None:
+            if options.revision and options.revision != "main":
+                api.create_branch(name, branch=options.revision, exist_ok=True)
+            remote = _just_created(plan, options)
+        return api.create_commit(
+            name,
+            [change.operation for change in plan.to_send],
+            commit_message=options.message,
+            revision=options.revision,
+            create_pr=options.create_pr,
+            parent_commit=None if options.create_pr else remote.commit,
+        )
+
+
+def _just_created(plan: Plan, options: Options) -> hub.Remote:
+    """Look again after creating a repository or branch: another push may have created and filled it first."""
+    assert plan.remote is not None
+    created = hub.look_at(plan.repository, options.revision)
+    if {**created.files, GITATTRIBUTES: None} != {**plan.remote.files, GITATTRIBUTES: None}:
+        raise UserError(hub.ADVICE[412].format(plan.repository))
+    return created
 
 
 def as_json(plan: Plan, commit: Any) -> dict[str, Any]:
@@ -108,13 +151,16 @@ def as_json(plan: Plan, commit: Any) -> dict[str, Any]:
 def _card(folder: Path, options: Options, plan: Plan) -> Card:
     """Write the card; its problems go into the plan."""
     try:
-        comparison = model_card.read_comparison(options.comparison) if options.comparison else None
         models = model_card.parents_of(model_card.read_recipe(folder)[1])
         parents = [hub.parent_at(name, role, plan) for name, role in models]
-        name = plan.repository.partition("/")[2]
-        license_id, overwrite = options.license_id, options.overwrite_card
         card = model_card.make(
-            folder, name, parents, plan, license_id=license_id, comparison=comparison, overwrite=overwrite
+            folder,
+            plan.repository.partition("/")[2],
+            parents,
+            plan,
+            license_id=options.license_id,
+            comparison=model_card.read_comparison(options.comparison) if options.comparison else None,
+            overwrite=options.overwrite_card,
         )
     except UserError as error:
         plan.problems.append(str(error))

@@ -1,6 +1,7 @@
 """``varm-merge evaluate answers``: what a model says, in the files that the judges of both benchmarks read."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,7 +16,7 @@ import pytest
 import tiny_sources
 import torch
 from click.testing import CliRunner, Result
-from programs import BIN, ENVIRONMENT, wait_for
+from programs import BIN, ENVIRONMENT, forked, wait_for
 from safetensors.torch import load_file, save_file
 from tiny_sources import END_OF_TURN
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -299,15 +300,15 @@ def test_the_batch_is_halved_when_memory_runs_out(llama: Path, monkeypatch: pyte
 # Runs that were stopped
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_and_writes_the_same_bytes(llama: Path, questions: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    more = ("--num-choices", 2, "--temperature", 0.9, "--batch-size", 4, "--max-new-tokens", 400, "--name", "tiny")
-    arguments = ["evaluate", "answers", llama, "--questions", questions, "--output", killed, *more, "--quiet"]
+    more = ("--num-choices", 2, "--temperature", 0.9, "--batch-size", 4, "--max-new-tokens", 150, "--name", "tiny")
     partial = tmp_path / "killed.jsonl.partial"
-    process = subprocess.Popen([BIN / "varm-merge", *map(str, arguments)], env=ENVIRONMENT)
-    wait_for(lambda: partial.exists() and partial.stat().st_size, process.pid)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process = forked(lambda: asked(llama, questions, killed, *more))
+    wait_for(lambda: partial.exists() and partial.stat().st_size, process)
+    os.kill(process, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     assert not killed.exists()
     there = len(partial.read_bytes().splitlines())
     assert 0 < there < len(QUESTIONS)
@@ -556,6 +557,7 @@ def test_options_without_effect_are_refused(questions: Path, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == [questions]
 
 
+@pytest.mark.slow
 def test_ctrl_c_does_not_wait_for_the_endpoint(questions: Path, tmp_path: Path) -> None:
     hanging = [judge_server.Fault(trick="sleep")] * 100
     with judge_server.serving(echo, hanging, hanging=30) as server:

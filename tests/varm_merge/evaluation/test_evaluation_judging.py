@@ -282,6 +282,7 @@ def test_gaps_in_the_files_are_reported_before_any_request(bench: Bench) -> None
 # What an endpoint does
 
 
+@pytest.mark.slow
 def test_transient_failures_are_retried(bench: Bench) -> None:
     tricks = [Fault(trick=trick) for trick in ("sleep", "reset", "cut", "short", "no choices", "no text", "html")]
     statuses = [Fault(status) for status in (408, 409, 429, 500, 502, 503)]
@@ -344,11 +345,12 @@ def test_an_unreachable_server_is_reported(bench: Bench) -> None:
     assert "✗ and 6 more" in done.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", ["seconds", "date"])
 def test_all_requests_wait_as_long_as_retry_after_says(written: str, bench: Bench) -> None:
     """The server asks for patience: nobody asks it in that time."""
-    until = math.ceil(time.time()) + 2
-    header = "2" if written == "seconds" else formatdate(until, usegmt=True)
+    until = math.ceil(time.time()) + 1
+    header = "1" if written == "seconds" else formatdate(until, usegmt=True)
 
     def slow_at_first(body: dict[str, Any]) -> str:
         time.sleep(0.5 if len(server.asked) <= 4 else 0)  # the others are answered when the patience has begun
@@ -358,7 +360,7 @@ def test_all_requests_wait_as_long_as_retry_after_says(written: str, bench: Benc
         began = time.time() - time.monotonic()
         assert bench.judged(server.url, "--concurrency", 4).exit_code == 0
         fifth = sorted(server.times)[4]
-        assert fifth - server.times[0] >= 2 if written == "seconds" else fifth + began >= until
+        assert fifth - server.times[0] >= 1 if written == "seconds" else fifth + began >= until
     with serving(rated, [Fault(429, headers={"Retry-After": "9999"})] * 2) as server:
         bench.output.unlink()
         done = bench.judged(server.url, "--concurrency", 1)
@@ -370,13 +372,13 @@ def test_all_requests_wait_as_long_as_retry_after_says(written: str, bench: Benc
 def test_rate_limits_hold_for_any_concurrency_and_for_retries(limit: str, bench: Bench) -> None:
     games = mt_bench.games(read_questions(bench.questions), bench.answers, bench.prompts, bench.references)
     fewest = min(sum(len(m["content"]) // 4 for m in game.messages) + 2048 for game in games)
-    rate = 600 if limit == "--requests-per-minute" else 600 * fewest
+    rate = 2400 if limit == "--requests-per-minute" else 2400 * fewest
     with serving(rated, [Fault(500)] * 4) as server:
         began = time.monotonic()
         assert bench.judged(server.url, limit, rate, "--concurrency", 16).exit_code == 0
         assert len(server.times) == 20
         arrived = [moment - began for moment in sorted(server.times)]
-    assert all(moment >= number * 0.1 for number, moment in enumerate(arrived)), arrived
+    assert all(moment >= number * 0.025 for number, moment in enumerate(arrived)), arrived
 
 
 def test_the_rate_limit_counts_the_tokens_of_prompts() -> None:
@@ -387,6 +389,7 @@ def test_the_rate_limit_counts_the_tokens_of_prompts() -> None:
     assert server.times[1] - server.times[0] > 0.25  # 1000 tokens and one are 0.3 s
 
 
+@pytest.mark.slow
 def test_the_key_is_in_no_output(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     """Also where the server repeats it."""
     with serving(rated, key="another") as server:

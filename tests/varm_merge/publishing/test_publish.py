@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from programs import BIN
+from programs import BIN, forked, wait_for
 from safetensors.torch import load_file, save_file
 from tiny_models import Family, train_tokenizer
 
@@ -140,18 +140,15 @@ def metadata(hub: Hub) -> dict[str, Any]:
 # The program
 
 
-def program(hub: Hub, home: Path, **environment: str) -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    needed = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
-    return {**own, **needed, **environment}
-
-
-def test_a_merge_arrives_whole_and_private_and_a_second_push_does_nothing(
-    hub: Hub, out: Path, tmp_path: Path
+@pytest.mark.slow
+def test_the_program_publishes_a_whole_private_merge_and_a_second_push_does_nothing(
+    here: Hub, out: Path, tmp_path: Path
 ) -> None:
-    before = contents(out)
+    hub, before = here, contents(out)
+    own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    needed = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
     command = [str(BIN / "varm-merge"), "push", str(out), ME, "-v"]
-    environment = program(hub, tmp_path / "home", HF_DEBUG="1")
+    environment = {**own, **needed, "HF_HUB_DISABLE_XET": "1", "HF_DEBUG": "1"}
     first = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     assert f"{hub.url}/{ME}/commit/" in first.stdout
@@ -159,32 +156,26 @@ def test_a_merge_arrives_whole_and_private_and_a_second_push_does_nothing(
     assert hub.repositories[ME].private
     assert (commits(hub), contents(out)) == (1, before)
     sent = hub.count("PUT", "/large/")
-    second = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert second.returncode == 0, second.stderr
-    assert f"✓ nothing to do: {ME} is up to date\n" in second.stdout
+    second = push(out)
+    assert second.exit_code == 0, second.output
+    assert f"✓ nothing to do: {ME} is up to date\n" in second.output
     assert (commits(hub), hub.count("PUT", "/large/"), hub.count("POST", "/commit/")) == (1, sent, 1)
-    printed = first.stdout + first.stderr + second.stdout + second.stderr
+    printed = first.stdout + first.stderr
     assert "Send: curl" in printed  # the client logs every request
     assert TOKEN not in printed
     assert SIGNATURE not in printed
 
 
-def test_a_killed_push_resumes(here: Hub, out: Path, tmp_path: Path) -> None:
-    command = [str(BIN / "varm-merge"), "push", str(out), ME, "-q"]
-    environment, hub = program(here, tmp_path / "home"), here
+def test_a_killed_push_resumes(here: Hub, out: Path) -> None:
+    hub = here
     last = hashlib.sha256((out / "model-00003-of-00003.safetensors").read_bytes()).hexdigest()
     free = threading.Event()
     hub.faults = [Fault("PUT", last, after=100, hold=free)]
-    running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        while len(hub.objects) < 3 and running.poll() is None:  # the picture and the other two
-            free.wait(0.05)
-        running.send_signal(signal.SIGKILL)
-        assert running.wait() == -signal.SIGKILL
-    finally:
-        running.kill()
-        running.communicate()
-        free.set()
+    process = forked(lambda: push(out))
+    wait_for(lambda: len(hub.objects) == 3, process)  # the picture and the other two
+    os.kill(process, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    free.set()
     assert commits(hub) == 0
     had = set(hub.objects)
     assert last not in had
@@ -263,7 +254,7 @@ def test_one_shard_that_fails_does_not_send_the_others_twice(here: Hub, out: Pat
 
 
 def test_a_silent_hub_ends_the_push(here: Hub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("varm_merge.publishing.hub.STALLED_SECONDS", 0.5)
+    monkeypatch.setattr("varm_merge.publishing.publish.STALLED_SECONDS", 0.5)
     free = threading.Event()
     here.faults = [Fault("POST", "/commit/", hold=free)]
     done = push(out)
