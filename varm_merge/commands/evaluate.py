@@ -162,7 +162,7 @@ def answers(
       varm-merge evaluate answers VaRM --url http://localhost:8000/v1 --concurrency 16 \\
         --questions question.jsonl --output model_answer/VaRM.jsonl
     """
-    from varm_merge.evaluation.answers import Settings, answer_at_endpoint, answer_locally, write_answers
+    from varm_merge.evaluation.answers import Settings, answer_at_endpoint, write_answers
     from varm_merge.evaluation.questions import read_questions
 
     _refuse_unused(LOCAL if url else REMOTE, "has no effect with --url" if url else "needs --url")
@@ -172,7 +172,7 @@ def answers(
     folder = Path(model).resolve() if Path(model).is_dir() else Path(model)
     settings = Settings(name or folder.name, max_new_tokens, num_choices, temperature, seed)
     if url is None:
-        from varm_merge.evaluation.local import LocalModel
+        from varm_merge.evaluation.local import LocalModel, answer_locally
 
         own = {key: options[key] for key in LOCAL} | {"max_new_tokens": max_new_tokens}
         local = LocalModel(model, warn=partial(_warn, err=True), **own)

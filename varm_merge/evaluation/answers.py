@@ -10,17 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from varm_merge.evaluation.collect import Outcome, collect, in_parallel
 from varm_merge.evaluation.endpoint import Endpoint, Failed
 from varm_merge.evaluation.journal import Journal
 from varm_merge.evaluation.questions import Question, Questions
 
-if TYPE_CHECKING:
-    from varm_merge.evaluation.local import LocalModel
-
-__all__ = ["Answer", "Prompt", "Settings", "answer_at_endpoint", "answer_locally", "write_answers"]
+__all__ = ["Answer", "Answers", "Chat", "Prompt", "Settings", "answer_at_endpoint", "write_answers"]
 
 FORMAT = "varm-merge answers"
 GREEDY = ("extraction", "math", "coding", "reasoning", "arena-hard-200")
@@ -154,34 +151,6 @@ def _content(questions: Questions, settings: Settings, journal: Journal) -> str:
         }
         rows.append(row)
     return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def answer_locally(
-    questions: Sequence[Question], settings: Settings, model: "LocalModel", done: Container[Any]
-) -> Answers:
-    """Answer questions on this machine, in batches of similar length.
-
-    The longest come first, so a lack of memory shows at once. A batch of which only a part is done is answered as
-    a whole: in another batch, the last bits of the logits would differ.
-    """
-
-    def length(question: Question) -> int:
-        return len(model.tokens(Chat(question, 0, settings).prompt().messages))
-
-    ordered = sorted(questions, key=length, reverse=True)
-    size = max(1, model.batch_size // settings.choices)
-    for start in range(0, len(ordered), size):
-        batch = ordered[start : start + size]
-        if all(question.id in done for question in batch):
-            continue
-        chats = [Chat(question, choice, settings) for question in batch for choice in range(settings.choices)]
-        for turn in range(max(len(question.turns) for question in batch)):
-            active = [chat for chat in chats if turn < len(chat.question.turns)]
-            for chat, answer in zip(active, model.answer([chat.prompt() for chat in active]), strict=True):
-                chat.add(answer)
-        for question in batch:
-            if question.id not in done:
-                yield question, [chat.answers for chat in chats if chat.question is question]
 
 
 def answer_at_endpoint(

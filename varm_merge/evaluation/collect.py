@@ -70,8 +70,8 @@ class Judging:
         max_tokens: The longest judgment.
         settings: Settings of each request.
         add: Keeps a judgment; it is on the disk when this returns.
-        finish: Completes the file.
         unrated: Counts the judgments without a rating.
+        finish: Completes the file.
     """
 
     requests: Sequence[Any]
@@ -79,8 +79,8 @@ class Judging:
     max_tokens: int
     settings: Mapping[str, Any]
     add: Callable[[Any, Reply], None]
-    finish: Callable[[], None]
     unrated: Callable[[], int]
+    finish: Callable[[], None] = lambda: None
 
     def estimate(self) -> Usage:
         """Estimate what the requests use at most."""

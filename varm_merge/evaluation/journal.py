@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,22 +23,19 @@ Self = TypeVar("Self", bound="Lines")
 class Lines:
     """A file of JSON lines that one process at a time appends to. Use it in a ``with`` block.
 
-    A killed run may have left the last line incomplete. Only ``add`` and ``mend`` remove it, because the file may
-    turn out to be another program's.
+    An incomplete last line, as a killed run leaves it, is removed.
 
     Args:
         path: The file. It is created if needed, and removed again if it stays empty.
-
-    Attributes:
-        rows: The rows that were in the file.
-        torn: The number of bytes of an incomplete last line.
+        check: Raises an error if the rows, or the content of the file, are not this program's. The file is
+            changed only afterwards.
 
     Raises:
         UserError: The file holds something else, another process writes it, or the disk refuses.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.rows, self.torn = path, list[Any](), 0
+    def __init__(self, path: Path, check: Callable[[Sequence[Any], bytes], None]) -> None:
+        self.path = path
         with written_to(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._created = not os.path.lexists(path)
@@ -46,33 +43,34 @@ class Lines:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._file.seek(0)
-            self._parse(self._file.read().split(b"\n"))
-        except BaseException as error:
+            content = self._file.read()
+            self.rows, torn = self._parsed(content.split(b"\n"))
+            check(self.rows, content)
+            with written_to(path.parent):
+                self._file.truncate(len(content) - torn)
+                if not torn and content and not content.endswith(b"\n"):
+                    self._file.write(b"\n")
+        except BlockingIOError as error:
             self._file.close()
-            if isinstance(error, BlockingIOError):
-                raise UserError(f"`{path}` is being written by another process") from error
+            raise UserError(f"`{path}` is being written by another process") from error
+        except BaseException:
+            self.close()
             raise
 
-    def _parse(self, lines: list[bytes]) -> None:
+    def _parsed(self, lines: Sequence[bytes]) -> tuple[list[Any], int]:
+        """The rows, and the length of an incomplete last line."""
+        rows = []
         for number, line in enumerate(lines, 1):
             try:
-                self.rows += [json.loads(line)] if line.strip() else []
+                rows += [json.loads(line)] if line.strip() else []
             except ValueError as error:
-                if number < len(lines) or not line.startswith((b"{", b"[")):
-                    raise UserError(f"`{self.path}`, line {number}: not JSON: {error}") from error
-                self.torn = len(line)
-        self._end = b"\n" if lines[-1] and not self.torn else b""
-
-    def mend(self) -> None:
-        """Remove an incomplete last line, and end a complete one."""
-        with written_to(self.path.parent):
-            self._file.truncate(os.fstat(self._file.fileno()).st_size - self.torn)
-            self._file.write(self._end)
-        self.torn, self._end = 0, b""
+                if number == len(lines) and line.startswith((b"{", b"[")):
+                    return rows, len(line)
+                raise UserError(f"`{self.path}`, line {number}: not JSON: {error}") from error
+        return rows, 0
 
     def add(self, row: Any) -> None:
         """Append a row; it is on the disk when this returns."""
-        self.mend()
         line = memoryview(json.dumps(row).encode() + b"\n")
         with written_to(self.path.parent):
             while line:
@@ -109,49 +107,44 @@ class Journal(Lines):
     """
 
     def __init__(self, output: Path, about: Mapping[str, Any]) -> None:
-        super().__init__(output.with_name(f"{output.name}.partial"))
-        self.output, self.finished = output, output.exists()
+        self.output, self.finished, self.began = output, output.exists(), time.time()
         self._settings = output.with_name(f"{output.name}.settings.json")
-        try:
-            self.began = self._compare_settings(json.loads(json.dumps(about)))
-            self.records: dict[Hashable, Any] = dict(self.rows)
-        except BaseException:
-            super().close()
-            raise
+        self._about: dict[str, Any] = json.loads(json.dumps(about))
+        super().__init__(output.with_name(f"{output.name}.partial"), self._compare_settings)
+        self.records: dict[Hashable, Any] = dict(self.rows)
 
-    def _compare_settings(self, about: Mapping[str, Any]) -> float:
-        """Write the settings, or compare them with those of earlier runs; returns when the first run began."""
+    def _compare_settings(self, _: Sequence[Any], content: bytes) -> None:
+        """Compare the settings with those of earlier runs."""
         if not os.path.lexists(self._settings):
-            if self.finished or self.rows or self.torn:
+            if self.finished or content:
                 path = self.output if self.finished else self.path
                 raise UserError(f"`{path}` exists without {self._settings.name}; give another --output")
-            began = time.time()
-            write_whole(self._settings, json.dumps({"began": began, **about}, indent=1, ensure_ascii=False) + "\n")
-            return began
+            return
         try:
             earlier = json.loads(self._settings.read_text(encoding="utf-8"))
-            began = float(earlier.pop("began"))
+            self.began = float(earlier.pop("began"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"`{self._settings}` is not from this program; give another --output") from error
-        if difference := unlike(f"`{self.output}` was begun with other settings:", about, earlier):
+        if difference := unlike(f"`{self.output}` was begun with other settings:", self._about, earlier):
             raise UserError(
                 f"{difference}\nGive another --output, or remove `{self._settings}` and the files beside it to "
                 "start over."
             )
-        return began
 
     def keep(self, key: Hashable, record: Any) -> None:
         """Add a record; it is on the disk when this returns."""
+        self._write_settings()
         self.add([key, record])
         self.records[key] = record
 
     def finish(self, content: str) -> None:
         """Write the output."""
+        self._write_settings()
         write_whole(self.output, content)
         self.path.unlink(missing_ok=True)
         self.finished = True
 
-    def close(self) -> None:
-        if not self.finished and not self.records:
-            self._settings.unlink(missing_ok=True)
-        super().close()
+    def _write_settings(self) -> None:
+        if not self._settings.exists():
+            settings = {"began": self.began, **self._about}
+            write_whole(self._settings, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")

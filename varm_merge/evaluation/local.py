@@ -7,7 +7,7 @@ question and seed, and not on the batch or on when a run was killed.
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +22,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from varm_common.errors import UserError
 from varm_common.files import fingerprint, sha256_of
 from varm_common.models import load_causal_lm, local_folder, weights_fingerprint
-from varm_merge.evaluation.answers import Answer, Prompt
-from varm_merge.evaluation.questions import read_text
+from varm_merge.evaluation.answers import Answer, Answers, Chat, Prompt, Settings
+from varm_merge.evaluation.questions import Question, read_text
 
-__all__ = ["LocalModel", "Sampler"]
+__all__ = ["LocalModel", "Sampler", "answer_locally"]
 
 SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".py")
 CONTEXT_SETTINGS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -210,6 +210,34 @@ class LocalModel:
         text = self.tokenizer.decode(ids[:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         cut = "length" if limit == self.max_new_tokens else "context"
         return Answer(text.strip(), cut if stop is None else "stop")
+
+
+def answer_locally(
+    questions: Sequence[Question], settings: Settings, model: LocalModel, done: Container[Any]
+) -> Answers:
+    """Answer questions on this machine, in batches of similar length.
+
+    The longest come first, so a lack of memory shows at once. A batch of which only a part is done is answered as
+    a whole: in another batch, the last bits of the logits would differ.
+    """
+
+    def length(question: Question) -> int:
+        return len(model.tokens(Chat(question, 0, settings).prompt().messages))
+
+    ordered = sorted(questions, key=length, reverse=True)
+    size = max(1, model.batch_size // settings.choices)
+    for start in range(0, len(ordered), size):
+        batch = ordered[start : start + size]
+        if all(question.id in done for question in batch):
+            continue
+        chats = [Chat(question, choice, settings) for question in batch for choice in range(settings.choices)]
+        for turn in range(max(len(question.turns) for question in batch)):
+            active = [chat for chat in chats if turn < len(chat.question.turns)]
+            for chat, answer in zip(active, model.answer([chat.prompt() for chat in active]), strict=True):
+                chat.add(answer)
+        for question in batch:
+            if question.id not in done:
+                yield question, [chat.answers for chat in chats if chat.question is question]
 
 
 class Sampler(LogitsProcessor):  # type: ignore[misc]  # transformers is not typed

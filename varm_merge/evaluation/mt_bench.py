@@ -174,22 +174,36 @@ def judgments(games: Sequence[Game], judge: str, output: Path) -> Iterator[Judgi
     Raises:
         UserError: It holds something else, or judgments of other answers or by other prompts.
     """
-    with Lines(output) as lines:
-        scores = _known_scores(lines.rows, games, judge, output)
+    scores: dict[Any, float] = {}
+
+    def read_scores(rows: Sequence[Any], _: bytes) -> None:
+        refuse(output, [text for n, row in enumerate(rows, 1) for text in problems_of(f"line {n}", row, Judgment)])
+        known = {(row["model"], row["question_id"], row["turn"], *row["judge"]): row for row in rows}
+        judged = [(game, row) for game in games if (row := known.get(game.key(judge)))]
+        if other := Counter(game.model for game, row in judged if row.get("user_prompt") != game.text):
+            counts = ", ".join(f"{count} of `{model}`" for model, count in other.items())
+            raise UserError(
+                f"`{output}` has judgments of other answers, or by other prompts: {counts}. Give another "
+                "--output, or remove those lines."
+            )
+        scores.update((game.key(judge), row["score"]) for game, row in judged)
+
+    with Lines(output, read_scores) as lines:
 
         def add(game: Game, reply: Reply) -> None:
+            score = rating(reply.text)
             row = {
                 "question_id": game.question_id,
                 "model": game.model,
                 "judge": [judge, game.prompt],
                 "user_prompt": game.text,
                 "judgment": reply.text,
-                "score": rating(reply.text),
+                "score": score,
                 "turn": game.turn,
                 "tstamp": time.time(),
             }
             lines.add(row)
-            scores[game.key(judge)] = row["score"]
+            scores[game.key(judge)] = score
 
         yield Judging(
             requests=[game for game in games if game.key(judge) not in scores],
@@ -197,22 +211,5 @@ def judgments(games: Sequence[Game], judge: str, output: Path) -> Iterator[Judgi
             max_tokens=2048,
             settings={"temperature": 0},
             add=add,
-            finish=lines.mend,
             unrated=lambda: list(scores.values()).count(NO_RATING),
         )
-
-
-def _known_scores(
-    rows: Sequence[Any], games: Sequence[Game], judge: str, output: Path
-) -> dict[tuple[Any, ...], Any]:
-    """The scores in a file, by the games' keys."""
-    refuse(output, [text for n, row in enumerate(rows, 1) for text in problems_of(f"line {n}", row, Judgment)])
-    known = {(row["model"], row["question_id"], row["turn"], *row["judge"]): row for row in rows}
-    judged = [(game, row) for game in games if (row := known.get(game.key(judge)))]
-    if other := Counter(game.model for game, row in judged if row.get("user_prompt") != game.text):
-        counts = ", ".join(f"{count} of `{model}`" for model, count in other.items())
-        raise UserError(
-            f"`{output}` has judgments of other answers, or by other prompts: {counts}. Give another --output, or "
-            "remove those lines."
-        )
-    return {game.key(judge): row["score"] for game, row in judged}
