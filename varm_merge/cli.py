@@ -22,7 +22,7 @@ __all__ = ["main"]
 
 
 class Program(click.Group):
-    """Obeys NO_COLOR, and says what keeps it from printing."""
+    """Obeys NO_COLOR, and reports when standard output cannot be written (a full disk, for example)."""
 
     def invoke(self, context: click.Context) -> Any:
         if os.environ.get("NO_COLOR"):
@@ -32,7 +32,7 @@ class Program(click.Group):
         except OSError as error:
             if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO, errno.EFBIG):
                 raise
-            with suppress(OSError, ValueError):  # what is still buffered would fail once more when Python ends
+            with suppress(OSError, ValueError):  # Python would write the rest of the buffer and fail again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise click.ClickException(f"standard output cannot be written: {error.strerror}") from error
 
@@ -40,21 +40,14 @@ class Program(click.Group):
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="varm-merge")
 def main() -> None:
-    """Merge LLMs by Variation Ratio Merge (VaRM), inside stock mergekit.
+    """Merge LLMs by Variation Ratio Merge (VaRM) in mergekit.
 
-    The merge itself needs no program of ours: write `merge_method: varm` in a recipe and run
-    `mergekit-yaml recipe.yaml out/`.
+    To merge, write `merge_method: varm` in a recipe and run `mergekit-yaml recipe.yaml out/`. The commands below
+    check, inspect, compare, evaluate and publish merges.
 
-    Exit codes: 0 done, and nothing is wrong; 1 something is wrong, and said, or stopped by Ctrl-C; 2 the command
-    line is wrong.
+    Exit codes: 0 success; 1 a problem was found and printed, or Ctrl-C; 2 bad usage.
     """
 
 
-main.add_command(check)
-main.add_command(inspect)
-main.add_command(compare)
-main.add_command(doctor)
-main.add_command(yaml_command)
-main.add_command(completion("varm-merge"))
-main.add_command(push)
-main.add_command(evaluate)
+for command in (check, inspect, compare, doctor, yaml_command, completion("varm-merge"), push, evaluate):
+    main.add_command(command)

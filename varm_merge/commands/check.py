@@ -1,4 +1,4 @@
-"""``varm-merge check``: all that is wrong with a recipe, before weights are read."""
+"""``varm-merge check``: every problem of a recipe, before weights are read."""
 
 import json
 import sys
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
 from varm_common.console import talks
 from varm_common.tables import size
@@ -19,7 +18,7 @@ __all__ = ["check"]
 @click.command()
 @click.argument("recipes", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@click.option("--offline", is_flag=True, help="Look at the recipe alone, not at its models.")
+@click.option("--offline", is_flag=True, help="Check the recipe alone, without its models; takes half a second.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
@@ -31,7 +30,7 @@ __all__ = ["check"]
 def check(
     recipes: tuple[Path, ...], as_json: bool, offline: bool, out: Path | None, by_name: bool, options: Any
 ) -> None:
-    """Find all that is wrong with recipes of any merge method, before weights are read or downloaded.
+    """Find every problem of recipes of any merge method, before weights are read or downloaded.
 
     mergekit plans the merge from the configs and the headers of the weight files (for a model on the Hub, by HTTP
     ranges). transformers then shows whether the result would load. Memory, disk space and downloads are estimated.
@@ -49,15 +48,17 @@ def check(
     if as_json:
         click.echo(json.dumps(results if results[1:] else results[0], indent=1))
     else:
-        for recipe, result in zip(recipes, results, strict=True):
-            _print(recipe, result, offline)
+        for result in results:
+            _print(result, offline)
     sys.exit(1 if any(result["problems"] for result in results) else 0)
 
 
 def _checked(recipe: Path, offline: bool, out: Path | None, by_name: bool, options: Any) -> dict[str, Any]:
     """The problems, remarks and estimate of one recipe, as ``--json`` prints them."""
+    import yaml
+
     from varm_common.errors import UserError
-    from varm_merge.recipes import cost, rounding
+    from varm_merge.recipes import cost
     from varm_merge.recipes.check import check as problems_of
     from varm_merge.recipes.problems import Looked, Problem
     from varm_merge.recipes.recipe_file import read
@@ -65,54 +66,43 @@ def _checked(recipe: Path, offline: bool, out: Path | None, by_name: bool, optio
     looked, text = Looked(), ""
     try:
         text = read(recipe)
-        problems = problems_of(
-            text,
-            models=not offline,
-            every=True,
-            looked=looked,
-            options=options,
-            by_name=by_name,
-            path=recipe,
-            out=out,
-        )
+        flags = {"every": True, "models": not offline, "options": options, "by_name": by_name}
+        problems = problems_of(text, looked=looked, path=recipe, out=out, **flags)
     except UserError as error:
         problems = [Problem(error.message, 1)]
-    found: dict[str, Any] = {} if offline else looked.estimate
+    remarks, sizes = looked.remarks, looked.estimate
     if not problems and not offline:
-        looked.remarks += rounding.remarks(text, looked)
-    remarks = sorted(looked.remarks, key=lambda one: one.line)
-    if found and not problems:
-        found = cost.estimate(yaml.safe_load(text), looked, options.transformers_cache)
-        remarks += [Problem(one, 1) for one in cost.shortages(found)]
+        from varm_merge.recipes import rounding
+
+        remarks += rounding.remarks(text, looked)
+    remarks.sort(key=lambda remark: remark.line)
+    if sizes and not problems:
+        sizes = cost.estimate(yaml.safe_load(text), looked, options.transformers_cache)
+        remarks += [Problem(message, 1) for message in cost.shortages(sizes)]
     if out is not None:
-        problems += [Problem(one, 1) for one in cost.obstacles(found, out)]
-    listed = {name: [asdict(one) for one in some] for name, some in (("problems", problems), ("remarks", remarks))}
-    return {"recipe": str(recipe), **listed, "estimate": found}
+        problems += [Problem(message, 1) for message in cost.obstacles(sizes, out)]
+    return {
+        "recipe": str(recipe),
+        "problems": [asdict(problem) for problem in problems],
+        "remarks": [asdict(remark) for remark in remarks],
+        "estimate": sizes,
+    }
 
 
-def _print(recipe: Path, result: dict[str, Any], offline: bool) -> None:
-    for mark, colour, some in (("✗", "red", result["problems"]), ("!", "yellow", result["remarks"])):
-        for one in some:
-            click.secho(f"{mark} line {one['line']}: {one['message']}", fg=colour)
+def _print(result: dict[str, Any], offline: bool) -> None:
+    for mark, colour, kind in (("✗", "red", "problems"), ("!", "yellow", "remarks")):
+        for item in result[kind]:
+            click.secho(f"{mark} line {item['line']}: {item['message']}", fg=colour)
     if not result["problems"]:
-        verdict = "is sound; its models were not looked at" if offline else "can be merged"
-        click.secho(f"✓ {recipe} {verdict}", fg="green")
-    for line in _told(result["estimate"]):
-        click.echo(line)
-
-
-def _told(found: dict[str, Any]) -> list[str]:
-    """The estimate, a sentence a line."""
-    if not found:
-        return []
-    sizes = {name: size(value) for name, value in found.items() if name.endswith("bytes")}
-    lines = [
-        f"{found['parameters']:,} parameters",
-        f"reads {sizes['read_bytes']}, writes {sizes['written_bytes']}",
-        f"the largest tensor of all models takes {sizes['largest_tensor_bytes']}",
-    ]
-    if found.get("download_bytes"):
-        lines[1] += f", downloads {sizes['download_bytes']} first"
-    if "memory_bytes" in found:
-        lines.append(f"holds about {sizes['memory_bytes']} in memory at the peak")
-    return lines
+        verdict = "has no problems; its models were not checked" if offline else "can be merged"
+        click.secho(f"✓ {result['recipe']} {verdict}", fg="green")
+    estimate = result["estimate"]
+    if not estimate:
+        return
+    sizes = {name: size(value) for name, value in estimate.items() if name.endswith("bytes")}
+    downloads = f", downloads {sizes['download_bytes']} first" if estimate.get("download_bytes") else ""
+    click.echo(f"{estimate['parameters']:,} parameters")
+    click.echo(f"reads {sizes['read_bytes']}, writes {sizes['written_bytes']}{downloads}")
+    click.echo(f"the largest tensor of all models takes {sizes['largest_tensor_bytes']}")
+    if "memory_bytes" in estimate:
+        click.echo(f"holds about {sizes['memory_bytes']} in memory at the peak")

@@ -6,22 +6,17 @@ import click
 
 __all__ = ["yaml_command"]
 
+AS_MERGEKIT_YAML = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
 
-@click.command(
-    "yaml",
-    context_settings={
-        "ignore_unknown_options": True,
-        "allow_interspersed_args": False,
-        "help_option_names": [],
-    },
-)
+
+@click.command("yaml", context_settings=AS_MERGEKIT_YAML)
 @click.option("--by-name", is_flag=True, help="Merge the tensors of the base model by their names.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def yaml_command(by_name: bool, arguments: tuple[str, ...]) -> None:
     """Run mergekit-yaml with `varm` registered by import.
 
-    For environments where start-up files are forbidden. Takes what mergekit-yaml takes, and --by-name: the tensors
-    of the base model are then merged by their names, whatever mergekit knows of its architecture.
+    For environments where start-up files are forbidden. Takes the arguments of mergekit-yaml, and --by-name: then
+    the tensors of the base model are merged by their names, whatever mergekit knows of its architecture.
 
     \b
     Examples:
@@ -32,6 +27,6 @@ def yaml_command(by_name: bool, arguments: tuple[str, ...]) -> None:
 
     from varm_merge.merging import planning
 
-    others = [argument for argument in arguments if argument != "--by-name"]  # it may stand behind the recipe, too
+    others = [argument for argument in arguments if argument != "--by-name"]  # it may stand after the recipe
     with planning.by_name() if by_name or len(others) < len(arguments) else nullcontext():
         mergekit_yaml.main(others, prog_name="varm-merge yaml")

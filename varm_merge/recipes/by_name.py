@@ -1,4 +1,4 @@
-"""How to merge by the names of tensors what mergekit's definition of an architecture does not cover."""
+"""Advice: how to merge by the names of tensors what mergekit's definition of an architecture does not cover."""
 
 import json
 import shlex
@@ -10,6 +10,7 @@ from mergekit.common import ModelReference
 
 from varm_merge.merging.experts import PLAIN, matrices
 from varm_merge.recipes.headers import Model
+from varm_merge.recipes.recipe_file import identity
 from varm_merge.recipes.yaml_lines import Path as TreePath
 from varm_merge.recipes.yaml_lines import nodes
 
@@ -17,30 +18,27 @@ __all__ = ["next_step", "obstacles"]
 
 
 def obstacles(document: Mapping[str, Any]) -> Iterator[tuple[TreePath, str]]:
-    """Places of a recipe that ask for layers, which a merge by names does not know, and why."""
+    """Settings by layer, which a merge by names cannot obey: their places, and why."""
     for key in ("slices", "modules"):
         if document.get(key) is not None:
             yield (key,), f"`{key}`: a merge by names takes whole models, list them under `models`"
     for path, node, _ in nodes(document):
         for name, setting in (node.get("parameters") or {}).items():
             entries = setting if isinstance(setting, list) else [setting]
-            values = [one.get("value") if isinstance(one, dict) else one for one in entries]
-            if any(isinstance(value, list) for value in values) or (
-                isinstance(setting, list) and not any(isinstance(one, dict) for one in setting)
-            ):
-                yield (
-                    (*path, "parameters", name),
-                    f"`{name}` is a gradient over layers, and a merge by names has none",
-                )
+            values = [entry["value"] for entry in entries if isinstance(entry, dict) and "value" in entry]
+            is_gradient = isinstance(setting, list) and not any(isinstance(entry, dict) for entry in entries)
+            if is_gradient or any(isinstance(value, list) for value in values):
+                message = f"`{name}` is a gradient over layers, and a merge by names has none"
+                yield (*path, "parameters", name), message
 
 
 def next_step(
     document: Mapping[str, Any], models: Mapping[ModelReference, Model], path: Path | None, out: Path | None
 ) -> str:
-    """The commands that merge a recipe by names, ready to be pasted.
+    """The commands that merge a recipe without ``obstacles`` by names, ready to be pasted.
 
     Args:
-        document: The recipe; it has no ``obstacles``.
+        document: The recipe.
         models: The header of each of its models.
         path: Its file.
         out: Where the merge will be written.
@@ -56,36 +54,30 @@ def next_step(
 
 
 def _flat_recipe(document: Mapping[str, Any], models: Mapping[ModelReference, Model]) -> str | None:
-    """The recipe for mergekit-pytorch, which reads one file of each model; None where it cannot merge them alike.
+    """The recipe for mergekit-pytorch, in JSON (which is YAML); None if that program would merge it differently.
 
-    It knows no configs, and so not where in a packed tensor each expert's matrices lie.
+    It reads one file of each model, and no config, so it does not know how packed experts are laid out.
     """
     from mergekit.scripts.merge_raw_pytorch import InputModelDefinition, RawPyTorchMergeConfig
 
-    files = {str(reference): {*model.files.values()} for reference, model in models.items()}
-    names = [model.tensors.keys() for model in models.values()]
-    keys = {*document} - {"name"}
+    files = {identity(reference): {*model.files.values()} for reference, model in models.items()}
+    tensors = [model.tensors for model in models.values()]
+    flat = {key: value for key, value in document.items() if key != "name"}
     if (
         any(len(own) != 1 for own in files.values())
-        or any(matrices(name, shape, PLAIN) for m in models.values() for name, (shape, _) in m.tensors.items())
+        or any(matrices(name, shape, PLAIN) for own in tensors for name, (shape, _) in own.items())
         or any(reference.lora is not None for reference in models)
-        or any(own != names[0] for own in names)
-        or not keys <= RawPyTorchMergeConfig.model_fields.keys()
-        or any(not {*entry} <= InputModelDefinition.model_fields.keys() for entry in document["models"])
+        or any(own.keys() != tensors[0].keys() for own in tensors)
+        or not flat.keys() <= RawPyTorchMergeConfig.model_fields.keys()
+        or any(not entry.keys() <= InputModelDefinition.model_fields.keys() for entry in document["models"])
     ):
         return None
 
     def file(name: Any) -> str:
-        reference = str(ModelReference.model_validate(name))
-        found = next((own for known, own in files.items() if _same(known, reference)), None)
-        return str(next(iter(found))) if found else reference
+        (path,) = files[identity(ModelReference.model_validate(name))]
+        return str(path)
 
-    flat = {key: value for key, value in document.items() if key in keys}
     flat["models"] = [{**entry, "model": file(entry["model"])} for entry in document["models"]]
     if document.get("base_model") is not None:
         flat["base_model"] = file(document["base_model"])
-    return json.dumps(flat, ensure_ascii=False)  # which is YAML, on one line
-
-
-def _same(one: str, other: str) -> bool:
-    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
+    return json.dumps(flat, ensure_ascii=False)

@@ -16,68 +16,56 @@ from varm_merge.recipes.problems import Looked
 __all__ = ["estimate", "obstacles", "shortages"]
 
 START_BYTES = 310_000_000
-"""Of Python with mergekit, torch and transformers."""
+"""Memory of Python with mergekit, torch and transformers."""
 SHARD_BYTES = 5_000_000_000
 """mergekit keeps an output shard in memory until it is full."""
 COPIES = {"varm": 0.25, "linear": 1.0, "task_arithmetic": 1.0, "passthrough": 1.0}
-"""Of the largest tensor, for every model and the output; measured with mergekit 0.1.5."""
+"""Memory in units of the largest tensor of all models and the output; measured with mergekit 0.1.5."""
 OTHER_COPIES = 4.0
-"""ties, sce and their kin work in float32, with masks."""
+"""ties, sce and similar methods work in float32, with masks."""
 
 
 def estimate(recipe: Mapping[str, Any], looked: Looked, cache_dir: str | None = None) -> dict[str, Any]:
-    """The estimate that ``check`` prints.
+    """``looked.estimate``, and ``memory_bytes`` (anonymous, at the peak) and ``download_bytes``.
 
     Args:
-        recipe: A sound one.
-        looked: Its models' headers.
+        recipe: Without problems.
+        looked: The headers of its models.
         cache_dir: Of models from the Hub.
-
-    Returns:
-        ``looked.estimate``, and ``memory_bytes`` (anonymous, at the peak) and ``download_bytes``.
     """
     sizes = looked.estimate
     copies = COPIES.get(str(recipe.get("merge_method")), OTHER_COPIES)
-    held = min(sizes["written_bytes"], SHARD_BYTES)
-    away = [
-        model
+    shard_bytes = min(sizes["written_bytes"], SHARD_BYTES)
+    download_bytes = sum(
+        model.bytes
         for reference, model in looked.models.items()
         if not Path(reference.model.path).is_dir()
         and not Place(reference.model.path, reference.model.revision, cache_dir).weights()
-    ]
-    return {
-        **sizes,
-        "memory_bytes": START_BYTES + held + round(copies * sizes["largest_tensor_bytes"]),
-        "download_bytes": sum(model.bytes for model in away),
-    }
+    )
+    memory_bytes = START_BYTES + shard_bytes + round(copies * sizes["largest_tensor_bytes"])
+    return {**sizes, "memory_bytes": memory_bytes, "download_bytes": download_bytes}
 
 
-def obstacles(found: Mapping[str, Any], out: Path) -> Iterator[str]:
+def obstacles(sizes: Mapping[str, Any], out: Path) -> Iterator[str]:
     """Why the merge cannot be written to ``out``: the folder cannot be made or written, or has no room."""
-    nearest = _existing(out)
+    absolute = Path(os.path.abspath(out))  # noqa: PTH100  resolve() fails in a folder that cannot be entered
+    nearest = next(folder for folder in (absolute, *absolute.parents) if os.path.lexists(folder))
     try:
         with tempfile.TemporaryDirectory(dir=nearest, prefix=".varm-merge-"):
             pass
     except OSError as error:
         yield f"`{out}` cannot be written: `{nearest}`: {error.strerror}"
         return
-    if found:
-        free, needed = shutil.disk_usage(nearest).free, found["written_bytes"]
-        if free < needed:
-            yield f"`{out}` has {size(free)} free, and the merge writes {size(needed)}"
+    free, needed = shutil.disk_usage(nearest).free, sizes.get("written_bytes", 0)
+    if free < needed:
+        yield f"`{out}` has {size(free)} free, and the merge writes {size(needed)}"
 
 
-def shortages(found: Mapping[str, Any]) -> Iterator[str]:
-    """What this machine has less of in memory than the merge needs; a merge survives it, slowly, or not."""
-    available, needed = psutil.virtual_memory().available, found["memory_bytes"]
+def shortages(sizes: Mapping[str, Any]) -> Iterator[str]:
+    """A remark if this machine has less memory than the merge needs; it may still succeed, slowly."""
+    available, needed = psutil.virtual_memory().available, sizes["memory_bytes"]
     if available < needed:
         yield (
             f"the merge holds about {size(needed)} in memory, and {size(available)} are free here; "
             "mergekit-yaml --out-shard-size 1B holds less of the output"
         )
-
-
-def _existing(path: Path) -> Path:
-    """The folder itself, or the nearest above it that is there."""
-    here = Path(os.path.abspath(path))  # noqa: PTH100  a folder that cannot be entered is no error here
-    return next(one for one in (here, *here.parents) if os.path.lexists(one))

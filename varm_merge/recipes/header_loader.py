@@ -1,7 +1,7 @@
 """Stands in for mergekit's loaders: it knows the headers of weight files and gives tensors without data."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,23 +12,21 @@ from mergekit.merge_methods import MergeMethod
 from safetensors import safe_open
 
 from varm_common.checkpoints import DTYPES
-from varm_merge.merging import mergekit_io
-from varm_merge.recipes.headers import Model
+from varm_merge.merging.mergekit_io import fast_conversion, swapped
+from varm_merge.recipes.headers import Model, is_buffer
 
-__all__ = [
-    "Loaders",
-    "headers_only",
-]
+__all__ = ["HeaderLoader", "Loaders", "headers_only"]
 
 TORCH_DTYPES = {stored: getattr(torch, name) for name, stored in DTYPES.items()}
 
 
-class _HeaderLoader:
+class HeaderLoader:
     """Stands in for mergekit's loader of one checkpoint.
 
     Attributes:
+        model: The header.
         used: Names of the tensors that were loaded.
-        lacking: Names of planned tensors that it has not, and need not have.
+        lacking: Names of planned optional tensors that the checkpoint does not have.
     """
 
     def __init__(self, model: Model) -> None:
@@ -49,18 +47,22 @@ class _HeaderLoader:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def flush(self) -> None:
-        """Nothing is open."""
+        """Part of mergekit's interface; nothing is open."""
+
+    def unused(self) -> list[str]:
+        """Names of the checkpoint's weights that were not loaded."""
+        return [name for name in self.model.tensors if name not in self.used and not is_buffer(name)]
 
 
-Loaders = Mapping[ModelReference, _HeaderLoader]
+Loaders = Mapping[ModelReference, HeaderLoader]
 
 
 @contextmanager
 def headers_only(models: Mapping[ModelReference, Model]) -> Iterator[Loaders]:
-    """Let mergekit load from headers in the block: the loader of each model."""
-    loaders = {reference: _HeaderLoader(model) for reference, model in models.items()}
+    """Let mergekit load from headers inside the block; yields the loader of each model."""
+    loaders = {reference: HeaderLoader(model) for reference, model in models.items()}
 
-    def lazy_loader(self: ModelReference, **_options: Any) -> _HeaderLoader:
+    def lazy_loader(self: ModelReference, **_options: Any) -> HeaderLoader:
         if self.lora is not None:
             raise RuntimeError(
                 f"mergekit has no definition of this architecture, and cannot take one from the adapter `{self}`: "
@@ -68,16 +70,13 @@ def headers_only(models: Mapping[ModelReference, Model]) -> Iterator[Loaders]:
             )
         return loaders[self]
 
-    with ExitStack() as stack:
-        stack.enter_context(mergekit_io.swapped(LoaderCache, "loaders", dict(loaders)))
-        stack.enter_context(mergekit_io.swapped(ModelReference, "lazy_loader", lazy_loader))
-        stack.enter_context(mergekit_io.swapped(MergeMethod, "_execute_resolved", _first_input))
-        stack.enter_context(mergekit_io.fast_conversion())
+    def first_input(_method: MergeMethod, groups: Sequence[Any], *_parameters: Any, **_options: Any) -> Any:
+        return tuple(group.entries[0].tensor for group in groups)  # an output has the shape of its inputs
+
+    with (
+        swapped(LoaderCache, "loaders", dict(loaders)),
+        swapped(ModelReference, "lazy_loader", lazy_loader),
+        swapped(MergeMethod, "_execute_resolved", first_input),
+        fast_conversion(),
+    ):
         yield loaders
-
-
-def _first_input(
-    _method: MergeMethod, groups: Sequence[Any], _parameters: Any, **_options: Any
-) -> tuple[torch.Tensor, ...]:
-    """In place of the method: an output has the shape of its inputs."""
-    return tuple(group.entries[0].tensor for group in groups)

@@ -1,6 +1,6 @@
-"""What the models of a recipe are made of, by their configs and the headers of their weight files.
+"""The header of a model: its config, and the names, shapes and dtypes of its tensors.
 
-No weight is read. Of a Hub model the headers come over HTTP ranges, a few kilobytes for each file.
+No weight is read. The headers of a model on the Hub come over HTTP ranges, a few kilobytes for each file.
 """
 
 import json
@@ -31,28 +31,16 @@ __all__ = [
 ]
 
 STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
-"""Of an element, by safetensors' names of dtypes; all others are one byte wide."""
+"""Bytes of an element, by safetensors' name of the dtype; all other dtypes take one byte."""
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
-QUANTISED_NAMES = {
-    "qweight",
-    "qzeros",
-    "weight_packed",
-    "weight_scale",
-    "weight_scale_inv",
-    "absmax",
-    "quant_map",
-    "SCB",
-}
-"""Last parts of the names of tensors that only a quantised checkpoint has."""
+WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "BOOL")
+WHOLE_DTYPES = ("I64", "BOOL")
+QUANTISED_NAMES = re.compile(
+    r"(.*\.)?(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|absmax|quant_map|SCB)"
+)
+"""Tensors that only a quantised checkpoint has."""
 NARROW = re.compile(r"F[468](_|$)|float[468]_")
-"""Dtypes of codes; a dtype of torch that safetensors has no name for goes by torch's."""
-WHOLE_WEIGHTS = ("I64", "BOOL")
-DEQUANTISED = {
-    "fp8": "FineGrainedFP8Config(dequantize=True)",
-    "mxfp4": "Mxfp4Config(dequantize=True)",
-    "compressed-tensors": "CompressedTensorsConfig(run_compressed=False)",
-}
-"""How transformers loads a checkpoint in full precision, by the method that quantised it."""
+"""Dtypes of quantised weights; a dtype of torch that safetensors does not know has torch's name."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +49,10 @@ class Model:
 
     Attributes:
         name: The folder or Hub id.
-        config: Its config.json; empty if it has none.
-        tensors: Shape and dtype (as safetensors writes it) by name; empty if it has no weight files.
+        config: Its config.json; empty if there is none.
+        tensors: Shape and dtype (as safetensors writes it) by name; empty if there are no weight files.
         files: The file of each tensor; empty for a model on the Hub that is not in the cache.
-        remarks: Weight files that nothing reads.
+        remarks: Weight files that are not read.
     """
 
     name: str
@@ -75,25 +63,26 @@ class Model:
 
     @property
     def layers(self) -> int | None:
-        """Number of its transformer blocks; None if the config does not tell."""
+        """Number of transformer blocks; None if the config does not say."""
         text = self.config.get("text_config") or self.config
         names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
         return next((text[name] for name in names if name in text), None)
 
     @property
     def bytes(self) -> int:
-        """Of all tensors, as they are stored."""
+        """Size of all tensors as they are stored."""
         return sum(math.prod(shape) * STORED_BYTES.get(dtype, 1) for shape, dtype in self.tensors.values())
 
 
 def read_model(place: Place, hub: Hub | None = None) -> Model:
-    """The header of a model; ``hub`` is asked if it answers.
+    """The header of a model in a folder, in the Hub's cache or on the Hub.
 
     Raises:
-        ValueError: A file of it is damaged or missing, or the Hub does not answer.
+        ValueError: A file is damaged or missing, or the Hub does not answer.
     """
     try:
-        config = json.loads(found.read_text(encoding="utf-8")) if (found := place.file("config.json")) else {}
+        path = place.file("config.json")
+        config = json.loads(path.read_text(encoding="utf-8")) if path else {}
         if not isinstance(config, dict):
             raise ValueError("config.json holds no mapping")
         folder = Path(place.path) if Path(place.path).is_dir() else place.folder() if place.weights() else None
@@ -105,9 +94,8 @@ def read_model(place: Place, hub: Hub | None = None) -> Model:
     if header.problems:
         raise ValueError(f"the weights of `{place.path}` cannot be read: {'; '.join(header.problems)}")
     if not header.tensors:
-        raise ValueError(
-            f"`{place.path}` has no weights: no model.safetensors, no {PICKLED}, and no index of shards"
-        )
+        missing = f"no model.safetensors, no {PICKLED}, and no index of shards"
+        raise ValueError(f"`{place.path}` has no weights: {missing}")
     return Model(place.path, config, header.tensors, header.files, header.remarks)
 
 
@@ -120,52 +108,49 @@ def _tensors_on_the_hub(place: Place, hub: Hub) -> Tensors:
         chosen = files_on_the_hub(place, {file.rfilename for file in siblings})
         if chosen.problems:
             raise ValueError("; ".join(chosen.problems))
-        found = api.get_safetensors_metadata(place.path, revision=place.revision)
+        metadata = api.get_safetensors_metadata(place.path, revision=place.revision)
     except NotASafetensorsRepoError:
-        return {}  # pickled: their headers are not known before they are downloaded
+        return {}  # the header of a pickle is not known before it is downloaded
     except ValueError:
         raise
-    except Exception as error:  # whatever the HTTP client raises without a network
+    except Exception as error:  # the HTTP client raises errors of many kinds
         raise ValueError(f"the Hub could not be asked: {hub.why_not(error)}") from error
     return {
         name: (tuple(tensor.shape), str(tensor.dtype))
-        for file in found.files_metadata.values()
+        for file in metadata.files_metadata.values()
         for name, tensor in file.tensors.items()
     }
 
 
 def why_quantised(model: Model) -> str | None:
-    """Why a model's tensors are codes and not weights, and what to do; None if they are weights."""
-    quantised = model.config.get("quantization_config") or {}
-    for part in model.config.values():
-        quantised = quantised or (part.get("quantization_config") if isinstance(part, dict) else None) or {}
-    method = str(quantised.get("quant_method") or "") if isinstance(quantised, dict) else "unknown"
+    """Why a model's tensors are quantised codes and cannot be merged, and what to do; None if they are weights."""
+    parts = [model.config, *(part for part in model.config.values() if isinstance(part, dict))]
+    settings: Any = next(filter(None, (part.get("quantization_config") for part in parts)), {})
     codes = [
         name
         for name, (_, dtype) in model.tensors.items()
         if NARROW.match(dtype)
-        or name.rpartition(".")[2] in QUANTISED_NAMES
-        or (
-            name.endswith((".weight", "_blocks", "_proj"))
-            and dtype not in (*WHOLE_WEIGHTS, "F64", "F32", "F16", "BF16")
-        )
+        or QUANTISED_NAMES.fullmatch(name)
+        or (name.endswith((".weight", "_blocks", "_proj")) and dtype not in WEIGHT_DTYPES)
     ]
-    if not quantised and not codes:
+    if not settings and not codes:
         return None
-    what = f"quantised ({method or 'its config has a quantization_config'})" if quantised else "quantised"
-    shown = f": {some(codes)}" if codes else ""
-    if not codes:
-        shown = ". If its weights are in full precision all the same, remove that entry from its config.json"
-    how = f"quantization_config={DEQUANTISED[method]}" if method in DEQUANTISED else "then model.dequantize()"
+    method = str(settings.get("quant_method") or "") if isinstance(settings, dict) else ""
+    what = f"quantised ({method or 'by its config'})" if settings else "quantised"
+    if codes:
+        what += f": {some(codes)}"
+    else:
+        what += ". If its weights are in full precision all the same, remove that entry from its config.json"
     return (
-        f"`{model.name}` is {what}{shown}. Codes cannot be merged as weights: merge the checkpoint it was made "
-        f"from, or load it with transformers in full precision ({how}) and save that"
+        f"`{model.name}` is {what}. Codes cannot be merged as weights: merge the checkpoint it was made from, or "
+        "load it with transformers in full precision (`dequantize=True` in its quantization_config, or "
+        "model.dequantize()) and save that"
     )
 
 
 def why_whole(model: Model) -> str | None:
-    """Why a model's weights cannot be averaged though they are no codes: they are whole numbers."""
-    whole = [n for n, (_, dtype) in model.tensors.items() if n.endswith(".weight") and dtype in WHOLE_WEIGHTS]
+    """Why a model's weights cannot be averaged although they are not quantised: they are whole numbers."""
+    whole = [n for n, (_, dtype) in model.tensors.items() if n.endswith(".weight") and dtype in WHOLE_DTYPES]
     if not whole:
         return None
     dtype = model.tensors[whole[0]][1]
@@ -173,28 +158,28 @@ def why_whole(model: Model) -> str | None:
 
 
 def other_dtypes(base: Model, other: Model) -> str | None:
-    """Remark on a model that is stored in other dtypes than the base."""
+    """A remark on a model that is stored in other dtypes than the base model."""
     ours, theirs = ({dtype for _, dtype in model.tensors.values()} for model in (base, other))
     if ours == theirs or not ours or not theirs:
         return None
-    told = " and ".join("/".join(sorted(dtypes)) for dtypes in (theirs, ours))
-    return f"{other.name} and {base.name} have the dtypes {told}; `dtype` says in which they meet"
+    dtypes = " and ".join("/".join(sorted(dtypes)) for dtypes in (theirs, ours))
+    return f"{other.name} and {base.name} have the dtypes {dtypes}; `dtype` says in which they meet"
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor is a buffer that older versions of transformers have saved and no model reads."""
+    """Whether a tensor is a buffer that older versions of transformers saved and no model reads."""
     return name.endswith(BUFFERS)
 
 
 def other_tokens(base: str, other: str) -> int:
-    """How many ids stand for other tokens in one folder's tokenizer.json than in the other's; 0 without both."""
+    """How many ids mean another token in the folder ``other``; 0 if either has no tokenizer.json."""
     if base == other or (ours := _vocabulary(base)) is None or (theirs := _vocabulary(other)) is None:
         return 0
     return sum(theirs[number] != token for number, token in ours.items() if number in theirs)
 
 
 def _vocabulary(folder: str) -> dict[int, str] | None:
-    """The token of each id; None if there is no tokenizer.json, or none that tells."""
+    """The token of each id; None without a tokenizer.json that lists them."""
     try:
         content = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
         vocabulary = content["model"]["vocab"]
@@ -208,21 +193,21 @@ def _vocabulary(folder: str) -> dict[int, str] | None:
 
 
 def estimate(models: Sequence[Model], outputs: Mapping[str, tuple[Sequence[int], int]]) -> dict[str, Any]:
-    """What a merge takes.
+    """The size of a merge.
 
     Args:
-        models: All that are read.
-        outputs: Shape and bytes of an element of every tensor that is written.
+        models: All models that are read.
+        outputs: Shape and bytes of an element, for every tensor that is written.
 
     Returns:
-        ``parameters``, and in bytes: ``read_bytes``, ``written_bytes``, and ``largest_tensor_bytes``, the largest
-        tensor of every model and of the output at once.
+        ``parameters``, ``read_bytes``, ``written_bytes``, and ``largest_tensor_bytes``: the largest tensor, for
+        every model and the output at once.
     """
     sizes = [(math.prod(shape), width) for shape, width in outputs.values()]
+    largest = max((elements * width for elements, width in sizes), default=0)
     return {
         "parameters": sum(elements for elements, _ in sizes),
         "read_bytes": sum(model.bytes for model in models),
         "written_bytes": sum(elements * width for elements, width in sizes),
-        "largest_tensor_bytes": max((elements * width for elements, width in sizes), default=0)
-        * (len(models) + 1),
+        "largest_tensor_bytes": largest * (len(models) + 1),
     }

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-__all__ = ["Hub", "means_otherwise", "near"]
+__all__ = ["TOKENIZER_FILES", "Hub", "near", "why_misread"]
 
 HUB_TIMEOUT_SECONDS = 10
 TOKENIZER_FILES = (
@@ -25,57 +25,50 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-ALONE = "`varm-merge check --offline` looks at the recipe alone"
 
 
 @dataclass
 class Hub:
-    """The Hub, which is not asked again once it could not be reached.
+    """The Hub. Once it could not be reached, no further request is sent.
 
     Attributes:
-        unreachable: Why; empty as long as it answers.
+        unreachable: Why it cannot be reached; empty while it answers.
     """
 
     unreachable: str = ""
 
     def why_not(self, error: Exception) -> str:
-        """Say, for the user, why the Hub did not answer, and what to do."""
+        """Why the Hub did not answer, and what to do."""
         if isinstance(error, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set; unset it to ask the Hub"
         reason = (str(error).strip() or "no answer").splitlines()[0]
         if isinstance(error, HfHubHTTPError):
-            return reason  # an answer: the next model may have a better one
-        self.unreachable = f"{reason}; {ALONE}"
+            return reason  # it has answered, and may answer for the next model
+        self.unreachable = f"{reason}; `varm-merge check --offline` looks at the recipe alone"
         return self.unreachable
 
     def why_missing(self, path: str, revision: str | None, wanted: str, cache_dir: str | None) -> str | None:
-        """Why mergekit could not load the folder or Hub id ``path``, whose ``wanted`` file says what it is."""
-        folder = Path(path)
-        if folder.is_dir():
-            return None if (folder / wanted).is_file() else f"the folder `{path}` has no {wanted}"
-        what = next((one for one in ("adapter", "tokenizer") if wanted.startswith(one)), "model")
+        """Why mergekit could not load the folder or Hub id ``path``; None if its file ``wanted`` is there."""
+        if Path(path).is_dir():
+            return None if (Path(path) / wanted).is_file() else f"the folder `{path}` has no {wanted}"
+        what = wanted.partition("_")[0] if wanted.startswith(("adapter", "tokenizer")) else "model"
         missing = f"no {what} folder `{path}`{near(path)}"
         try:
-            huggingface_hub.utils.validate_repo_id(path)  # type: ignore[attr-defined]
+            cached = huggingface_hub.try_to_load_from_cache(path, wanted, cache_dir=cache_dir, revision=revision)
         except HFValidationError:
             return missing
-        if isinstance(
-            huggingface_hub.try_to_load_from_cache(path, wanted, cache_dir=cache_dir, revision=revision), str
-        ):
+        if isinstance(cached, str):
             return None
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             return f"{missing}, and it is not in the Hub cache (HF_HUB_OFFLINE is set: unset it to ask the Hub)"
         if self.unreachable:
             return f"{missing}, and the Hub could not be asked: {self.unreachable}"
         try:
-            _ask(path, revision, wanted)
-        except _NotLoadableError as error:
-            return str(error)
+            return _refusal(path, revision, wanted)
         except RepositoryNotFoundError:
             return f"{missing}, and no such model on the Hub (if it is private, run `hf auth login`)"
-        except Exception as error:  # whatever the HTTP client raises without a network
+        except Exception as error:  # the HTTP client raises errors of many kinds
             return f"{missing}, and the Hub could not be asked: {self.why_not(error)}"
-        return None
 
     def why_no_tokenizer(self, path: str, revision: str | None, cache_dir: str | None) -> str | None:
         """Why no tokenizer could be loaded from the folder or Hub id ``path``."""
@@ -85,41 +78,35 @@ class Hub:
         return self.why_missing(path, revision, TOKENIZER_FILES[0], cache_dir)
 
 
-class _NotLoadableError(Exception):
-    """The Hub knows the model, and it cannot be loaded."""
-
-
-def _ask(path: str, revision: str | None, wanted: str) -> None:
+def _refusal(path: str, revision: str | None, wanted: str) -> str | None:
+    """Why a model that the Hub has cannot be loaded."""
+    api = huggingface_hub.HfApi()
     try:
-        api = huggingface_hub.HfApi()
         info = api.model_info(path, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
         if info.gated:
-            api.auth_check(path)  # all may read about it, and not all its files
-    except GatedRepoError as error:
-        raise _NotLoadableError(
-            f"`{path}` is gated: accept its conditions on the Hub, then run `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise _NotLoadableError(f"`{path}` has no revision `{revision}` on the Hub") from error
+            api.auth_check(path)  # everyone may see a gated model, and not everyone may download it
+    except GatedRepoError:
+        return f"`{path}` is gated: accept its conditions on the Hub, then run `hf auth login`"
+    except RevisionNotFoundError:
+        return f"`{path}` has no revision `{revision}` on the Hub"
     if info.siblings is not None and all(file.rfilename != wanted for file in info.siblings):
-        raise _NotLoadableError(f"`{path}` on the Hub has no {wanted}")
+        return f"`{path}` on the Hub has no {wanted}"
+    return None
 
 
-def means_otherwise(value: str) -> str | None:
-    """What mergekit makes of the name of a folder that is there, if it does not take it as it stands."""
-    meant = {"+": "an adapter", "@": "a revision"}
-    signs = [sign for sign in meant if sign in value]
+def why_misread(value: str) -> str | None:
+    """Why mergekit does not find a folder that is there: it reads its name as two names."""
+    meanings = {"+": "an adapter", "@": "a revision"}
+    signs = [sign for sign in meanings if sign in value]
     if not signs or not Path(value).is_dir():
         return None
-    told = " and ".join(f"`{sign}` {meant[sign]}" for sign in signs)
-    return f"`{value}` is a folder, and in a model's name {told} follows to mergekit: rename the folder"
+    starts = " and ".join(f"`{sign}` as the start of {meanings[sign]}" for sign in signs)
+    return f"`{value}` is a folder, and mergekit reads {starts}: rename the folder"
 
 
 def near(path: str) -> str:
-    """A hint at what is there, where the last part of a path seems misspelt."""
-    parent = Path(path).parent
-    siblings = (
-        [entry.name for entry in parent.iterdir() if entry.name != Path(path).name] if parent.is_dir() else []
-    )
-    close = difflib.get_close_matches(Path(path).name, siblings, n=1)
+    """A hint at a similar name in the same folder."""
+    parent, name = Path(path).parent, Path(path).name
+    siblings = [entry.name for entry in parent.iterdir() if entry.name != name] if parent.is_dir() else []
+    close = difflib.get_close_matches(name, siblings, n=1)
     return f" (did you mean `{parent / close[0]}`?)" if close else ""

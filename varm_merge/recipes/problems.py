@@ -1,27 +1,21 @@
-"""What is wrong with a recipe, and what the headers of its models say."""
+"""What the check of a recipe finds: problems, remarks, and the headers of its models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mergekit.common import ModelReference
 
 from varm_common.errors import UserError
-from varm_merge.recipes import headers
-from varm_merge.recipes.yaml_lines import Path as TreePath
+from varm_merge.recipes.headers import Model
 
-__all__ = [
-    "Family",
-    "Looked",
-    "Problem",
-    "refuse",
-]
+__all__ = ["Looked", "Problem", "refuse"]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a recipe; ``line`` counts from 1, ``path`` is that of the key or item."""
+    """A problem or a remark. ``line`` counts from 1; ``path`` leads to the key or item in the recipe."""
 
     message: str
     line: int
@@ -30,41 +24,27 @@ class Problem:
 
 @dataclass
 class Looked:
-    """What ``check`` reads from the headers of a recipe's models.
+    """What the check learns beside the problems.
 
     Attributes:
-        models: The header of each model.
-        remarks: What a merge survives.
-        estimate: Bytes read, written, held (``headers.estimate``); empty if there is a problem.
-        has_base: Whether one of them is a base to the method.
+        models: The header of each model, the base model's first.
+        lines: The line that first names each model.
+        remarks: What the user should know; the merge runs all the same.
+        estimate: Number of parameters, and bytes read and written (``headers.estimate``); empty if there are
+            problems.
+        has_base: Whether the method compares the models with a base model.
     """
 
-    models: dict[ModelReference, headers.Model] = field(default_factory=dict)
+    models: dict[ModelReference, Model] = field(default_factory=dict)
+    lines: dict[ModelReference, int] = field(default_factory=dict)
     remarks: list[Problem] = field(default_factory=list)
     estimate: dict[str, Any] = field(default_factory=dict)
     has_base: bool = False
-    lines: dict[ModelReference, int] = field(default_factory=dict)
-
-    def line_of(self, model: ModelReference) -> int:
-        """The line that first names a model."""
-        return self.lines.get(model, 1)
 
 
-class Family(NamedTuple):
-    """A list of models that are merged: its place, the model the others are compared with, all of it.
-
-    ``has_pivot``: that model is the pivot; for a method without one it is the first.
-    """
-
-    path: TreePath
-    base: ModelReference
-    models: list[ModelReference]
-    has_pivot: bool
-
-
-def refuse(problems: Sequence[Problem], path: Path | None = None, ended: str = "was not merged") -> None:
+def refuse(problems: Sequence[Problem], path: Path | None = None, outcome: str = "was not merged") -> None:
     """Raise one ``UserError`` that lists ``problems``, if there are any."""
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        listed = "\n".join(f"  line {problem.line}: {problem.message}" for problem in problems)
-        raise UserError(f"{path or 'the recipe'} {ended}, it has {count}:\n{listed}")
+        lines = "\n".join(f"  line {problem.line}: {problem.message}" for problem in problems)
+        raise UserError(f"{path or 'the recipe'} {outcome}, it has {count}:\n{lines}")

@@ -1,304 +1,163 @@
-"""Checks what a recipe says by itself: keys, parameters, dtypes, layer ranges.
+"""Checks a recipe without its models: keys, parameters, dtypes, layer ranges, number of models.
 
 mergekit ignores keys and parameters that it does not know: ``granularty: layer`` merges at the default granularity
-and exits 0. Here they are problems."""
+and exits 0. Here they are problems.
+"""
 
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, get_args
 
 import pydantic
 from mergekit import merge_methods
-from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import (
-    ConditionalParameter,
-    MergeConfiguration,
-)
-from mergekit.merge_methods import BasePolicy, MergeMethodSpec
-from mergekit.merge_methods.base import ParameterScope
-from mergekit.options import MergeOptions
+from mergekit.common import ModelReference
+from mergekit.config import ConditionalParameter
+from mergekit.merge_methods import BasePolicy, ParameterScope
+from mergekit.merge_methods.base import ParameterSpec
 
 from varm_merge.merging.method import SPEC
-from varm_merge.recipes import inputs as recipe_models
-from varm_merge.recipes.locate import Hub
-from varm_merge.recipes.problems import Family, Looked, Problem
-from varm_merge.recipes.recipe_file import identity
-from varm_merge.recipes.yaml_lines import DEFINITIONS, TOP, nodes, plainly
+from varm_merge.recipes.recipe import Family, Recipe
+from varm_merge.recipes.yaml_lines import DUPLICATE, KEY, nodes
 from varm_merge.recipes.yaml_lines import Path as TreePath
 
-__all__ = [
-    "NO_RECIPE",
-    "StructureChecker",
-    "last_part",
-]
+__all__ = ["FLOATS", "check_structure"]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-TOLD_BEFORE = ("merge_method", "dtype", "out_dtype")
-"""Keys that are judged before mergekit's definition is asked."""
-NO_RECIPE = "no recipe: a recipe is a mapping with `merge_method`"
+"""The floating dtypes that mergekit takes."""
+CHECKED_FIRST = ("merge_method", "dtype", "out_dtype")
+"""Keys that are judged before mergekit's definition of a recipe."""
+KINDS = {
+    "list_type": "a list",
+    "tuple_type": "a list of two",
+    "dict_type": "a mapping",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+}
+"""What is expected, by pydantic's name of the error."""
 
 
-@dataclass
-class StructureChecker:
-    """What is wrong with a recipe by itself, whatever its models are."""
+def check_structure(recipe: Recipe) -> None:
+    """Add every problem of the recipe that shows without its models."""
+    _method(recipe)
+    for path in recipe.lines:
+        if path and path[-1] == DUPLICATE:
+            recipe.add(path, f"`{path[-2]}` is written twice; YAML would keep the last")
+    for path, node, definition in nodes(recipe.document, recipe.definition):
+        known = tuple(definition.model_fields)
+        if not path and recipe.kind == "multi":
+            known = (*known, "name")
+        _unknown_keys(recipe, path, node, known, KEY[definition.__name__])
+        _parameters(recipe, (*path, "parameters"), node.get("parameters"), definition.__name__)
+    _dtypes(recipe)
+    if _mergekit_accepts(recipe):
+        for path, node, definition in nodes(recipe.document, recipe.definition):
+            key = "sources" if definition.__name__ == "OutputSliceDefinition" else "models"
+            if node.get(key) is not None:
+                _inputs(recipe, (*path, key), node[key], node.get("base_model") if key == "sources" else None)
 
-    document: dict[str, Any]
-    lines: Mapping[TreePath, int]
-    kind: str
-    names: set[str]
-    problems: list[Problem] = field(default_factory=list)
-    spec: MergeMethodSpec = SPEC
-    looked: "Looked" = field(default_factory=lambda: Looked())
-    families: list["Family"] = field(default_factory=list)
-    hub: Hub = field(default_factory=Hub)
-    options: MergeOptions = field(default_factory=MergeOptions)
-    by_name: bool = False
-    path: Path | None = None
-    out: Path | None = None
-    spelled: dict[tuple[Any, ...], ModelReference] = field(default_factory=dict)
 
-    @property
-    def cache_dir(self) -> str | None:
-        folder: str | None = self.options.transformers_cache
-        return folder
+# Keys and parameters
 
-    def _method(self) -> None:
-        """Find what mergekit knows of the method."""
-        method = self.document.get("merge_method")
-        known = {one.spec.name: one.spec for one in merge_methods.registered_methods()}
-        if isinstance(method, str) and method in known:
-            self.spec = known[method]
-        elif method is None:
-            self.add((), "no `merge_method`")
+
+def _method(recipe: Recipe) -> None:
+    method = recipe.document.get("merge_method")
+    known = {registered.spec.name: registered.spec for registered in merge_methods.registered_methods()}
+    if isinstance(method, str) and method in known:
+        recipe.spec = known[method]
+    elif method is None:
+        recipe.add((), "no `merge_method`")
+    else:
+        hint = _suggest(str(method).lower(), tuple(known))
+        recipe.add(("merge_method",), f"mergekit knows no method `{method}`{hint}")
+
+
+def _unknown_keys(
+    recipe: Recipe, path: TreePath, node: Mapping[Any, Any], known: Sequence[str], what: str
+) -> None:
+    for key in node:
+        if key not in known:
+            recipe.add((*path, key), f"unknown {what} `{key}`{_suggest(str(key), known)}")
+
+
+def _parameters(recipe: Recipe, path: TreePath, parameters: Any, definition: str) -> None:
+    if recipe.spec.name != recipe.document.get("merge_method"):
+        return  # the method is unknown, and so are its parameters
+    specs = {spec.name: spec for spec in recipe.spec.parameters}
+    for name, setting in parameters.items() if isinstance(parameters, dict) else ():
+        where = (*path, name)
+        if name not in specs:
+            hint = _suggest(str(name), tuple(specs)) if specs else "; it has none"
+            recipe.add(where, f"unknown parameter `{name}` of {recipe.spec.name}{hint}")
+        elif definition.startswith("Input") and specs[name].scope is ParameterScope.SHARED:
+            message = f"`{name}` is a parameter of the whole merge: write it under the recipe's `parameters`"
+            recipe.add(where, f"{message}, with a `filter` if it is for some tensors only")
         else:
-            self.add(
-                ("merge_method",),
-                f"mergekit knows no method `{method}`{_suggest(str(method).lower(), tuple(known))}",
-            )
+            _setting(recipe, where, specs[name], setting)
 
-    def add(self, path: TreePath, message: str) -> None:
-        while path and path not in self.lines:
-            path = path[:-1]
-        self.problems.append(Problem(message, self.lines.get(path, 1), path))
 
-    def _keys_of(self, what: str) -> tuple[str, ...]:
-        if what != TOP:
-            return tuple(DEFINITIONS[what].model_fields)
-        keys = tuple(self._configuration().model_fields)
-        return (*keys, "name") if self.kind == "multi" else keys
-
-    def _configuration(self) -> Any:
-        """mergekit's own definition of the recipe."""
-        if self.kind != "raw":
-            return MergeConfiguration
-        from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
-
-        return RawPyTorchMergeConfig
-
-    def _reference(self, value: Any) -> ModelReference:
-        """A model as mergekit will read it: mergekit-pytorch takes a file's path as it stands."""
-        return ModelReference.model_validate({"model": {"path": value}} if self.kind == "raw" else value)
-
-    def _known(self, value: Any) -> ModelReference:
-        """A model, spelled as where the recipe names it first."""
-        reference = self._reference(value)
-        return self.spelled.setdefault(identity(reference), reference)
-
-    def _known_keys(self, path: TreePath, mapping: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
-        for key in mapping:
-            if key not in known:
-                self.add((*path, key), f"unknown {what} `{key}`{_suggest(str(key), known)}")
-
-    def _parameters(self, path: TreePath, parameters: Any, what: str) -> None:
-        if self.spec.name != self.document.get("merge_method"):
-            return  # unknown, and told
-        specs = {spec.name: spec for spec in self.spec.parameters}
-        for name, setting in parameters.items() if isinstance(parameters, dict) else ():
-            where = (*path, name)
-            if name not in specs:
-                hint = _suggest(str(name), tuple(specs)) if specs else "; it has none"
-                self.add(where, f"unknown parameter `{name}` of {self.spec.name}{hint}")
-            elif what in ("key of a model", "key of a source") and specs[name].scope is ParameterScope.SHARED:
-                self.add(
-                    where,
-                    f"`{name}` is a parameter of the whole merge: write it under the recipe's `parameters`, "
-                    "with a `filter` if it is for some tensors only",
-                )
-            else:
-                self._setting(where, specs[name], setting)
-
-    def _setting(self, path: TreePath, spec: Any, setting: Any) -> None:
-        if isinstance(setting, list):
-            if not setting:
-                self.add(path, f"`{spec.name}` has an empty list")
-            for index, item in enumerate(setting):
-                self._setting((*path, index), spec, item)
-            self._unreached(path, spec.name, setting)
-        elif isinstance(setting, dict):
-            if not isinstance(setting.get("filter"), str | None):
-                self.add((*path, "filter"), f"the `filter` of `{spec.name}` is `{setting['filter']}`, not text")
-            self._known_keys(path, setting, tuple(ConditionalParameter.model_fields), f"key of `{spec.name}`")
-            if "value" in setting:
-                self._setting((*path, "value"), spec, setting["value"])
-            else:
-                self.add(path, f"this entry of `{spec.name}` has no `value`")
-        elif message := _why_invalid(spec, setting):
-            self.add(path, message)
-
-    def _unreached(self, path: TreePath, name: str, entries: Sequence[Any]) -> None:
-        """Entries whose tensors an earlier entry has taken: the first that fits is used."""
-        filters = [one.get("filter") if isinstance(one, dict) else "" for one in entries]
-        if not all(isinstance(one, dict) for one in entries):
-            return
-        for index, own in enumerate(filters):
-            for earlier, other in enumerate(filters[:index]):
-                if other in (None, "*") or (isinstance(own, str) and isinstance(other, str) and other in own):
-                    taken = "has no `filter`" if other in (None, "*") else f"has the filter `{other}`"
-                    message = (
-                        f"this entry of `{name}` is never used: entry {earlier + 1} {taken}; write it after this"
-                    )
-                    self.remark((*path, index), message)
-                    break
-
-    def tell(self, path: TreePath, message: str) -> None:
-        """A problem of a ``varm`` recipe; of another method's, which mergekit merges all the same, a remark."""
-        if self.spec is SPEC:
-            self.add(path, message)
+def _setting(recipe: Recipe, path: TreePath, spec: ParameterSpec, setting: Any) -> None:
+    if isinstance(setting, list):
+        if not setting:
+            recipe.add(path, f"`{spec.name}` has an empty list")
+        for index, item in enumerate(setting):
+            _setting(recipe, (*path, index), spec, item)
+        _unused_entries(recipe, path, spec.name, setting)
+    elif isinstance(setting, dict):
+        if not isinstance(setting.get("filter"), str | None):
+            recipe.add((*path, "filter"), f"the `filter` of `{spec.name}` is `{setting['filter']}`, not text")
+        _unknown_keys(recipe, path, setting, tuple(ConditionalParameter.model_fields), f"key of `{spec.name}`")
+        if "value" in setting:
+            _setting(recipe, (*path, "value"), spec, setting["value"])
         else:
-            self.remark(path, message)
-
-    def remark(self, path: TreePath, message: str) -> None:
-        while path and path not in self.lines:
-            path = path[:-1]
-        self.looked.remarks.append(Problem(message, self.lines.get(path, 1), path))
-
-    def _dtypes(self) -> None:
-        for key in ("dtype", "out_dtype"):
-            value = self.document.get(key)
-            try:
-                sound = value is None or dtype_from_name(value).is_floating_point
-            except (RuntimeError, AttributeError):
-                sound = False
-            if not sound:
-                word = re.sub(r"^(b?)f(p?)(?=\d)", r"\1float", str(value).lower())  # bf16, fp32
-                hint = _suggest(word, FLOATS, list_known=False)
-                self.add((key,), f"`{key}` is `{value}`, not one of {', '.join(FLOATS)}{hint}")
-
-    def _structure(self) -> bool:
-        """Let mergekit's own definition judge the rest; whether the inputs can be walked at all."""
-        content = {key: value for key, value in self.document.items() if key != "name"}
-        try:
-            self._configuration().model_validate(content)
-        except pydantic.ValidationError as error:
-            for detail in error.errors(include_url=False):
-                path = tuple(detail["loc"])
-                if path[0] in TOLD_BEFORE or ("parameters" in path and self.problems):
-                    continue
-                absent = detail["type"] == "missing" and path[-1] == "layer_range"
-                if (
-                    absent
-                    or "layer_range" not in path
-                    or not self._wrong_range(path[: path.index("layer_range") + 1])
-                ):
-                    self.add(path, plainly(path, detail["type"], detail["msg"], detail["input"]))
-            return False
-        except (RuntimeError, TypeError) as error:
-            self.add((), str(error))
-            return False
-        for path, _, what in nodes(self.document):
-            if what == "key of a source":
-                self._wrong_range((*path, "layer_range"))
-        return True
-
-    def _wrong_range(self, path: TreePath) -> bool:
-        """Whether a ``layer_range`` is none: [first, end), two numbers that count from 0."""
-        span = self._at(path)
-        if (
-            isinstance(span, list)
-            and len(span) == 2
-            and all(isinstance(number, int) and not isinstance(number, bool) for number in span)
-            and 0 <= span[0] < span[1]
-        ):
-            return False
-        message = (
-            f"`layer_range` is {span}, not [first, end): two whole numbers, the first from 0, the end above it"
-        )
-        self.tell(path, message)
-        return True
-
-    def _inputs(self, path: TreePath, entries: Sequence[Mapping[str, Any]], slice_base: Any) -> None:
-        """A pivot, at least one target, no model twice, one length: in one list of models that are merged."""
-        base, contract = slice_base or self.document.get("base_model"), self.spec.contract
-        pivot = None if base is None else self._known(base)
-        models = [self._known(entry["model"]) for entry in entries]
-        if base is None and contract.base is BasePolicy.REQUIRED:
-            needs = "the pivot that the targets were fine-tuned from" if self.spec is SPEC else "one"
-            self.add(("merge_method",), f"no base_model: {self.spec.name} needs {needs}")
-            return
-        if path[-1] == "models" and pivot is not None and self.spec is not SPEC and pivot not in models:
-            merged = [*models, pivot]  # as mergekit does, for methods that ignore a base, too
-        else:
-            merged = models
-        for where, message in (
-            *recipe_models.required(path, self.spec, merged, pivot, self._given(path, entries, len(merged))),
-            *(recipe_models.amounts(path, self.spec, merged, pivot) if self.spec is not SPEC else ()),
-            *recipe_models.repeated(path, models),
-        ):
-            self.add(where, message)
-        if (
-            path[-1] == "sources"
-            and len({int(e["layer_range"][1]) - int(e["layer_range"][0]) for e in entries}) > 1
-        ):
-            self.add(path, "the layer_ranges of the sources have different lengths")
-        has_pivot = pivot is not None and contract.base is not BasePolicy.IGNORED
-        if has_pivot or models:
-            self.families.append(Family(path, pivot if has_pivot and pivot else models[0], merged, has_pivot))
-        if self.spec is not SPEC:
-            return
-        if not [model for model in models if model != pivot]:
-            self.add(path, f"no target: list at least one model beside the base_model {pivot}")
-        if path[-1] == "sources" and pivot not in models:
-            self.add(path, f"the base_model {pivot} is not among the sources, so it has no layer_range")
-
-    def _given(
-        self, path: TreePath, entries: Sequence[Mapping[str, Any]], count: int
-    ) -> list[recipe_models.Settings]:
-        """The settings that hold for each model of a list, the nearest first."""
-        above = [self._at(path[:depth]) for depth in range(len(path) - 1, -1, -1)]
-        return recipe_models.in_all(entries, above, count)
-
-    def _at(self, path: TreePath) -> Any:
-        node: Any = self.document
-        for part in path:
-            node = node[part]
-        return node
+            recipe.add(path, f"this entry of `{spec.name}` has no `value`")
+    elif message := _why_invalid(spec, setting):
+        recipe.add(path, message)
 
 
-def _why_invalid(spec: Any, value: Any) -> str | None:
+def _unused_entries(recipe: Recipe, path: TreePath, name: str, entries: Sequence[Any]) -> None:
+    """mergekit uses the first entry whose filter fits a tensor; remark on entries that are never the first."""
+    if not all(isinstance(entry, dict) for entry in entries):
+        return
+    filters = [entry.get("filter") for entry in entries]
+    for index, own in enumerate(filters):
+        for earlier, other in enumerate(filters[:index]):
+            takes_all = other in (None, "*")
+            if takes_all or (isinstance(own, str) and isinstance(other, str) and other in own):
+                reason = "has no `filter`" if takes_all else f"has the filter `{other}`"
+                message = f"this entry of `{name}` is never used: entry {earlier + 1} {reason}"
+                recipe.remark((*path, index), f"{message}; write it after this")
+                break
+
+
+def _why_invalid(spec: ParameterSpec, value: Any) -> str | None:
     choices = [choice for choice in get_args(spec.value_type) if isinstance(choice, str)]
     if choices:
         if value in choices:
             return None
         hint = _suggest(str(value), choices, list_known=False)
         return f"`{spec.name}` is `{value}`, not one of {', '.join(choices)}{hint}"
+    own = spec in SPEC.parameters
     try:
-        if isinstance(value, bool) and spec.value_type is not bool and spec in SPEC.parameters:
+        if isinstance(value, bool) and spec.value_type is not bool and own:
             raise ValueError
         spec.validate(value)
     except ValueError:
-        limits = {"temperature": "a number > 0", "select_topk": "a number in (0, 1]"}
+        limits = {"temperature": "a number > 0", "select_topk": "a number in (0, 1]"} if own else {}
         kinds = {bool: "true or false", int: "a whole number"}
-        expected = limits.get(spec.name) if spec in SPEC.parameters else None
-        return f"`{spec.name}` is `{value}`, not {expected or kinds.get(spec.value_type, 'a number')}"
+        return f"`{spec.name}` is `{value}`, not {limits.get(spec.name) or kinds.get(spec.value_type, 'a number')}"
     return None
 
 
-def last_part(name: str) -> str:
-    """A model's name without its owner or folder, which differ between copies."""
-    return name.rstrip("/").rpartition("/")[2].lower()
+def _dtypes(recipe: Recipe) -> None:
+    for key in ("dtype", "out_dtype"):
+        value = recipe.document.get(key)
+        if value is not None and str(value).removeprefix("torch.") not in FLOATS:
+            word = re.sub(r"^(b?)f(p?)(?=\d)", r"\1float", str(value).lower())  # bf16, fp32
+            hint = _suggest(word, FLOATS, list_known=False)
+            recipe.add((key,), f"`{key}` is `{value}`, not one of {', '.join(FLOATS)}{hint}")
 
 
 def _suggest(word: str, known: Sequence[str], *, list_known: bool = True) -> str:
@@ -307,3 +166,117 @@ def _suggest(word: str, known: Sequence[str], *, list_known: bool = True) -> str
     if close:
         return f"; did you mean `{close[0]}`?"
     return f"; known are {', '.join(known)}" if list_known else ""
+
+
+# Structure
+
+
+def _mergekit_accepts(recipe: Recipe) -> bool:
+    """Whether mergekit's definition of a recipe fits; if not, its errors are added as problems."""
+    try:
+        recipe.definition.model_validate(recipe.content)
+    except pydantic.ValidationError as error:
+        for detail in error.errors(include_url=False):
+            path = tuple(detail["loc"])
+            if path[0] in CHECKED_FIRST or ("parameters" in path and recipe.problems):
+                continue
+            if "layer_range" in path and (detail["type"], path[-1]) != ("missing", "layer_range"):
+                _layer_range(recipe, path[: path.index("layer_range") + 1])
+            else:
+                recipe.add(path, _explained(path, detail["type"], detail["msg"], detail["input"]))
+        return False
+    except (RuntimeError, TypeError) as error:
+        recipe.add((), str(error))
+        return False
+    for path, _, definition in nodes(recipe.document):
+        if definition.__name__ == "InputSliceDefinition":
+            _layer_range(recipe, (*path, "layer_range"))
+    return True
+
+
+def _explained(path: TreePath, kind: str, message: str, value: Any) -> str:
+    """An error of pydantic without the names of classes."""
+    where = ".".join(str(part) for part in path)
+    if kind == "missing":
+        return f"no `{path[-1]}`" + (f" in `{where.rpartition('.')[0]}`" if path[1:] else "")
+    if kind.startswith(("model_", "dataclass_")):
+        is_model = path[-1] in ("model", "base_model", "ModelReference")
+        expected = "a model: a folder or the id of one on the Hub" if is_model else "a mapping"
+        return f"`{where}` is `{value}`, not {expected}"
+    if kind in KINDS:
+        return f"`{where}` is `{value}`, not {KINDS[kind]}"
+    return f"{where}: {message[0].lower()}{message[1:]}" if where else message
+
+
+def _layer_range(recipe: Recipe, path: TreePath) -> None:
+    """A ``layer_range`` is [first, end): two whole numbers that count from 0."""
+    span = recipe.at(path)
+    if not (
+        isinstance(span, list)
+        and len(span) == 2
+        and all(type(number) is int for number in span)
+        and 0 <= span[0] < span[1]
+    ):
+        expected = "not [first, end): two whole numbers, the first from 0, the end above it"
+        recipe.add_if_varm(path, f"`layer_range` is {span}, {expected}")
+
+
+# Models
+
+
+def _inputs(recipe: Recipe, path: TreePath, entries: Sequence[Mapping[str, Any]], slice_base: Any) -> None:
+    """Check one list of models: their number, the base model, no model twice, every required parameter."""
+    spec, contract = recipe.spec, recipe.spec.contract
+    base = slice_base or recipe.document.get("base_model")
+    if base is None and contract.base is BasePolicy.REQUIRED:
+        needed = "the pivot that the targets were fine-tuned from" if spec is SPEC else "one"
+        recipe.add(("merge_method",), f"no base_model: {spec.name} needs {needed}")
+        return
+    models = [recipe.known(entry["model"]) for entry in entries]
+    pivot = None if base is None else recipe.known(base)
+    merged = models
+    if path[-1] == "models" and pivot is not None and pivot not in models:
+        merged = [*models, pivot]  # as mergekit does
+    _required_parameters(recipe, path, entries, merged, pivot)
+    for index, model in enumerate(models):
+        if model in models[:index]:
+            recipe.add((*path, index), f"{model} is listed twice")
+    ranges = [map(int, entry["layer_range"]) for entry in entries if path[-1] == "sources"]
+    if len({end - first for first, end in ranges}) > 1:
+        recipe.add(path, "the layer_ranges of the sources have different lengths")
+    has_base = pivot is not None and contract.base is not BasePolicy.IGNORED
+    if spec is SPEC and not {*models} - {pivot}:
+        recipe.add(path, f"no target: list at least one model beside the base_model {pivot}")
+    if has_base and pivot not in merged:
+        recipe.add(path, f"the base_model {pivot} is not among the sources, so it has no layer_range")
+    elif spec is not SPEC:
+        try:
+            contract.validate_ids(list(dict.fromkeys(merged)), pivot)
+        except ValueError as error:
+            recipe.add(path, str(error).replace("Merge method", spec.name))
+    if merged:
+        recipe.families.append(Family(path, pivot if has_base and pivot else merged[0], merged, has_base))
+
+
+def _required_parameters(
+    recipe: Recipe,
+    path: TreePath,
+    entries: Sequence[Mapping[str, Any]],
+    merged: Sequence[ModelReference],
+    pivot: ModelReference | None,
+) -> None:
+    """Every parameter without a default is given, for the whole merge or for each model."""
+    above = [recipe.at(path[:depth]) for depth in range(len(path))]
+    shared = [mapping.get("parameters") or {} for mapping in above if isinstance(mapping, dict)]
+    for parameter in recipe.spec.parameters:
+        name = parameter.name
+        if not parameter.required or any(name in parameters for parameters in shared):
+            continue
+        if parameter.scope is ParameterScope.SHARED:
+            recipe.add(path, f"{recipe.spec.name} needs the parameter `{name}`")
+            continue
+        for index, model in enumerate(merged):
+            own = (entries[index].get("parameters") or {}) if index < len(entries) else {}
+            if name not in own and (parameter.scope is ParameterScope.INPUT or model != pivot):
+                reason = "; it is the base_model, and is merged as well" if model == pivot else ""
+                recipe.add((*path, index), f"{model} has no `{name}`, which {recipe.spec.name} needs{reason}")

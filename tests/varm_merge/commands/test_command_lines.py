@@ -36,7 +36,7 @@ EVERY = [pytest.param(program, *one, id=" ".join(one[0])) for program in PROGRAM
 def test_both_tell_their_version_and_exit_codes(program: str) -> None:
     told = CliRunner().invoke(PROGRAMS[program], ["--version"], prog_name=program)
     assert told.output.split() == [f"{program},", "version", __version__]
-    assert "Exit codes: 0 done" in CliRunner().invoke(PROGRAMS[program], ["-h"]).output
+    assert "Exit codes: 0" in CliRunner().invoke(PROGRAMS[program], ["-h"]).output
     assert CliRunner().invoke(PROGRAMS[program], ["no-such-command"]).exit_code == 2
 
 

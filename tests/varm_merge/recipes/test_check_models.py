@@ -399,4 +399,4 @@ def test_the_command_tells_problems_remarks_and_sizes(mistral: Family, tmp_path:
     assert [one["line"] for one in found["problems"]] == [7]
     assert (found["recipe"], found["estimate"]) == (str(path), {})
     alone = CliRunner().invoke(main, ["check", str(path), "--offline"])
-    assert (alone.exit_code, alone.output) == (0, f"✓ {path} is sound; its models were not looked at\n")
+    assert (alone.exit_code, alone.output) == (0, f"✓ {path} has no problems; its models were not checked\n")

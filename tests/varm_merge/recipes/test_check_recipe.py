@@ -142,7 +142,9 @@ def test_a_method_with_two_letters_swapped_is_the_nearest() -> None:
     assert message == "mergekit knows no method `vram`; did you mean `varm`?"
 
 
-@pytest.mark.parametrize(("name", "sign"), [("a+b", "`+` an adapter"), ("a@b", "`@` a revision")])
+@pytest.mark.parametrize(
+    ("name", "sign"), [("a+b", "`+` as the start of an adapter"), ("a@b", "`@` as the start of a revision")]
+)
 def test_a_folder_that_mergekit_reads_as_two_names_has_to_be_renamed(
     name: str, sign: str, mistral: Family, tmp_path: Path
 ) -> None:
@@ -150,9 +152,7 @@ def test_a_folder_that_mergekit_reads_as_two_names_has_to_be_renamed(
     shutil.copytree(mistral.targets[0], folder)
     text = runs.recipe(mistral).replace(str(mistral.targets[0]), str(folder))
     (problem,) = check(text)
-    assert problem.message == (
-        f"`{folder}` is a folder, and in a model's name {sign} follows to mergekit: rename the folder"
-    )
+    assert problem.message == f"`{folder}` is a folder, and mergekit reads {sign}: rename the folder"
 
 
 def test_slices_and_modules_are_checked_where_they_nest() -> None:
