@@ -1,20 +1,22 @@
-"""One command, measured: elapsed time, CPU time, and the peak of anonymous memory.
+"""Run a command and measure it: elapsed time, CPU time, and the peak of anonymous memory.
 
-Anonymous memory is what a process has allocated. Checkpoints that are mapped from the disk do not count: the
-kernel drops their pages at need. On Linux it is ``RssAnon``; elsewhere psutil's ``uss``, the memory that
-would be freed if the process ended, which counts mapped pages that no other process shares. ``MEMORY`` says which.
+Anonymous memory is what a process has allocated. Checkpoints that are mapped from the disk do not count, because
+the kernel can drop their pages. On Linux it is ``RssAnon``. Elsewhere it is psutil's ``uss``, the memory that
+would be freed if the process ended; it includes mapped pages that no other process shares. ``MEMORY`` names which.
 """
 
+import ctypes
 import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +27,32 @@ import psutil
 
 from varm_common.versions import versions
 
-__all__ = ["MEMORY", "CommandError", "Run", "ends_with_us", "machine", "measured", "spread", "table"]
+__all__ = [
+    "MEMORY",
+    "CommandError",
+    "Run",
+    "dies_with_parent",
+    "last_lines",
+    "machine",
+    "measured",
+    "outcome",
+    "spread",
+    "table",
+]
 
 LINUX = sys.platform == "linux"
 MEMORY = "RssAnon" if LINUX else "USS"
-"""What the peak is of."""
+"""The kind of memory that is measured."""
+PARENT_DEATH_SIGNAL = 1
+"""An option of Linux's ``prctl``."""
 SAMPLE_S = 0.01
-TAIL_LINES = 5
+LAST_LINES = 5
+LIBC = ctypes.CDLL(None)
+"""Loaded here, because a process that has just been forked may not load anything."""
 
 
 class CommandError(RuntimeError):
-    """A measured command failed; the message ends with what it said last."""
+    """A command failed; the message ends with the last lines of its output."""
 
 
 @dataclass(frozen=True)
@@ -50,30 +67,30 @@ class Run:
 def measured(
     command: Sequence[str], *, log: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> Run:
-    """Run the command to its end, sampling the memory of it and its descendants every 10 ms.
+    """Run the command to its end. Every 10 ms the memory of its process and their descendants is read.
 
     Args:
         command: The program and its arguments.
-        log: A file to which what it says is added; default nowhere.
-        environment: Of the command; default this process's.
+        log: A file to which its output is appended; by default the output is dropped.
+        environment: Environment variables of the command; default those of this process.
 
     Raises:
         CommandError: It cannot be started, or fails. It does not outlive an exception here, nor, on Linux, this
             process.
     """
-    with log.open("ab+") if log else tempfile.TemporaryFile("wb+") as said:
-        said.seek(0, os.SEEK_END)
-        begun, start = said.tell(), time.perf_counter()
+    with log.open("ab+") if log else tempfile.TemporaryFile("wb+") as output:
+        output.seek(0, os.SEEK_END)
+        begin, start = output.tell(), time.perf_counter()
         try:
             process = subprocess.Popen(
-                command, stdout=said, stderr=said, env=environment, preexec_fn=ends_with_us()
+                command, stdout=output, stderr=output, env=environment, preexec_fn=dies_with_parent
             )
         except OSError as error:
             raise CommandError(f"`{command[0]}` cannot be started: {error.strerror or error}") from error
-        sampler = _Sampler(process)
+        sampler = _Sampler(process.pid)
+        sampler.start()
         try:
-            sampler.start()
-            cpu_s = _wait(process, sampler)
+            _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
             process.kill()
             process.wait()
@@ -82,48 +99,35 @@ def measured(
             sampler.ended.set()
         wall_s = time.perf_counter() - start
         sampler.join()
+        process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            raise CommandError(f"{shlex.join(command)} {_how_it_ended(process.returncode)}:\n{_tail(said, begun)}")
-    return Run(wall_s, cpu_s, sampler.peak_mib)
+            lines = last_lines(output, begin)
+            raise CommandError(f"{shlex.join(command)} {outcome(process.returncode)}:\n{lines}")
+    return Run(wall_s, usage.ru_utime + usage.ru_stime, sampler.peak_kib / 1024 or float("nan"))
 
 
 class _Sampler(threading.Thread):
-    """The largest memory, and the last CPU time, of a process and its descendants."""
+    """The largest memory of a process and its descendants."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self.process, self.ended = process, threading.Event()
-        self.peak_mib, self.cpu_s = float("nan"), float("nan")
+        self.pid, self.ended, self.peak_kib = pid, threading.Event(), 0
 
     def run(self) -> None:
         read = _anonymous_kib if LINUX else _unique_kib
         while not self.ended.is_set():
-            if kib := read(self.process.pid):
-                self.peak_mib = max(kib / 1024, self.peak_mib if self.peak_mib == self.peak_mib else 0.0)
-            if not hasattr(os, "wait4"):
-                with suppress(psutil.Error):
-                    self.cpu_s = sum(psutil.Process(self.process.pid).cpu_times()[:2])
+            self.peak_kib = max(self.peak_kib, read(self.pid))
             self.ended.wait(SAMPLE_S)
-
-
-def _wait(process: subprocess.Popen[bytes], sampler: _Sampler) -> float:
-    """Wait for the end; the seconds of CPU time it took."""
-    if not hasattr(os, "wait4"):
-        process.wait()
-        return sampler.cpu_s
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return usage.ru_utime + usage.ru_stime
 
 
 def _anonymous_kib(pid: int) -> int:
     process = Path("/proc", str(pid))
     try:
-        found = re.search(r"^RssAnon:\s+(\d+) kB", (process / "status").read_text(), re.MULTILINE)
+        anonymous = re.search(r"^RssAnon:\s+(\d+) kB", (process / "status").read_text(), re.MULTILINE)
         children = " ".join(task.read_text() for task in process.glob("task/*/children")).split()
     except OSError:  # the process has ended
         return 0
-    return (int(found[1]) if found else 0) + sum(_anonymous_kib(int(child)) for child in children)
+    return (int(anonymous[1]) if anonymous else 0) + sum(_anonymous_kib(int(child)) for child in children)
 
 
 def _unique_kib(pid: int) -> int:
@@ -136,26 +140,23 @@ def _unique_kib(pid: int) -> int:
     return total // 1024
 
 
-def ends_with_us() -> Callable[[], object] | None:
-    """For ``preexec_fn``: the child asks the kernel to be killed when this process ends; None but on Linux."""
-    if not LINUX:
-        return None
-    import ctypes
-    import signal
-
-    prctl, of_parent_death = ctypes.CDLL(None).prctl, 1
-    return lambda: prctl(of_parent_death, signal.SIGKILL)
+def dies_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends; only on Linux. Also for ``preexec_fn``."""
+    if LINUX:
+        LIBC.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
-def _how_it_ended(code: int) -> str:
+def outcome(code: int) -> str:
+    """How a process ended, by its exit code, negative after a signal."""
     if code < 0:
         return f"was ended by signal {-code}" + (" (killed; was memory short?)" if code == -9 else "")
     return f"exited {code}"
 
 
-def _tail(said: IO[Any], begun: int) -> str:
-    said.seek(begun)
-    return "\n".join(said.read().decode("utf-8", "replace").splitlines()[-TAIL_LINES:])
+def last_lines(output: IO[Any], begin: int) -> str:
+    """The last lines of a program's output, which starts at byte ``begin`` of a file."""
+    output.seek(begin)
+    return "\n".join(output.read().decode("utf-8", "replace").splitlines()[-LAST_LINES:])
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -180,6 +181,6 @@ def machine() -> str:
 
 def _processor() -> str:
     with suppress(OSError):
-        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            return found[1]
+        if model := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return model[1]
     return platform.processor() or platform.machine()

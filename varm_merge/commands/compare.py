@@ -23,28 +23,34 @@ def _listed(_context: click.Context, _parameter: click.Parameter, given: tuple[s
 @click.argument("recipes", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the report.")
 @click.option("--methods", multiple=True, callback=_listed, help="Merge methods, comma-separated; varm:LEVEL too.")
-@click.option("--base", help="The pivot: of --methods, or where the recipes leave it open.")
+@click.option("--base", help="The pivot, for --methods or if the recipes do not tell it.")
 @click.option(
-    "--models", multiple=True, callback=_listed, help="Targets of --methods, comma-separated or repeated."
+    "--models", multiple=True, callback=_listed, help="Targets for --methods, comma-separated or repeated."
 )
 @click.option("--held-out", multiple=True, help="Chats or text to score on: JSONL, Parquet or a Hub id.")
-@click.option("--template", help="Chat template of --held-out; default the pivot's.")
-@click.option("--tasks", multiple=True, callback=_listed, help="Of lm-evaluation-harness, comma-separated.")
-@click.option("--include-path", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Own tasks.")
-@click.option("--num-fewshot", type=click.IntRange(min=0), help="Of --tasks; default each task's.")
+@click.option("--template", help="Chat template for --held-out; default the pivot's.")
+@click.option("--tasks", multiple=True, callback=_listed, help="Tasks of lm-evaluation-harness, comma-separated.")
 @click.option(
-    "--limit", type=click.FloatRange(min=0, min_open=True), help="Of --tasks: so many questions, or a share."
+    "--include-path",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Your task files.",
 )
-@click.option("--batch-size", default="8", show_default=True, help="Of --tasks; auto to let the harness choose.")
-@click.option("--chat", is_flag=True, help="Ask --tasks by the models' chat templates.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="For --tasks; default each task's.")
+@click.option(
+    "--limit", type=click.FloatRange(min=0, min_open=True), help="For --tasks: a number of questions, or a share."
+)
+@click.option("--batch-size", default="8", show_default=True, help="For --tasks; auto lets the harness choose.")
+@click.option("--chat", is_flag=True, help="Use the models' chat templates for --tasks.")
 @click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Merges of each recipe.")
 @click.option("--keep/--no-keep", default=True, show_default=True, help="Leave the merged models in OUT/models.")
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), help="Default: merges cpu, scores a GPU if there is one."
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    help="Default: cpu for merges, a GPU for scores if there is one.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of methods that drop at random.")
+@click.option("--seed", type=int, default=0, show_default=True, help="For methods that drop elements at random.")
 @click.option("--mergekit", default="", help="More options of mergekit-yaml, such as '--lazy-unpickle'.")
-@click.option("--cache-dir", type=click.Path(file_okay=False), help="Of models from the Hub.")
+@click.option("--cache-dir", type=click.Path(file_okay=False), help="Where models from the Hub are stored.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the model repositories bring along.")
 @click.option("--json", "as_json", is_flag=True, help="Print report.json.")
 @talks(libraries=False)
@@ -53,12 +59,12 @@ def compare(
 ) -> None:
     """Merge the same models by several RECIPES or --methods, and report them side by side.
 
-    mergekit-yaml merges each in a process of its own. report.md, report.json and report.html show time, peak
-    anonymous memory, distances to pivot and targets, and with --held-out and --tasks how well the models do. If
+    mergekit-yaml runs each merge in a process of its own. report.md, report.json and report.html show time, peak
+    anonymous memory, and distances to the pivot and the targets; with --held-out and --tasks also scores. If
     interrupted, run the same command again: finished steps are kept. --no-keep removes each merged model after it
-    was measured. With one recipe and no --models, --methods merges the recipe's models, each at its published
-    settings. Exit code 1 if a recipe could not be merged or measured; it is reported, and the rest still run.
-    Held-out data or a task that cannot be used ends the comparison before the first merge.
+    was measured. With one recipe and no --models, --methods merges the recipe's models. Each method has its
+    published settings. Exit code 1 if a recipe could not be merged or measured; it is reported, and the rest
+    still run. Held-out data or a task that cannot be used ends the comparison before the first merge.
 
     \b
     Examples:
@@ -71,30 +77,30 @@ def compare(
     from varm_common.errors import UserError
     from varm_merge.comparison.cache import demand_folder, locked
     from varm_merge.comparison.recipes import entries, family, sound
-    from varm_merge.comparison.report import problems, terminal
+    from varm_merge.comparison.report import problems, terminal, write_report
     from varm_merge.comparison.runner import compare as run
-    from varm_merge.comparison.scores import HeldOut, Tasks
+    from varm_merge.comparison.scores import HeldOut
     from varm_merge.comparison.settings import Settings
-    from varm_merge.comparison.write_report import write_report
+    from varm_merge.comparison.tasks import Tasks
 
     base, models = options.pop("base"), options.pop("models")
-    held_out = HeldOut(found, options["template"]) if (found := options.pop("held_out")) else None
-    of_tasks = ("tasks", "include_path", "num_fewshot", "limit", "batch_size", "chat")
-    tasks = Tasks(*(options.pop(name) for name in of_tasks))
-    if options.pop("template") and not held_out:
+    data, template = options.pop("held_out"), options.pop("template")
+    task_options = ("tasks", "include_path", "num_fewshot", "limit", "batch_size", "chat")
+    tasks = Tasks(*(options.pop(name) for name in task_options))
+    if template and not data:
         raise click.UsageError("--template goes with --held-out")
     if models and not methods:
         raise click.UsageError("--models goes with --methods")
     options["mergekit"] = tuple(shlex.split(options["mergekit"]))
-    settings = Settings(out, held_out=held_out, tasks=tasks if tasks.names else None, quiet=quiet, **options)
+    options |= {"held_out": HeldOut(data, template) if data else None, "tasks": tasks if tasks.names else None}
+    settings = Settings(out, quiet=quiet, **options)
     demand_folder(out)
     with locked(out):
-        found_entries = entries(recipes, methods, base, models, out / "recipes")
-        command = shlex.join(["varm-merge", *sys.argv[1:]])
-        models_of = family(sound(found_entries, settings.cache_dir), base)
+        found = entries(recipes, methods, base, models, out / "recipes")
+        merged = family(sound(found, settings.cache_dir), base)
         try:
-            report = run(found_entries, models_of, settings, command)
-        except OSError as error:  # a file that was there when it began
+            report = run(found, merged, settings, shlex.join(["varm-merge", *sys.argv[1:]]))
+        except OSError as error:  # a file that was there when the comparison started
             raise UserError(f"`{error.filename}`: {error.strerror or error}") from error
         text = json.dumps(report, indent=1, allow_nan=False) + "\n"
         write_report(report, out, text)
@@ -104,6 +110,7 @@ def compare(
         for table in terminal(report):
             show(*table)
         click.echo(f"\n{out / 'report.html'}, .md, .json")
-    for problem in (wrong := problems(report)):
+    wrong = problems(report)
+    for problem in wrong:
         click.secho(f"✗ {problem}", fg="red", err=True)
     sys.exit(1 if wrong else 0)

@@ -1,9 +1,9 @@
-"""What a comparison has done, in files that appear whole, each with the fingerprint of all that it depends on."""
+"""The folder of a comparison: its lock, the results of finished steps, and the hashes of files."""
 
+import fcntl
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,22 +14,21 @@ from tqdm import tqdm
 from varm_common.errors import UserError
 from varm_common.files import write_whole
 
-__all__ = ["RECIPE", "Contents", "Steps", "demand_folder", "is_a_merge", "locked", "model_files", "remove"]
+__all__ = ["RECIPE", "Hashes", "Steps", "demand_folder", "is_a_merge", "locked", "model_files", "remove"]
 
 MARKER = ".varm-merge-compare"
 MARK = "A comparison by varm-merge compare lies in this folder: it writes, replaces and removes files here.\n"
-"""What the marker says, by which a comparison knows its folder again; it is the lock as well."""
-
+"""The content of the marker file, which is also the lock. Only a folder with this marker is written to."""
 MODEL_FILES = {".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".tiktoken", ".py"}
-"""Suffixes of the files that make a model what it is; not its README."""
+"""Suffixes of weights, configs, tokenizers and code; not of the README."""
 BLOCK_BYTES = 1 << 20
 RECIPE = "mergekit_config.yml"
-"""Of a merged model, in its folder."""
+"""The recipe in the folder of a merged model."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep others from writing into a report's folder; the kernel lets go of it when this process ends.
+    """Make a folder that of a comparison, and keep other processes from comparing into it.
 
     Raises:
         UserError: Another process compares into it, or it cannot be written.
@@ -40,14 +39,11 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"`{folder}` cannot be written: {error.strerror or error}") from error
     with file:
-        if sys.platform != "win32":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                message = f"another `varm-merge compare` works in `{folder}`; wait for it, or give another --out"
-                raise UserError(message) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            message = f"another `varm-merge compare` works in `{folder}`; wait for it, or give another --out"
+            raise UserError(message) from error
         if not _is_marked(folder):
             file.truncate(0)
             file.write(MARK)
@@ -56,10 +52,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def demand_folder(folder: Path) -> None:
-    """Refuse a folder in which something else lies.
+    """Refuse a folder that holds the user's own files.
 
     Raises:
-        UserError: It holds files, and no marker that says that they are a comparison's.
+        UserError: It holds files, and no marker of a comparison.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"`{folder}` is a file; --out is the folder of the report")
@@ -75,7 +71,10 @@ def _is_marked(folder: Path) -> bool:
 
 
 class Steps:
-    """Results by kind (``merge``, ``distances``, …) and name."""
+    """The results of finished steps, by kind (``merge``, ``distances``, …) and model.
+
+    Each is stored with a description of its inputs, and counts only as long as its inputs are the same.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -83,72 +82,72 @@ class Steps:
     def path(self, kind: str, name: str) -> Path:
         return self.folder / kind.replace("/", "-") / f"{name.replace('/', '-')}.json"
 
-    def found(self, kind: str, name: str, about: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The result of a step that was done with what it depends on being ``about``; None if it was not."""
+    def load(self, kind: str, name: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The result of a step; None if it was not done with these inputs."""
         saved = self._saved(kind, name)
-        return saved["result"] if saved and saved["about"] == _plain(about) else None
+        return saved["result"] if saved and saved["about"] == _as_json(inputs) else None
 
-    def changed(self, kind: str, name: str, about: Mapping[str, Any]) -> list[str]:
-        """What was different when the step was done last; nothing if it never was."""
-        saved, wanted = self._saved(kind, name), _plain(about)
-        return [key for key in wanted if saved["about"].get(key) != wanted[key]] if saved else []
+    def changed(self, kind: str, name: str, inputs: Mapping[str, Any]) -> list[str]:
+        """Which inputs differ from those of the last time; none if the step was never done."""
+        before = self._saved(kind, name).get("about")
+        return [key for key, value in _as_json(inputs).items() if before.get(key) != value] if before else []
 
-    def save(self, kind: str, name: str, about: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        text = json.dumps({"about": about, "result": result}, indent=1, allow_nan=False)
+    def save(self, kind: str, name: str, inputs: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        text = json.dumps({"about": inputs, "result": result}, indent=1, allow_nan=False)
         write_whole(self.path(kind, name), text + "\n")
 
-    def _saved(self, kind: str, name: str) -> dict[str, Any] | None:
+    def _saved(self, kind: str, name: str) -> dict[str, Any]:
+        """``about`` and ``result``; empty if there is no such file or it is damaged."""
         try:
             saved = json.loads(self.path(kind, name).read_text(encoding="utf-8"))
-            return saved if isinstance(saved["about"], dict) and isinstance(saved["result"], dict) else None
+            return saved if isinstance(saved["about"], dict) and isinstance(saved["result"], dict) else {}
         except (OSError, ValueError, KeyError, TypeError):
-            return None
+            return {}
 
 
-class Contents:
-    """SHA-256 of files, read once: a file of the size and time that it had is taken to be the same."""
+class Hashes:
+    """SHA-256 of files, stored in the file ``path``. A file of the same size and time is not read again."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known: dict[str, list[Any]] = {}
+    def __init__(self, path: Path, quiet: bool = True) -> None:
+        self.path, self.quiet = path, quiet
         self.read: set[Path] = set()
-        with suppress(OSError, ValueError):
-            found = json.loads(path.read_text(encoding="utf-8"))
-            self._known = found if isinstance(found, dict) else {}
+        """The files that this process has read."""
+        self._known: dict[str, list[Any]] = {}
+        with suppress(OSError, ValueError, TypeError):
+            self._known = dict(json.loads(path.read_text(encoding="utf-8")))
 
-    def fingerprint(self, files: Iterable[Path], quiet: bool = True) -> str:
-        """Of some files, by name and content.
+    def fingerprint(self, files: Iterable[Path]) -> str:
+        """SHA-256 over the names and contents of files.
 
         Raises:
             UserError: One cannot be read.
         """
-        sums, before = [], dict(self._known)
+        hashes, before = [], dict(self._known)
         try:
             for file in sorted(files):
-                status = file.stat()
-                stamp, place = [status.st_size, status.st_mtime_ns], str(file.resolve())
-                known = self._known.get(place)
-                if not isinstance(known, list) or known[:2] != stamp:
-                    known = self._known[place] = [*stamp, self._sum(file, quiet)]
-                sums.append([file.name, known[2]])
+                status, key = file.stat(), str(file.resolve())
+                stamp = [status.st_size, status.st_mtime_ns]
+                if self._known.get(key, [])[:2] != stamp:
+                    self._known[key] = [*stamp, self._sha256(file)]
+                hashes.append([file.name, self._known[key][2]])
         except OSError as error:
             raise UserError(f"`{error.filename}` cannot be read: {error.strerror}") from error
         if self._known != before:
-            write_whole(self._path, json.dumps(self._known, indent=1))
-        return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+            write_whole(self.path, json.dumps(self._known, indent=1))
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
-    def warm(self, files: Iterable[Path], quiet: bool) -> None:
-        """Read those that were not read before by this process, so that they lie in the page cache."""
+    def read_once(self, files: Iterable[Path]) -> None:
+        """Read the files that this process has not read yet, so that they are in the page cache."""
         for file in files:
             if file.resolve() not in self.read:
-                self._sum(file, quiet)
+                self._sha256(file)
 
-    def _sum(self, file: Path, quiet: bool) -> str:
+    def _sha256(self, file: Path) -> str:
         digest = hashlib.sha256()
-        with file.open("rb") as opened, _bar(file, quiet) as bar:
+        bar = {"desc": f"read {file.name}", "leave": False, "delay": 1, "disable": self.quiet}
+        with file.open("rb") as raw, tqdm.wrapattr(raw, "read", total=file.stat().st_size, **bar) as opened:
             while block := opened.read(BLOCK_BYTES):
                 digest.update(block)
-                bar.update(len(block))
         self.read.add(file.resolve())
         return digest.hexdigest()
 
@@ -159,30 +158,18 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def is_a_merge(folder: Path) -> bool:
-    """Whether a folder is one of ours to replace or remove: a merge with its recipe, empty, or not there."""
+    """Whether a comparison may replace or remove a folder: it is a merge with its recipe, empty, or not there."""
     return not folder.exists() or (folder.is_dir() and ((folder / RECIPE).is_file() or not any(folder.iterdir())))
 
 
 def remove(folder: Path) -> None:
-    """Remove a merge; under another name first, so that one that was removed in half is not taken for a user's."""
+    """Remove a merge. It is renamed first: half of a removed merge would be taken for the user's own folder."""
     if folder.exists():
         aside = folder.with_name(f".{folder.name}.old.tmp")
         folder.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _bar(file: Path, quiet: bool) -> Any:
-    return tqdm(
-        total=file.stat().st_size,
-        unit="B",
-        unit_scale=True,
-        desc=f"read {file.name}",
-        leave=False,
-        delay=1,
-        disable=quiet,
-    )
-
-
-def _plain(about: Mapping[str, Any]) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(about))
+def _as_json(inputs: Mapping[str, Any]) -> Any:
+    """As it is after it was stored: tuples are lists."""
+    return json.loads(json.dumps(inputs))

@@ -1,13 +1,14 @@
-"""How far a merged model lies from its pivot and targets, tensor by tensor, in float64."""
+"""How far a merged model is from its pivot and targets, over all tensors, in float64."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
@@ -17,119 +18,104 @@ from varm_merge.merging import tensor_math
 __all__ = ["distances", "moved_layers"]
 
 MOST_NAMED = 5
-"""Tensors that are named of those that are not compared."""
-
-
-@dataclass
-class _Sums:
-    """Over all tensors compared; a number for each target."""
-
-    pivot: float = 0.0
-    merged: float = 0.0
-    targets: list[float] = field(default_factory=list)
-    apart: list[float] = field(default_factory=list)
-    products: list[float] = field(default_factory=list)
-    moved: list[float] = field(default_factory=list)
-    same_sign: list[float] = field(default_factory=list)
-
-    def add(self, other: "_Sums") -> None:
-        self.pivot += other.pivot
-        self.merged += other.merged
-        for name in ("targets", "apart", "products", "moved", "same_sign"):
-            own = getattr(self, name) or [0.0] * len(other.targets)
-            setattr(self, name, [a + b for a, b in zip(own, getattr(other, name), strict=True)])
+"""How many of the tensors that are not compared are named."""
 
 
 def distances(merged: Path, pivot: Path, targets: Mapping[str, Path], quiet: bool = True) -> dict[str, Any]:
-    """Compare a model with those it was merged from.
+    """Compare a model with the models it was merged from.
 
     Args:
-        merged: Its folder.
-        pivot: The pivot's.
-        targets: Those of the targets, by name.
-        quiet: Without a bar.
+        merged: The folder of the merged model.
+        pivot: The folder of the pivot.
+        targets: The folders of the targets, by name.
+        quiet: Show no progress bar.
 
     Returns:
-        JSON. ``pivot``: ‖merged − pivot‖ / ‖pivot‖. By target in ``targets``: ``distance``, ‖merged − target‖ /
-        ‖pivot‖; ``cosine`` of the merged delta with its task vector; ``sign_agreement``, of the elements that the
-        target moved the share that the merged model moved in the same direction. A number is None where it is
-        0 / 0, or the target holds NaN. ``tensors`` and ``elements`` compared; ``not_compared``: how many tensors
-        are not in all models in one shape, and the names of some.
+        JSON. ``pivot``: ‖merged − pivot‖ / ‖pivot‖. For each of ``targets``: ``distance``, ‖merged − target‖ /
+        ‖pivot‖; ``cosine`` of merged − pivot with the task vector; ``sign_agreement``, the share of the elements
+        moved by the target that the merged model moved in the same direction. A number is None if it is 0 / 0 or
+        the target contains NaN. ``tensors`` and ``elements`` were compared. ``not_compared``: the number of
+        tensors that do not have one shape in all models, and the names of some.
 
     Raises:
-        UserError: There is nothing to compare, a file is damaged, or the merged model or the pivot holds NaN or
-            Inf.
+        UserError: There is nothing to compare, a file is damaged, or the merged model or the pivot contains NaN
+            or Inf.
     """
     try:
         loaders = [
             LazyTensorLoader(ShardedTensorIndex.from_disk(str(folder)))
             for folder in (pivot, merged, *targets.values())
         ]
-        return _compared(loaders, list(targets), quiet)
+        return _compare(loaders, list(targets), quiet)
     except UserError:
         raise
-    except Exception as error:  # whatever a damaged file makes of its reader
+    except Exception as error:  # a damaged file raises many kinds of errors
         raise UserError(f"the distances cannot be measured: {error}") from error
 
 
-def _compared(loaders: Sequence[LazyTensorLoader], targets: Sequence[str], quiet: bool) -> dict[str, Any]:
+def _compare(loaders: Sequence[LazyTensorLoader], targets: Sequence[str], quiet: bool) -> dict[str, Any]:
+    files = loaders[0].index.tensor_paths
     names = [set(loader.index.tensor_paths) for loader in loaders]
-    everywhere = sorted(set.intersection(*names), key=lambda name: _place(loaders[0], name))
-    left_out = set.union(*names).difference(everywhere)
-    sums, tensors, elements = _Sums(), 0, 0
-    for name in tqdm(everywhere, unit="tensor", desc="distances", disable=quiet, leave=False):
+    in_all = set.intersection(*names)
+    left_out = set.union(*names) - in_all
+    models, pairs, tensors, elements = np.zeros(2), np.zeros((len(targets), 5)), 0, 0
+    in_order_of_files = sorted(in_all, key=lambda name: (files[name], name))  # each shard is opened once
+    for name in tqdm(in_order_of_files, unit="tensor", desc="distances", disable=quiet, leave=False):
         loaded = [loader.get_tensor(name) for loader in loaders]
         if not all(tensor.is_floating_point() for tensor in loaded):
             continue  # a mask or a counter
         if len({tensor.shape for tensor in loaded}) > 1:
             left_out.add(name)
             continue
-        found = _of_tensor(loaded[0], loaded[1], loaded[2:])
-        for which, total in (("pivot", found.pivot), ("model", found.merged)):
-            if not math.isfinite(total):
-                raise UserError(f"NaN or Inf in the tensor `{name}` of the {which}")
-        sums.add(found)
+        own_models, own_pairs = _sums(loaded[0], loaded[1], loaded[2:])
+        for model, square in zip(("pivot", "model"), own_models, strict=True):
+            if not math.isfinite(square):
+                raise UserError(f"NaN or Inf in the tensor `{name}` of the {model}")
+        models, pairs = models + own_models, pairs + own_pairs
         tensors, elements = tensors + 1, elements + loaded[0].numel()
     if not tensors:
         raise UserError("no tensor has one name and one shape in the merged model, the pivot and the targets")
+    pivot_size, delta_size = (math.sqrt(square) for square in models)
     return {
-        "pivot": _ratio(math.sqrt(sums.merged), math.sqrt(sums.pivot)),
-        "targets": {name: dict(_of_target(sums, number)) for number, name in enumerate(targets)},
+        "pivot": _ratio(delta_size, pivot_size),
+        "targets": {
+            name: _numbers(pivot_size, delta_size, *map(float, row))
+            for name, row in zip(targets, pairs, strict=True)
+        },
         "tensors": tensors,
         "elements": elements,
         "not_compared": {"tensors": len(left_out), "some": sorted(left_out)[:MOST_NAMED]},
     }
 
 
-def _place(loader: LazyTensorLoader, name: str) -> tuple[str, str]:
-    """The order of the files: each shard is opened once."""
-    return loader.index.tensor_paths[name], name
+def _sums(pivot: Tensor, merged: Tensor, targets: Sequence[Tensor]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Squares of the pivot and of merged − pivot; for each target a row of the sums that ``_numbers`` takes."""
+    both = tensor_math.agreement(pivot, [merged, *targets])
+    rows = [
+        (
+            tensor_math.agreement(target, [merged]).squares[0],
+            both.squares[1 + number],
+            both.products[number],  # the first pairs are those of the merged model with each target
+            float(torch.count_nonzero(target != pivot)),
+            both.moved[number] - both.opposite[number],
+        )
+        for number, target in enumerate(targets)
+    ]
+    return np.array([both.pivot, both.squares[0]]), np.array(rows).reshape(-1, 5)
 
 
-def _of_tensor(pivot: Tensor, merged: Tensor, targets: Sequence[Tensor]) -> _Sums:
-    found = tensor_math.agreement(pivot, [merged, *targets])
-    count = len(targets)  # the first pairs are those of the merged model with each target
-    both, opposite = found.moved[:count], found.opposite[:count]
-    return _Sums(
-        found.pivot,
-        found.squares[0],
-        found.squares[1:],
-        [tensor_math.agreement(target, [merged]).squares[0] for target in targets],
-        found.products[:count],
-        [float(torch.count_nonzero(target != pivot)) for target in targets],
-        [one - other for one, other in zip(both, opposite, strict=True)],
-    )
+def _numbers(
+    pivot_size: float, delta_size: float, apart: float, square: float, product: float, moved: float, same: float
+) -> dict[str, float | None]:
+    return {
+        "distance": _ratio(math.sqrt(apart), pivot_size),
+        "cosine": _ratio(product, delta_size * math.sqrt(square)),
+        "sign_agreement": _ratio(same, moved) if math.isfinite(square) else None,
+    }
 
 
-def _of_target(sums: _Sums, number: int) -> Iterator[tuple[str, float | None]]:
-    yield "distance", _ratio(math.sqrt(sums.apart[number]), math.sqrt(sums.pivot))
-    yield "cosine", _ratio(sums.products[number], math.sqrt(sums.merged) * math.sqrt(sums.targets[number]))
-    is_number = math.isfinite(sums.targets[number])
-    yield "sign_agreement", _ratio(sums.same_sign[number], sums.moved[number]) if is_number else None
-
-
-def _ratio(one: float, other: float) -> float | None:
-    return one / other if other and math.isfinite(one / other) else None
+def _ratio(top: float, bottom: float) -> float | None:
+    return top / bottom if bottom and math.isfinite(top / bottom) else None
 
 
 def moved_layers(recipe: Mapping[str, Any], layers: int | None) -> str | None:
@@ -137,8 +123,8 @@ def moved_layers(recipe: Mapping[str, Any], layers: int | None) -> str | None:
     modules = recipe["modules"].values() if isinstance(recipe.get("modules"), dict) else ()
     for output in (recipe, *modules):
         slices, place = output.get("slices"), 0
-        for one in slices or ():
-            ranges = [source["layer_range"] for source in one["sources"]]
+        for part in slices or ():
+            ranges = [source["layer_range"] for source in part["sources"]]
             if any(first != place for first, _ in ranges):
                 return f"its slices put other layers where the pivot has layer {place}"
             place += ranges[0][1] - ranges[0][0]

@@ -1,4 +1,4 @@
-"""What is compared: recipes from files, and recipes written for merge methods by their published settings."""
+"""The recipes that are compared: files of the user, and recipes written for merge methods."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,14 +9,13 @@ from typing import Any, get_args
 import yaml
 from mergekit import merge_methods
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import BasePolicy, MergeMethodSpec
-from pydantic import BaseModel
 
-from varm_common.errors import UserError
+from varm_common.errors import UserError, listed
 from varm_common.files import write_whole
 from varm_merge.merging.method import METHOD_NAME
 from varm_merge.merging.weights import Granularity
+from varm_merge.recipes import inputs, recipe_file
 from varm_merge.recipes.check import check as check_recipe
 from varm_merge.recipes.problems import Looked
 
@@ -25,15 +24,15 @@ __all__ = ["PUBLISHED", "Entry", "Family", "check", "entries", "family", "short_
 
 @dataclass
 class Entry:
-    """One recipe of the comparison.
+    """A recipe of the comparison.
 
     Attributes:
-        name: In the report, and of its files.
-        path: Of the recipe.
+        name: Its name in the report and in file names.
+        path: Its file.
         text: Its content.
-        settings: Where the settings of a method come from; empty for a recipe of the user's.
-        problems: What keeps it from being merged.
-        bytes: Of the merged model, about.
+        settings: Where the settings of a method come from; empty for a recipe of the user.
+        problems: Why it cannot be merged.
+        bytes: The approximate size of the merged model.
     """
 
     name: str
@@ -45,12 +44,12 @@ class Entry:
 
     @property
     def content(self) -> dict[str, Any]:
-        """The recipe; empty if it is none."""
+        """The recipe as a mapping; empty if the text is no recipe."""
         try:
-            found = yaml.safe_load(self.text)
+            content = yaml.safe_load(self.text)
         except (yaml.YAMLError, ValueError, RecursionError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return content if isinstance(content, dict) else {}
 
     @property
     def method(self) -> str:
@@ -58,19 +57,15 @@ class Entry:
 
     @property
     def models(self) -> list[str]:
-        """All whose weights it reads, the base_model of a slice as well; its own base_model first."""
+        """The models whose weights are read, base models included; the base model of the recipe first."""
         base = _named(self.content.get("base_model"))
         return list(dict.fromkeys([*([] if base is None else [base]), *_models(self.content, bases=True)]))
 
     @property
     def tokenizers(self) -> list[str]:
-        """The models beside them that its tokenizer, or the embedding of a token, is taken from."""
-        try:
-            config = MergeConfiguration.model_validate(self.content)
-        except (ValueError, RuntimeError):
-            return []
-        found = dict.fromkeys(map(str, _references([config.tokenizer_source, config.tokenizer])))
-        return [model for model in found if model not in self.models]
+        """More models that the tokenizer, or the embedding of a token, is taken from."""
+        names = [_named(source) for _, source, _ in inputs.tokenizers(self.content)]
+        return [name for name in dict.fromkeys(names) if name is not None and name not in self.models]
 
 
 @dataclass(frozen=True)
@@ -125,9 +120,9 @@ PUBLISHED = {
         ),
     ),
 }
-"""What a method is given that a recipe would have to say; methods that are not here need nothing said."""
+"""The parameters that the recipe of a method gets; the other methods get none."""
 WITHOUT_BASE = {"multislerp", "nuslerp"}
-"""Here a base model is optional and makes another method of them, one of task vectors."""
+"""With a base model, these merge task vectors, which is another method."""
 INPUTS = {"merge_method", "base_model", "models", "slices", "modules", "parameters", "name"}
 """Keys of a recipe that ``--methods`` replaces; the others (dtype, tokenizer) are kept."""
 
@@ -135,17 +130,17 @@ INPUTS = {"merge_method", "base_model", "models", "slices", "modules", "paramete
 def entries(
     recipes: Sequence[Path], methods: Sequence[str], base: str | None, models: Sequence[str], folder: Path
 ) -> list[Entry]:
-    """The recipes of a comparison, those of ``methods`` written into ``folder``.
+    """The recipes of a comparison; a recipe for each of ``methods`` is written into ``folder``.
 
     Args:
-        recipes: Files of the user's.
+        recipes: Files of the user.
         methods: Names of mergekit's methods; ``varm:layer`` is VaRM at a granularity.
-        base: The pivot of the methods' recipes; default that of the one recipe.
-        models: Their targets; default those of the one recipe.
+        base: The pivot for the methods; default that of the one recipe.
+        models: The targets for the methods; default those of the one recipe.
         folder: For the recipes of the methods.
 
     Raises:
-        UserError: A file cannot be read, names collide, a method is unknown, or there are no models for it.
+        UserError: A file cannot be read, two recipes have one name, a method is unknown, or it has no models.
     """
     found = [Entry(name, path, _read(path)) for name, path in zip(_stems(recipes), recipes, strict=True)]
     if methods:
@@ -158,7 +153,7 @@ def entries(
             base, models = own.pivot, own.targets
         elif base is None:
             raise UserError("--models needs --base: the pivot that the models were fine-tuned from")
-        found += [_of_method(method, base, models, kept, folder) for method in dict.fromkeys(methods)]
+        found += [_method_entry(method, base, models, kept, folder) for method in dict.fromkeys(methods)]
     names = [entry.name for entry in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"more than one recipe is called `{twice[0]}`; rename one of the files")
@@ -168,18 +163,18 @@ def entries(
 
 
 def check(entry: Entry, cache_dir: str | None) -> None:
-    """Note what keeps an entry from being merged, before anything runs."""
+    """Store in an entry why it cannot be merged, and the size of its model."""
     looked = Looked()
     problems = check_recipe(entry.text, every=True, looked=looked, cache_dir=cache_dir)
     entry.bytes = looked.estimate.get("written_bytes", 0)
     entry.problems = [f"line {problem.line}: {problem.message}" for problem in problems]
     if entry.method == "slerp":
         more = "; multislerp and karcher merge more than two"
-        entry.problems = [one + more if "merges exactly 2" in one else one for one in entry.problems]
+        entry.problems = [text + more if "merges exactly 2" in text else text for text in entry.problems]
 
 
 def sound(found: Sequence[Entry], cache_dir: str | None) -> list[Entry]:
-    """Check all entries; those that can be merged.
+    """Check all entries, and return those that can be merged.
 
     Raises:
         UserError: None can.
@@ -188,43 +183,44 @@ def sound(found: Sequence[Entry], cache_dir: str | None) -> list[Entry]:
         check(entry, cache_dir)
     mergeable = [entry for entry in found if not entry.problems]
     if not mergeable:
-        told = "\n".join(f"  {entry.name}: {problem}" for entry in found for problem in entry.problems)
-        raise UserError(f"no recipe can be merged:\n{told}")
+        problems = [f"{entry.name}: {problem}" for entry in found for problem in entry.problems]
+        raise UserError(f"no recipe can be merged:{listed(problems)}")
     return mergeable
 
 
 def family(found: Sequence[Entry], base: str | None = None) -> Family:
     """The pivot and all targets of some recipes.
 
-    The pivot is ``base``, or else the one base_model that is not itself among the models of its recipe (a SLERP of
-    two targets has one of them as its base_model).
+    The pivot is ``base``, or else the only base_model that is not itself among the models of its recipe (a SLERP
+    of two targets has one of them as its base_model).
 
     Raises:
-        UserError: That tells none or several, or there is no target.
+        UserError: There is no pivot or more than one, or there is no target.
     """
     if base is None:
-        inputs = [(_named(entry.content.get("base_model")), list(_models(entry.content))) for entry in found]
-        bases = [of for of, _ in inputs if of is not None]
-        outside = [of for of, models in inputs if of is not None and of not in models]
+        named = [(_named(entry.content.get("base_model")), list(_models(entry.content))) for entry in found]
+        bases = [name for name, _ in named if name is not None]
+        outside = [name for name, models in named if name is not None and name not in models]
         candidates = list(dict.fromkeys(outside or bases))
         if len(candidates) != 1:
-            told = "the recipes name no base_model" if not candidates else f"the pivot is one of {_or(candidates)}"
-            raise UserError(f"{told}: say with --base which model the targets were fine-tuned from")
+            several = f"the pivot is one of {', '.join(candidates[:-1])} or {candidates[-1]}" if candidates else ""
+            reason = several or "the recipes name no base_model"
+            raise UserError(f"{reason}: say with --base which model the targets were fine-tuned from")
         base = candidates[0]
-    targets: list[str] = []
-    for model in dict.fromkeys(model for entry in found for model in _models(entry.content)):
-        if not any(_same(model, known) for known in (base, *targets)):
-            targets.append(model)
+    targets: dict[Any, str] = {}
+    for model in (model for entry in found for model in _models(entry.content)):
+        targets.setdefault(_identity(model), model)
+    targets.pop(_identity(base), None)
     if not targets:
         raise UserError("the recipes merge no model beside the pivot")
-    return Family(base, tuple(targets))
+    return Family(base, tuple(targets.values()))
 
 
 def short_names(models: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
-    """For each model the fewest last parts of its path that tell it from the others and from names ``taken``."""
+    """For each model the fewest last parts of its path that differ from those of the others and from ``taken``."""
     used = set(taken)
     parts = [model.rstrip("/").split("/") for model in models]
-    for count in range(1, max(map(len, parts)) + 1):
+    for count in range(1, max(map(len, parts), default=0) + 1):
         names = ["/".join(part[-count:]) for part in parts]
         if len(set(names)) == len(names) and not used.intersection(names):
             return names
@@ -239,18 +235,18 @@ def _read(path: Path) -> str:
 
 
 def _stems(recipes: Sequence[Path]) -> list[str]:
-    """The files' names, with their folders' where that is needed to tell them apart.
+    """The names of the files, with those of their folders if they are needed to tell them apart.
 
     Raises:
-        UserError: A file has a name that can be no folder's below ``models``.
+        UserError: The name of a file cannot be that of a folder in ``models``.
     """
     whole = [(path.parent.resolve() / path.name).with_suffix("") for path in recipes]
-    names = [_file_name(name) for name in short_names([str(path) for path in whole])] if recipes else []
-    for recipe_file, path, name in zip(recipes, whole, names, strict=True):
-        if not name or any(one.startswith(".") for one in (name, path.name)) or "\\" in name:
+    names = [_file_name(name) for name in short_names([str(path) for path in whole])]
+    for recipe, path, name in zip(recipes, whole, names, strict=True):
+        if not name or name.startswith(".") or path.name.startswith(".") or "\\" in name:
             raise UserError(
-                f"the recipe `{recipe_file}` would be called `{path.name}`, which can be no folder of a merged "
-                "model; rename the file so that its name begins with no dot and holds no backslash"
+                f"the recipe `{recipe}` would be called `{path.name}`, which can be no folder of a merged model; "
+                "rename the file so that its name begins with no dot and holds no backslash"
             )
     return names
 
@@ -259,19 +255,19 @@ def _file_name(name: str) -> str:
     return name.strip("/").replace("/", "-").replace(":", "-")
 
 
-def _of_method(method: str, base: str, models: Sequence[str], kept: Mapping[str, Any], folder: Path) -> Entry:
+def _method_entry(method: str, base: str, models: Sequence[str], kept: Mapping[str, Any], folder: Path) -> Entry:
     name, _, granularity = method.partition(":")
-    known = {one.spec.name: one.spec for one in merge_methods.registered_methods()}
+    known = {registered.spec.name: registered.spec for registered in merge_methods.registered_methods()}
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        told = f"did you mean `{near[0]}`?" if near else f"it knows {', '.join(sorted(known))}"
-        raise UserError(f"mergekit knows no method `{name}`; {told}")
+        close = difflib.get_close_matches(name, known, n=1)
+        advice = f"did you mean `{close[0]}`?" if close else f"it knows {', '.join(sorted(known))}"
+        raise UserError(f"mergekit knows no method `{name}`; {advice}")
     if granularity and (name != METHOD_NAME or granularity not in get_args(Granularity)):
         raise UserError(
             f"`{method}` is no method: a granularity is given as varm:LEVEL, "
             f"one of {', '.join(get_args(Granularity))}"
         )
-    content = {**_inputs(known[name], base, models), **kept}
+    content = {**_merged_models(known[name], base, models), **kept}
     published = PUBLISHED.get(name, _Published({}, "mergekit's own defaults" if name != METHOD_NAME else ""))
     parameters = {"granularity": granularity or "matrix"} if name == METHOD_NAME else dict(published.parameters)
     if parameters:
@@ -284,17 +280,14 @@ def _of_method(method: str, base: str, models: Sequence[str], kept: Mapping[str,
     return Entry(_file_name(method), path, text, published.source)
 
 
-def _inputs(spec: MergeMethodSpec, base: str, models: Sequence[str]) -> dict[str, Any]:
-    """The models as a method takes them: one of exactly two merges the only two targets, without the pivot."""
-    listed = [{"model": model} for model in models]
-    content: dict[str, Any] = {"merge_method": spec.name, "models": listed}
-    if spec.contract.base in (BasePolicy.IGNORED, BasePolicy.FORBIDDEN) or spec.name in WITHOUT_BASE:
+def _merged_models(spec: MergeMethodSpec, base: str, models: Sequence[str]) -> dict[str, Any]:
+    """The models as a method takes them. A method for exactly two merges the two targets, without the pivot."""
+    content: dict[str, Any] = {"merge_method": spec.name, "models": [{"model": model} for model in models]}
+    contract = spec.contract
+    if contract.base in (BasePolicy.IGNORED, BasePolicy.FORBIDDEN) or spec.name in WITHOUT_BASE:
         return content
-    return {**content, "base_model": models[0] if _is_of_two(spec) and len(models) == 2 else base}
-
-
-def _is_of_two(spec: MergeMethodSpec) -> bool:
-    return bool(spec.contract.min_inputs == spec.contract.max_inputs == 2)
+    takes_two = contract.min_inputs == contract.max_inputs == 2
+    return {**content, "base_model": models[0] if takes_two and len(models) == 2 else base}
 
 
 def _models(content: Any, bases: bool = False) -> Iterator[str]:
@@ -312,35 +305,17 @@ def _models(content: Any, bases: bool = False) -> Iterator[str]:
             yield from _models(item, bases)
 
 
-def _references(content: Any) -> Iterator[ModelReference]:
-    """Every model that a part of mergekit's configuration names."""
-    if isinstance(content, ModelReference):
-        yield content
-    elif isinstance(content, BaseModel):
-        yield from _references([getattr(content, name) for name in type(content).model_fields])
-    elif isinstance(content, (list, dict)):
-        for item in content.values() if isinstance(content, dict) else content:
-            yield from _references(item)
-
-
 def _named(model: Any) -> str | None:
-    """A model of a recipe in words; None if it names none."""
+    """The name of a model in a recipe; None if there is none."""
     try:
         return None if model is None else str(ModelReference.model_validate(model))
     except (ValueError, RuntimeError):
         return None
 
 
-def _same(one: str, other: str) -> bool:
-    """Whether two names are of one model."""
-    if one == other:
-        return True
+def _identity(name: str) -> Any:
+    """The same for two names of one model."""
     try:
-        paths = [Path(ModelReference.model_validate(name).model.path) for name in (one, other)]
-        return "+" not in one + other and paths[0].is_dir() and paths[0].samefile(paths[1])
-    except (OSError, ValueError, RuntimeError):
-        return False
-
-
-def _or(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
+        return recipe_file.identity(ModelReference.model_validate(name))
+    except (ValueError, RuntimeError):
+        return name

@@ -1,10 +1,13 @@
-"""A comparison, step by step: each is done once and kept, and none that fails stops the others."""
+"""Run a comparison step by step. The result of each step is stored, and a step that fails stops no other."""
 
 import math
 import os
+import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,49 +18,44 @@ from mergekit.common import ModelReference
 
 from varm_common.checkpoints import weight_files
 from varm_common.errors import UserError
+from varm_common.files import sync_tree
 from varm_common.process_usage import MEMORY, CommandError, machine, measured
 from varm_common.tables import size
 from varm_common.versions import versions
-from varm_merge.comparison.cache import RECIPE, Contents, Steps, is_a_merge, model_files, remove
+from varm_merge.comparison.cache import RECIPE, Hashes, Steps, is_a_merge, model_files, remove
 from varm_merge.comparison.distances import distances, moved_layers
 from varm_merge.comparison.recipes import Entry, Family, short_names
-from varm_merge.comparison.scores import HeldOut, Scorers, differences, environment
-from varm_merge.comparison.settings import (
-    FORMAT,
-    MODELS,
-    PLAIN,
-    SPARE,
-    VERSION,
-    Row,
-    Settings,
-    layers_of,
-    mergekit_command,
-    reason_of,
-    size_of_folder,
-    with_header,
-)
+from varm_merge.comparison.scores import Scorers, differences, environment, text_config
+from varm_merge.comparison.settings import Row, Settings
 from varm_merge.merging.lineage import Place
 from varm_merge.merging.weight_log import recipe_fingerprint
 
-__all__ = [
-    "compare",
-]
+__all__ = ["compare"]
+
+FORMAT, VERSION = "varm-merge comparison", 1
+ROOM = 1.02
+"""Disk space for a merged model, with its other files, per byte of its weights."""
+TASK = "task "
+"""The kind of a step that scores a task begins so."""
+
+Step = tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]
+"""Kind, what the result depends on, and the function that computes it."""
 
 
 def compare(entries: Sequence[Entry], family: Family, settings: Settings, command: str) -> dict[str, Any]:
-    """Do all that was not done before; what came of all of it.
+    """Do every step that was not done before, and return the report.
 
     Args:
         entries: The recipes, checked.
         family: The pivot and all targets.
-        settings: How.
-        command: By which it was asked for.
+        settings: How they are compared.
+        command: The command line, for the report.
 
     Returns:
         JSON: ``rows`` for the pivot, the targets and the recipes, each with its ``problems``.
 
     Raises:
-        UserError: Nothing could be begun.
+        UserError: The comparison cannot start.
     """
     if settings.tasks:
         settings.tasks.demand()
@@ -67,52 +65,72 @@ def compare(entries: Sequence[Entry], family: Family, settings: Settings, comman
 class _Comparison:
     def __init__(self, entries: Sequence[Entry], family: Family, settings: Settings, command: str) -> None:
         self.settings, self.command, self.out = settings, command, settings.out
-        self._known: dict[str, str] = {}
+        self.models, self.logs = self.out / "models", self.out / "logs"
         self.steps = Steps(self.out / "steps")
-        self.contents = Contents(self.out / "steps" / "contents.json")
-        self.inputs, self.merges, self.models = list(family.models), list(entries), self.out / MODELS
-        self.scorers = Scorers(self.out / "work", settings.device, settings.trust_remote_code)
-        self.rows: list[Row] = []
+        self.hashes = Hashes(self.out / "steps" / "contents.json", settings.quiet)
+        self.scorers = Scorers(
+            self.out / "work", settings.device, settings.trust_remote_code, settings.tasks is not None
+        )
+        names = short_names(family.models, [entry.name for entry in entries])
+        self.inputs = [
+            self._input_row(model, name, "target" if number else "pivot")
+            for number, (model, name) in enumerate(zip(family.models, names, strict=True))
+        ]
+        self.merges = [self._merge_row(entry) for entry in entries]
 
     def run(self) -> dict[str, Any]:
+        self.logs.mkdir(parents=True, exist_ok=True)
         for abandoned in self.models.glob(".*.tmp"):
             shutil.rmtree(abandoned)
-        self.rows = [*self._input_rows(), *(self._merge_row(entry) for entry in self.merges)]
-        sound = [row for row in self._merged() if not row.problems]
-        try:
-            self._demand_evaluations(sound)
-            self._before(sound)
-            for group in [sound] if self.settings.keep else [[row] for row in sound]:
-                for times in range(1, self.settings.repeat + 1):
-                    for row in group:
-                        self._merge(row, times)
+        mergeable = [row for row in self.merges if not row.problems]
+        self._demand_scores(mergeable)
+        self._prepare_merges(mergeable)
+        for group in [mergeable] if self.settings.keep else [[row] for row in mergeable]:
+            for times in range(1, self.settings.repeat + 1):
                 for row in group:
-                    self._measure(row)
-            for row in self._read():
-                self._distances(row)
-                self._evaluate(row)
-        finally:
-            self.scorers.close()
+                    self._merge(row, times)
+            for row in group:
+                self._measure_merge(row)
+        for row in self.inputs:
+            self._measure(row)
         return self._report()
 
     # The rows
 
-    def _input_rows(self) -> Iterator[Row]:
-        names = short_names(self.inputs, [entry.name for entry in self.merges])
-        for number, (model, name) in enumerate(zip(self.inputs, names, strict=True)):
-            row = Row(name, "target" if number else "pivot", Path(model))
+    def _input_row(self, model: str, name: str, role: str) -> Row:
+        row = Row(name, role, Path(model))
+        try:
+            row.folder = self._folder(model)
+            row.fingerprint = self._fingerprint(model)
+        except UserError as error:
+            row.problems.append(str(error))
+        return row
+
+    def _merge_row(self, entry: Entry) -> Row:
+        row = Row(entry.name, "merge", self.models / entry.name, entry, problems=list(entry.problems))
+        if not row.problems:
             try:
-                row.folder = self._folder(model)
-                row.fingerprint = self._fingerprint(model)
+                row.inputs = self._merge_inputs(entry)
             except UserError as error:
                 row.problems.append(str(error))
-            yield row
+        if row.problems:
+            self._print(f"{row.name}: cannot be merged: {'; '.join(row.problems)}")
+        return row
+
+    def _merge_inputs(self, entry: Entry) -> dict[str, Any]:
+        inputs = {model: self._fingerprint(model) for model in entry.models}
+        for model in entry.tokenizers:  # only its tokenizer is used, so nothing is downloaded here
+            folder = Path(ModelReference.model_validate(model).model.path)
+            inputs[model] = self.hashes.fingerprint(model_files(folder)) if folder.is_dir() else model
+        options = self.settings.merge_options()
+        recipe = recipe_fingerprint(entry.content)
+        return {"recipe": recipe, "inputs": inputs, "options": options, "versions": versions()}
 
     def _folder(self, model: str) -> Path:
-        """The files of a model, downloaded if need be."""
+        """The folder of a model; from the Hub it is downloaded."""
         reference = ModelReference.model_validate(model)
         if reference.lora is not None:
-            raise UserError(f"{model} is an adapter on a model: merged, but not measured by itself")
+            raise UserError(f"{model} is an adapter on a model; it is merged, but not measured by itself")
         place = Place(reference.model.path, reference.model.revision, self.settings.cache_dir)
         folder = place.folder()
         if folder is not None and weight_files(folder).names:
@@ -122,64 +140,45 @@ class _Comparison:
         try:
             return Path(reference.local_path(self.settings.cache_dir))
         except Exception as error:  # whatever the HTTP client raises
-            raise UserError(f"`{model}` cannot be had: {error}") from error
+            raise UserError(f"`{model}` cannot be downloaded: {error}") from error
 
     def _fingerprint(self, model: str) -> str:
-        """Of a model's files; of an adapter, those of the adapter and of what it adapts."""
-        if model not in self._known:
-            reference = ModelReference.model_validate(model)
-            folders = [self._folder(str(ModelReference(model=reference.model)))]
-            if reference.lora and (adapter := Path(reference.lora.path)).is_dir():
-                folders.append(adapter)
-            files = [file for folder in folders for file in model_files(folder)]
-            self._known[model] = self.contents.fingerprint(files, self.settings.quiet)
-        return self._known[model]
+        """The fingerprint of a model's files; for an adapter also of those of the model under it."""
+        reference = ModelReference.model_validate(model)
+        folders = [self._folder(str(ModelReference(model=reference.model)))]
+        if reference.lora and (adapter := Path(reference.lora.path)).is_dir():
+            folders.append(adapter)
+        return self.hashes.fingerprint(file for folder in folders for file in model_files(folder))
 
-    def _tokenizer(self, model: str) -> str:
-        """Of the files of a folder whose weights are not read; of the Hub's, its name."""
-        folder = Path(ModelReference.model_validate(model).model.path)
-        return self.contents.fingerprint(model_files(folder)) if folder.is_dir() else model
+    # Before the first merge
 
-    def _merge_row(self, entry: Entry) -> Row:
-        row = Row(entry.name, "merge", self.models / entry.name, entry, problems=list(entry.problems))
-        if row.problems:
-            self._tell(f"{row.name}: cannot be merged: {'; '.join(row.problems)}")
-        return row
-
-    def _read(self) -> list[Row]:
-        """The pivot and the targets."""
-        return self.rows[: len(self.inputs)]
-
-    def _merged(self) -> list[Row]:
-        return self.rows[len(self.inputs) :]
-
-    def _demand_evaluations(self, rows: Sequence[Row]) -> None:
-        """Find out before the merges what would fail for every model; not again once all are scored."""
+    def _demand_scores(self, mergeable: Sequence[Row]) -> None:
+        """Find out before the merges which scores would fail for every model, unless all models have theirs."""
         held_out, tasks = self.settings.held_out, self.settings.tasks
-        log = self.out / "logs" / "evaluation.txt"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        for row in rows:
-            row.fingerprint = self._record(row)["model"]
-        asked = [row for row in self._read() if row.fingerprint] + list(rows)
-        missing = {kind for row in asked for kind, _, found in self._measurements(row) if found is None}
-        known = {name: tasks.about(self.contents, name) for name in tasks.names} if tasks else {}
-        record = ("known", "tasks", known)
+        log = self.logs / "evaluation.txt"
+        for row in mergeable:
+            self._runs(row)
+        rows = [row for row in self.inputs if row.fingerprint] + list(mergeable)
+        missing = {kind for row in rows for kind in self._missing(row)}
+        known = {name: tasks.inputs(self.hashes, name) for name in tasks.names} if tasks else {}
+        option = "--held-out"
         try:
-            option = "--held-out"
             if held_out and "held-out" in missing:
-                self.scorers.prepare(held_out, self.rows[0].folder, self._about_text(held_out), log)
+                self.scorers.prepare(held_out, self.inputs[0].folder, self._text_inputs(), log)
             option = "--tasks"
-            if tasks and missing.difference(["distances", "held-out"]) and not self.steps.found(*record):
-                self.scorers.demand(tasks, log)
-                self.steps.save(*record, {"names": tasks.names})
+            if tasks and missing - {"distances", "held-out"} and not self.steps.load("known", "tasks", known):
+                self.scorers.check_tasks(tasks, log)
+                self.steps.save("known", "tasks", known, {"names": tasks.names})
         except CommandError as error:
-            raise UserError(f"{option}: {reason_of(str(error))} ({log})") from error
+            raise UserError(f"{option}: {_reason(error)} ({log})") from error
 
-    def _before(self, rows: Sequence[Row]) -> None:
-        """See that the disk has room, and read the inputs once, if anything is to be merged."""
-        due = [row for row in rows if self._is_due(row, self.settings.repeat)]
+    def _prepare_merges(self, mergeable: Sequence[Row]) -> None:
+        """Check that the disk has room, and read the inputs once, so that every merge finds them in memory."""
+        due = [row for row in mergeable if self._is_due(row, self.settings.repeat)]
+        if not due:
+            return
         sizes = [row.entry.bytes for row in due if row.entry and not row.folder.exists()]
-        needed = SPARE * (sum(sizes) if self.settings.keep else max(sizes, default=0))
+        needed = ROOM * (sum(sizes) if self.settings.keep else max(sizes, default=0))
         free = psutil.disk_usage(str(self.out)).free
         if needed > free:
             advice = ", or --no-keep: one model at a time" if self.settings.keep else ""
@@ -187,186 +186,151 @@ class _Comparison:
                 f"the merged models take about {size(needed)}, `{self.out}` has {size(free)} free; "
                 f"give an --out with more room{advice}"
             )
-        if due and sizes:
-            self._tell(f"{len(due)} to merge; the models take about {size(needed)} in {self.models}")
-        if due:
-            files = [file for row in self._read() if row.fingerprint for file in row.folder.iterdir()]
-            self.contents.warm(
-                (file for file in files if file.suffix in (".safetensors", ".bin")), self.settings.quiet
-            )
+        if sizes:
+            self._print(f"{len(due)} to merge; the models take about {size(needed)} in {self.models}")
+        files = [file for row in self.inputs if row.fingerprint for file in model_files(row.folder)]
+        self.hashes.read_once(file for file in files if file.suffix in (".safetensors", ".bin"))
 
     # Merging
 
-    def _about_merge(self, row: Row) -> dict[str, Any]:
-        assert row.entry
-        inputs = {model: self._fingerprint(model) for model in row.entry.models}
-        inputs |= {model: self._tokenizer(model) for model in row.entry.tokenizers}
-        content, options = recipe_fingerprint(row.entry.content), self._options()
-        return {"recipe": content, "inputs": inputs, "options": options, "versions": versions()}
+    def _runs(self, row: Row) -> dict[str, Any]:
+        """The runs of a merge so far, and the fingerprint of the model, which the row gets as well."""
+        record = self.steps.load("merge", row.file, row.inputs) or {"runs": [], "model": ""}
+        row.fingerprint = record["model"]
+        return record
 
-    def _options(self) -> list[str]:
-        settings = self.settings
-        cache = ["--transformers-cache", settings.cache_dir] if settings.cache_dir else []
-        trust = ["--trust-remote-code"] if settings.trust_remote_code else []
-        device = ["--cuda"] if settings.device == "cuda" else []
-        return [*PLAIN, "--random-seed", str(settings.seed), *device, *cache, *trust, *settings.mergekit]
-
-    def _record(self, row: Row) -> dict[str, Any]:
-        """The runs of a merge so far, and the fingerprint of what it wrote."""
-        return self.steps.found("merge", row.file, self._about_merge(row)) or {"runs": [], "model": ""}
-
-    def _is_there(self, row: Row, record: Mapping[str, Any]) -> bool:
-        return row.folder.is_dir() and self.contents.fingerprint(model_files(row.folder)) == record["model"]
+    def _is_there(self, row: Row, fingerprint: str) -> bool:
+        return row.folder.is_dir() and self.hashes.fingerprint(model_files(row.folder)) == fingerprint
 
     def _is_due(self, row: Row, times: int) -> bool:
-        record = self._record(row)
+        """Whether a recipe has run less often, or its model is gone and still needed."""
+        record = self._runs(row)
         if len(record["runs"]) < times:
             return True
-        if self._is_there(row, record):
+        if self._is_there(row, record["model"]):
             return False
-        row.fingerprint = record["model"]
-        return self.settings.keep or not all(found for _, _, found in self._measurements(row))
+        return self.settings.keep or bool(self._missing(row))
 
     def _merge(self, row: Row, times: int) -> None:
-        """Merge until there are so many runs, and the model is there if anybody needs it."""
+        if row.problems or not self._is_due(row, times):
+            return
         assert row.entry
-        about = self._about_merge(row)
-        if changed := self.steps.changed("merge", row.file, about):
-            self._tell(f"{row.name}: merged again, for other {' and '.join(changed)}")
-        log = self.out / "logs" / f"{row.name}.txt"
-        if self._is_due(row, times) and not is_a_merge(row.folder):
-            row.problems.append(f"`{row.folder}` holds no merged model; move it away, or give another --out")
-            self._tell(f"{row.name}: failed: {row.problems[-1]}")
-        while not row.problems and self._is_due(row, times):
-            record = self._record(row)
-            self._tell(f"{row.name}: merging")
-            temporary = self.models / f".{row.name}.tmp"
+        if changed := self.steps.changed("merge", row.file, row.inputs):
+            self._print(f"{row.name}: merged again, because of other {' and '.join(changed)}")
+        if not is_a_merge(row.folder):
+            self._fail(row, f"`{row.folder}` holds no merged model; move it away, or give another --out")
+            return
+        log, record = self.logs / f"{row.name}.txt", self._runs(row)
+        temporary = self.models / f".{row.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        command = [*_mergekit(), str(row.entry.path), str(temporary), *self.settings.merge_options()]
+        self._print(f"{row.name}: merging")
+        try:
+            with log.open("a", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(f"$ {shlex.join(command)}\n")
+            run = measured(command, log=log, environment=environment(None))
+            if not self._is_there(row, record["model"]):
+                (temporary / RECIPE).write_text(row.entry.text, encoding="utf-8")
+                sync_tree(temporary)
+                remove(row.folder)
+                temporary.rename(row.folder)
+                record["model"] = self.hashes.fingerprint(model_files(row.folder))
+        except (CommandError, OSError) as error:
+            self._fail(row, f"mergekit-yaml: {_reason(error)} ({log})")
+            return
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            command = [*mergekit_command(), str(row.entry.path), str(temporary), *self._options()]
-            try:
-                run = measured(with_header(command, log), log=log, environment=environment(None))
-                if not self._is_there(row, record):
-                    (temporary / RECIPE).write_text(row.entry.text, encoding="utf-8")
-                    record["model"] = self._put(temporary, row.folder)
-            except (CommandError, OSError) as error:
-                row.problems.append(f"mergekit-yaml: {reason_of(str(error))} ({log})")
-                self._tell(f"{row.name}: failed: {reason_of(str(error))}")
-                return
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-            numbers = {name: None if math.isnan(value) else value for name, value in asdict(run).items()}
-            self.steps.save("merge", row.file, about, {**record, "runs": [*record["runs"], numbers]})
-            self._tell(f"{row.name}: merged in {run.wall_s:.1f} s, {run.anonymous_mib:.0f} MiB")
+        numbers = {name: None if math.isnan(value) else value for name, value in asdict(run).items()}
+        self.steps.save("merge", row.file, row.inputs, {**record, "runs": [*record["runs"], numbers]})
+        self._print(f"{row.name}: merged in {run.wall_s:.1f} s, {run.anonymous_mib:.0f} MiB")
 
-    def _put(self, temporary: Path, folder: Path) -> str:
-        """Give a whole model its name; its fingerprint."""
-        for file in temporary.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        remove(folder)
-        temporary.rename(folder)
-        return self.contents.fingerprint(model_files(folder))
+    def _fail(self, row: Row, problem: str) -> None:
+        row.problems.append(problem)
+        self._print(f"{row.name}: failed: {problem}")
 
     # Measuring
 
-    def _measure(self, row: Row) -> None:
-        """Distances and scores of a merged model, which goes after unless it is kept or something failed."""
-        record = self._record(row)
+    def _measure_merge(self, row: Row) -> None:
+        """Measure a merged model. Without --keep it is removed then, unless something failed."""
         if row.problems:
             return
-        row.fingerprint = record["model"]
-        row.found["runs"] = record["runs"]
-        self._distances(row)
-        self._evaluate(row)
+        record = self._runs(row)
+        row.fingerprint, row.results["runs"] = record["model"], record["runs"]
+        self._measure(row)
         if self.settings.keep:
-            row.found["bytes"] = sum(file.stat().st_size for file in row.folder.iterdir())
+            row.results["bytes"] = sum(file.stat().st_size for file in row.folder.iterdir())
         elif row.problems:
-            self._tell(f"{row.name}: kept in {row.folder}, for it was not measured wholly")
+            self._print(f"{row.name}: kept in {row.folder}, because it could not be measured completely")
         elif is_a_merge(row.folder):
             remove(row.folder)
 
-    def _measurements(self, row: Row) -> Iterator[tuple[str, dict[str, Any], dict[str, Any] | None]]:
-        """Kind, what it depends on, and the result if it is there, of all that a merged model is asked."""
-        for kind, about in (("distances", self._about_distances(row)), *self._abouts(row)):
-            yield kind, about, self.steps.found(kind, row.file, about)
-
-    def _about_distances(self, row: Row) -> dict[str, Any]:
-        inputs = {one.name: one.fingerprint for one in self._read()}
-        recipe = recipe_fingerprint(row.entry.content) if row.entry else ""
-        return {"model": row.fingerprint, "recipe": recipe, "inputs": inputs, "varm-merge": version("varm-merge")}
-
-    def _abouts(self, row: Row) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Kind, and what it depends on, of each evaluation."""
-        same = {"model": row.fingerprint, "device": self.settings.device, "versions": versions()}
-        if self.settings.held_out:
-            yield "held-out", {**same, **self._about_text(self.settings.held_out)}
-        for task in self.settings.tasks.names if self.settings.tasks else ():
-            assert self.settings.tasks
-            yield f"task {task}", {**same, **self.settings.tasks.about(self.contents, task)}
-
-    def _about_text(self, held_out: HeldOut) -> dict[str, Any]:
-        return {"pivot": self.rows[0].fingerprint if self.rows else "", **held_out.about(self.contents)}
-
-    def _distances(self, row: Row) -> None:
-        if not row.fingerprint:
-            return
-        about = self._about_distances(row)
-        found = self.steps.found("distances", row.file, about)
-        if found is None:
-            found = self._measured_distances(row)
-            if found is None:
-                return
-            self.steps.save("distances", row.file, about, found)
-        row.found["distances"] = found
-
-    def _measured_distances(self, row: Row) -> dict[str, Any] | None:
-        pivot, *targets = self._read()
-        if row.entry and (reason := moved_layers(row.entry.content, layers_of(pivot.folder))):
-            return {"not_comparable": reason}
-        if unread := [one for one in (pivot, *targets) if not one.fingerprint]:
-            return {"not_comparable": unread[0].problems[0]}
-        self._tell(f"{row.name}: distances")
-        try:
-            return distances(
-                row.folder, pivot.folder, {one.name: one.folder for one in targets}, self.settings.quiet
-            )
-        except UserError as error:
-            row.problems.append(str(error))
-            return None
-
-    def _evaluate(self, row: Row) -> None:
-        """Held-out loss and tasks, what of it was not done before; not of a model with damaged weights."""
-        if not row.fingerprint or row.problems or not (self.settings.held_out or self.settings.tasks):
-            return
-        log = self.out / "logs" / f"{row.file}-evaluation.txt"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        for kind, about in self._abouts(row):
-            found = self.steps.found(kind, row.file, about)
-            if found is None:
-                self._tell(f"{row.name}: {kind}")
+    def _measure(self, row: Row) -> None:
+        """Distances and scores of a model; a model with damaged weights is not scored."""
+        for kind, inputs, compute in self._steps(row) if row.fingerprint else ():
+            result = self.steps.load(kind, row.file, inputs)
+            if result is None:
+                self._print(f"{row.name}: {kind}")
                 try:
-                    found = self._scored(row, kind, log)
+                    result = compute()
                 except (CommandError, OSError, ValueError) as error:
-                    row.problems.append(f"{kind}: {reason_of(str(error))} ({log})")
+                    if kind == "distances":
+                        row.problems.append(str(error))
+                        return
+                    row.problems.append(f"{kind}: {_reason(error)} ({self._log(row)})")
                     continue
-                self.steps.save(kind, row.file, about, found)
-            row.found[kind] = found
+                self.steps.save(kind, row.file, inputs, result)
+            row.results[kind] = result
 
-    def _scored(self, row: Row, kind: str, log: Path) -> dict[str, Any]:
-        settings = self.settings
-        if kind == "held-out":
-            assert settings.held_out
-            text = self._about_text(settings.held_out)
-            dialogues = self.scorers.prepare(settings.held_out, self.rows[0].folder, text, log)
-            return self.scorers.held_out(row.folder, dialogues, log)
-        assert settings.tasks
-        return self.scorers.task(settings.tasks, kind.removeprefix("task "), row.folder, log)
+    def _missing(self, row: Row) -> list[str]:
+        """The kinds of the steps that a model has no result of."""
+        return [kind for kind, inputs, _ in self._steps(row) if self.steps.load(kind, row.file, inputs) is None]
 
-    # What came of it
+    def _steps(self, row: Row) -> Iterator[Step]:
+        """All that a model is measured by."""
+        settings, log = self.settings, self._log(row)
+        recipe = recipe_fingerprint(row.entry.content) if row.entry else ""
+        inputs = {other.name: other.fingerprint for other in self.inputs}
+        model: dict[str, Any] = {"model": row.fingerprint}
+        about = {**model, "recipe": recipe, "inputs": inputs, "varm-merge": version("varm-merge")}
+        yield "distances", about, partial(self._distances, row)
+        about = {**model, "device": settings.device, "versions": versions()}
+        if settings.held_out:
+            yield "held-out", {**about, **self._text_inputs()}, partial(self._score_held_out, row)
+        for task in settings.tasks.names if settings.tasks else ():
+            assert settings.tasks
+            score = partial(self.scorers.task, settings.tasks, task, row.folder, log)
+            yield f"{TASK}{task}", {**about, **settings.tasks.inputs(self.hashes, task)}, score
+
+    def _log(self, row: Row) -> Path:
+        return self.logs / f"{row.file}-evaluation.txt"
+
+    def _text_inputs(self) -> dict[str, Any]:
+        assert self.settings.held_out
+        return {"pivot": self.inputs[0].fingerprint, **self.settings.held_out.inputs(self.hashes)}
+
+    def _distances(self, row: Row) -> dict[str, Any]:
+        pivot, *targets = self.inputs
+        layers = text_config(pivot.folder).get("num_hidden_layers")
+        if row.entry and (reason := moved_layers(row.entry.content, layers)):
+            return {"not_comparable": reason}
+        if unread := [other for other in self.inputs if not other.fingerprint]:
+            return {"not_comparable": unread[0].problems[0]}
+        folders = {target.name: target.folder for target in targets}
+        return distances(row.folder, pivot.folder, folders, self.settings.quiet)
+
+    def _score_held_out(self, row: Row) -> dict[str, Any]:
+        assert self.settings.held_out
+        pivot, log = self.inputs[0].folder, self._log(row)
+        dialogues = self.scorers.prepare(self.settings.held_out, pivot, self._text_inputs(), log)
+        return self.scorers.held_out(row.folder, dialogues, log)
+
+    # The report
 
     def _report(self) -> dict[str, Any]:
         settings = self.settings
+        input_files = [file for row in self.inputs if row.fingerprint for file in model_files(row.folder)]
+        rows = [*self.inputs, *self.merges]
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -375,48 +339,65 @@ class _Comparison:
             "versions": versions(),
             "memory": MEMORY,
             "repeat": settings.repeat,
-            "mergekit_options": self._options(),
-            "input_bytes": sum(size_of_folder(row.folder) for row in self._read() if row.fingerprint),
+            "mergekit_options": settings.merge_options(),
+            "input_bytes": sum(file.stat().st_size for file in input_files),
             "memory_bytes": psutil.virtual_memory().total,
             "held_out": asdict(settings.held_out) if settings.held_out else None,
             "tasks": list(settings.tasks.names) if settings.tasks else [],
-            "rows": [self._described(row) for row in self.rows],
+            "rows": [_described(row, rows) for row in rows],
         }
 
-    def _described(self, row: Row) -> dict[str, Any]:
-        recipe = {}
-        if row.entry:
-            recipe = {
-                "method": row.entry.method,
-                "settings": row.entry.settings,
-                "recipe": {"path": str(row.entry.path), "text": row.entry.text},
-            }
-        tasks = {
-            kind.removeprefix("task "): found for kind, found in row.found.items() if kind.startswith("task ")
-        }
-        return {
-            "name": row.name,
-            "role": row.role,
-            "model": str(row.folder) if row.role != "merge" or row.folder.is_dir() else None,
-            **recipe,
-            "problems": row.problems,
-            "runs": row.found.get("runs", []),
-            "bytes": row.found.get("bytes"),
-            "distances": row.found.get("distances"),
-            "held_out": self._held_out(row),
-            "tasks": {name: found["measures"] for name, found in tasks.items()},
-        }
-
-    def _held_out(self, row: Row) -> dict[str, Any] | None:
-        """The scores by group, each with its differences to those of the other models, by their names."""
-        if (own := row.found.get("held-out")) is None:
-            return None
-        others = {one.name: found for one in self.rows if one is not row and (found := one.found.get("held-out"))}
-        return {
-            group: {**of, "against": {name: differences(own, found, group) for name, found in others.items()}}
-            for group, of in own["groups"].items()
-        }
-
-    def _tell(self, message: str) -> None:
+    def _print(self, message: str) -> None:
         if not self.settings.quiet:
             click.echo(message, err=True)
+
+
+def _described(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
+    """A row of ``report.json``."""
+    recipe: dict[str, Any] = {}
+    if row.entry:
+        recipe = {
+            "method": row.entry.method,
+            "settings": row.entry.settings,
+            "recipe": {"path": str(row.entry.path), "text": row.entry.text},
+        }
+    own = row.results.get("held-out")
+    scored = [other for other in rows if "held-out" in other.results and other is not row]
+    others = {other.name: other.results["held-out"] for other in scored}
+    return {
+        "name": row.name,
+        "role": row.role,
+        "model": str(row.folder) if row.role != "merge" or row.folder.is_dir() else None,
+        **recipe,
+        "problems": row.problems,
+        "runs": row.results.get("runs", []),
+        "bytes": row.results.get("bytes"),
+        "distances": row.results.get("distances"),
+        "held_out": own
+        and {
+            group: {**scores, "against": {name: differences(own, other, group) for name, other in others.items()}}
+            for group, scores in own["groups"].items()
+        },
+        "tasks": {
+            kind.removeprefix(TASK): result["measures"]
+            for kind, result in row.results.items()
+            if kind.startswith(TASK)
+        },
+    }
+
+
+def _mergekit() -> list[str]:
+    """The stock program of this environment, or ours where start-up hooks are switched off."""
+    if os.environ.get("VARM_MERGE_AUTOLOAD") == "0":
+        return [sys.executable, "-c", "from varm_merge.cli import main; main()", "yaml"]
+    program = shutil.which("mergekit-yaml", path=str(Path(sys.executable).parent)) or shutil.which("mergekit-yaml")
+    if program is None:
+        raise UserError("no mergekit-yaml beside this Python; see `varm-merge doctor`")
+    return [program]
+
+
+def _reason(error: Exception) -> str:
+    """The error in the last lines of a program, or its last line."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    errors = [number for number, line in enumerate(lines) if line.startswith("Error: ")]
+    return " ".join(line.strip() for line in lines[errors[-1] :]).removeprefix("Error: ") if errors else lines[-1]

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from browser import PHONE, Visit, contrasts
 
-from varm_merge.comparison.report import tables
-from varm_merge.comparison.write_report import markdown, write_page
+from varm_merge.comparison.report import markdown, tables, write_page
 
 pytest_plugins = ["browser"]
 
@@ -161,7 +160,11 @@ def test_in_both_themes_everything_can_be_read_plots_too(theme: Any, path: Path,
     weakest, text = contrasts(page)[0]
     assert weakest >= 4.5, text
     card = page.locator("section").first.evaluate("one => getComputedStyle(one).backgroundColor")
-    dots = page.locator("figure circle").evaluate_all("all => all.map((one) => getComputedStyle(one).fill)")
+    dots = (
+        page.locator("figure")
+        .first.locator(".merge use")
+        .evaluate_all("all => all.map((mark) => getComputedStyle(mark).fill)")
+    )
     assert len(dots) == 4
     assert card not in dots
     page.get_by_role("button", name=re.compile("theme")).click()
@@ -183,18 +186,19 @@ def test_the_plots_have_a_mark_for_each_model_inside_them(path: Path, visit: Vis
     scatter, *bars = page.locator("figure svg").all()
     assert titles[0] == "Held-out loss against distance to the pivot"
     assert titles[1:] == ["Time, s", "Peak anonymous memory, MiB", "jumps, acc"]
-    assert scatter.locator("g").count() == 7
-    assert [plot.locator("rect").count() for plot in bars] == [5, 5, 8]
+    assert scatter.locator(".mark").count() == scatter.locator(".name").count() == 7
+    assert [plot.locator(".mark").count() for plot in bars] == [5, 5, 8]
     outside = """all => all.filter((one) => {
       const box = one.getBoundingClientRect(), frame = one.ownerSVGElement.getBoundingClientRect();
-      return box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 1;
+      return box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 1
+        || box.top < frame.top - 1;
     }).map((one) => one.textContent)"""
     assert page.locator("figure text").evaluate_all(outside) == []
     overlapping = """all => all.some((one, index) => all.slice(index + 1).some((other) => {
       const a = one.getBoundingClientRect(), b = other.getBoundingClientRect();
       return a.left < b.right && b.left < a.right && a.top + 3 < b.bottom && b.top + 3 < a.bottom;
     }))"""
-    assert not scatter.locator("g + text").evaluate_all(overlapping)
+    assert not scatter.locator(".name text").evaluate_all(overlapping)
 
 
 def test_the_markdown_holds_the_same_and_no_name_breaks_a_table(report: dict[str, Any]) -> None:

@@ -33,11 +33,11 @@ from varm_common.errors import UserError
 from varm_common.files import write_whole
 from varm_common.process_usage import CommandError, Run, measured
 from varm_merge.cli import main
-from varm_merge.comparison import programs
-from varm_merge.comparison.cache import Contents, Steps, demand_folder, locked
+from varm_merge.comparison.cache import Hashes, Steps, demand_folder, locked
 from varm_merge.comparison.distances import distances, moved_layers
 from varm_merge.comparison.recipes import Entry, check, entries, family, short_names
-from varm_merge.comparison.scores import Scorers, Tasks
+from varm_merge.comparison.scores import Scorers
+from varm_merge.comparison.tasks import Tasks
 from varm_merge.merging.lineage import Place, weights_fingerprint
 
 METHODS = sorted(one.spec.name for one in registered_methods())
@@ -60,6 +60,7 @@ def of_methods(methods: list[str], base: Path, targets: list[Path], folder: Path
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [1, 2, 3])
 def test_every_method_that_fits_gets_a_sound_recipe_and_the_others_a_reason(
     targets: int, family: Callable[..., Family], tmp_path: Path
@@ -319,10 +320,11 @@ def test_a_merge_depends_on_every_model_that_its_recipe_names(
     with (tmp_path / changed).open("a") as file:
         file.write("\n")
     done = merging.compare(recipe=recipe)
-    assert "mine: merged again, for other inputs" in done.output
+    assert "mine: merged again, because of other inputs" in done.output
     assert len(merging.commands) == 1
 
 
+@pytest.mark.slow
 def test_another_seed_is_told_to_mergekit_and_merges_again(merging: Merging) -> None:
     for seed, merges in (("0", 1), ("0", 0), ("7", 1), ("7", 0)):
         done = merging.compare("--seed", seed)
@@ -330,7 +332,7 @@ def test_another_seed_is_told_to_mergekit_and_merges_again(merging: Merging) -> 
         for command in merging.commands:
             assert command[command.index("--random-seed") + 1] == seed
     done = merging.compare("--seed", "7", "--mergekit", "--lazy-unpickle")
-    assert "linear: merged again, for other options" in done.output
+    assert "linear: merged again, because of other options" in done.output
     assert "--lazy-unpickle" in merging.commands[0]
 
 
@@ -364,7 +366,7 @@ def test_two_comparisons_do_not_write_into_one_folder(tmp_path: Path) -> None:
 
 
 def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("varm_merge.comparison.scores.find_spec", lambda _name: None)
+    monkeypatch.setattr("varm_merge.comparison.tasks.find_spec", lambda _name: None)
     with pytest.raises(UserError, match=r"pip install 'varm-merge\[eval\]'"):
         Tasks(("arc",)).demand()
 
@@ -379,7 +381,7 @@ def test_a_tasks_fingerprint_covers_its_data_and_runs_none_of_its_code(tmp_path:
     (folder / "utils.py").write_text("raise SystemExit\n")
 
     def about() -> dict[str, Any]:
-        return Tasks(("mine",), folder).about(Contents(tmp_path / "contents.json"), "mine")
+        return Tasks(("mine",), folder).inputs(Hashes(tmp_path / "contents.json"), "mine")
 
     first = about()
     assert about() == first
@@ -415,7 +417,7 @@ def test_a_tasks_fingerprint_covers_includes_folders_and_patterns(
         Path(file).write_text("{}\n")
 
     def about(task: str) -> dict[str, Any]:
-        return Tasks((task,), Path("tasks")).about(Contents(tmp_path / "contents.json"), task)
+        return Tasks((task,), Path("tasks")).inputs(Hashes(tmp_path / "contents.json"), task)
 
     first = [about("mine"), about("tasks/mine.yaml")]
     assert [about("mine"), about("tasks/mine.yaml")] == first
@@ -427,6 +429,8 @@ def test_a_tasks_fingerprint_covers_includes_folders_and_patterns(
 CHATS = [{"conversations": [{"from": "human", "value": "fox?"}, {"from": "gpt", "value": "the fox jumps"}]}] * 4
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -461,35 +465,33 @@ def test_what_no_model_could_be_scored_on_ends_it_before_the_first_merge(
 class Unscored(Scorers):
     """Cannot score a model for want of memory, and does not start what nobody needs."""
 
-    demanded: ClassVar[list[str]] = []
+    checked: ClassVar[list[str]] = []
 
     def prepare(self, *_arguments: Any) -> Path:
         raise AssertionError("prepared")
 
-    def demand(self, *_arguments: Any) -> None:
-        self.demanded.append("tasks")
+    def check_tasks(self, *_arguments: Any) -> None:
+        self.checked.append("tasks")
 
     def task(self, *_arguments: Any) -> dict[str, Any]:
         raise CommandError("CUDA out of memory")
 
 
-def test_a_model_that_was_not_measured_wholly_stays_without_keep(
-    mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_keep_a_model_that_could_not_be_scored_stays(
+    merging: Merging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("varm_merge.comparison.runner.Scorers", Unscored)
-    targets = [part for target in mistral.targets for part in ("--models", str(target))]
-    base, out = str(mistral.pivot), tmp_path / "out"
-    command = ["compare", "--methods", "linear", "--base", base, *targets, "--out", str(out), "--no-keep"]
-    done = CliRunner().invoke(main, [*command, "--tasks", "mine"])
-    assert done.exit_code == 1
+    done = merging.compare("--no-keep", "--tasks", "mine")
+    assert (done.exit_code, len(merging.commands)) == (1, 1)
     assert re.search(r"the models take about \d+(\.\d+)? kB in ", done.output)
-    assert f"linear: kept in {out / 'models' / 'linear'}, for it was not measured wholly" in done.output
-    assert (out / "models" / "linear" / "model.safetensors").is_file()
-    assert CliRunner().invoke(main, [*command, "--tasks", "mine"]).exit_code == 1
-    assert Unscored.demanded == ["tasks"]  # known from the first time
-    done = CliRunner().invoke(main, command)
-    assert (done.exit_code, "merging" in done.output) == (0, False), done.output
-    assert not (out / "models" / "linear").exists()
+    model = merging.folder / "models" / "linear"
+    assert f"linear: kept in {model}, because it could not be measured completely" in done.output
+    assert (model / "model.safetensors").is_file()
+    assert merging.compare("--no-keep", "--tasks", "mine").exit_code == 1
+    assert Unscored.checked == ["tasks"]  # known from the first time
+    done = merging.compare("--no-keep")
+    assert (done.exit_code, merging.commands) == (0, []), done.output
+    assert not model.exists()
 
 
 # Distances
@@ -549,28 +551,28 @@ def test_slices_are_comparable_only_where_each_layer_keeps_its_place(sizes: list
 def test_a_record_counts_only_for_what_it_depends_on(tmp_path: Path) -> None:
     steps = Steps(tmp_path)
     steps.save("merge", "a/b", {"recipe": "x", "inputs": ["1"]}, {"runs": [1]})
-    assert steps.found("merge", "a/b", {"recipe": "x", "inputs": ["1"]}) == {"runs": [1]}
-    assert steps.found("merge", "a/b", {"recipe": "y", "inputs": ["1"]}) is None
+    assert steps.load("merge", "a/b", {"recipe": "x", "inputs": ["1"]}) == {"runs": [1]}
+    assert steps.load("merge", "a/b", {"recipe": "y", "inputs": ["1"]}) is None
     assert steps.changed("merge", "a/b", {"recipe": "y", "inputs": ["1"]}) == ["recipe"]
     path = steps.path("merge", "a/b")
     for half in (path.read_text()[:-20], "[]", "", '{"about": 1, "result": 2}'):
         path.write_text(half)
-        assert steps.found("merge", "a/b", {"recipe": "x", "inputs": ["1"]}) is None
+        assert steps.load("merge", "a/b", {"recipe": "x", "inputs": ["1"]}) is None
 
 
 def test_contents_are_read_once_and_again_when_they_change(tmp_path: Path) -> None:
     file, known = tmp_path / "a.bin", tmp_path / "known.json"
     file.write_bytes(b"one")
-    first = Contents(known).fingerprint([file])
-    again = Contents(known)
+    first = Hashes(known).fingerprint([file])
+    again = Hashes(known)
     assert again.fingerprint([file]) == first
     assert not again.read
     file.write_bytes(b"two, longer")
-    assert Contents(known).fingerprint([file]) != first
+    assert Hashes(known).fingerprint([file]) != first
     known.write_text("broken")
-    assert Contents(known).fingerprint([file]) != first
+    assert Hashes(known).fingerprint([file]) != first
     with pytest.raises(UserError, match="cannot be read: No such file"):
-        Contents(known).fingerprint([tmp_path / "nowhere"])
+        Hashes(known).fingerprint([tmp_path / "nowhere"])
 
 
 def test_a_full_disk_leaves_no_half_file(small_disk: Callable[[int], Path]) -> None:
@@ -598,6 +600,7 @@ def test_the_peak_is_that_of_a_command_and_its_children(linux: bool, monkeypatch
     assert run.cpu_s < run.wall_s * 4
 
 
+@pytest.mark.slow
 def test_a_mapped_file_is_no_anonymous_memory(tmp_path: Path) -> None:
     file = tmp_path / "large"
     file.write_bytes(bytes(200 << 20))
@@ -618,32 +621,43 @@ def test_a_command_that_fails_says_its_last_words(tmp_path: Path) -> None:
         measured(["/nowhere"])
 
 
-@pytest.mark.parametrize("linux", [True, False] if measure.LINUX else [False])
-def test_a_program_runs_many_times_and_each_run_fails_alone(
-    linux: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With ``linux`` false each run is a process of its own."""
-    monkeypatch.setattr(programs, "LINUX", linux)
-    (tmp_path / "told.py").write_text(
-        "import sys, os\nprint('said', *sys.argv[1:])\nif 'kill' in sys.argv: os.kill(os.getppid(), 9)\n"
-        "if 'fail' in sys.argv: raise ValueError('no')\n"
-    )
-    program = programs.Program("told", ["json"], {"PYTHONPATH": str(tmp_path), "PATH": ""})
-    log = tmp_path / "log.txt"
-    program.run(["a b"], log)
-    with pytest.raises(CommandError, match="ValueError: no"):
-        program.run(["fail"], log)
-    if linux:
-        program._process.kill()  # type: ignore[union-attr]  # by whoever ends processes for memory
-    program.run(["c"], log)
-    program.close()
-    assert [line for line in log.read_text().splitlines() if line.startswith("said")] == [
-        "said a b",
-        "said fail",
-        "said c",
-    ]
+CALLS = """
+from pathlib import Path
+from varm_common.forked import run_forked, run_module
+from varm_common.process_usage import CommandError
+
+if __name__ == "__main__":
+    for argument in ("a b", "fail", "kill", "c"):
+        try:
+            run_forked(run_module, "speaks", argument, log=Path("log.txt"), environment={"WORD": "loud"})
+        except CommandError as error:
+            print(error)
+"""
+SPEAKS = """
+import os, sys
+print("said", *sys.argv[1:], os.environ, os.getppid(), flush=True)
+if "kill" in sys.argv: os.kill(os.getppid(), 9)  # the fork server, as if memory was short
+if "kill" in sys.argv: sys.stdin.read()
+if "fail" in sys.argv: raise ValueError("no")
+"""
 
 
+@pytest.mark.slow
+def test_a_module_runs_many_times_and_each_run_fails_alone(tmp_path: Path) -> None:
+    for name, text in (("calls.py", CALLS), ("speaks.py", SPEAKS)):
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, "calls.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.PIPE)
+    assert re.fullmatch(
+        r"run_module exited 1:\n(.*\n)+ValueError: no\nrun_module exited 255:\nsaid kill .*\n", done.stdout
+    ), done.stdout + done.stderr
+    said = [line.split() for line in (tmp_path / "log.txt").read_text().splitlines() if line.startswith("said")]
+    assert [words[1] for words in said] == ["a", "fail", "kill", "c"]
+    assert said[0][-1] == said[1][-1] == said[2][-1] != said[3][-1]  # forks of one server, then of another
+    assert all("environ({'WORD': 'loud'})" in " ".join(words) for words in said)
+
+
+@pytest.mark.slow
 def test_the_benchmarks_measure_by_the_package() -> None:
     folder = Path(__file__).parents[3] / "benchmarks"
     told = "import measure, varm_common.process_usage as own; print(measure.measured is own.measured)"
