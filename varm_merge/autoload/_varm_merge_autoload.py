@@ -1,9 +1,9 @@
-"""Makes stock mergekit see ``varm``: a post-import hook that waits for mergekit and then steps aside.
+"""Makes stock mergekit see ``varm``: a post-import hook that waits for mergekit and then removes itself.
 
 Installed as a top-level module beside the start-up files ``varm_merge_autoload.pth`` and
-``varm_merge_autoload.start`` (Python ≥ 3.15), which call ``start``. Every Python of the environment pays for
-this file, so it imports nothing but ``sys``, not even the ``varm_merge`` package. It never raises: whatever
-goes wrong here must not break a Python that has nothing to do with merging.
+``varm_merge_autoload.start`` (Python ≥ 3.15), which call ``start``. Every Python of the environment loads this
+file, so it imports nothing but ``sys``, not even the ``varm_merge`` package. It never raises: an error here must
+not break a Python that has nothing to do with merging.
 """
 
 import sys
@@ -16,11 +16,11 @@ WATCHED = (
     "mergekit.scripts.multimerge",
     "mergekit.scripts.merge_raw_pytorch",
 )
-"""Modules of mergekit that the plugin wants to see once, just loaded."""
+"""Modules of mergekit that the plugin attaches to when they have been loaded."""
 
 
 class VarmMergeFinder:
-    """A meta path finder that finds nothing itself: it lets a watched module load, then reports it."""
+    """A meta path finder that leaves the finding to the others and reports a watched module once it is loaded."""
 
     def __init__(self, names: "list[str]") -> None:
         self.waiting = set(names)
@@ -29,32 +29,25 @@ class VarmMergeFinder:
         if name not in self.waiting:
             return None
         for finder in list(sys.meta_path):
-            find_spec = getattr(finder, "find_spec", None)
-            if not _is_ours(finder) and find_spec is not None:
-                spec = find_spec(name, path, target)
-                if spec is not None:
-                    self._report_when_loaded(spec)
-                    return spec
+            if finder is not self and (spec := finder.find_spec(name, path, target)) is not None:  # type: ignore[arg-type]
+                self._report_when_loaded(spec.loader)
+                return spec
         return None
 
-    def _report_when_loaded(self, spec: object) -> None:
-        loader = getattr(spec, "loader", None)
-        exec_module = getattr(loader, "exec_module", None)
+    def _report_when_loaded(self, loader: object) -> None:
+        exec_module = loader.exec_module  # type: ignore[attr-defined]
 
         def exec_then_report(module: object) -> None:
             try:
-                exec_module(module)  # type: ignore[misc]
+                exec_module(module)
             finally:
-                del loader.exec_module  # type: ignore[union-attr]
+                del loader.exec_module  # type: ignore[attr-defined]
             self.waiting.discard(module.__name__)  # type: ignore[attr-defined]
             if not self.waiting:
                 uninstall()
             _report(module)
 
-        try:
-            loader.exec_module = exec_then_report  # type: ignore[union-attr]
-        except AttributeError:
-            return
+        loader.exec_module = exec_then_report  # type: ignore[attr-defined]
 
 
 def start() -> None:
@@ -70,7 +63,7 @@ def start() -> None:
 
 def install() -> None:
     """Install the hook, once; modules of mergekit that are loaded already are reported now."""
-    if any(_is_ours(finder) for finder in sys.meta_path):
+    if any(isinstance(finder, VarmMergeFinder) for finder in sys.meta_path):
         return
     loaded = [sys.modules[name] for name in WATCHED if name in sys.modules]
     missing = [name for name in WATCHED if name not in sys.modules]
@@ -83,17 +76,13 @@ def install() -> None:
 
 def uninstall() -> None:
     """Take the hook out of the import system again."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not _is_ours(finder)]
-
-
-def _is_ours(finder: object) -> bool:
-    return isinstance(finder, VarmMergeFinder)
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, VarmMergeFinder)]
 
 
 def _report(module: object) -> None:
     try:
-        if getattr(module, "__name__", None) == "mergekit.merge_methods":
-            import varm_merge.merging.method  # noqa: F401  registers itself, also if it is being imported right now
+        if module.__name__ == "mergekit.merge_methods":  # type: ignore[attr-defined]
+            import varm_merge.merging.method  # noqa: F401  registers the method
         else:
             from varm_merge.merging import attach
 
@@ -101,6 +90,6 @@ def _report(module: object) -> None:
     except Exception as error:
         reason = f"varm-merge could not attach to mergekit ({type(error).__name__}: {error})."
         print(f"{reason} Run `varm-merge doctor`.", file=sys.stderr)
-        method_module = sys.modules.get("varm_merge.merging.method")
-        if method_module is not None and hasattr(method_module, "refuse"):
-            method_module.refuse(reason)
+        method = sys.modules.get("varm_merge.merging.method")
+        if hasattr(method, "refuse"):
+            method.refuse(reason)  # type: ignore[union-attr]

@@ -1,7 +1,7 @@
-"""Adapters as models of a recipe: whether they fit the model they adapt, and whether a kept merge is of them.
+"""Adapters as models of a recipe: whether they fit the model they adapt, and whether a kept merge is up to date.
 
 mergekit lets peft merge an adapter into its model and keeps the result in the folder of ``--lora-merge-cache``. It
-uses what lies there as it is, so beside each result a file tells of what it was made.
+uses what lies there unchecked, so a file beside each result records the adapter and the model it was made from.
 """
 
 import json
@@ -19,7 +19,7 @@ from mergekit.options import MergeOptions
 from varm_common.checkpoints import content_sha256, file_tensors, fingerprint_of, some
 from varm_merge.merging.lineage import Place, weights_fingerprint
 
-__all__ = ["merged_adapter", "stamped", "why_stale", "why_unfit"]
+__all__ = ["merged_adapter", "stamp", "why_stale", "why_unfit"]
 
 STAMP = "varm_adapter.json"
 CONFIG = "adapter_config.json"
@@ -27,42 +27,27 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def merged_adapter(reference: ModelReference, cache: str) -> Path:
-    """Where mergekit keeps the model that it makes of an adapter; it uses a folder that is there as it is."""
+    """Where mergekit keeps the model that it makes from an adapter; it uses a folder that is there as it is."""
     return Path(cache) / f"{reference.model._unique_id()}_{reference.lora._unique_id()}"
 
 
-# What was made before
+# Kept merges
 
 
-@contextmanager
-def stamped(options: MergeOptions) -> Iterator[None]:
-    """Let every merged adapter that is made in the block tell of what it was made."""
-    merged = ModelReference.merged
-
-    def merge(self: ModelReference, cache_dir: str | None = None, **settings: Any) -> ModelReference:
-        new = self.lora is not None and cache_dir and not merged_adapter(self, cache_dir).exists()
-        result: ModelReference = merged(self, cache_dir=cache_dir, **settings)
-        if new and cache_dir:
-            content = json.dumps(_parents(self, options.transformers_cache), indent=1)
-            (merged_adapter(self, cache_dir) / STAMP).write_text(content, encoding="utf-8")
-        return result
-
-    ModelReference.merged = merge
-    try:
-        yield
-    finally:
-        ModelReference.merged = merged
+def stamp(reference: ModelReference, folder: Path, cache_dir: str | None) -> None:
+    """Record which adapter and model the model in ``folder`` was made from."""
+    (folder / STAMP).write_text(json.dumps(_parents(reference, cache_dir), indent=1), encoding="utf-8")
 
 
 def why_stale(reference: ModelReference, folder: Path, cache_dir: str | None) -> str | None:
     """Why the model in ``folder`` may not be that of the adapter and its base; None if it is."""
     try:
-        told = json.loads((folder / STAMP).read_text(encoding="utf-8"))
+        recorded = json.loads((folder / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        told = None
-    if told == _parents(reference, cache_dir):
+        recorded = None
+    if recorded == _parents(reference, cache_dir):
         return None
-    why = "was made of another version of it" if told else f"does not say of what it was made (no {STAMP})"
+    why = "was made from another version of it" if recorded else f"does not record its parents (no {STAMP})"
     return f"`{folder}` keeps a merge of `{reference}`, and {why}: remove that folder, and it is made again"
 
 
@@ -79,74 +64,65 @@ def _parents(reference: ModelReference, cache_dir: str | None) -> dict[str, str]
 
 
 def why_unfit(reference: ModelReference, options: MergeOptions) -> str | None:
-    """Why peft could not merge all of an adapter into its model, by loading it into a model without weights."""
-    name = str(reference.lora)
+    """Why peft could not merge all of an adapter into its model, by loading it into a model without weights.
+
+    None also where its files or the class of its model are missing, which other checks report.
+    """
+    name = f"the adapter `{reference.lora}`"
     place = Place(reference.lora.path, reference.lora.revision, options.transformers_cache)
-    file = next((path for one in WEIGHTS if (path := place.file(one))), None)
+    file = next((path for weights in WEIGHTS if (path := place.file(weights))), None)
     config = place.file(CONFIG)
     if file is None or config is None:
-        return None  # told by others
+        return None
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-        kind = content["peft_type"]
+        kind = json.loads(config.read_text(encoding="utf-8"))["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"the {CONFIG} of the adapter `{name}` is damaged ({error!r}): copy it again"
+        return f"the {CONFIG} of {name} is damaged ({error!r}): copy it again"
     try:
         tensors = dict(file_tensors(file))
     except ValueError as error:
-        return f"the adapter `{name}`: {error}"
+        return f"{name}: {error}"
     if not tensors:
-        return f"the adapter `{name}` has no tensors: train it, or leave it out"
+        return f"{name} has no tensors: train it, or leave it out"
     try:
         with _silent():
-            missing, unexpected = _load(reference, file.parent, options)
-    except _UnknownModelError:
-        return None  # told by others
-    except _NotMergeableError:
-        return f"`{name}` is a {kind} adapter, which cannot be merged into weights: choose a LoRA adapter"
-    except Exception as error:  # of whatever kind: it would end the run
-        told = " ".join(str(error).split())[:300] or type(error).__name__
-        return f"the adapter `{name}` does not fit `{reference.model}`: {told}"
-    for names, what in ((missing, "lacks"), (unexpected, "has tensors that fit nothing:")):
-        if names:
-            return f"the adapter `{name}` does not fit `{reference.model}`: it {what} {some(names)}"
-    return None
+            problem = _try_to_load(reference, file.parent, options, kind)
+    except Exception as error:  # peft and the model's class raise errors of all kinds, which would end the run
+        problem = f"does not fit `{reference.model}`: {' '.join(str(error).split())[:300] or type(error).__name__}"
+    return problem and f"{name} {problem}"
 
 
-class _NotMergeableError(Exception):
-    """This kind of adapter is no change of weights."""
-
-
-class _UnknownModelError(Exception):
-    """The config of the adapted model does not name its class."""
-
-
-def _load(reference: ModelReference, folder: Path, options: MergeOptions) -> tuple[list[str], list[str]]:
-    """Names that the adapter lacks, and those of its tensors that nothing takes."""
+def _try_to_load(reference: ModelReference, folder: Path, options: MergeOptions, kind: str) -> str | None:
+    """What is wrong with the adapter in ``folder``, as the rest of a sentence."""
     import peft
 
+    not_mergeable = f"is a {kind} adapter, which cannot be merged into weights: choose a LoRA adapter"
     settings = peft.PeftConfig.from_pretrained(str(folder))
     if settings.is_prompt_learning or settings.is_adaption_prompt:
-        raise _NotMergeableError
+        return not_mergeable
     settings.inference_mode = True
     if hasattr(settings, "init_lora_weights"):
-        settings.init_lora_weights = False  # others measure the weights, which are not there
+        settings.init_lora_weights = False  # some ways to initialise need the weights, which are not there
     own = reference.config(trust_remote_code=options.trust_remote_code)
     if not own.architectures:
-        raise _UnknownModelError
+        return None
     with torch.device("meta"):
         automatic = get_auto_cls(own.architectures[0])
         model = automatic.from_config(own, trust_remote_code=options.trust_remote_code)
         model = peft.get_peft_model(model, settings, low_cpu_mem_usage=True)
     if not hasattr(model, "merge_and_unload"):
-        raise _NotMergeableError
+        return not_mergeable
     tensors = peft.load_peft_weights(str(folder), device="cpu")
     for part, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"NaN or Inf in its `{part}`: its file is damaged or its training diverged")
     result: Any = peft.set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
     own_parts = {name for name, _ in model.named_parameters() if ".default" in name}
-    return [name for name in result.missing_keys if name in own_parts], [*result.unexpected_keys]
+    if missing := [name for name in result.missing_keys if name in own_parts]:
+        return f"does not fit `{reference.model}`: it lacks {some(missing)}"
+    if result.unexpected_keys:
+        return f"does not fit `{reference.model}`: it has tensors that fit nothing: {some(result.unexpected_keys)}"
+    return None
 
 
 @contextmanager

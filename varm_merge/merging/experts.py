@@ -1,27 +1,30 @@
 """Tensors that hold one matrix of every expert: their matrices, by name.
 
-transformers packs the experts of a layer into few tensors, whatever the checkpoint has: ``experts.gate_up_proj``
-[E, 2·I, H] holds two matrices of each of E experts, of the gate and of the up projection; ``experts.down_proj``
-[E, H, I] holds one. Granite's files call them ``input_linear`` and ``output_linear``. Each matrix is a unit at
-``matrix`` granularity, named as in checkpoints that keep experts apart: ``….experts.3.gate_proj.weight``.
+transformers packs the experts of a layer into few tensors, however the checkpoint stores them. In
+``experts.gate_up_proj`` [E, 2·I, H], each of the E experts has two matrices, the gate and the up projection; in
+``experts.down_proj`` [E, H, I] it has one. Granite's files call them ``input_linear`` and ``output_linear``. Each
+matrix is a unit at ``matrix`` granularity, named as in checkpoints that keep experts apart:
+``….experts.3.gate_proj.weight``.
 """
 
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-__all__ = ["PLAIN", "Layout", "layout_of", "matrices"]
+__all__ = ["PLAIN", "Layout", "layout_of", "layout_of_model", "layout_of_names", "matrices"]
 
 Cut = Callable[[Tensor], Tensor]
 """A view on the part of a packed tensor that is one expert's matrix."""
 
 _PACKED = re.compile(
-    r"(?P<place>.+\.experts)\.(?P<what>[a-z]\w*?)(?P<kind>_bias|\.weight|\.bias|)"
+    r"(?P<place>.+\.experts)\.(?P<projection>[a-z]\w*?)(?P<kind>_bias|\.weight|\.bias|)"
     r"|(?P<linear>.+)\.(?P<side>input_linear|output_linear)\.weight"
 )
-_HALVES = ("gate_proj", "up_proj")
+_SIDES = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
 
 
 @dataclass(frozen=True)
@@ -40,74 +43,62 @@ class Layout:
     hidden_size: int | None = None
 
     def axis(self, shape: Sequence[int]) -> int:
-        """Of one expert's matrix, along which its halves lie; ``shape`` is that of the matrix."""
+        """The axis along which the halves of one expert's matrix lie; ``shape`` is that of the matrix."""
         if (shape[0] == self.hidden_size) != (shape[1] == self.hidden_size):
             return int(shape[0] == self.hidden_size)
         return int(self.last)
 
 
 PLAIN = Layout()
-_LAYOUTS = {
-    "gpt_oss": Layout(last=True, interleaved=True),
-    **dict.fromkeys(
-        (
-            "aria",
-            "aria_text",
-            "llama4",
-            "llama4_text",
-            "openai_privacy_filter",
-            "qwen3_vl_moe",
-            "qwen3_vl_moe_text",
-        ),
-        Layout(last=True),
-    ),
-}
+_LAST = ("aria", "llama4", "openai_privacy_filter", "qwen3_vl_moe")
+_LAYOUTS = {"gpt_oss": Layout(last=True, interleaved=True), **dict.fromkeys(_LAST, Layout(last=True))}
 
 
 def layout_of(model_type: str | None, hidden_size: int | None = None) -> Layout:
     """The layout of an architecture, by the ``model_type`` and ``hidden_size`` of its config."""
-    return replace(_LAYOUTS.get(model_type or "", PLAIN), hidden_size=hidden_size)
+    return replace(_LAYOUTS.get((model_type or "").removesuffix("_text"), PLAIN), hidden_size=hidden_size)
+
+
+def layout_of_model(config: Any) -> Layout:
+    """The layout of the model with a transformers config."""
+    text = config.get_text_config()
+    return layout_of(getattr(text, "model_type", None), getattr(text, "hidden_size", None))
+
+
+def layout_of_names(names: Sequence[str]) -> Layout:
+    """The layout where only the names of the tensors are known: the biases of gpt-oss have a name of their own."""
+    return layout_of("gpt_oss" if any(name.endswith(".experts.gate_up_proj_bias") for name in names) else None)
 
 
 def matrices(name: str | None, shape: Sequence[int], layout: Layout) -> list[tuple[str, Cut]]:
-    """Name and cut of each expert's matrix (or bias) in a packed tensor; empty for any other tensor.
-
-    Args:
-        name: Of the tensor.
-        shape: [experts, …].
-        layout: Of its architecture.
-    """
-    found = _PACKED.fullmatch(name or "")
-    if found is None:
+    """Name and cut of each expert's matrix (or bias) in a packed tensor [experts, …]; empty for other tensors."""
+    match = _PACKED.fullmatch(name or "")
+    if match is None:
         return []
-    is_bias = found["kind"] in ("_bias", ".bias")
-    if len(shape) != (2 if is_bias else 3):
+    kind = "bias" if match["kind"] in ("_bias", ".bias") else "weight"
+    if len(shape) != (2 if kind == "bias" else 3):
         return []
-    return list(_matrices(found, shape, layout, is_bias))
+    return list(_matrices(match, shape, layout, kind))
 
 
 def _matrices(
-    found: "re.Match[str]", shape: Sequence[int], layout: Layout, is_bias: bool
+    match: "re.Match[str]", shape: Sequence[int], layout: Layout, kind: str
 ) -> Iterator[tuple[str, Cut]]:
-    place = found["place"] or f"{found['linear']}.experts"
-    what = found["what"] or {"input_linear": "gate_up_proj", "output_linear": "down_proj"}[found["side"]]
-    axis = 0 if is_bias else layout.axis(shape[1:])
-    fused = what == "gate_up_proj" and shape[1 + axis] % 2 == 0
+    place = match["place"] or f"{match['linear']}.experts"
+    projection = match["projection"] or _SIDES[match["side"]]
+    axis = 0 if kind == "bias" else layout.axis(shape[1:])
+    size = shape[1 + axis]
     for expert in range(shape[0]):
-        for half, projection in enumerate(_HALVES if fused else (what,)):
-            kind = "bias" if is_bias else "weight"
-            yield f"{place}.{expert}.{projection}.{kind}", _cut(expert, half if fused else None, axis, layout)
+        stem = f"{place}.{expert}"
+        if projection == "gate_up_proj" and size % 2 == 0:
+            gate, up = slice(0, size // 2), slice(size // 2, None)
+            if layout.interleaved:
+                gate, up = slice(0, None, 2), slice(1, None, 2)
+            yield f"{stem}.gate_proj.{kind}", partial(_cut, expert, axis, gate)
+            yield f"{stem}.up_proj.{kind}", partial(_cut, expert, axis, up)
+        else:
+            yield f"{stem}.{projection}.{kind}", partial(_cut, expert, axis, slice(None))
 
 
-def _cut(expert: int, half: int | None, axis: int, layout: Layout) -> Cut:
-    def cut(packed: Tensor) -> Tensor:
-        matrix = packed[expert]
-        if half is None:
-            return matrix
-        if layout.interleaved:
-            index = [slice(None)] * axis + [slice(half, None, 2)]
-            return matrix[tuple(index)]
-        size = matrix.shape[axis] // 2
-        return matrix.narrow(axis, half * size, size)
-
-    return cut
+def _cut(expert: int, axis: int, rows: slice, packed: Tensor) -> Tensor:
+    return packed[expert][(slice(None),) * axis + (rows,)]

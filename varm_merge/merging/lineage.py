@@ -1,8 +1,8 @@
-"""Whether the targets of a recipe were fine-tuned from its base model, as far as they tell.
+"""Whether the targets of a recipe were fine-tuned from its base model, as far as they record it.
 
-A target made by ``fusion-trainer train`` carries a ``fusion.json`` with the fingerprint of its pivot's weights:
-the SHA-256 of the JSON list of [file name, SHA-256 of its content] of the safetensors files, ascending by name.
-The files of a Hub model are known by hash without being read.
+A target made by ``fusion-trainer train`` has a ``fusion.json`` with the fingerprint of its pivot's weights: the
+SHA-256 of the JSON list of [file name, SHA-256 of its content] of the safetensors files, ascending by name. The
+files of a Hub model are known by hash without being read.
 """
 
 import json
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import yaml
@@ -18,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 
 from varm_common.checkpoints import WeightFiles, choose_weight_files, fingerprint, fingerprint_of, weight_files
 
-__all__ = ["Place", "base_models_told", "files_on_the_hub", "foreign_targets", "weights_fingerprint"]
+__all__ = ["FUSION", "Place", "base_models_told", "files_on_the_hub", "foreign_targets", "weights_fingerprint"]
 
 FUSION = "fusion.json"
 CARD = "README.md"
@@ -36,17 +35,16 @@ class Place:
         """Its folder, or for a Hub id its snapshot in the cache; None if it has none."""
         if Path(self.path).is_dir():
             return Path(self.path)
-        try:
+        with suppress(OSError):  # it is not in the cache
             return Path(
                 huggingface_hub.snapshot_download(
                     self.path, revision=self.revision, cache_dir=self.cache_dir, local_files_only=True
                 )
             )
-        except (LocalEntryNotFoundError, OSError):
-            return None
+        return None
 
     def file(self, name: str) -> Path | None:
-        """One of its files, from the Hub if need be; None if it has none of this name, or the Hub cannot be asked.
+        """One of its files, downloaded if need be; None if it has none of this name, or the Hub is not reached.
 
         Raises:
             OSError: The Hub refuses it.
@@ -59,13 +57,14 @@ class Place:
                 huggingface_hub.hf_hub_download(self.path, name, revision=self.revision, cache_dir=self.cache_dir)
             )
         except LocalEntryNotFoundError as error:
-            if isinstance(error.__cause__, HfHubHTTPError):
-                raise OSError(_first_line(error.__cause__)) from error
-            return None
+            answer: BaseException | None = error.__cause__
         except EntryNotFoundError:
             return None
         except HfHubHTTPError as error:
-            raise OSError(_first_line(error)) from error
+            answer = error
+        if isinstance(answer, HfHubHTTPError):
+            raise OSError(" ".join(str(answer).split("\n\n")[0].split())) from answer
+        return None
 
     def weights(self) -> list[Path]:
         """Its weight files, if all of them are here."""
@@ -75,20 +74,24 @@ class Place:
 
 
 def foreign_targets(pivot: Place, targets: Sequence[Place]) -> Iterator[tuple[int, str]]:
-    """Targets that say they come from another pivot: their number, and what they say.
+    """Targets that were fine-tuned from another pivot: their number, and the name of that pivot.
 
     Raises:
-        ValueError: A ``fusion.json`` is none.
+        ValueError: A ``fusion.json`` has no pivot.
     """
-    found: str | None = None
+    own_weights: str | None = None
     for number, target in enumerate(targets):
-        told = target.file(FUSION)
-        if told is None:
+        path = target.file(FUSION)
+        if path is None:
             continue
-        pivot_of_target = _pivot_told(told)
-        found = found or weights_fingerprint(pivot)
-        if found != pivot_of_target["weights"]:
-            yield number, str(pivot_of_target["model"])
+        try:
+            recorded = json.loads(path.read_text(encoding="utf-8"))["pivot"]
+            model, weights = str(recorded["model"]), str(recorded["weights"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"`{path}` does not name a pivot: {error}") from error
+        own_weights = own_weights or weights_fingerprint(pivot)
+        if own_weights != weights:
+            yield number, model
 
 
 def base_models_told(place: Place) -> list[str]:
@@ -99,19 +102,7 @@ def base_models_told(place: Place) -> list[str]:
     except (ValueError, OSError, yaml.YAMLError):
         return []
     named = (metadata or {}).get("base_model") or []
-    return [str(one) for one in (named if isinstance(named, list) else [named])]
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split("\n\n")[0].split())
-
-
-def _pivot_told(path: Path) -> dict[str, Any]:
-    try:
-        pivot = json.loads(path.read_text(encoding="utf-8"))["pivot"]
-        return {"model": str(pivot["model"]), "weights": str(pivot["weights"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"`{path}` does not tell a pivot: {error}") from error
+    return [str(model) for model in (named if isinstance(named, list) else [named])]
 
 
 def weights_fingerprint(place: Place) -> str:
@@ -123,12 +114,12 @@ def weights_fingerprint(place: Place) -> str:
     if Path(place.path).is_dir():
         return fingerprint(Path(place.path))
     with suppress(OSError, ValueError):  # parts of it are not in the cache
-        if (folder := place.folder()) is not None and (found := fingerprint(folder)):
-            return found
+        if (folder := place.folder()) is not None and (known := fingerprint(folder)):
+            return known
     info = huggingface_hub.HfApi().model_info(place.path, revision=place.revision, files_metadata=True)
-    known = {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}
+    hashes = {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}
     chosen = files_on_the_hub(place, {file.rfilename for file in info.siblings or []})
-    return fingerprint_of([(name, known[name]) for name in chosen.names if name in known])
+    return fingerprint_of([(name, hashes[name]) for name in chosen.names if name in hashes])
 
 
 def files_on_the_hub(place: Place, names: set[str]) -> WeightFiles:

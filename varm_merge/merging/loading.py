@@ -1,4 +1,4 @@
-"""What transformers would make of tensors without data: which it misses, and which it does not expect."""
+"""How transformers would load tensors without data: which it misses, and which it does not expect."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ SHOWN = 6
 
 
 class Unloadable(Exception):  # noqa: N818  no error: a class of its own may do without transformers
-    """The model's class is not known, or does not say what it loads."""
+    """The model's class is not known, or cannot say what it loads."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What ``from_pretrained`` says.
+    """The report of ``from_pretrained``.
 
     Attributes:
         missing: Names of the model's tensors that would be random; tied ones are not among them.
@@ -42,7 +42,7 @@ def loaded(config: Any, tensors: Mapping[str, torch.Tensor], code: Any = None) -
         code: mergekit's ``ModelPath`` of a model whose own code may be run; None for none.
 
     Raises:
-        Unloadable: It cannot tell.
+        Unloadable: The model's class is not known, or cannot say what it loads.
     """
     from transformers.utils import logging
 
@@ -58,16 +58,15 @@ def loaded(config: Any, tensors: Mapping[str, torch.Tensor], code: Any = None) -
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except Exception as error:  # of whatever kind: a class may raise anything
+    except Exception as error:  # a model's class may raise anything
         raise Unloadable(str(error)) from error
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-    wrong = sorted((str(name), tuple(given), tuple(wanted)) for name, given, wanted in info["mismatched_keys"])
-    mismatched = {name: (given, wanted) for name, given, wanted in wrong}
+    mismatched = {str(name): (tuple(given), tuple(wanted)) for name, given, wanted in info["mismatched_keys"]}
     missing = frozenset(info["missing_keys"]) - mismatched.keys()
-    return Loaded(missing, frozenset(info["unexpected_keys"]), mismatched)
+    return Loaded(missing, frozenset(info["unexpected_keys"]), dict(sorted(mismatched.items())))
 
 
 def _model_class(config: Any, code: Any) -> Any:
@@ -75,10 +74,9 @@ def _model_class(config: Any, code: Any) -> Any:
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     name = config.architectures[0]
-    classes = [one for one in (getattr(config, "auto_map", None) or {}).values() if isinstance(one, str)]
-    own = next((one for one in classes if one.endswith(f".{name}")), None)
-    if own is not None and code is not None:
-        return get_class_from_dynamic_module(own, code.path, revision=code.revision)
+    for class_path in (getattr(config, "auto_map", None) or {}).values():
+        if code is not None and str(class_path).endswith(f".{name}"):
+            return get_class_from_dynamic_module(class_path, code.path, revision=code.revision)
     return getattr(transformers, name)
 
 
@@ -88,13 +86,13 @@ def numberless(name: str) -> str:
 
 
 def patterns(names: Sequence[str]) -> str:
-    """Names, shortened by pattern, and how many tensors they are."""
-    counts: dict[str, list[str]] = {}
+    """Names, shortened by pattern, and the number of tensors."""
+    members: dict[str, list[str]] = {}
     for name in names:
-        counts.setdefault(numberless(name), []).append(name)
+        members.setdefault(numberless(name), []).append(name)
     shown = ", ".join(
-        f"`{members[0]}`" if not members[1:] else f"`{pattern}` ({len(members)})"
-        for pattern, members in list(counts.items())[:SHOWN]
+        f"`{pattern}` ({len(own)})" if len(own) > 1 else f"`{own[0]}`"
+        for pattern, own in list(members.items())[:SHOWN]
     )
-    more = f" and {len(counts) - SHOWN} more kinds" if len(counts) > SHOWN else ""
+    more = f" and {len(members) - SHOWN} more kinds" if len(members) > SHOWN else ""
     return f"{shown}{more}" if len(names) == 1 else f"{shown}{more}: {len(names)} tensors"

@@ -1,13 +1,13 @@
 """``merge_method: varm``: the registered merge method and its parameters.
 
-Through ``merge_state_dicts`` the method gets all tensors in one call and forms its units over them. In a
-``mergekit-yaml`` run it gets one tensor at a time; ``planner`` then hands it the statistics of the tensor's
-unit, gathered by a pass of their own.
+``merge_state_dicts`` gives the method all tensors in one call, and the method forms its units over them. A
+``mergekit-yaml`` run gives it one tensor at a time. ``tasks`` then passes the ``Unit`` of that tensor, with
+statistics that were measured before.
 """
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -15,21 +15,19 @@ from mergekit import merge_methods
 from mergekit.merge_methods import (
     BasePolicy,
     BatchOptions,
-    GroupMergeMethod,
     InputContract,
+    MergeMethod,
     MergeMethodSpec,
     OptionalTensorPolicy,
     ParameterScope,
-    TensorEntry,
     TensorGroup,
-    TensorMetadata,
 )
 from mergekit.merge_methods.base import ParameterSpec
 from pydantic import Field
 
 from varm_common.errors import UserError
 from varm_merge.merging import tensor_math
-from varm_merge.merging.experts import PLAIN, Layout, layout_of, matrices
+from varm_merge.merging.experts import PLAIN, Layout, layout_of_names, matrices
 from varm_merge.merging.weight_log import UnitRecord, WeightLog
 from varm_merge.merging.weights import (
     SPANNING,
@@ -60,13 +58,13 @@ __all__ = [
 
 METHOD_NAME = "varm"
 UNIT = "unit"
-"""Key under which ``planner`` adds a tensor's ``Unit`` to the parameters of a call."""
+"""Key of a tensor's ``Unit`` among the parameters of a call."""
 
 _FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def _parameter(name: str, value_type: Any, description: str) -> ParameterSpec:
-    default = Settings.__dataclass_fields__[name].default
+    default = getattr(Settings, name)
     return ParameterSpec(name, value_type, ParameterScope.SHARED, default=default, description=description)
 
 
@@ -89,25 +87,25 @@ SPEC = MergeMethodSpec(
 
 @dataclass
 class Unit:
-    """What a call needs to know of the unit its tensor belongs to.
+    """The unit of the tensor that is merged.
 
-    ``statistics`` is None where the unit is this tensor alone: the method then measures it itself.
+    Attributes:
+        name: Of the unit.
+        granularity: Of the unit.
+        statistics: Of the whole unit; None where the unit is this tensor, which is then measured by the method.
+        log: Records the weights of a unit of one tensor.
+        layout: How the tensor packs experts.
     """
 
     name: str
     granularity: Granularity
     statistics: UnitStatistics | None = None
     log: WeightLog | None = None
-    settings_by_tensor: dict[str, Settings] = field(default_factory=dict)
     layout: Layout = PLAIN
 
 
 class NonFiniteError(UserError):
-    """An input has NaN or Inf.
-
-    Attributes:
-        model: Whose tensor it is.
-    """
+    """The tensor of ``model`` has NaN or Inf."""
 
     def __init__(self, message: str, model: Hashable) -> None:
         super().__init__(message)
@@ -115,23 +113,19 @@ class NonFiniteError(UserError):
 
 
 class DtypeError(UserError):
-    """A value does not fit into a dtype of the recipe.
-
-    Attributes:
-        key: ``dtype`` or ``out_dtype``.
-    """
+    """A value does not fit into the dtype that the recipe gives under ``key``: ``dtype`` or ``out_dtype``."""
 
     def __init__(self, message: str, key: str) -> None:
         super().__init__(message)
         self.key = key
 
 
-class VarmMethod(GroupMergeMethod):  # type: ignore[misc]
+class VarmMethod(MergeMethod):  # type: ignore[misc]
     """Variation Ratio Merge (FusionChat, arXiv 2402.16107, section 3.3) and SCE (FuseChat, EMNLP 2025)."""
 
     spec = SPEC
     refusal: str | None = None
-    """Why this installation cannot merge, set where mergekit's internals are not those ``planner`` knows."""
+    """Why this installation cannot merge, where mergekit's internals are not the expected ones."""
 
     def validate_inputs(
         self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
@@ -141,15 +135,8 @@ class VarmMethod(GroupMergeMethod):  # type: ignore[misc]
             raise UserError(self.refusal)
         try:
             super().validate_inputs(input_ids, base_id, group_name=group_name)
-        except UserError:
-            raise
         except ValueError as error:
             raise UserError(_explain_inputs(input_ids, base_id, group_name) or str(error)) from None
-
-    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
-        """Merge one tensor; ``parameters`` are those of ``SPEC``, and ``UNIT``."""
-        (result,) = self._execute((group,), [parameters], BatchOptions(), input_dtypes=[None])
-        return result
 
     def _execute(
         self,
@@ -157,180 +144,22 @@ class VarmMethod(GroupMergeMethod):  # type: ignore[misc]
         parameters: list[dict[str, Any]],
         options: BatchOptions,
         *,
-        input_dtypes: Sequence[torch.dtype | None],
+        input_dtypes: Sequence[torch.dtype],
         out_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        calls = [
-            _Call.of(group, call_parameters, dtype)
-            for group, call_parameters, dtype in zip(groups, parameters, input_dtypes, strict=True)
-        ]
+        """Called by mergekit; ``parameters`` of a group are those of ``SPEC``, and ``UNIT`` where it is known."""
         with torch.no_grad():
-            _form_units([call for call in calls if call.unit is None])
-            return tuple(call.merge(out_dtype) for call in calls)
-
-
-@dataclass
-class _Call:
-    """One tensor on its way through the method."""
-
-    group: TensorGroup
-    settings: Settings
-    unit: Unit | None
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, group: TensorGroup, parameters: Mapping[str, Any], dtype: torch.dtype | None) -> "_Call":
-        named = {spec.name: parameters[spec.name] for spec in SPEC.parameters if spec.name in parameters}
-        dtype = dtype or _promoted(group.entries)
-        return cls(group, Settings(**named), parameters.get(UNIT), dtype)
-
-    def merge(self, out_dtype: torch.dtype | None) -> torch.Tensor:
-        group, unit = _narrowed(self.group, self.dtype), self.unit
-        pivot = group.base
-        assert pivot is not None
-        assert unit is not None
-        name = str(group.metadata.name)
-        out = torch.empty(pivot.tensor.shape, dtype=out_dtype or self.dtype, device=pivot.tensor.device)
-        parts = parts_of(group, self.settings, unit.layout)
-        merged = [self._merge_part(part, cut(out)) for _, part, cut in parts]
-        if unit.log is not None and unit.statistics is None:
-            if unit.granularity == "parameter":  # one record for the tensor
-                merged, parts = [_pooled(merged, parts)], [(unit.name, group, _whole)]
-            for (part_name, part, _), (statistics, weights) in zip(parts, merged, strict=True):
-                unit_name = part_name if len(parts) > 1 else unit.name
-                elements = part.entries[0].tensor.numel()
-                means: dict[Hashable, float] = statistics.means()
-                unit.log.add(UnitRecord(unit_name, unit.granularity, [name], elements, means, weights))
-        refuse_overflow(name, out, self.dtype)
-        return out
-
-    def _merge_part(self, group: TensorGroup, place: torch.Tensor) -> tuple[UnitStatistics, dict[Hashable, float]]:
-        """Merge a tensor, or one expert's matrix, into ``place``; its statistics and weights."""
-        unit, settings, pivot = self.unit, self.settings, group.base
-        assert pivot is not None
-        assert unit is not None
-        ids = [target.id for target in group.non_base]
-        tensors = [target.tensor for target in group.non_base]
-        selection = selection_of(group, settings)
-        out = place if place.is_contiguous() else torch.empty_like(place, memory_format=torch.contiguous_format)
-
-        def blend_elements(
-            weights: Sequence[float] | tensor_math.ElementWeights,
-        ) -> tuple[list[float], list[float]]:
-            return tensor_math.blend_elements(
-                pivot.tensor,
-                tensors,
-                weights,
-                out,
-                selection=selection,
-                erase_minority=settings.erase_minority,
-            )
-
-        if unit.granularity == "parameter":
-            statistic_sums, weight_sums = blend_elements(tensor_math.ElementWeights(*settings.weighting))
-            statistics = _checked(group, statistic_sums)
-            weights = {target: total / max(out.numel(), 1) for target, total in zip(ids, weight_sums, strict=True)}
-        else:
-            statistics = unit.statistics or _part_statistics(group, settings, selection)
-            weights = statistics.weights(settings, ids)
-            if not any(statistics.sums.values()):
-                out.copy_(pivot.tensor)
-            elif selection is None and not settings.erase_minority:
-                tensor_math.blend(tensors, list(weights.values()), out)
+            settings = [
+                Settings(**{name: value for name, value in own.items() if name != UNIT}) for own in parameters
+            ]
+            if UNIT in parameters[0]:
+                units = [own[UNIT] for own in parameters]
             else:
-                blend_elements(list(weights.values()))
-        if out is not place:
-            place.copy_(out)
-        return statistics, weights
-
-
-Part = tuple[str, TensorGroup, Callable[[torch.Tensor], torch.Tensor]]
-"""Name, inputs, and place in the tensor."""
-
-
-def parts_of(group: TensorGroup, settings: Settings, layout: Layout) -> list[Part]:
-    """The matrices that a tensor consists of where it packs experts and that matters; else the tensor itself.
-
-    It matters at ``matrix`` granularity, and to the selection, which is made within one matrix.
-    """
-    name, shape = group.metadata.name, group.entries[0].tensor.shape
-    if settings.granularity != "matrix" and settings.select_topk >= 1:
-        return [(str(name), group, _whole)]
-    cuts = matrices(name, shape, layout)
-    if not cuts:
-        return [(str(name), group, _whole)]
-    return [(part_name, _cut(group, cut), cut) for part_name, cut in cuts]
-
-
-def _cut(group: TensorGroup, cut: Callable[[torch.Tensor], torch.Tensor]) -> TensorGroup:
-    entries = [TensorEntry(entry.id, cut(entry.tensor), entry.is_base) for entry in group.entries]
-    return TensorGroup(tuple(entries), TensorMetadata(name=group.metadata.name))
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _pooled(
-    merged: Sequence[tuple[UnitStatistics, dict[Hashable, float]]], parts: Sequence[Part]
-) -> tuple[UnitStatistics, dict[Hashable, float]]:
-    """The statistics and mean weights of a tensor at ``parameter`` granularity, from those of its parts."""
-    if len(merged) == 1:
-        return merged[0]
-    statistics, weights = UnitStatistics(), dict.fromkeys(merged[0][1], 0.0)
-    sizes = [part.entries[0].tensor.numel() for _, part, _ in parts]
-    for (own, own_weights), size in zip(merged, sizes, strict=True):
-        statistics.merge(own)
-        for target, weight in own_weights.items():
-            weights[target] += weight * size / max(sum(sizes), 1)
-    return statistics, weights
-
-
-def refuse_overflow(name: str, written: torch.Tensor, computed: torch.dtype) -> None:
-    """Raise ``DtypeError`` where a finite result did not fit into the dtype that is ``written``."""
-    if not written.is_floating_point() or torch.finfo(written.dtype).max >= torch.finfo(computed).max:
-        return
-    if not bool(torch.isfinite(written).all()):
-        dtype = str(written.dtype).removeprefix("torch.")
-        raise DtypeError(
-            f"the merged tensor `{name}` has values beyond {torch.finfo(written.dtype).max:g}, the largest of "
-            f"`out_dtype: {dtype}`; write it in bfloat16 or float32",
-            "out_dtype",
-        )
-
-
-def tensor_statistics(group: TensorGroup, settings: Settings, layout: Layout = PLAIN) -> UnitStatistics:
-    """Σ Δ² (or Σ |Δ|) of one tensor, by target.
-
-    Raises ``UserError`` naming model and tensor where an input holds NaN or Inf.
-    """
-    statistics = UnitStatistics()
-    for _, part, _ in parts_of(group, settings, layout):
-        statistics.merge(_part_statistics(part, settings, selection_of(part, settings)))
-    return statistics
-
-
-def _part_statistics(
-    group: TensorGroup, settings: Settings, selection: tensor_math.Selection | None
-) -> UnitStatistics:
-    assert group.base is not None
-    targets = [target.tensor for target in group.non_base]
-    return _checked(group, tensor_math.delta_sums(group.base.tensor, targets, settings.statistic, selection))
-
-
-def conflict(unit: str, settings_by_tensor: Mapping[str, Settings]) -> str | None:
-    """Why the tensors of one unit cannot share weights, or None where they can."""
-    first, *others = settings_by_tensor.items()
-    for name, settings in others:
-        for option in ("statistic", "normalization", "temperature"):
-            one, other = getattr(first[1], option), getattr(settings, option)
-            if one != other:
-                return (
-                    f"unit `{unit}` ({settings.granularity} granularity) cannot have two values of `{option}`: "
-                    f"{one} for {first[0]}, {other} for {name}. Give all tensors of the unit the same value, "
-                    "or use a finer granularity for some of them."
-                )
-    return None
+                units = _form_units(groups, settings, input_dtypes)
+            return tuple(
+                _merge(_narrowed(group, dtype), own, unit, dtype, out_dtype or dtype)
+                for group, own, unit, dtype in zip(groups, settings, units, input_dtypes, strict=True)
+            )
 
 
 def register() -> None:
@@ -345,80 +174,139 @@ def refuse(reason: str) -> None:
     merge_methods.get(METHOD_NAME).refusal = reason
 
 
-def _form_units(calls: Sequence[_Call]) -> None:
-    """Give each tensor of one call of the method its unit, formed over the tensors that were given."""
-    units: dict[tuple[str, str], Unit] = {}
-    names = [str(call.group.metadata.name) for call in calls]
-    layout = layout_of("gpt_oss" if any(name.endswith(".experts.gate_up_proj_bias") for name in names) else None)
-    for call in calls:
-        name, granularity = call.group.metadata.name, call.settings.granularity
-        if granularity not in SPANNING:
-            call.unit = Unit(str(name), granularity, layout=layout)
-            continue
-        if len(calls) == 1 or name is None:
-            raise UserError(
-                f"granularity `{granularity}` needs all tensors of the unit in one call, and varm was given "
-                f"{'a tensor without a name' if name is None else f'only `{name}`'}. Merge with "
-                "merge_state_dicts, or with mergekit-yaml (if this was mergekit-yaml, run `varm-merge doctor`), "
-                "or use granularity `matrix`."
-            )
-        unit_name = unit_of(name, granularity, block_of(name))
-        unit = Unit(unit_name, granularity, UnitStatistics(), layout=layout)
-        call.unit = units.setdefault((granularity, unit_name), unit)
-        call.unit.settings_by_tensor[name] = call.settings
-    for unit in units.values():
-        if message := conflict(unit.name, unit.settings_by_tensor):
-            raise UserError(message)
-    for call in calls:
-        if call.unit is not None and call.unit.statistics is not None:
-            group = _narrowed(call.group, call.dtype)
-            call.unit.statistics.merge(tensor_statistics(group, call.settings, layout))
+# Merging one tensor
 
 
-def _checked(group: TensorGroup, sums: Sequence[float]) -> UnitStatistics:
-    if not all(math.isfinite(value) for value in sums):
-        raise _nonfinite(group)
-    statistics = UnitStatistics()
-    statistics.add(
-        {target.id: value for target, value in zip(group.non_base, sums, strict=True)},
-        group.entries[0].tensor.numel(),
-    )
-    return statistics
+def _merge(
+    group: TensorGroup, settings: Settings, unit: Unit, dtype: torch.dtype, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """Merge one tensor, and record its weights where it is a unit of its own."""
+    pivot, name = group.base.tensor, str(group.metadata.name)
+    out = torch.empty(pivot.shape, dtype=out_dtype, device=pivot.device)
+    parts = parts_of(group, settings, unit.layout)
+    merged = [_merge_part(part, settings, unit, cut(out)) for _, part, cut in parts]
+    if unit.log is not None and unit.statistics is None:
+        names = [part_name for part_name, _, _ in parts] if len(parts) > 1 else [unit.name]
+        sizes = [part.base.tensor.numel() for _, part, _ in parts]
+        if unit.granularity == "parameter":  # one record for the tensor
+            names, merged, sizes = [unit.name], [_pooled(merged, sizes)], [sum(sizes)]
+        for unit_name, (statistics, weights), elements in zip(names, merged, sizes, strict=True):
+            unit.log.add(UnitRecord(unit_name, unit.granularity, [name], elements, statistics.means(), weights))
+    refuse_overflow(name, out, dtype)
+    return out
 
 
-def selection_of(group: TensorGroup, settings: Settings) -> tensor_math.Selection | None:
-    if settings.select_topk >= 1 or len(group.non_base) < 2:  # nothing varies across one target
-        return None
-    assert group.base is not None
-    return tensor_math.select(
-        group.base.tensor, [target.tensor for target in group.non_base], settings.select_topk
-    )
+def _merge_part(
+    group: TensorGroup, settings: Settings, unit: Unit, place: torch.Tensor
+) -> tuple[UnitStatistics, dict[Hashable, float]]:
+    """Merge a tensor, or one expert's matrix, into ``place``; its statistics and weights."""
+    pivot, ids = group.base.tensor, [target.id for target in group.non_base]
+    targets = [target.tensor for target in group.non_base]
+    selection = selection_of(group, settings)
+    out = place if place.is_contiguous() else torch.empty_like(place, memory_format=torch.contiguous_format)
+    steps: dict[str, Any] = {"selection": selection, "erase_minority": settings.erase_minority}
+    if unit.granularity == "parameter":
+        rule = tensor_math.ElementWeights(*settings.weighting)
+        statistic_sums, weight_sums = tensor_math.blend_elements(pivot, targets, rule, out, **steps)
+        statistics = _checked(group, statistic_sums)
+        weights = {target: total / max(out.numel(), 1) for target, total in zip(ids, weight_sums, strict=True)}
+    else:
+        statistics = unit.statistics or _part_statistics(group, settings, selection)
+        weights = statistics.weights(settings, ids)
+        if not any(statistics.sums.values()):
+            out.copy_(pivot)
+        elif selection is None and not settings.erase_minority:
+            tensor_math.blend(targets, list(weights.values()), out)
+        else:
+            tensor_math.blend_elements(pivot, targets, list(weights.values()), out, **steps)
+    if out is not place:
+        place.copy_(out)
+    return statistics, weights
 
 
-def _promoted(entries: Sequence[TensorEntry]) -> torch.dtype:
-    dtype: torch.dtype = entries[0].tensor.dtype
-    for entry in entries[1:]:
-        dtype = torch.promote_types(dtype, entry.tensor.dtype)
-    return dtype
+Part = tuple[str, TensorGroup, Callable[[torch.Tensor], torch.Tensor]]
+"""Name, inputs, and a view on the part's place in the tensor."""
+
+
+def parts_of(group: TensorGroup, settings: Settings, layout: Layout) -> list[Part]:
+    """The matrices of a tensor that packs experts, where they matter; otherwise the tensor itself.
+
+    They matter at ``matrix`` granularity, and to the selection, which is made within one matrix.
+    """
+    name = group.metadata.name
+    matter = settings.granularity == "matrix" or settings.select_topk < 1
+    cuts = matrices(name, group.base.tensor.shape, layout) if matter else []
+    parts = [(part_name, _mapped(group, cut), cut) for part_name, cut in cuts]
+    return parts or [(str(name), group, lambda tensor: tensor)]
+
+
+def _mapped(group: TensorGroup, function: Callable[[torch.Tensor], torch.Tensor]) -> TensorGroup:
+    entries = tuple(replace(entry, tensor=function(entry.tensor)) for entry in group.entries)
+    return replace(group, entries=entries)
 
 
 def _narrowed(group: TensorGroup, dtype: torch.dtype) -> TensorGroup:
     """Cast the inputs that an explicit ``dtype`` rounds; widening happens chunk by chunk and is exact."""
     if all(torch.promote_types(entry.tensor.dtype, dtype) == dtype for entry in group.entries):
         return group
-    entries = [TensorEntry(entry.id, entry.tensor.to(dtype), entry.is_base) for entry in group.entries]
-    return TensorGroup(tuple(entries), group.metadata)
+    return _mapped(group, lambda tensor: tensor.to(dtype))
 
 
-def _explain_inputs(input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: str | None) -> str | None:
-    where = f" of `{group_name}`" if group_name else ""
-    if base_id is None:
-        return f"varm needs a base_model{where}: the pivot that the targets were fine-tuned from."
-    if base_id not in input_ids:
-        return f"the pivot {base_id} has no tensor `{group_name}`, so the targets have no deltas there."
-    if list(input_ids) == [base_id]:
-        return f"varm needs at least one target{where} beside the base_model {base_id}."
-    return None
+def _pooled(
+    merged: Sequence[tuple[UnitStatistics, dict[Hashable, float]]], sizes: Sequence[int]
+) -> tuple[UnitStatistics, dict[Hashable, float]]:
+    """The statistics and mean weights of a tensor at ``parameter`` granularity, from those of its parts."""
+    if len(merged) == 1:
+        return merged[0]
+    statistics, weights = UnitStatistics(), dict.fromkeys(merged[0][1], 0.0)
+    for (part_statistics, part_weights), size in zip(merged, sizes, strict=True):
+        statistics.merge(part_statistics)
+        for target, weight in part_weights.items():
+            weights[target] += weight * size / max(sum(sizes), 1)
+    return statistics, weights
+
+
+def refuse_overflow(name: str, written: torch.Tensor, computed: torch.dtype) -> None:
+    """Raise ``DtypeError`` where a finite result did not fit into the dtype that is ``written``."""
+    largest = torch.finfo(written.dtype).max
+    if largest < torch.finfo(computed).max and not bool(torch.isfinite(written).all()):
+        dtype = str(written.dtype).removeprefix("torch.")
+        raise DtypeError(
+            f"the merged tensor `{name}` has values beyond {largest:g}, the largest of "
+            f"`out_dtype: {dtype}`; write it in bfloat16 or float32",
+            "out_dtype",
+        )
+
+
+# Statistics
+
+
+def tensor_statistics(group: TensorGroup, settings: Settings, layout: Layout = PLAIN) -> UnitStatistics:
+    """Σ Δ² (or Σ |Δ|) of one tensor, by target.
+
+    Raises:
+        UserError: An input holds NaN or Inf; the message names model and tensor.
+    """
+    statistics = UnitStatistics()
+    for _, part, _ in parts_of(group, settings, layout):
+        statistics.merge(_part_statistics(part, settings, selection_of(part, settings)))
+    return statistics
+
+
+def _part_statistics(
+    group: TensorGroup, settings: Settings, selection: tensor_math.Selection | None
+) -> UnitStatistics:
+    targets = [target.tensor for target in group.non_base]
+    return _checked(group, tensor_math.delta_sums(group.base.tensor, targets, settings.statistic, selection))
+
+
+def _checked(group: TensorGroup, sums: Sequence[float]) -> UnitStatistics:
+    if not all(math.isfinite(value) for value in sums):
+        raise _nonfinite(group)
+    statistics = UnitStatistics()
+    sums_by_target = {target.id: value for target, value in zip(group.non_base, sums, strict=True)}
+    statistics.add(sums_by_target, group.base.tensor.numel())
+    return statistics
 
 
 def _nonfinite(group: TensorGroup) -> UserError:
@@ -435,6 +323,76 @@ def _nonfinite(group: TensorGroup) -> UserError:
         f"the deltas of tensor `{group.metadata.name}` are too large for float64 statistics; "
         "the checkpoints do not share a pivot."
     )
+
+
+def selection_of(group: TensorGroup, settings: Settings) -> tensor_math.Selection | None:
+    """SCE's selection of elements; None where all are kept, as with one target, which has no variance."""
+    if settings.select_topk >= 1 or len(group.non_base) < 2:
+        return None
+    return tensor_math.select(
+        group.base.tensor, [target.tensor for target in group.non_base], settings.select_topk
+    )
+
+
+# Units of merge_state_dicts
+
+
+def _form_units(
+    groups: Sequence[TensorGroup], settings: Sequence[Settings], dtypes: Sequence[torch.dtype]
+) -> list[Unit]:
+    """The unit of each tensor of one call, measured where it can span tensors."""
+    layout = layout_of_names([str(group.metadata.name) for group in groups])
+    units: dict[tuple[str, str], Unit] = {}
+    settings_by_unit: dict[tuple[str, str], dict[str, Settings]] = {}
+    result = []
+    for group, own in zip(groups, settings, strict=True):
+        name, granularity = group.metadata.name, own.granularity
+        if granularity not in SPANNING:
+            result.append(Unit(str(name), granularity, layout=layout))
+            continue
+        if len(groups) == 1 or name is None:
+            raise UserError(
+                f"granularity `{granularity}` needs all tensors of the unit in one call, and varm was given "
+                f"{'a tensor without a name' if name is None else f'only `{name}`'}. Merge with "
+                "merge_state_dicts, or with mergekit-yaml (if this was mergekit-yaml, run `varm-merge doctor`), "
+                "or use granularity `matrix`."
+            )
+        unit_name = unit_of(name, granularity, block_of(name))
+        key = granularity, unit_name
+        result.append(units.setdefault(key, Unit(unit_name, granularity, UnitStatistics(), layout=layout)))
+        settings_by_unit.setdefault(key, {})[name] = own
+    for (_, unit_name), settings_by_tensor in settings_by_unit.items():
+        if message := conflict(unit_name, settings_by_tensor):
+            raise UserError(message)
+    for group, own, unit, dtype in zip(groups, settings, result, dtypes, strict=True):
+        if unit.statistics is not None:
+            unit.statistics.merge(tensor_statistics(_narrowed(group, dtype), own, layout))
+    return result
+
+
+def conflict(unit: str, settings_by_tensor: Mapping[str, Settings]) -> str | None:
+    """Why the tensors of one unit cannot share weights, or None where they can."""
+    (first_name, first), *others = settings_by_tensor.items()
+    for name, settings in others:
+        for option in ("statistic", "normalization", "temperature"):
+            if getattr(first, option) != getattr(settings, option):
+                return (
+                    f"unit `{unit}` ({settings.granularity} granularity) cannot have two values of `{option}`: "
+                    f"{getattr(first, option)} for {first_name}, {getattr(settings, option)} for {name}. Give all "
+                    "tensors of the unit the same value, or use a finer granularity for some of them."
+                )
+    return None
+
+
+def _explain_inputs(input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: str | None) -> str | None:
+    where = f" of `{group_name}`" if group_name else ""
+    if base_id is None:
+        return f"varm needs a base_model{where}: the pivot that the targets were fine-tuned from."
+    if base_id not in input_ids:
+        return f"the pivot {base_id} has no tensor `{group_name}`, so the targets have no deltas there."
+    if list(input_ids) == [base_id]:
+        return f"varm needs at least one target{where} beside the base_model {base_id}."
+    return None
 
 
 register()

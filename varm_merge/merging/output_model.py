@@ -1,8 +1,8 @@
 """The config of a finished merge, and whether transformers would load the merge with it.
 
 mergekit sets the depth of the output config only where its definition of the architecture names the key, and never
-the lists that tell something of each layer (``layer_types``). For ``varm`` both follow the layers that the slices
-take. What comes of it is tried without data: the config is saved and read, and transformers loads the outputs.
+the lists with one entry per layer (``layer_types``). For ``varm`` both follow the layers that the slices take.
+The result is tried without data: the config is saved and read, and transformers loads the outputs.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ from varm_merge.recipes.headers import is_buffer
 __all__ = ["Outcome", "follow_slices", "judge", "layers_taken", "saved"]
 
 NOT_BY_LAYER = ("architectures", "token_id", "token_ids")
-"""Ends of the names of a config's lists that tell nothing of layers."""
+"""Ends of the names of a config's lists that do not have one entry per layer."""
 
 
 @dataclass
@@ -40,20 +40,21 @@ class Outcome:
 
 def layers_taken(config: MergeConfiguration) -> dict[str | None, list[int]]:
     """The base model's layers in the order of the merge, by module; None stands for the only module."""
-    modules: dict[str | None, Any] = {name: one.slices for name, one in (config.modules or {}).items()}
+    slices: dict[str | None, Any] = {name: module.slices for name, module in (config.modules or {}).items()}
     if config.slices:
-        modules[None] = config.slices
+        slices[None] = config.slices
     taken: dict[str | None, list[int]] = {}
-    for module, slices in modules.items():
-        for one in slices or ():
-            base = one.base_model or config.base_model
-            source = next((source for source in one.sources if source.model == base), one.sources[0])
+    for module, own in slices.items():
+        for output_slice in own or ():
+            base = output_slice.base_model or config.base_model
+            sources = output_slice.sources
+            source = next((source for source in sources if source.model == base), sources[0])
             taken.setdefault(module, []).extend(range(*source.layer_range))
     return taken
 
 
 def follow_slices(out_config: Any, config: MergeConfiguration, architecture: Any, own_config: Any) -> None:
-    """Give the output config the depth of the slices, and their layers' entries of its lists by layer.
+    """Give the output config the depth of the slices, and the entries of their layers in its lists by layer.
 
     Args:
         out_config: Changed in place.
@@ -65,13 +66,13 @@ def follow_slices(out_config: Any, config: MergeConfiguration, architecture: Any
         name = next(iter(architecture.modules)) if module is None else module
         key = architecture.modules[name].architecture.num_layers_config_key()
         if key is None and len(architecture.modules) > 1:
-            continue  # which config is this module's?
+            continue  # it is not known which config is this module's
         part, own = out_config, own_config
         *path, key = key.split(".") if key else ("num_hidden_layers",)
         if not path and not hasattr(own, key):
             part, own = out_config.get_text_config(), own_config.get_text_config()
-        for one in path:
-            part, own = getattr(part, one), getattr(own, one)
+        for step in path:
+            part, own = getattr(part, step), getattr(own, step)
         depth = getattr(own, key, None)
         if depth is None:
             continue
@@ -86,16 +87,16 @@ def saved(out_config: Any) -> Any:
 
     Raises:
         ValueError: It cannot be saved.
-        Unloadable: It can, and not be read again.
+        Unloadable: It can be saved, but not be read again.
     """
     with tempfile.TemporaryDirectory(prefix="varm-merge-") as folder:
         try:
             out_config.save_pretrained(folder)
-        except Exception as error:  # of whatever kind: a config is checked by its class
+        except Exception as error:  # a config is checked by its class, which may raise anything
             raise ValueError(_one_line(error)) from error
         try:
             read = type(out_config).from_pretrained(folder)
-        except Exception as error:  # the same
+        except Exception as error:
             raise Unloadable(_one_line(error)) from error
     for name, values in vars(out_config).items():
         if name.endswith("layers") and isinstance(values, list) and getattr(read, name, values) != values:
@@ -129,26 +130,25 @@ def judge(
         code: mergekit's ``ModelPath`` of a base model whose own code may be run; None for none.
     """
     architecture = (getattr(out_config, "architectures", None) or ["model"])[0]
+    written = {numberless(name) for name in outputs}
     try:
         before = loaded(own_config, own, code)
-    except Unloadable:  # names must do
-        written = {numberless(name) for name in outputs}
+    except Unloadable:  # only names can be compared
         return Outcome([name for name in unread or own if numberless(name) not in written])
     try:
         after = loaded(out_config, outputs, code)
     except Unloadable as error:
         return Outcome(faults=[f"transformers cannot make a {architecture} of the merge's config: {error}"])
     outcome = Outcome(faults=[*_other_shapes(before, after), *_unexpected(before, after, own, architecture)])
-    known = {numberless(name) for name in before.missing}
-    missing = sorted(name for name in after.missing if numberless(name) not in known)
+    random_before = {numberless(name) for name in before.missing}
+    missing = sorted(name for name in after.missing if numberless(name) not in random_before)
     if missing and unread is None:
-        written = {numberless(name) for name in outputs}
+        outcome.lost = [name for name in missing if numberless(name) not in written]
         if lacking := [name for name in missing if numberless(name) in written]:
             outcome.faults.append(
                 f"the merge would lack {patterns(lacking)}, which a {architecture} with its config has: they "
                 "would be random. Take slices with the base's number and kinds of layers"
             )
-        outcome.lost = [name for name in missing if numberless(name) not in written]
     elif missing:
         ignored = {numberless(name) for name in before.unexpected}
         outcome.lost = [name for name in unread or () if numberless(name) not in ignored] or missing
@@ -159,10 +159,10 @@ def _other_shapes(before: Loaded, after: Loaded) -> list[str]:
     wrong = {name: shapes for name, shapes in after.mismatched.items() if name not in before.mismatched}
     if not wrong:
         return []
-    name, (here, wanted) = next(iter(wrong.items()))
+    name, (given, wanted) = next(iter(wrong.items()))
     more = f" ({len(wrong)} tensors are like this)" if len(wrong) > 1 else ""
     return [
-        f"`{name}` of the merge would have the shape {[*here]}, and its config asks for {[*wanted]}{more}: "
+        f"`{name}` of the merge would have the shape {[*given]}, and its config asks for {[*wanted]}{more}: "
         "transformers would not load it. Choose a base_model and a `tokenizer` with vocabularies of one size"
     ]
 

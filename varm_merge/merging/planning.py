@@ -1,6 +1,7 @@
 """mergekit's plan of a merge: output tensors, their tasks, their transformer blocks."""
 
 import functools
+import os.path
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,11 +21,11 @@ from mergekit.options import MergeOptions
 from pydantic import BaseModel
 
 from varm_common.errors import UserError
-from varm_merge.merging import method
-from varm_merge.merging.experts import Layout
-from varm_merge.merging.mergekit_io import SUPPORTED_MERGEKIT, expect, expect_fields, swapped
-from varm_merge.merging.tasks import expert_layout, tensor_group
-from varm_merge.merging.weight_log import natural_order
+from varm_merge.merging.experts import Layout, layout_of_model
+from varm_merge.merging.mergekit_io import swapped
+from varm_merge.merging.method import METHOD_NAME
+from varm_merge.merging.tasks import settings_of, tensor_group
+from varm_merge.merging.weight_log import WeightLog, natural_order
 from varm_merge.merging.weights import Settings, block_of
 
 __all__ = [
@@ -40,15 +41,25 @@ __all__ = [
     "run_state",
 ]
 
+TAGALONG = [
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.json",
+]
+"""Files of the base model that are copied beside a merge by names, with its config and tokenizer."""
 
-class _State(threading.local):
-    """Of the run in this thread: the recipe's file, and whether tensors are merged by their names."""
+
+class _RunState(threading.local):
+    """The run in this thread: the recipe's file, whether tensors are merged by their names, and the weight log."""
 
     path: Path | None = None
     by_name: bool = False
+    log: WeightLog | None = None
 
 
-run_state = _State()
+run_state = _RunState()
 
 
 @dataclass(frozen=True)
@@ -92,26 +103,17 @@ def new_plan(config: MergeConfiguration, options: MergeOptions, *, dry: bool = F
     Args:
         config: The recipe; mergekit rewrites it.
         options: Of the run.
-        dry: Whether the plan's tensors are to be loaded without data, to torch's ``meta`` device.
+        dry: Whether the plan's tensors will be loaded without data, to torch's ``meta`` device.
 
     Raises:
-        UserError: The units contradict each other, or mergekit is another than this file knows.
-        Exception: Whatever mergekit has against the recipe.
+        UserError: The units contradict each other, or this version of mergekit is not supported.
+        Exception: Any reason for which mergekit cannot plan the recipe.
     """
     import mergekit.merge as merge
     import mergekit.plan as plan
 
-    if (reason := merge_methods.get(method.METHOD_NAME).refusal) is not None:
+    if (reason := merge_methods.get(METHOD_NAME).refusal) is not None:
         raise UserError(reason)
-    try:
-        expect(merge._update_config_vocab, "config", "arch_info", "tokenizer", "pad_to_multiple_of")
-        expect_fields(vars(merge), "get_architecture_info")
-        expect_fields(plan.MergePlanner.__annotations__, "_tokenizer_task")
-    except (AttributeError, TypeError) as error:
-        raise UserError(
-            f"varm-merge works with mergekit {SUPPORTED_MERGEKIT}, and the installed one is built "
-            f'differently ({error}). Install a supported version: pip install "mergekit{SUPPORTED_MERGEKIT}"'
-        ) from error
     LoaderCache().setup(options=options)
     architecture = merge.get_architecture_info(config, options)
     out_config = merge._model_out_config(config, architecture, trust_remote_code=options.trust_remote_code)
@@ -131,29 +133,31 @@ def planned_tensors(config: MergeConfiguration, options: MergeOptions) -> list[P
     """Every tensor that a ``varm`` recipe merges, to be loaded one by one as the merge itself would.
 
     Raises:
-        UserError: The units contradict each other, or mergekit is another than this file knows.
+        UserError: The units contradict each other, or this version of mergekit is not supported.
     """
     plan = new_plan(config, options)
     device = torch.device(options.device or "cpu")
-    layout = expert_layout(plan.out_config)
+    layout = layout_of_model(plan.out_config)
     return [
         PlannedTensor(
             weight.name,
             plan.blocks.get(weight.name),
-            Settings(**dict(task.parameters.items())),
+            settings_of(task),
             layout,
             functools.partial(tensor_group, task, plan.tokenizer, device),
         )
-        for weight, task in sorted(plan.tensors, key=lambda one: natural_order(one[0].name))
+        for weight, task in sorted(plan.tensors, key=lambda planned: natural_order(planned[0].name))
     ]
+
+
+# Merging by names
 
 
 @contextmanager
 def by_name() -> Iterator[None]:
-    """Merge the base model's tensors by their names, whatever mergekit's definition of its architecture says."""
+    """Merge the base model's tensors by their names, not by mergekit's definition of its architecture."""
     import mergekit.merge as merge
 
-    expect_fields(vars(merge), "get_architecture_info")
     with swapped(merge, "get_architecture_info", _names_as_architecture), swapped(run_state, "by_name", True):
         yield
 
@@ -165,9 +169,8 @@ def _names_as_architecture(config: MergeConfiguration, options: MergeOptions) ->
     from mergekit.architecture.base import ModelArchitecture, ModuleDefinition
 
     LoaderCache().setup(options=options)
-    references = config.referenced_models()
+    names = {model: LoaderCache().get(model).index.tensor_paths for model in config.referenced_models()}
     base = config.base_model or config.models[0].model
-    names = {model: LoaderCache().get(model).index.tensor_paths for model in references}
     axes: Mapping[str, int] = {}
     if config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings:
         axes = auto.get_transformers_info(base, options)[2] or {}
@@ -191,14 +194,7 @@ def _names_as_architecture(config: MergeConfiguration, options: MergeOptions) ->
     return ModelArchitecture(modules={"default": module}, architectures=[], model_type="", tagalong_files=TAGALONG)
 
 
-TAGALONG = [
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "chat_template.json",
-]
-"""Files of the base model that belong to the merged one, beside its config and tokenizer."""
+# Blocks and names
 
 
 def planned_blocks(planner: Any) -> dict[str, str | None]:
@@ -217,14 +213,12 @@ def _blocks(planner: Any) -> Iterator[tuple[str, str]]:
         layers = sum(source.layer_range[1] - source.layer_range[0] for source in first_sources)
         for index in range(layers):
             names = [weight.name for weight in architecture.layer_weights(index=index)]
-            candidates = [
-                *filter(None, [block_of(names[0]), _common_path(names)]),
-                f"{module}.layers.{index}",
-            ]
-            block = next(
-                (c for c in candidates[:-1] if c not in taken and all(name.startswith(f"{c}.") for name in names)),
-                candidates[-1],
-            )
+            shared = os.path.commonprefix([name.split(".")[:-1] for name in names])  # noqa: RUF071  of lists
+            block = f"{module}.layers.{index}"
+            for path in (block_of(names[0]), ".".join(shared)):
+                if path and path not in taken and all(name.startswith(f"{path}.") for name in names):
+                    block = path
+                    break
             taken.add(block)
             yield from ((name, block) for name in names)
 
@@ -236,20 +230,13 @@ def architecture_names(planner: Any) -> Iterator[str]:
             yield from (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
 
 
-def _common_path(names: Sequence[str]) -> str:
-    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
-    shared = []
-    for column in columns:
-        if len(set(column)) > 1:
-            break
-        shared.append(column[0])
-    return ".".join(shared)
+# The recipe
 
 
 def recipe_content(value: Any) -> Any:
     """A recipe's settings as plain data, without those left at their defaults.
 
-    ``model_dump`` does not serve: mergekit's serialiser of a model path with a space in it calls itself.
+    Not by ``model_dump``: mergekit's serialiser of a model path with a space in it calls itself.
     """
     if isinstance(value, ModelReference) and value.override_architecture is None:
         return str(value)
@@ -262,7 +249,7 @@ def recipe_content(value: Any) -> Any:
 
 
 def refuse_idle_filters(config: Any, tensors: Sequence[str]) -> None:
-    """A filter that matches no tensor would silently leave its value unused."""
+    """Refuse a filter that matches no tensor: its value would silently not be used."""
     modules = (getattr(config, "modules", None) or {}).values()
     slices = [output_slice for module in modules for output_slice in module.slices or ()]
     problems = [

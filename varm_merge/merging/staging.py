@@ -1,8 +1,8 @@
 """A merge appears whole, or its folder stays as it was.
 
 mergekit writes into a hidden folder inside the output folder, which is on the same disk. When weights, config and
-tokenizer are all there they are moved: ``config.json`` last, and the old one is removed first, so that a folder
-that was cut off between two files does not load instead of loading a mixture.
+tokenizer are complete they are moved. The old ``config.json`` is removed first and the new one is moved last, so a
+folder that was cut off between two files does not load.
 """
 
 import json
@@ -30,17 +30,16 @@ CONFIG = "config.json"
 
 
 @contextmanager
-def staged(out: Path, options: MergeOptions | None) -> Iterator[Path]:
+def staged(out: Path, options: MergeOptions) -> Iterator[Path]:
     """The folder to write a merge to, whose files are moved to ``out`` at the end.
 
     A merge that fails or is stopped leaves nothing that was not there before. A signal that would end the process
     (SIGTERM, SIGHUP) ends the merge as Ctrl-C does.
     """
-    cache = Path(options.lora_merge_cache) if options and options.lora_merge_cache else None
-    cached = {*cache.iterdir()} if cache is not None and cache.is_dir() else set()
+    cached = set(_folders(options.lora_merge_cache))
     new = next((path for path in reversed((out, *out.absolute().parents)) if not path.exists()), None)
     _remove(out / STAGE)  # of a merge that was killed
-    place = out / STAGE / out.resolve().name  # the model card has that name
+    place = out / STAGE / out.resolve().name  # the name that mergekit gives the model card
     try:
         with _signals(_stop):
             place.mkdir(parents=True)
@@ -50,17 +49,20 @@ def staged(out: Path, options: MergeOptions | None) -> Iterator[Path]:
     except BaseException:
         if new is not None:
             _remove(new)
-        if cache is not None and cache.is_dir():
-            for path in {*cache.iterdir()} - cached:
-                if path.is_dir() and (not (chosen := weight_files(path)).names or chosen.problems):
-                    _remove(path)
+        for path in _folders(options.lora_merge_cache):
+            if path not in cached and (not (chosen := weight_files(path)).names or chosen.problems):
+                _remove(path)
         raise
     finally:
         _remove(out / STAGE)
 
 
+def _folders(parent: str | None) -> list[Path]:
+    return [path for path in Path(parent).glob("*") if path.is_dir()] if parent else []
+
+
 def copy_code(config: MergeConfiguration, place: Path) -> None:
-    """Copy the base model's own code beside the merge: the modules that its ``auto_map`` names, and theirs.
+    """Copy the base model's own code beside the merge: the modules that its ``auto_map`` names, and their imports.
 
     Code on the Hub is named with its repository, and is loaded from there.
     """
@@ -70,13 +72,13 @@ def copy_code(config: MergeConfiguration, place: Path) -> None:
         return
     for file in ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
         try:
-            named = json.loads((place / file).read_text(encoding="utf-8")).get("auto_map") or {}
+            classes = json.loads((place / file).read_text(encoding="utf-8")).get("auto_map") or {}
         except (OSError, ValueError, AttributeError):
             continue
-        for name in re.findall(r"'([\w.]+)\.\w+'", repr([*named.values()])):
+        for name in re.findall(r"'([\w.]+)\.\w+'", repr([*classes.values()])):
             module = folder / f"{name}.py"
-            found = [module, *map(Path, get_relative_import_files(module))] if module.is_file() else []
-            for path in filter(Path.is_file, found):
+            paths = [module, *map(Path, get_relative_import_files(module))] if module.is_file() else []
+            for path in filter(Path.is_file, paths):
                 target = place / path.relative_to(folder)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
@@ -86,9 +88,10 @@ def _move(place: Path, out: Path) -> None:
     written = {path.relative_to(place).as_posix(): path for path in place.rglob("*") if path.is_file()}
     for name in {CONFIG} & written.keys() | {FILE_NAME}:
         (out / name).unlink(missing_ok=True)
+    has_tokenizer = not written.keys().isdisjoint(TOKENIZER_FILES)
     for path in [*out.iterdir()]:
-        another_tokenizer = path.name in TOKENIZER_FILES and not written.keys().isdisjoint(TOKENIZER_FILES)
-        if path.name not in written and (WEIGHT_FILE.fullmatch(path.name) or another_tokenizer):
+        is_replaced = WEIGHT_FILE.fullmatch(path.name) or (has_tokenizer and path.name in TOKENIZER_FILES)
+        if is_replaced and path.name not in written:
             path.unlink()
     for name in sorted(written, key=lambda name: name == CONFIG):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -110,16 +113,14 @@ def _stop(number: int, _frame: Any) -> None:
 @contextmanager
 def _signals(handler: Callable[..., None] | signal.Handlers, *more: str) -> Iterator[None]:
     """Give SIGTERM and SIGHUP (and ``more``) a handler, where nobody else handles or ignores them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", *more) if hasattr(signal, name)]
-    own = (signal.SIG_DFL, signal.default_int_handler)
-    before = {number: signal.getsignal(number) for number in wanted if signal.getsignal(number) in own}
-    for number in before:
-        signal.signal(number, handler)
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP", *more):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, one in before.items():
-            signal.signal(number, one)
+        for number, own in before.items():
+            signal.signal(number, own)

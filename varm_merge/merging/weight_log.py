@@ -1,12 +1,7 @@
-"""``varm_weights.json``: for every unit and target of a merge, the statistic and the weight.
-
-The file is written once, after the weights, under a temporary name that is synced and renamed: a folder with
-a ``varm_weights.json`` holds the whole of it.
-"""
+"""``varm_weights.json``: for every unit and target of a merge, the statistic and the weight."""
 
 import hashlib
 import json
-import textwrap
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +49,7 @@ class UnitRecord:
 
 
 class WeightLog:
-    """Collects the units of one run, from any thread; what it writes does not depend on the order they came in."""
+    """Collects the units of one run, from any thread; the file does not depend on the order in which they come."""
 
     def __init__(self, base_model: str | None, recipe: Mapping[str, Any]) -> None:
         self.base_model, self.recipe = base_model, recipe
@@ -62,21 +57,15 @@ class WeightLog:
         self._lock = threading.Lock()
 
     def add(self, record: UnitRecord) -> None:
+        """Add a unit; a task that an executor runs again adds nothing."""
         with self._lock:
-            self._records[record.unit, record.tensors[0]] = (
-                record  # a task that an executor runs again adds nothing
-            )
+            self._records[record.unit, record.tensors[0]] = record
 
     def as_json(self) -> dict[str, Any]:
-        records = self._sorted()
-        return {**self._head(records), "units": [record.as_json() for record in records]}
-
-    def _sorted(self) -> list[UnitRecord]:
-        return sorted(
-            self._records.values(), key=lambda one: (natural_order(one.tensors[0]), natural_order(one.unit))
+        records = sorted(
+            self._records.values(),
+            key=lambda record: (natural_order(record.tensors[0]), natural_order(record.unit)),
         )
-
-    def _head(self, records: Sequence[UnitRecord]) -> dict[str, Any]:
         targets = dict.fromkeys(str(target) for record in records for target in record.weights)
         return {
             "format": FORMAT,
@@ -85,18 +74,13 @@ class WeightLog:
             "recipe": {"sha256": recipe_fingerprint(self.recipe), "content": self.recipe},
             "base_model": self.base_model,
             "targets": list(targets),
+            "units": [record.as_json() for record in records],
         }
 
     def write(self, folder: Path) -> None:
-        """Write the file into ``folder``, one unit at a time, so that it is there whole or not at all."""
-        records = self._sorted()
-        head = json.dumps({**self._head(records), "units": []}, indent=1).removesuffix("]\n}")
+        """Write the file into ``folder``, whole or not at all."""
         with whole_file(folder / FILE_NAME) as file:
-            file.write(head.encode())
-            for number, record in enumerate(records):
-                unit = textwrap.indent(json.dumps(record.as_json(), indent=1), "  ")
-                file.write(f"{',' if number else ''}\n{unit}".encode())
-            file.write(b"\n ]\n}" if records else b"]\n}")
+            file.writelines(part.encode() for part in json.JSONEncoder(indent=1).iterencode(self.as_json()))
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

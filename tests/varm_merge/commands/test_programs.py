@@ -21,7 +21,7 @@ from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
 from mergekit.scripts.multimerge import main as mergekit_multi
 from tiny_models import Family
 
-from varm_merge.merging.tasks import MeasureTensor, MergeTensor
+from varm_merge.merging.tasks import MeasureUnit, MergeTensor
 
 UNITS = {"model": runs.whole_model, "layer": runs.LAYER, "module": runs.MODULE, "matrix": runs.MATRIX}
 
@@ -79,7 +79,7 @@ def test_several_gpus_share_the_units(
         parallel = runs.merge(text, tmp_path / "parallel", multi_gpu=True)
     assert worked.keys() == ({"cpu:0"} if granularity == "model" else {"cpu:0", "cpu:1"})
     assert all(MergeTensor in tasks for tasks in worked.values())
-    assert all((MeasureTensor in tasks) == (granularity != "matrix") for tasks in worked.values())
+    assert all((MeasureUnit in tasks) == (granularity != "matrix") for tasks in worked.values())
     runs.assert_merges(parallel, mistral, UNITS[granularity])
     runs.assert_same_tensors(parallel, runs.merge(text, tmp_path / "serial"))
 

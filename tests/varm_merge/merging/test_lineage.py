@@ -287,7 +287,7 @@ def test_a_fusion_json_that_tells_nothing_is_a_problem(content: str, told: Famil
     path = told.targets[1] / "fusion.json"
     path.write_text(content)
     ((_, message),) = problems(runs.recipe(told))
-    assert f"`{path}` does not tell a pivot" in message
+    assert f"`{path}` does not name a pivot" in message
 
 
 def test_a_pivot_of_which_nothing_is_known_is_a_problem(told: Family, cache: Path) -> None:

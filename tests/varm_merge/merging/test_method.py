@@ -179,11 +179,11 @@ def test_a_unit_weighs_elements_alike_however_they_are_spread_over_tensors() -> 
 
 
 def recorded(models: Sequence[Tensor], **parameters: Any) -> dict[str, Any]:
-    """What the weight log says of one tensor."""
+    """The entry of one tensor in the weight log."""
     log = WeightLog("pivot", {})
     group = TensorGroup.from_tensors(models, ids=["pivot", "a", "b"], base_index=0, name="w")
     unit = Unit("w", parameters.get("granularity", "matrix"), None, log)
-    VarmMethod().merge_group(group, **parameters, **{UNIT: unit})
+    VarmMethod()._execute_resolved((group,), [{**parameters, UNIT: unit}])
     (record,) = log.as_json()["units"]
     return record
 

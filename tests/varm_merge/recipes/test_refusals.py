@@ -798,7 +798,7 @@ def test_a_kept_merge_of_an_adapter_is_of_that_adapter_and_base(
     else:
         tiny_models.edit(base, lambda ts: [tensor.mul_(2) for tensor in ts.values()])
     check, _ = both(text, tmp_path / "stale", *flags)
-    assert "was made of another version of it: remove that folder" in check.output
+    assert "was made from another version of it: remove that folder" in check.output
     (kept,) = (tmp_path / "cache").iterdir()
     shutil.rmtree(kept)
     check, _ = both(text, tmp_path / "new", *flags)
@@ -807,7 +807,7 @@ def test_a_kept_merge_of_an_adapter_is_of_that_adapter_and_base(
     assert torch.equal(written, load_file(kept / "model.safetensors")[UP])
     (kept / "varm_adapter.json").unlink()
     check, _ = both(text, tmp_path / "unknown", *flags)
-    assert "does not say of what it was made" in check.output
+    assert "does not record its parents" in check.output
 
 
 def test_crimes_are_allowed_where_mergekit_allows_them(family: Callable[..., Family], tmp_path: Path) -> None:
