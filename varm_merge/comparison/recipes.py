@@ -15,7 +15,7 @@ from varm_common.errors import UserError, listed
 from varm_common.files import write_whole
 from varm_merge.merging.method import METHOD_NAME
 from varm_merge.merging.weights import Granularity
-from varm_merge.recipes import inputs, recipe_file
+from varm_merge.recipes import recipe_file
 from varm_merge.recipes.check import check as check_recipe
 from varm_merge.recipes.problems import Looked
 
@@ -64,7 +64,7 @@ class Entry:
     @property
     def tokenizers(self) -> list[str]:
         """More models that the tokenizer, or the embedding of a token, is taken from."""
-        names = [_named(source) for _, source, _ in inputs.tokenizers(self.content)]
+        names = [_named(source) for _, source, _ in recipe_file.tokenizers(self.content)]
         return [name for name in dict.fromkeys(names) if name is not None and name not in self.models]
 
 
