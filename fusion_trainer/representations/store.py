@@ -41,7 +41,7 @@ __all__ = [
     "VERSION",
     "Representation",
     "RepresentationStore",
-    "Shard",
+    "Supervised",
     "id_dtype",
     "plan_in",
     "wrong_size",
@@ -54,6 +54,9 @@ ALIGNED = "aligned"
 """The ``kind`` in the identity of an aligned store."""
 ALIGNED_VERSION = 3
 """The ``version`` in the identity of an aligned store: raised whenever its columns or their meaning change."""
+LEAST = float(np.finfo(np.float16).min)
+SLACK = 2e-3
+"""How far Σ exp(logprobs) + tail may lie from 1: float16 keeps 11 bits of a logarithm."""
 CROSS_ENTROPIES = ("ce_per_token", "ce_per_byte", "pivot_ce_per_token", "pivot_ce_per_byte")
 
 
@@ -97,6 +100,10 @@ class Representation:
 
     def __len__(self) -> int:
         return len(self.tail)
+
+
+Supervised = Representation
+"""Earlier name of a row that is not aligned."""
 
 
 def id_dtype(vocabulary: int) -> type[np.uint16] | type[np.uint32]:
@@ -266,6 +273,52 @@ class RepresentationStore:
         for number in range(len(self.manifest["shards"])):
             columns = self.shard(number).of_positions
             yield columns["ids"], columns["logprobs"]
+
+    def problems(self) -> Iterator[str]:
+        """Everything wrong with the shards: hashes, and numbers that cannot be."""
+        for described in self.manifest["shards"]:
+            path = self.folder / described["file"]
+            if sha256_of(path) != described["sha256"]:
+                yield f"{path.name}: its SHA-256 is not the manifest's; remove it and run its command again"
+            try:
+                shard = Shard(path, self.k)
+            except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+                yield f"{path.name}: not a readable shard: {error}"
+                continue
+            yield from (f"{path.name}: {problem}" for problem in self._wrong_content(shard, described))
+
+    def _wrong_content(self, shard: Shard, described: dict[str, Any]) -> Iterator[str]:
+        columns = shard.of_positions
+        ids = columns["ids"]
+        logprobs, tail, gold = (columns[name].astype(np.float32) for name in ("logprobs", "tail", "gold_logprob"))
+        counts = {"rows": len(shard.blocks), "positions": len(tail)}
+        for key, found in counts.items():
+            if found != described[key]:
+                yield f"{found} {key}, not {described[key]}"
+        if counts["rows"] + 1 != len(shard.offsets) or shard.offsets[-1] != len(tail):
+            yield "its rows do not cover its positions"
+            return
+        total = np.exp(logprobs).sum(1) + tail
+        if self.aligned:  # there, an id may have no probability
+            logprobs = np.where(np.isneginf(logprobs), LEAST, logprobs)
+        checks = {
+            "NaN or infinite": ~(np.isfinite(logprobs).all(1) & np.isfinite(tail) & np.isfinite(gold)),
+            "an id outside the vocabulary": (ids >= self.identity["vocabulary"]).any(1),
+            "an id twice": (np.diff(np.sort(ids, 1), axis=1) == 0).any(1),
+            "a log-probability above 0": (logprobs > 0).any(1) | (gold > 0),
+            "log-probabilities that rise": (np.diff(logprobs, axis=1) > 0).any(1),
+            "a tail outside [0, 1]": (tail < 0) | (tail > 1),
+            "a total mass that is not 1": np.abs(total - 1) > SLACK * (1 + self.k / 10),
+        }
+        if self.aligned:
+            checks["`paired` neither 0 nor 1"] = columns["paired"] > 1
+            checks["a token of no bytes"] = columns["gold_bytes"] == 0
+        for what, wrong in checks.items():
+            if wrong.any():
+                position = int(np.argmax(wrong))
+                row = int(shard.offsets.searchsorted(position, "right")) - 1
+                where = f"first in conversation {shard.conversations[row].as_py()!r}, block {shard.blocks[row]}"
+                yield f"{what} at {int(wrong.sum())} positions, {where}, position {position - shard.offsets[row]}"
 
     def _manifest(self) -> dict[str, Any]:
         if not (self.folder / MANIFEST).is_file():

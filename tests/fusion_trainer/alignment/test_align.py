@@ -40,7 +40,6 @@ from fusion_trainer.cli import main
 from fusion_trainer.config import AlignConfig, ExtractConfig
 from fusion_trainer.representations.extract import extract
 from fusion_trainer.representations.store import RepresentationStore
-from fusion_trainer.representations.verify import store_problems
 from varm_common.errors import UserError
 
 CHATS = [tuple(chat) for chat in tiny_sources.made_up_chats(20, words=12, turns=2)]
@@ -300,7 +299,7 @@ def the_map(folder: Path, store: RepresentationStore, source: str) -> np.ndarray
 
 
 def assert_verified(store: RepresentationStore) -> None:
-    assert list(store_problems(store)) == []
+    assert list(store.problems()) == []
     result = CliRunner().invoke(main, ["store", "verify", str(store.folder)])
     assert (result.exit_code, "nothing wrong" in result.output) == (0, True), result.output
 

@@ -32,7 +32,6 @@ from fusion_trainer.representations.extraction import batches
 from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.representations.store_writer import StoreWriter
 from fusion_trainer.representations.topk_model import TopKModel
-from fusion_trainer.representations.verify import store_problems
 from varm_common.errors import UserError
 
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
@@ -227,7 +226,7 @@ def test_the_manifest_names_all_that_the_store_is_of(world: Path, stores: dict[s
 
 def test_extracted_stores_verify(stores: dict[str, Path]) -> None:
     for folder in stores.values():
-        assert list(store_problems(RepresentationStore(folder))) == []
+        assert list(RepresentationStore(folder).problems()) == []
 
 
 def test_texts_longer_than_the_models_context_are_cut_and_counted(world: Path, tmp_path: Path) -> None:
@@ -265,7 +264,7 @@ def test_the_weights_are_used_in_the_dtype_asked_for(
     difference = np.abs(row.gold_logprob.astype(np.float64) - gold.numpy()).max()
     assert difference < (tolerance or 5e-3)
     assert tolerance == 0 or difference > 5e-3
-    assert not list(store_problems(RepresentationStore(tmp_path / dtype)))
+    assert not list(RepresentationStore(tmp_path / dtype).problems())
 
 
 # Batches and shards
@@ -407,7 +406,7 @@ def test_a_run_that_was_stopped_goes_on_with_smaller_batches(world: Path, tmp_pa
     opened = RepresentationStore(store)
     assert [shard["batch_tokens"] for shard in opened.manifest["shards"]] == [700, *[300] * (len(shards) - 1)]
     assert shards[0].read_bytes() == first
-    assert list(store_problems(opened)) == []
+    assert list(opened.problems()) == []
 
 
 def test_a_run_may_end_with_other_versions_than_it_began_with_and_the_manifest_names_both(

@@ -32,7 +32,6 @@ from fusion_trainer.representations.store import (
     id_dtype,
 )
 from fusion_trainer.representations.store_writer import StoreWriter
-from fusion_trainer.representations.verify import store_problems
 from varm_common.errors import UserError
 
 K = 10
@@ -169,7 +168,7 @@ def test_any_k_can_be_kept(k: int, tmp_path: Path) -> None:
     for found, expected in zip(store, rows, strict=True):
         np.testing.assert_array_equal(found.ids, expected.ids)
         np.testing.assert_array_equal(found.logprobs, expected.logprobs)
-    assert not list(store_problems(store))
+    assert not list(store.problems())
 
 
 @pytest.mark.parametrize(("vocabulary", "budget"), [(65536, 45), (65537, 65)])
@@ -487,7 +486,7 @@ ALIGNED_IDENTITY = {"kind": ALIGNED, "version": ALIGNED_VERSION}
 def test_the_columns_of_an_aligned_store_come_back(tmp_path: Path) -> None:
     rows = [as_aligned(row) for row in rows_of(0, 32002)]
     store = RepresentationStore(write_store(tmp_path / "store", rows, identity_of(32002, **ALIGNED_IDENTITY)))
-    assert list(store_problems(store)) == []
+    assert list(store.problems()) == []
     for found, row in zip(store, rows, strict=True):
         for name in ("paired", "gold_bytes"):
             column = getattr(found, name)
@@ -507,7 +506,7 @@ def test_verify_finds_wrong_numbers_of_an_aligned_store(
     rows = [as_aligned(row) for row in rows_of(0, 32002)]
     getattr(rows[3], column)[17] = value
     folder = write_store(tmp_path / "store", rows, identity_of(32002, **ALIGNED_IDENTITY))
-    (problem,) = store_problems(RepresentationStore(folder))
+    (problem,) = RepresentationStore(folder).problems()
     assert problem.startswith(f"shard-00002.arrow: {said} at 1 positions")
     assert problem.endswith("position 17")
 
