@@ -243,9 +243,9 @@ def partners_by_the_papers(
     return rows_of(pivot, source, partners)
 
 
-def sizes_that_follow(told: Read) -> list[int]:
+def sizes_that_follow(reading: Read) -> list[int]:
     """Of every supervised position the bytes of its next token."""
-    return [told.ends[position + 1] - told.ends[position] for position in told.positions]
+    return [reading.ends[position + 1] - reading.ends[position] for position in reading.positions]
 
 
 def assert_gold_bytes(row: Any, partners: Partners, pivot: Read, source: Read) -> None:
@@ -418,11 +418,11 @@ def test_tokens_that_only_one_side_has_added_change_no_other_bit(world: Path, tm
 
 
 @torch.no_grad()
-def nats(folder: Path, told: Read, positions: Sequence[int]) -> float:
+def nats(folder: Path, reading: Read, positions: Sequence[int]) -> float:
     """What a model's predictions at some positions cost, in float64."""
-    logits = AutoModelForCausalLM.from_pretrained(folder).eval()(input_ids=torch.tensor([told.ids])).logits[0]
+    logits = AutoModelForCausalLM.from_pretrained(folder).eval()(input_ids=torch.tensor([reading.ids])).logits[0]
     logprobs = logits.double().log_softmax(-1)
-    return -sum(float(logprobs[position, told.ids[position + 1]]) for position in positions)
+    return -sum(float(logprobs[position, reading.ids[position + 1]]) for position in positions)
 
 
 def in_common(pivot: Read, source: Read, chat: Sequence[tuple[str, str]]) -> tuple[list[int], list[int], int]:
@@ -449,12 +449,12 @@ def assert_cross_entropies(row: Any, world: Path, source: str, pivot: Read, othe
     """Those of both models over the same bytes; NaN where there are none."""
     *both, size = in_common(pivot, other, chat)
     sides = (("pivot", pivot, "pivot_ce"), (source, other, "ce"))
-    for (folder, told, name), positions in zip(sides, both, strict=True):
+    for (folder, reading, name), positions in zip(sides, both, strict=True):
         if not size:
             assert math.isnan(getattr(row, f"{name}_per_token"))
             assert math.isnan(getattr(row, f"{name}_per_byte"))
             continue
-        total = nats(world / folder, told, positions)
+        total = nats(world / folder, reading, positions)
         assert getattr(row, f"{name}_per_token") == pytest.approx(total / len(positions), rel=1e-3)
         assert getattr(row, f"{name}_per_byte") == pytest.approx(total / size, rel=1e-3)
     return bool(size)
@@ -482,15 +482,15 @@ def test_of_a_source_that_reads_only_the_head_all_cross_entropies_are_of_the_hea
     own = RepresentationStore(world / "stores" / "pivot")
     cut = unread = 0
     for number, chat in enumerate(CHATS):
-        pivot, told = read(PIVOT, chat), read(SOURCES["bytes"], chat)
-        head = told.up_to(context)
+        pivot, reading = read(PIVOT, chat), read(SOURCES["bytes"], chat)
+        head = reading.up_to(context)
         if not assert_cross_entropies(store[number], world, source, pivot, head, chat):
             unread += 1
         reached = partners_by_bytes(pivot, head)
         assert store[number].paired.tolist() == [int(mixture is not None) for mixture in reached]
         unpaired = store[number].paired == 0
         assert store[number].logprobs[unpaired].tobytes() == own[number].logprobs[unpaired].tobytes()
-        cut += len(head.positions) < len(told.positions)
+        cut += len(head.positions) < len(reading.positions)
     assert cut > 3
     assert (unread > 0) == (source == "shorter")
     assert store.manifest["not_read"] > 0
@@ -498,7 +498,7 @@ def test_of_a_source_that_reads_only_the_head_all_cross_entropies_are_of_the_hea
     assert f"beyond the context    {store.manifest['not_read']:>12,}" in report
 
 
-# What is told
+# The report
 
 
 @pytest.mark.parametrize("positions", ["boundary", "dtw"])
@@ -515,8 +515,16 @@ def test_the_report_adds_up(source: str, positions: str, world: Path, tmp_path: 
     assert paired + sum(causes.values()) == manifest["positions"]
     alone = "no common boundary" if positions == "boundary" else "no token fits by rule"
     lines = {line.split("  ")[0].strip() or line.strip().split("  ")[0]: line for line in report.splitlines()}
-    told = {alone: "no_partner", "partner not supervised": "not_supervised", "beyond the context": "not_read"}
-    shown = {"positions": manifest["positions"], "paired": paired, **{c: causes[name] for c, name in told.items()}}
+    causes_shown = {
+        alone: "no_partner",
+        "partner not supervised": "not_supervised",
+        "beyond the context": "not_read",
+    }
+    shown = {
+        "positions": manifest["positions"],
+        "paired": paired,
+        **{c: causes[name] for c, name in causes_shown.items()},
+    }
     for name, number in shown.items():
         assert f"{number:,}" in lines[name]
     assert f"{paired / manifest['positions']:.2%}" in lines["paired"]
@@ -549,15 +557,15 @@ def test_show_reads_an_aligned_store_with_the_pivots_tokenizer(world: Path, tmp_
     store, _ = aligned(world, "bytes", tmp_path / "stores" / "aligned")
     shown = run(f"store show {store.folder}", {"row": 3, "positions": 4, "dialogues": dialogues(world)})
     assert shown.exit_code == 0
-    told = read(PIVOT, CHATS[3])
-    for position in told.positions[:4]:
-        assert f"{PIVOT.tokenizer.decode([told.ids[position + 1]])!r}" in shown.output
+    reading = read(PIVOT, CHATS[3])
+    for position in reading.positions[:4]:
+        assert f"{PIVOT.tokenizer.decode([reading.ids[position + 1]])!r}" in shown.output
     assert str(world / "bytes") in shown.output
     assert str(world / "pivot") in shown.output
 
 
 @pytest.mark.parametrize("positions", ["boundary", "dtw"])
-def test_causes_are_told_apart_where_the_source_reads_only_the_head(
+def test_causes_are_distinguished_if_the_source_reads_only_the_head(
     positions: str, world: Path, tmp_path: Path
 ) -> None:
     """The same tokenizer with a longer context pairs what is beyond the shorter one, and nothing else."""
@@ -592,8 +600,8 @@ def test_on_request_a_position_without_partner_is_all_on_the_token_that_follows(
         paired = one.paired == 1
         for name in COLUMNS:
             assert getattr(one, name)[paired].tobytes() == getattr(other, name)[paired].tobytes()
-        told = read(PIVOT, chat)
-        follows = np.array([told.ids[position + 1] for position in told.positions])
+        reading = read(PIVOT, chat)
+        follows = np.array([reading.ids[position + 1] for position in reading.positions])
         assert other.ids[~paired, 0].tolist() == follows[~paired].tolist()
         assert (other.logprobs[~paired, 0] == 0).all()
         assert np.isneginf(other.logprobs[~paired, 1:]).all()
@@ -636,9 +644,7 @@ def test_a_second_run_does_nothing(world: Path, tmp_path: Path, monkeypatch: pyt
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "aligned").iterdir()} == times
 
 
-def test_a_map_is_made_once_and_used_for_every_run_that_asks_for_it(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_map_is_made_once_and_reused(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     aligned(world, "bytes", tmp_path / "one", map="statistics", maps=None)
     (path,) = tmp_path.glob("vocab-map-*.safetensors")
     before, made = path.read_bytes(), path.stat().st_mtime_ns
@@ -675,7 +681,7 @@ def test_killed_and_resumed_with_two_processes_the_bytes_are_the_same(world: Pat
     assert content(folder) == content(tmp_path / "whole")
 
 
-def test_a_finished_store_asked_for_again_is_not_read_and_nothing_is_counted(
+def test_aligning_again_into_a_finished_store_reads_and_counts_nothing(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings: dict[str, Any] = {"positions": "dtw", "map": "statistics", "maps": tmp_path / "maps"}
@@ -687,10 +693,10 @@ def test_a_finished_store_asked_for_again_is_not_read_and_nothing_is_counted(
     assert second == first
 
 
-def test_the_corpus_is_counted_once_for_all_that_ask_it(
+def test_the_corpus_is_counted_once_for_all_that_use_it(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A map, a second map over the same data, and a run that has to go on."""
+    """For a map, a second map over the same data, and a resumed run."""
     settings: dict[str, Any] = {"positions": "dtw", "maps": tmp_path / "maps"}
     aligned(world, "bytes", tmp_path / "one", map="statistics", **settings)
     monkeypatch.setattr(alignment, "_count_blocks", lambda *_: pytest.fail("counted again"))
@@ -705,9 +711,7 @@ def test_the_corpus_is_counted_once_for_all_that_ask_it(
         aligned(world, "unigram", tmp_path / "five", map="statistics", **settings)
 
 
-def test_a_count_that_was_stopped_goes_on_where_it_was(
-    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_count_resumes(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alignment, "BLOCKS_AT_ONCE", 2)
     monkeypatch.setattr(alignment, "KEPT_EVERY", 6)
     counted: list[int] = []
@@ -727,7 +731,7 @@ def test_a_count_that_was_stopped_goes_on_where_it_was(
     assert len(list((tmp_path / "maps").iterdir())) == 1
     counted[:] = [-1] * 9
     aligned(world, "unigram", tmp_path / "aligned", **settings)
-    assert counted[9:] == list(range(6, len(CHATS), 2))  # what was counted after the last writing is counted anew
+    assert counted[9:] == list(range(6, len(CHATS), 2))  # what was counted after the last save is counted again
     aligned(world, "unigram", tmp_path / "anew", **{**settings, "maps": tmp_path / "other maps"})
     (one,), (other,) = ((tmp_path / name).glob("corpus-*") for name in ("maps", "other maps"))
     assert one.read_bytes() == other.read_bytes()
@@ -755,7 +759,7 @@ def test_the_corpus_may_be_counted_in_any_pieces(
         assert content(tmp_path / f"{number}") == content(tmp_path / "0")
 
 
-def test_a_half_written_shard_is_written_anew_and_a_missing_one_made(
+def test_a_half_written_shard_and_a_missing_one_are_written_again(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     aligned(world, "unigram", tmp_path / "whole")
@@ -771,7 +775,7 @@ def test_a_half_written_shard_is_written_anew_and_a_missing_one_made(
     assert content(partial) == content(tmp_path / "whole")
 
 
-def test_with_the_same_tokenizer_warping_asks_no_corpus(
+def test_with_the_same_tokenizer_warping_needs_no_corpus(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(alignment, "_count_blocks", lambda *_: pytest.fail("counted"))
@@ -919,7 +923,9 @@ def test_an_aligned_store_is_no_parent(side: str, world: Path, tmp_path: Path) -
     assert f"`{store.folder}` is already aligned" in message
 
 
-def test_dialogues_elsewhere_are_asked_for_and_others_refused(world: Path, tmp_path: Path) -> None:
+def test_dialogues_that_are_not_beside_the_store_must_be_named_and_others_are_refused(
+    world: Path, tmp_path: Path
+) -> None:
     pivot = shutil.copytree(world / "stores" / "pivot", tmp_path / "alone" / "pivot")
     settings = settings_of(world, "unigram", tmp_path / "out", pivot_store=pivot)
     assert "name them with --dialogues" in refused("align", settings)

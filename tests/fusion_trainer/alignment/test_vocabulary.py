@@ -610,7 +610,7 @@ def test_rows_sum_to_one_or_are_empty(method: vocabulary.Method, source: str, pi
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", MAKERS)
-def test_identical_tokenizers_are_recognised_and_ask_no_corpus(method: vocabulary.Method, name: str) -> None:
+def test_identical_tokenizers_are_recognised_and_need_no_corpus(method: vocabulary.Method, name: str) -> None:
     one = kind(name).reader
     again = TextTokenizer(tokenizer_zoo.MAKERS[name]().tokenizer, "again")
     made = build_map(method, one, again, lambda: pytest.fail("the corpus was counted"))
@@ -650,13 +650,18 @@ def test_tokenizers_without_a_common_token_end_in_a_message() -> None:
     with pytest.raises(
         UserError, match=r"no token of byte-level has an image .* by `exact`.*tokenizers the stores"
     ):
-        build_map("exact", byte_level(["a", "b"]), sentencepiece(["x", "y"]), lambda: pytest.fail("not asked"))
+        build_map(
+            "exact",
+            byte_level(["a", "b"]),
+            sentencepiece(["x", "y"]),
+            lambda: pytest.fail("the corpus was counted"),
+        )
 
 
 # On the disk
 
 
-def test_a_map_is_built_once_and_found_again_by_what_it_is_of(tmp_path: Path) -> None:
+def test_a_map_is_built_once_and_reused_for_the_same_identity(tmp_path: Path) -> None:
     ours, theirs = kind("gpt2").reader, kind("unigram").reader
     built = []
     moved: Places = {"source": ("elsewhere", None), "pivot": PLACES["pivot"]}
@@ -697,7 +702,7 @@ def test_a_file_under_the_name_of_a_map_of_something_else_is_refused(tmp_path: P
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a map", b"{}" * 100])
-def test_what_is_no_map_is_told(content: bytes | None, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_map_is_an_error(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "map.safetensors"
     if content is not None:
         path.write_bytes(content)
@@ -705,7 +710,7 @@ def test_what_is_no_map_is_told(content: bytes | None, tmp_path: Path) -> None:
         load_map(path)
 
 
-def test_coverage_tells_what_share_is_mapped_and_what_is_not() -> None:
+def test_coverage_reports_what_share_is_mapped_and_what_is_not() -> None:
     source = byte_level(["a", "b", "c", "x", "ab"], added=["<|end|>"])
     pivot = sentencepiece(["a", "b", "ab", "z"])
     made = vocabulary.exact(Vocabularies(source, pivot))

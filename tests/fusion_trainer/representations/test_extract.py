@@ -202,7 +202,7 @@ def test_rows_of_all_stores_stand_for_the_same_blocks_in_the_order_of_the_data(
     assert list(dict(names[0])) == [f"chat-{number}" for number in range(len(CHATS))]
 
 
-def test_the_manifest_names_all_that_the_store_is_of(world: Path, stores: dict[str, Path]) -> None:
+def test_the_manifest_names_everything_the_store_is_made_from(world: Path, stores: dict[str, Path]) -> None:
     manifest = RepresentationStore(stores["qwen2"]).manifest
     identity = manifest["identity"]
     assert identity["model"] == str(world / "qwen2")
@@ -247,7 +247,7 @@ def test_texts_longer_than_the_models_context_are_cut_and_counted(world: Path, t
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.15), ("auto", 0.15), ("float32", 0.0)])
-def test_the_weights_are_used_in_the_dtype_asked_for(
+def test_the_weights_are_used_in_the_requested_dtype(
     dtype: str, tolerance: float, world: Path, tmp_path: Path
 ) -> None:
     saved = tiny_sources.save_source(
@@ -284,7 +284,7 @@ def test_batches_hold_every_row_once_and_no_more_tokens_than_allowed(lengths: li
 
 @property_test
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000))
-def test_shards_hold_every_row_once_in_order_and_no_more_tokens_than_asked_for(
+def test_shards_hold_every_row_once_in_order_and_no_more_tokens_than_allowed(
     lengths: list[int], limit: int
 ) -> None:
     starts = shard_starts(np.array(lengths, np.int32), limit)
@@ -393,7 +393,7 @@ def test_another_config_over_the_same_weights_is_another_model(
     assert "is a store of something else" in result.output
 
 
-def test_a_run_that_was_stopped_goes_on_with_smaller_batches(world: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_with_smaller_batches(world: Path, tmp_path: Path) -> None:
     """So that running out of memory late costs nothing that was done."""
     store = tmp_path / "store"
     assert run(settings_of(world, "gemma", store)).exit_code == 0
@@ -442,9 +442,7 @@ def test_other_data_into_the_same_folder_is_refused(world: Path, stores: dict[st
     assert Dialogues(tmp_path / "dialogues").fingerprint in result.output
 
 
-def test_what_the_message_of_a_damaged_store_advises_mends_it(
-    world: Path, stores: dict[str, Path], tmp_path: Path
-) -> None:
+def test_the_advice_for_a_damaged_store_repairs_it(world: Path, stores: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(stores["llama"], tmp_path / "store")
     shard = folder / "shard-00001.arrow"
     shard.write_bytes(shard.read_bytes()[:1000])
@@ -466,7 +464,7 @@ def test_what_the_message_of_a_damaged_store_advises_mends_it(
 
 @pytest.fixture
 def refused(world: Path, tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """``refused(model=…)`` runs an extraction that must be refused and returns what it says."""
+    """``refused(model=…)`` runs an extraction that must be refused and returns its output."""
 
     def attempt(**changed: Any) -> str:
         before = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
@@ -634,7 +632,7 @@ def test_a_row_that_cannot_be_used_is_named_by_file_and_line(refused: Callable[.
     assert "2" in message
 
 
-def test_settings_that_are_unknown_missing_or_out_of_range_are_told_together(tmp_path: Path) -> None:
+def test_unknown_missing_and_out_of_range_settings_are_reported_together(tmp_path: Path) -> None:
     (tmp_path / "extract.yaml").write_text("pivot: p\ndata: d\ntopk: 3\nbatch_tokens: 0\nmodel: m\n")
     result = run({}, tmp_path / "extract.yaml")
     assert result.exit_code == 1

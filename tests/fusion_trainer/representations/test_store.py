@@ -107,7 +107,7 @@ def write_store(
 
 
 def refuses(folder: Path) -> str:
-    """What opening the store says."""
+    """The message of opening the store."""
     with pytest.raises(UserError) as error:
         RepresentationStore(folder)
     assert str(folder) in str(error.value)
@@ -315,10 +315,10 @@ def test_a_store_that_does_not_fit_is_refused_with_both_values_side_by_side(writ
     assert [line.split() for line in differing] == [["tokenizer", "u" * 64, "t" * 64], ["top_k", "20", "10"]]
 
 
-# Beginning a store, and going on with one
+# Beginning a store, and resuming
 
 
-def test_a_store_is_written_once_and_going_on_writes_the_same_bytes(written: Path, tmp_path: Path) -> None:
+def test_resuming_writes_only_what_is_missing_and_the_same_bytes(written: Path, tmp_path: Path) -> None:
     rows, identity, folder = rows_of(0, 32002), identity_of(32002), tmp_path / "store"
     write_store(folder, rows, identity, finish=False)
     for lost in ("shard-00000.arrow", "shard-00003.arrow"):
@@ -366,10 +366,10 @@ def test_a_run_that_fails_before_its_first_shard_leaves_no_folder(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_fails_while_its_first_shard_is_being_written_can_be_gone_on_with(
+def test_a_run_that_fails_while_its_first_shard_is_being_written_can_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The shard is written behind the back of what failed, here on a slow disk."""
+    """The shard is written in the background, here on a slow disk."""
     rows, identity, folder = rows_of(0, 600), identity_of(600), tmp_path / "store"
     writer = StoreWriter(folder, identity, FIRST_ROWS)
     writer.begin()
@@ -440,7 +440,7 @@ def negative_tail(rows: list[Representation]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "problem"),
     [
         (nan, "NaN or infinite"),
         (infinite_gold, "NaN or infinite"),
@@ -454,13 +454,13 @@ def negative_tail(rows: list[Representation]) -> None:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_verify_finds_wrong_numbers_and_says_where(
-    change: Callable[[list[Representation]], None], said: str, tmp_path: Path
+    change: Callable[[list[Representation]], None], problem: str, tmp_path: Path
 ) -> None:
     result = run("store", "verify", damage(tmp_path / "store", change))
     conversation, block = names_of(4)[3]
     assert result.exit_code == 1
     assert re.search(
-        rf"shard-00002\.arrow: {said} at 1 positions, first in conversation '{conversation}', block {block}, "
+        rf"shard-00002\.arrow: {problem} at 1 positions, first in conversation '{conversation}', block {block}, "
         r"position 17\b",
         result.output,
     ), result.output
@@ -497,18 +497,18 @@ def test_the_columns_of_an_aligned_store_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "value", "said"),
+    ("column", "value", "problem"),
     [("paired", 2, "`paired` neither 0 nor 1"), ("gold_bytes", 0, "a token of no bytes")],
 )
 def test_verify_finds_wrong_numbers_of_an_aligned_store(
-    column: str, value: int, said: str, tmp_path: Path
+    column: str, value: int, problem: str, tmp_path: Path
 ) -> None:
     rows = [as_aligned(row) for row in rows_of(0, 32002)]
     getattr(rows[3], column)[17] = value
     folder = write_store(tmp_path / "store", rows, identity_of(32002, **ALIGNED_IDENTITY))
-    (problem,) = RepresentationStore(folder).problems()
-    assert problem.startswith(f"shard-00002.arrow: {said} at 1 positions")
-    assert problem.endswith("position 17")
+    (found,) = RepresentationStore(folder).problems()
+    assert found.startswith(f"shard-00002.arrow: {problem} at 1 positions")
+    assert found.endswith("position 17")
 
 
 def test_verify_finds_any_flipped_bit(copied: Path) -> None:
@@ -533,7 +533,7 @@ def test_verify_survives_a_shard_of_garbage(fill: bytes, copied: Path) -> None:
     assert "shard-00003" not in result.output
 
 
-def test_verify_has_nothing_to_say_about_a_good_store(written: Path) -> None:
+def test_verify_finds_nothing_wrong_with_a_good_store(written: Path) -> None:
     result = run("store", "verify", written)
     assert result.exit_code == 0
     assert "4 shards, 7 rows, nothing wrong" in result.output
@@ -572,7 +572,7 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_store_says_where_the_answers_are_in_the_text_that_its_model_has_read(
+def test_a_store_has_the_places_of_the_answers_in_the_text_that_its_model_has_read(
     name: str, extracted: Path
 ) -> None:
     (row,) = read_with_pyarrow(extracted / "stores" / name / "shard-00000.arrow")[1:]
@@ -605,7 +605,7 @@ def test_show_prints_the_manifest_and_a_row_with_the_tokens_that_really_followed
             assert f"{tokenizer.decode([int(entry)])!r} {math.exp(logprob):.3f}" in line
 
 
-def test_show_prints_as_many_positions_as_asked_for(extracted: Path) -> None:
+def test_show_prints_the_requested_number_of_positions(extracted: Path) -> None:
     result = run("store", "show", extracted / "stores" / "source", "--positions", 2)
     assert len(result.output.split("next token")[1].splitlines()) == 4
     assert f"{len(RepresentationStore(extracted / 'stores' / 'source')[0]) - 2} more" in result.output

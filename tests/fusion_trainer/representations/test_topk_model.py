@@ -1,4 +1,4 @@
-"""A model asked at some positions answers as its plain forward pass does, for every layout."""
+"""A model queried at some positions gives what its plain forward pass gives, for every layout."""
 
 import contextlib
 import warnings
@@ -37,7 +37,7 @@ def batch(lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     return ids_BL * mask_BL, None if mask_BL.all() else mask_BL
 
 
-def asked_positions(lengths: Sequence[int]) -> list[tuple[int, int]]:
+def queried_positions(lengths: Sequence[int]) -> list[tuple[int, int]]:
     """Some (row, position), the first and the last that have a next token among them."""
     return [
         (row, p) for row, length in enumerate(lengths) for p in range(length - 1) if p % 3 != 1 or p == length - 2
@@ -45,18 +45,18 @@ def asked_positions(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def assert_answers_as_the_plain_model(asked: TopKModel, lengths: Sequence[int], k: int = 10) -> None:
+def assert_answers_as_the_plain_model(topk_model: TopKModel, lengths: Sequence[int], k: int = 10) -> None:
     """Row by row through the plain model, unpadded, and the softmax in float64."""
     ids_BL, mask_BL = batch(lengths)
-    places = asked_positions(lengths)
+    places = queried_positions(lengths)
     flat = torch.tensor([row * ids_BL.shape[1] + position for row, position in places])
     gold = torch.tensor([int(ids_BL[row, position + 1]) for row, position in places])
-    found = asked.distributions(ids_BL, mask_BL, flat, gold, k)
+    found = topk_model.distributions(ids_BL, mask_BL, flat, gold, k)
     logits = [
-        asked.model(input_ids=ids_BL[row : row + 1, :length]).logits[0] for row, length in enumerate(lengths)
+        topk_model.model(input_ids=ids_BL[row : row + 1, :length]).logits[0] for row, length in enumerate(lengths)
     ]
     dense_SV = torch.stack([logits[row][position] for row, position in places]).double().log_softmax(-1).numpy()
-    assert dense_SV.shape[1] == asked.rows == ROWS
+    assert dense_SV.shape[1] == topk_model.rows == ROWS
     ranked_SV = np.full_like(dense_SV, -np.inf)
     ranked_SV[:, sorted(KNOWN)] = dense_SV[:, sorted(KNOWN)]
     ids_SK = found.ids_CK.numpy()
@@ -71,7 +71,7 @@ def assert_answers_as_the_plain_model(asked: TopKModel, lengths: Sequence[int], 
 
 
 @pytest.fixture(scope="module", params=list(tiny_sources.LAYOUTS))
-def asked(request: pytest.FixtureRequest) -> TopKModel:
+def topk_model(request: pytest.FixtureRequest) -> TopKModel:
     with no_warning():
         return TopKModel(tiny_sources.new_source(request.param, ROWS), KNOWN)
 
@@ -79,27 +79,27 @@ def asked(request: pytest.FixtureRequest) -> TopKModel:
 @pytest.mark.parametrize("chunk", [None, 1, 7])
 @pytest.mark.parametrize("lengths", [LENGTHS, (12, 12)], ids=["padded", "unpadded"])
 def test_distributions_are_those_of_the_plain_forward_pass(
-    asked: TopKModel, lengths: tuple[int, ...], chunk: int | None, monkeypatch: pytest.MonkeyPatch
+    topk_model: TopKModel, lengths: tuple[int, ...], chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if chunk:
-        monkeypatch.setattr(asked, "chunk", chunk)
-    assert asked.separable
-    assert_answers_as_the_plain_model(asked, lengths)
+        monkeypatch.setattr(topk_model, "chunk", chunk)
+    assert topk_model.separable
+    assert_answers_as_the_plain_model(topk_model, lengths)
 
 
 @torch.no_grad()
-def test_the_model_is_as_it_was_after_it_was_asked(asked: TopKModel) -> None:
+def test_a_query_leaves_the_model_as_it_was(topk_model: TopKModel) -> None:
     ids_BL, mask_BL = batch(LENGTHS)
-    before = asked.model(input_ids=ids_BL, attention_mask=mask_BL).logits
-    assert torch.equal(asked.bare_forward(ids_BL, mask_BL), before)
-    asked.distributions(ids_BL, mask_BL, torch.tensor([0, 1]), torch.tensor([1, 2]), 5)
-    assert "forward" not in vars(asked.split.layers)
-    assert torch.equal(asked.model(input_ids=ids_BL, attention_mask=mask_BL).logits, before)
-    greedy = asked.model.generate(
+    before = topk_model.model(input_ids=ids_BL, attention_mask=mask_BL).logits
+    assert torch.equal(topk_model.bare_forward(ids_BL, mask_BL), before)
+    topk_model.distributions(ids_BL, mask_BL, torch.tensor([0, 1]), torch.tensor([1, 2]), 5)
+    assert "forward" not in vars(topk_model.split.layers)
+    assert torch.equal(topk_model.model(input_ids=ids_BL, attention_mask=mask_BL).logits, before)
+    greedy = topk_model.model.generate(
         ids_BL[:1, :5], attention_mask=torch.ones(1, 5).long(), max_new_tokens=4, do_sample=False
     )
     for length in range(5, 9):
-        assert greedy[0, length] == asked.model(input_ids=greedy[:, :length]).logits[0, -1].argmax()
+        assert greedy[0, length] == topk_model.model(input_ids=greedy[:, :length]).logits[0, -1].argmax()
 
 
 def test_a_forward_that_others_have_put_in_place_is_put_back() -> None:
@@ -113,15 +113,15 @@ def test_a_forward_that_others_have_put_in_place_is_put_back() -> None:
         return plain(*args, **kwargs)
 
     model.model.forward = hooked
-    asked = TopKModel(model, KNOWN)
+    topk_model = TopKModel(model, KNOWN)
     assert model.model.forward is hooked
-    assert_answers_as_the_plain_model(asked, LENGTHS)
+    assert_answers_as_the_plain_model(topk_model, LENGTHS)
     assert model.model.forward is hooked
     assert calls
 
 
 @pytest.mark.parametrize(("layout", "setting"), [("gemma2", "final_logit_softcapping"), ("cohere", "logit_scale")])
-def test_what_a_model_does_after_its_head_changes_what_it_answers(layout: str, setting: str) -> None:
+def test_what_a_model_does_after_its_head_changes_its_distributions(layout: str, setting: str) -> None:
     """So the layouts above do test it."""
     plain, other = (
         TopKModel(tiny_sources.new_source(layout, ROWS, **own), KNOWN) for own in ({}, {setting: 0.125})
@@ -136,11 +136,11 @@ def test_what_a_model_does_after_its_head_changes_what_it_answers(layout: str, s
 def test_16_bit_weights_separate_too_and_are_reduced_in_float32(dtype: torch.dtype) -> None:
     model = tiny_sources.new_source("mistral", ROWS).to(dtype)
     with no_warning():
-        asked = TopKModel(model, KNOWN)
-    assert asked.separable
+        topk_model = TopKModel(model, KNOWN)
+    assert topk_model.separable
     ids_BL, _ = batch((12, 12))
     flat, gold = torch.arange(11), ids_BL[0, 1:]
-    found = asked.distributions(ids_BL, None, flat, gold, 10)
+    found = topk_model.distributions(ids_BL, None, flat, gold, 10)
     with torch.no_grad():
         dense = model(input_ids=ids_BL).logits[0, :11].double().log_softmax(-1)
     assert found.logprobs_CK.dtype == torch.float32
@@ -164,34 +164,34 @@ class SkippingModel(LlamaForCausalLM):
         return output
 
 
-def test_a_model_whose_head_cannot_be_separated_says_so_and_answers_rightly() -> None:
+def test_a_model_whose_head_cannot_be_separated_warns_and_is_right() -> None:
     torch.manual_seed(0)
     model = SkippingModel(tiny_sources.LAYOUTS["llama"](vocab_size=ROWS)).eval()
     with pytest.warns(UserWarning, match=r"SkippingModel .* every position.*--batch-tokens"):
-        asked = TopKModel(model, KNOWN)
-    assert not asked.separable
-    for chunk in (asked.chunk, 4):
-        asked.chunk = chunk
-        assert_answers_as_the_plain_model(asked, LENGTHS)
+        topk_model = TopKModel(model, KNOWN)
+    assert not topk_model.separable
+    for chunk in (topk_model.chunk, 4):
+        topk_model.chunk = chunk
+        assert_answers_as_the_plain_model(topk_model, LENGTHS)
 
 
 def test_logits_exist_for_a_chunk_of_supervised_positions_only() -> None:
     model = tiny_sources.new_source("llama", ROWS)
-    asked = TopKModel(model, KNOWN)
-    asked.chunk = 8
+    topk_model = TopKModel(model, KNOWN)
+    topk_model.chunk = 8
     seen: list[tuple[int, ...]] = []
     hook = model.lm_head.register_forward_hook(lambda _module, _inputs, logits: seen.append(tuple(logits.shape)))
     ids_BL, mask_BL = batch(LENGTHS)
-    asked.distributions(ids_BL, mask_BL, torch.arange(20), torch.zeros(20).long(), 10)
+    topk_model.distributions(ids_BL, mask_BL, torch.arange(20), torch.zeros(20).long(), 10)
     hook.remove()
     assert seen == [(1, 8, ROWS), (1, 8, ROWS), (1, 4, ROWS)]
 
 
-def test_a_model_whose_head_asks_for_more_than_hidden_states_is_asked_whole() -> None:
+def test_a_model_whose_head_needs_more_than_hidden_states_is_queried_whole() -> None:
     config = MambaConfig(vocab_size=ROWS, hidden_size=16, state_size=4, num_hidden_layers=2, expand=2)
     torch.manual_seed(0)
     model = MambaForCausalLM(config).eval()
     with pytest.warns(UserWarning, match="every position"):
-        asked = TopKModel(model, KNOWN)
-    assert "forward" not in vars(asked.split.layers)
-    assert_answers_as_the_plain_model(asked, LENGTHS)
+        topk_model = TopKModel(model, KNOWN)
+    assert "forward" not in vars(topk_model.split.layers)
+    assert_answers_as_the_plain_model(topk_model, LENGTHS)
