@@ -1,13 +1,13 @@
 """The byte of a text at which each of its tokens ends, from the bytes that the tokens stand for.
 
-A tokenizer's own offsets do not tell it: they count characters, claim a whole character for each of its pieces,
-leave out white space or a combining mark. Here the tokens' bytes are laid along the text instead, piece by
-piece between the added tokens. Where a tokenizer rewrites the text first (NFC, NFKC), they are laid along what
-it makes of the shortest parts of the text that can be rewritten alone.
+A tokenizer's own offsets do not say this: they count characters, claim a whole character for each of its pieces,
+and leave out white space or a combining mark. Here the tokens' bytes are laid along the text instead, piece by
+piece between the added tokens. If a tokenizer rewrites the text first (NFC, NFKC), they are laid along its version
+of the shortest parts of the text that can be rewritten alone.
 
 Within a rewritten part no token has read up to any byte of the text; the token that finishes the part has read all
-of it. A token that ends inside the part is therefore given the end of the next token that ends between two parts:
-of tokens with one end only the last has read up to there.
+of it. A token that ends inside the part therefore gets the end of the next token that ends between two parts: of
+tokens with the same end only the last has read up to there.
 """
 
 import unicodedata
@@ -18,23 +18,24 @@ from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
+from tokenizers import AddedToken
 
-__all__ = ["Mark", "Rewriting", "lay_along"]
+__all__ = ["Rewriting", "lay_along"]
 
 NEAR = 64
-"""Characters on either side of a place that decide whether a cluster (a long run of blanks) is cut there."""
+"""Characters on either side of a place that decide whether a text is cut there."""
 UNREAD = -1
-"""The end of a token that ends inside a rewritten part, until the end of the next one that does not is known."""
+"""The end of a token inside a rewritten part, until the end of the next token outside is known."""
 
 
 @dataclass(frozen=True)
 class Rewriting:
-    """What a tokenizer does to a text before it cuts it.
+    """The changes that a tokenizer makes to a text before it cuts it into tokens.
 
     Attributes:
-        byte_level: Its tokens are bytes of the text; otherwise ``▁`` stands for a space.
-        normalise: What more it does; None if nothing.
-        lacking: The bytes it has no token for, and passes over. Its own offsets do not count them.
+        byte_level: Whether its tokens are bytes of the text; otherwise ``▁`` stands for a space.
+        normalise: Its normaliser, if that does more than write spaces as ``▁``.
+        lacking: The bytes that it has no token for and skips. Its own offsets do not count them.
     """
 
     byte_level: bool
@@ -46,12 +47,14 @@ class Rewriting:
         return (text if self.byte_level else text.replace("▁", " ")).encode().translate(None, self.lacking)
 
     def read(self, text: str) -> bytes:
-        """The bytes that the tokens of ``text`` stand for, but for what is put before it."""
+        """The bytes that the tokens of ``text`` stand for, except for a space put before it."""
         return self.plain(self.normalise(text) if self.normalise else text)
 
     def parts(self, text: str) -> Iterator[list[str]]:
-        """The smallest parts that are rewritten alone: first as neighbours tell it, which is fast, then as
-        ``NEAR`` characters on either side of every place do."""
+        """The smallest parts that are rewritten alone, in two versions.
+
+        The first is fast: it looks at neighbours only. The second looks at ``NEAR`` characters on either side.
+        """
         if not self.normalise:
             yield list(text)
             return
@@ -59,7 +62,7 @@ class Rewriting:
         yield self._cut(text)
 
     def finished(self, text: str, ends: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Ends that are known to the character alone, without those that lie inside a rewritten part."""
+        """Ends that are only known to the character, without those inside a rewritten part."""
         if not self.normalise:
             return ends
         starts = [0, *accumulate(len(char.encode()) for char in text)]
@@ -93,58 +96,47 @@ def _apart(rewriting: Rewriting, before: str, after: str) -> bool:
     return rewriting.read(before) + rewriting.read(after) == rewriting.read(before + after)
 
 
-@dataclass(frozen=True)
-class Mark:
-    """An added token: its name, and whether it takes the white space before it and after it."""
-
-    name: str
-    lstrip: bool
-    rstrip: bool
-
-    def find(self, text: str, at: int) -> tuple[int, int]:
-        """Where in ``text``, from ``at`` on, it begins and ends, white space included; −1 where it is not."""
-        begin = text.find(self.name, at)
-        end = begin + len(self.name)
-        if begin < 0:
-            return begin, end
-        if self.lstrip:
-            begin = at + len(text[at:begin].rstrip())
-        if self.rstrip:
-            end = len(text) - len(text[end:].lstrip())
-        return begin, end
-
-
 def lay_along(
-    text: str, surfaces: Sequence[bytes], literal: Sequence[Mark | None], rewriting: Rewriting
+    text: str, surfaces: Sequence[bytes], marks: Sequence[AddedToken | None], rewriting: Rewriting
 ) -> NDArray[np.int32] | None:
     """The ends of the tokens of a text.
 
     Args:
         text: The text.
         surfaces: For each token the bytes it stands for.
-        literal: For an added token, which stands in the text as it is, what it takes with it; None for others.
-        rewriting: What the tokenizer does to what lies between those.
+        marks: For each token that is in the text under its own name, the added token; None for others.
+        rewriting: What the tokenizer does to the text between those.
 
     Returns:
         int32 [tokens], bytes; None if the tokens' bytes do not make up the text.
     """
     ends = np.zeros(len(surfaces), np.int32)
     at = first = base = 0  # in characters, in tokens, in bytes
-    for stop in [*(n for n, mark in enumerate(literal) if mark), len(surfaces)]:
-        mark = literal[stop] if stop < len(surfaces) else None
-        begin, after = mark.find(text, at) if mark else (len(text), len(text))
+    for stop in [*(number for number, mark in enumerate(marks) if mark), len(surfaces)]:
+        mark = marks[stop] if stop < len(surfaces) else None
+        begin, after = _find(mark, text, at) if mark else (len(text), len(text))
         if begin < 0:
             return None
-        piece = text[at:begin]
-        found = _lay_along_piece(piece, surfaces[first:stop], rewriting)
-        if found is None:
+        inside = _lay_along_piece(text[at:begin], surfaces[first:stop], rewriting)
+        if inside is None:
             return None
-        ends[first:stop] = base + found
+        ends[first:stop] = base + inside
         base += len(text[at:after].encode())
-        if mark is not None:
+        if mark:
             ends[stop] = base
             at, first = after, stop + 1
     return ends
+
+
+def _find(mark: AddedToken, text: str, at: int) -> tuple[int, int]:
+    """Where in ``text``, from ``at`` on, a token is, with the white space that it takes; −1 if it is not there."""
+    begin = text.find(mark.content, at)
+    end = begin + len(mark.content)
+    if mark.lstrip and begin >= 0:
+        begin = at + len(text[at:begin].rstrip())
+    if mark.rstrip:
+        end = len(text) - len(text[end:].lstrip())
+    return begin, end
 
 
 def _lay_along_piece(piece: str, surfaces: Sequence[bytes], rewriting: Rewriting) -> NDArray[np.int32] | None:
@@ -169,12 +161,12 @@ def _lay_along_piece(piece: str, surfaces: Sequence[bytes], rewriting: Rewriting
 
 
 def _put_before(joined: bytes, read: bytes) -> int | None:
-    """How many bytes the tokens have before what they read, none or a space; None if they read something else."""
+    """How many bytes (none, or one space) the tokens have before ``read``; None if they stand for other bytes."""
     return len(joined) - len(read) if joined in (read, b" " + read) else None
 
 
 def _after_the_part(ends: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Ends with the next known one in place of each ``UNREAD``; the last is known."""
+    """Ends with the next known end in place of each ``UNREAD``; the last is known."""
     places = np.where(ends == UNREAD, len(ends) - 1, np.arange(len(ends)))
     following: NDArray[np.int32] = ends[np.minimum.accumulate(places[::-1])[::-1]]
     return following

@@ -1,35 +1,35 @@
-"""One text through any tokenizer: ids, and the byte of the text at which each token ends.
+"""Any tokenizer's ids for a text, and the byte of the text at which each token ends.
 
-The ends follow from the bytes that the tokens stand for (``byte_ends``). Only where those do not make up the
-text (a tokenizer that lowers case, an unknown token) they are the tokenizer's own offsets, and among tokens
-whose offsets overlap again follow from bytes as far as possible.
+The ends follow from the bytes that the tokens stand for (``byte_ends``). If those do not make up the text (a
+tokenizer that changes to lower case, an unknown token), the ends are the tokenizer's own offsets, and bytes only
+separate tokens whose offsets overlap.
 
-A token is supervised when it ends inside a supervised span. That holds for any tokenizer: a leading space that a
-token shares with the template before the span does not exclude it, and a token that reaches beyond the span is
-the template's.
+A token is supervised when it ends inside a supervised span, whatever the tokenizer: a leading space that a token
+shares with the template before the span does not exclude it, and a token that reaches beyond the span belongs to
+the template.
 """
 
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import normalizers
+from tokenizers import AddedToken, normalizers
 
-from fusion_trainer.text.byte_ends import Mark, Rewriting, lay_along
+from fusion_trainer.text.byte_ends import Rewriting, lay_along
 from varm_common.errors import UserError
 
-__all__ = ["Span", "TextTokenizer", "Tokens", "byte_spans", "load_tokenizer", "supervised_positions"]
+__all__ = ["Span", "TextTokenizer", "Tokens", "load_tokenizer", "supervised_positions"]
 
 SPACES_AS_MARKS = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 """The normaliser of SentencePiece-style tokenizers that writes spaces as ``▁``."""
-HEEDED_ADD_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer")
-"""Whose fast classes in transformers 4 left out BOS where ``add_bos_token`` was false."""
+OBEYS_ADD_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer")
+"""Classes whose fast version in transformers 4 left out BOS if ``add_bos_token`` was false."""
 Span = tuple[int, int]
 """First byte and the one after the last, in a text's UTF-8."""
 
@@ -41,7 +41,7 @@ class Tokens:
     Attributes:
         ids: int32 [tokens].
         ends: int32 [tokens], ascending: bytes of the text (UTF-8) that are read once the token is; 0 for a BOS
-            that is not in the text. Where several tokens have one end, only the last has read up to there; the
+            that is not in the text. If several tokens have the same end, only the last has read up to there; the
             others end inside something that a normaliser rewrote, and correspond to no byte of the text.
     """
 
@@ -53,7 +53,7 @@ class Tokens:
 
 
 def supervised_positions(tokens: Tokens, spans: Sequence[Span]) -> NDArray[np.int32]:
-    """The positions whose *next* token is supervised: where a model predicts the assistant's words.
+    """The positions whose *next* token is supervised: there a model predicts the assistant's words.
 
     Args:
         tokens: The tokenised text.
@@ -75,7 +75,7 @@ def supervised_positions(tokens: Tokens, spans: Sequence[Span]) -> NDArray[np.in
 
 
 class TextTokenizer:
-    """A tokenizer of transformers that tells where its tokens end, with BOS as this tokenizer itself adds it."""
+    """A tokenizer of transformers, with the ends of tokens in bytes, and BOS as the tokenizer itself adds it."""
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         if not getattr(tokenizer, "is_fast", False):
@@ -109,23 +109,19 @@ class TextTokenizer:
         return [self._tokens(text, ids, offsets) for text, ids, offsets in columns]
 
     def _tokens(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
-        begun = ids[: len(self.prefix)] == self.prefix or ids[:1] == [self.tokenizer.bos_token_id]
-        prefix = [] if begun else self.prefix
-        before = len(prefix)
-        ends = np.zeros(before + len(ids), np.int32)
-        surfaces = [self.surfaces[token] for token in ids]
-        literal = [self.marks.get(token) for token in ids]
-        laid = lay_along(text, surfaces, literal, self._rewriting)
-        if laid is not None:
-            ends[before:] = laid
-        elif ids:
+        has_bos = ids[: len(self.prefix)] == self.prefix or ids[:1] == [self.tokenizer.bos_token_id]
+        prefix = [] if has_bos else self.prefix
+        marks = [self.marks.get(token) for token in ids]
+        ends = lay_along(text, [self.surfaces[token] for token in ids], marks, self._rewriting)
+        if ends is None:
             spans_T2 = _in_bytes(text, np.array(offsets, np.int32))
             self._separate(text.encode(), ids, spans_T2)
-            ends[before:] = self._rewriting.finished(text, spans_T2[:, 1])
-        return Tokens(np.array([*prefix, *ids], np.int32), ends)
+            ends = self._rewriting.finished(text, spans_T2[:, 1])
+        before = np.zeros(len(prefix), np.int32)
+        return Tokens(np.array([*prefix, *ids], np.int32), np.concatenate([before, ends]))
 
     def _separate(self, text: bytes, ids: list[int], spans_T2: NDArray[np.int32]) -> None:
-        """Where the spans of tokens overlap, set their ends by the bytes they stand for."""
+        """Set the ends of tokens whose spans overlap by the bytes that they stand for."""
         starts, ends = spans_T2.T
         read = np.maximum.accumulate(ends)
         apart = np.flatnonzero(starts[1:] >= read[:-1]) + 1
@@ -150,20 +146,21 @@ class TextTokenizer:
         vocabulary = self.tokenizer.get_vocab().items()
         if not self._byte_level:
             return {token: _sentencepiece_surface(name) for name, token in vocabulary}
+        table = _byte_of_char()
         return {
-            token: name.encode() if token in self.added else _byte_level_surface(name)
+            token: bytes(table[char] for char in name)
+            if token not in self.added and table.keys() >= {*name}
+            else name.encode()
             for name, token in vocabulary
         }
 
     @cached_property
-    def marks(self) -> dict[int, Mark]:
-        """The added tokens that stand in a text under their own names: all but bytes and plain white space."""
-        blank = {token for token in self.added if not self.surfaces[token].strip()}
-        known = self.tokenizer.added_tokens_decoder
+    def marks(self) -> dict[int, AddedToken]:
+        """The added tokens that are in a text under their own names: all but bytes and plain white space."""
         return {
-            token: Mark(known[token].content, known[token].lstrip, known[token].rstrip)
-            for token in self.added - self.byte_fallback - blank
-            if token in known
+            token: mark
+            for token, mark in self.tokenizer.added_tokens_decoder.items()
+            if token in self.added - self.byte_fallback and self.surfaces[token].strip()
         }
 
     @cached_property
@@ -179,7 +176,7 @@ class TextTokenizer:
         lacking = b""
         if self._byte_level and state["model"].get("unk_token") is None:
             vocabulary = self.tokenizer.get_vocab()
-            lacking = bytes(byte for char, byte in _printable_bytes().items() if char not in vocabulary)
+            lacking = bytes(byte for char, byte in _byte_of_char().items() if char not in vocabulary)
         if not steps or (steps == [SPACES_AS_MARKS] and not self._byte_level):
             return Rewriting(self._byte_level, None, lacking)
         normaliser = normalizers.Sequence([])
@@ -192,14 +189,15 @@ class TextTokenizer:
 
     @cached_property
     def _state(self) -> dict[str, Any]:
-        """What the tokenizer.json says, but for the vocabulary."""
+        """The content of tokenizer.json without the vocabulary."""
         state = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        model = {key: value for key, value in state["model"].items() if key not in ("vocab", "merges")}
-        return {**state, "added_tokens": None, "model": model}
+        for large in ("vocab", "merges"):
+            state["model"].pop(large, None)
+        return {**state, "added_tokens": None}
 
     @cached_property
     def words(self) -> dict[int, str]:
-        """Each id's text without spaces, as the papers compare tokens; broken characters stay apart."""
+        """Each id's text without spaces, as the papers compare tokens."""
         return {
             token: surface.decode(errors="surrogateescape").replace(" ", "")
             for token, surface in self.surfaces.items()
@@ -212,7 +210,7 @@ class TextTokenizer:
 
     @cached_property
     def byte_fallback(self) -> frozenset[int]:
-        """Ids that stand for one byte each, such as ``<0x0A>``; none where all tokens are bytes."""
+        """Ids that stand for one byte each, such as ``<0x0A>``; none if all tokens are bytes."""
         if self._byte_level:
             return frozenset()
         vocabulary = self.tokenizer.get_vocab().items()
@@ -225,7 +223,7 @@ class TextTokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Fingerprint of what turns text into ids: the tokenizer's full state and the ids put before a text."""
+        """Fingerprint of everything that turns text into ids: the tokenizer's state and the ids before a text."""
         backend = self.tokenizer.backend_tokenizer
         truncation, padding = backend.truncation, backend.padding
         backend.no_truncation()
@@ -239,7 +237,7 @@ class TextTokenizer:
 
 
 def _steps(normaliser: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The normalisers of a tokenizer.json one after the other."""
+    """The normalisers in a tokenizer.json, one after the other."""
     if normaliser is None:
         return []
     if normaliser["type"] == "Sequence":
@@ -248,7 +246,7 @@ def _steps(normaliser: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _template_begins_with_bos(tokenizer: Any) -> bool:
-    """Whether a tokenizer that adds no BOS leaves that to its chat template."""
+    """Whether a tokenizer that adds no BOS has a chat template that does."""
     if not tokenizer.bos_token or not tokenizer.chat_template:
         return False
     try:
@@ -269,25 +267,11 @@ def _in_bytes(text: str, offsets_T2: NDArray[np.int32]) -> NDArray[np.int32]:
     return before[offsets_T2]
 
 
-def byte_spans(text: str, spans: Sequence[tuple[int, int]]) -> list[Span]:
-    """Spans of characters as spans of bytes."""
-    if not spans:
-        return []
-    return [(start, stop) for start, stop in _in_bytes(text, np.array(spans, np.int32)).tolist()]
+def _byte_of_char() -> dict[str, int]:
+    """The alphabet of byte-level BPE, in which each byte is one printable character."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-
-def _byte_level_surface(name: str) -> bytes:
-    """Of a token of byte-level BPE, whose vocabulary writes each byte as one printable character."""
-    table = _printable_bytes()
-    return bytes(table[char] for char in name) if all(char in table for char in name) else name.encode()
-
-
-@cache
-def _printable_bytes() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others follow from U+0100 in order."""
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in own]
-    return {chr(byte): byte for byte in own} | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+    return {char: byte for byte, char in bytes_to_unicode().items()}
 
 
 def _is_byte(name: str) -> bool:
@@ -305,7 +289,7 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> 
     """The tokenizer of a checkpoint folder.
 
     Raises:
-        UserError: There is none, or it does not tell which characters its tokens cover.
+        UserError: There is none, or it does not say which characters its tokens cover.
     """
     from transformers import AutoTokenizer
 
@@ -313,22 +297,22 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> 
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"no tokenizer of {name} could be loaded: {error}") from error
-    _heed_add_bos(tokenizer, folder)
+    _obey_add_bos(tokenizer, folder)
     return TextTokenizer(tokenizer, name)
 
 
-def _heed_add_bos(tokenizer: Any, folder: Path) -> None:
+def _obey_add_bos(tokenizer: Any, folder: Path) -> None:
     """Make a tokenizer add BOS, or not, as its ``tokenizer_config.json`` says.
 
-    transformers 5 reads ``add_bos_token`` no more where there is a tokenizer.json. True is heeded always, false
-    where transformers 4 did; the tokenizer keeps it when it is saved.
+    transformers 5 ignores ``add_bos_token`` if there is a tokenizer.json. Here true is always obeyed, false if
+    transformers 4 did. The tokenizer keeps it when it is saved.
     """
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_bytes()) if path.is_file() else {}
-    wanted = config.get("add_bos_token")
-    if tokenizer.bos_token is None or not getattr(tokenizer, "is_fast", False):
+    if tokenizer.bos_token is None or not getattr(tokenizer, "is_fast", False) or not path.is_file():
         return
+    config = json.loads(path.read_bytes())
+    wanted = config.get("add_bos_token")
     adds = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    heeded = str(config.get("tokenizer_class")).removesuffix("Fast") in HEEDED_ADD_BOS
-    if (wanted is True and not adds) or (wanted is False and adds and heeded):
+    obeys = str(config.get("tokenizer_class")).removesuffix("Fast") in OBEYS_ADD_BOS
+    if (wanted is True and not adds) or (wanted is False and adds and obeys):
         tokenizer.add_bos_token = wanted

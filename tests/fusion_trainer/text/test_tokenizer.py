@@ -19,7 +19,7 @@ from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, proces
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from fusion_trainer.text.tokenizer import TextTokenizer, Tokens, byte_spans, load_tokenizer, supervised_positions
+from fusion_trainer.text.tokenizer import TextTokenizer, Tokens, load_tokenizer, supervised_positions
 from varm_common.errors import UserError
 
 property_test = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -403,16 +403,6 @@ def test_the_first_token_of_a_text_is_predicted_only_after_a_bos() -> None:
     assert supervised_positions(Tokens(ids, np.array([0, 2], np.int32)), [(0, 2)]).tolist() == [0]
     assert supervised_positions(Tokens(ids[:1], np.array([2], np.int32)), [(0, 2)]).tolist() == []
     assert supervised_positions(Tokens(ids, np.array([0, 2], np.int32)), []).tolist() == []
-
-
-@property_test
-@given(st.lists(st.text(max_size=8), max_size=8))
-def test_spans_of_characters_become_the_same_spans_of_bytes(pieces: list[str]) -> None:
-    text = "".join(pieces)
-    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
-    spans = list(zip([0, *ends], ends, strict=False))
-    cut = [text.encode()[start:stop].decode() for start, stop in byte_spans(text, spans)]
-    assert cut == pieces
 
 
 def test_a_bos_that_only_the_chat_template_writes_is_put_before_every_text() -> None:
