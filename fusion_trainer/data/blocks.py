@@ -8,7 +8,6 @@ text are packed into one block; a long one is cut into pieces.
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice, pairwise, takewhile
 from typing import Any
@@ -25,29 +24,26 @@ from varm_common.errors import UserError, listed
 
 __all__ = ["NOT_IN_FINGERPRINT", "SCHEMA", "Block", "Preparation"]
 
-ANSWER = pa.struct(
-    [
-        *(pa.field(name, pa.int32(), nullable=False) for name in ("turn", "open", "mark", "end")),
-        pa.field("pieces", pa.list_(pa.list_(pa.int32(), 3)), nullable=False),
-        pa.field("closed", pa.bool_(), nullable=False),
-    ]
-)
-SCHEMA = pa.schema(
-    [
-        pa.field("conversation", pa.string(), nullable=False),  # the conversation's id
-        pa.field("block", pa.int32(), nullable=False),  # which of its blocks
-        pa.field("source", pa.string(), nullable=False),  # file and row
-        pa.field("text", pa.string(), nullable=False),  # as the pivot reads it
-        pa.field("bos", pa.int32(), nullable=False),  # bytes of BOS at its head
-        pa.field("answers", pa.list_(ANSWER), nullable=False),  # those to be learnt, as ``Answer``
-        pa.field("turns", pa.string(), nullable=False),  # JSON of ``Turns``; empty for plain text
-        pa.field("tokens", pa.int32(), nullable=False),  # of the pivot, with BOS
-    ]
-)
+PLACES = [pa.field(name, pa.int32(), nullable=False) for name in ("turn", "open", "mark", "end")]
+PIECES = pa.field("pieces", pa.list_(pa.list_(pa.int32(), 3)), nullable=False)
+ANSWER = pa.struct([*PLACES, PIECES, pa.field("closed", pa.bool_(), nullable=False)])
+COLUMNS = {
+    "conversation": pa.string(),  # the conversation's id
+    "block": pa.int32(),  # which of its blocks
+    "source": pa.string(),  # file and row
+    "text": pa.string(),  # as the pivot reads it
+    "bos": pa.int32(),  # bytes of BOS at its head
+    "answers": pa.list_(ANSWER),  # those to be learnt, as ``Answer``
+    "turns": pa.string(),  # JSON of the messages and tools; empty for plain text
+    "tokens": pa.int32(),  # of the pivot, with BOS
+}
+SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in COLUMNS.items()])
 CONVERSATIONS_AT_ONCE = 256
 NOT_IN_FINGERPRINT = ("source", "tokens")
 """Columns that say nothing about the content."""
 BETWEEN_DOCUMENTS = "\n\n"
+Part = tuple[list[Message], Rendered, Tokens]
+"""Some turns of a dialogue, their rendering, and its tokens."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +130,10 @@ class Preparation:
         iterator = iter(conversations)
         while some := list(islice(iterator, CONVERSATIONS_AT_ONCE)):
             self.report.conversations += len(some)
-            yield from self._dialogues([c for c in some if c.text is None])
-            yield from self._documents([c for c in some if c.text is not None])
+            for conversation in some:
+                if conversation.text is None:
+                    yield from self._dialogue(conversation)
+            yield from self._documents([conversation for conversation in some if conversation.text is not None])
         self._check_report()
 
     def _check_report(self) -> None:
@@ -176,44 +174,12 @@ class Preparation:
         report.supervised_tokens += supervised
         report.lengths[1 << (len(tokens) - 1).bit_length()] += 1
         answers, turns = _as_rendered(rendered, messages)
-        block = Block(
-            conversation.id,
-            number,
-            conversation.where,
-            rendered.text,
-            answers,
-            len(tokens),
-            rendered.bos,
-            turns,
-            conversation.tools,
-        )
-        return [block]
+        whose = conversation.id, number, conversation.where
+        return [Block(*whose, rendered.text, answers, len(tokens), rendered.bos, turns, conversation.tools)]
 
     # Dialogues
 
-    def _dialogues(self, conversations: Sequence[Conversation]) -> Iterator[Block]:
-        rendered = [whole for conversation in conversations for whole in self._rendered(conversation)]
-        texts = self.tokenizer.encode([whole.text for _, _, whole in rendered])
-        for (conversation, messages, whole), tokens in zip(rendered, texts, strict=True):
-            if len(tokens) <= self.max_length:
-                blocks = self._block(conversation, 0, whole, tokens, messages)
-            else:
-                before = deepcopy(self.report)
-                try:
-                    blocks = self._split(conversation, messages)
-                except TemplateError as error:
-                    self.report = before
-                    between = f"longer than {self.max_length} tokens, and split between its turns {error}"
-                    self._refused(conversation, between)
-                    continue
-            if blocks:
-                self.report.kept += 1
-            else:
-                self.report.dropped["no supervised token"] += 1
-            yield from blocks
-
-    def _rendered(self, conversation: Conversation) -> Iterator[tuple[Conversation, list[Message], Rendered]]:
-        """A conversation, its turns up to the last answer, and their rendering; nothing if that is impossible."""
+    def _dialogue(self, conversation: Conversation) -> list[Block]:
         messages = list(conversation.messages)
         self.report.turns += len(messages)
         while messages and messages[-1].role != "assistant":
@@ -221,64 +187,75 @@ class Preparation:
             self.report.open_turns += 1
         if not messages:
             self.report.dropped["no answer in it"] += 1
-            return
-        if self.template is None:
-            self.template = find_template(None, self.tokenizer.tokenizer, self.tokenizer.name)
+            return []
         try:
-            yield conversation, messages, self.template.render(messages, conversation.tools)
+            parts = self._parts(messages, conversation.tools)
         except TemplateError as error:
-            self._refused(conversation, str(error))
-
-    def _refused(self, conversation: Conversation, problem: str) -> None:
-        if self.skipped is not None:
-            self.skipped["the template refuses it"] += 1
-        else:
-            self._problems.append(f"{conversation.where}: {problem}")
-
-    def _split(self, conversation: Conversation, messages: Sequence[Message]) -> list[Block]:
-        """As many exchanges as fit into each block, every block rendered on its own."""
-        system, exchanges = _exchanges(messages)
+            if self.skipped is not None:
+                self.skipped["the template refuses it"] += 1
+            else:
+                self._problems.append(f"{conversation.where}: {error}")
+            return []
         blocks: list[Block] = []
-        while exchanges:
-            turns = [*system, *exchanges.pop(0)]
-            rendered, tokens = self._render(turns, conversation.tools)
-            while exchanges:
-                more = [*turns, *exchanges[0]]
-                longer, more_tokens = self._render(more, conversation.tools)
-                if len(more_tokens) > self.max_length:
-                    break
-                turns, rendered, tokens = more, longer, more_tokens
-                exchanges.pop(0)
+        for turns, rendered, tokens in parts:
             if len(tokens) > self.max_length:
                 rendered, tokens = self._cut(rendered, tokens)
             blocks += self._block(conversation, len(blocks), rendered, tokens, turns)
+        if blocks:
+            self.report.kept += 1
+        else:
+            self.report.dropped["no supervised token"] += 1
         return blocks
 
-    def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[Rendered, Tokens]:
-        assert self.template is not None
+    def _parts(self, messages: list[Message], tools: Sequence[Any] | None) -> list[Part]:
+        """A dialogue whole if it fits, otherwise as many exchanges in each part as fit; each part is rendered."""
+        whole = self._render(messages, tools)
+        if len(whole[2]) <= self.max_length:
+            return [whole]
+        system, exchanges = _exchanges(messages)
+        parts: list[Part] = []
+        try:
+            while exchanges:
+                part = self._render([*system, *exchanges.pop(0)], tools)
+                while exchanges:
+                    longer = self._render([*part[0], *exchanges[0]], tools)
+                    if len(longer[2]) > self.max_length:
+                        break
+                    part = longer
+                    exchanges.pop(0)
+                parts.append(part)
+        except TemplateError as error:
+            between = f"longer than {self.max_length} tokens, and split between its turns {error}"
+            raise TemplateError(between) from error
+        return parts
+
+    def _render(self, messages: list[Message], tools: Sequence[Any] | None) -> Part:
+        if self.template is None:
+            self.template = find_template(None, self.tokenizer.tokenizer, self.tokenizer.name)
         rendered = self.template.render(messages, tools)
-        return rendered, self.tokenizer.encode([rendered.text])[0]
+        return messages, rendered, self.tokenizer.encode([rendered.text])[0]
 
     def _cut(self, rendered: Rendered, tokens: Tokens) -> tuple[Rendered, Tokens]:
-        text, fitting = self._head(rendered.text.encode(), 0, tokens)
+        before_text = int(np.searchsorted(tokens.ends, 0, "right"))
+        text, fitting = self._head(rendered.text.encode(), 0, tokens, self.max_length - before_text)
         self.report.cut_turns += 1
         self.report.cut_tokens += len(tokens) - len(fitting)
         size = len(text.encode())
         answers = tuple(answer.cut(size) for answer in rendered.answers if answer.open < size)
         return replace(rendered, text=text, answers=answers), fitting
 
-    def _head(self, raw: bytes, start: int, tokens: Tokens) -> tuple[str, Tokens]:
-        """What fits into a block of a text from byte ``start`` on, cut between two characters; and its tokens.
+    def _head(self, raw: bytes, start: int, tokens: Tokens, room: int) -> tuple[str, Tokens]:
+        """The longest piece of a text that fits into a block, cut between two characters; and its tokens.
 
         Args:
             raw: The whole text.
-            start: Where a character begins.
+            start: The byte with which the piece begins.
             tokens: The tokens of the whole text.
+            room: How many of them may fit; fewer are tried if the piece alone has more tokens.
         """
-        before_text, before = np.searchsorted(tokens.ends, [0, start], "right").tolist()
-        room = max(1, self.max_length - before_text)
+        room = max(1, room)
         while True:
-            last = before + room - 1
+            last = int(np.searchsorted(tokens.ends, start, "right")) + room - 1
             stop = len(raw) if last >= len(tokens) else int(tokens.ends[last])
             head = raw[start:stop].decode(errors="ignore") or raw[start : start + 4].decode(errors="ignore")[:1]
             again = self.tokenizer.encode([head])[0]
@@ -325,7 +302,7 @@ class Preparation:
         """A long document in blocks that together are its text."""
         raw, start, number = (document.text or "").encode(), 0, 0
         while start < len(raw):
-            head, piece = self._head(raw, start, tokens)
+            head, piece = self._head(raw, start, tokens, self.max_length - len(self.tokenizer.prefix))
             made = self._block(document, number, _plain(head), piece)
             yield from made
             number += len(made)

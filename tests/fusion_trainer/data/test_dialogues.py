@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import KINDS, TEXT, shared
 
+import fusion_trainer.data.dialogues as dialogues_file
 from fusion_trainer.data.blocks import Block, Preparation
 from fusion_trainer.data.conversations import BAD_ROW, Conversation, Message
 from fusion_trainer.data.dialogues import Dialogues, write_dialogues
@@ -383,14 +384,20 @@ def write(folder: Path, conversations: Sequence[Conversation], **settings: Any) 
     return blocks
 
 
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dialogues_file, "ROWS_PER_BATCH", 100)
+
+
+@pytest.mark.usefixtures("small_batches")
 def test_what_was_written_is_read_back_by_number_and_in_order(tmp_path: Path) -> None:
-    documents = [document(n, f"Hello {n}, naïve 🙂") for n in range(2500)]
+    documents = [document(n, f"Hello {n}, naïve 🙂") for n in range(250)]
     conversations = [*some_dialogues(), *documents]
     blocks = write(tmp_path / "dialogues", conversations, packing=False)
     dialogues = Dialogues(tmp_path / "dialogues")
-    assert len(dialogues) == len(blocks) > 2500
+    assert len(dialogues) == len(blocks) > 250
     assert list(dialogues) == blocks
-    for number in [0, 1, 1023, 1024, 1025, 2047, 2048, len(blocks) - 1]:
+    for number in [0, 1, 99, 100, 101, 199, 200, len(blocks) - 1]:
         assert dialogues[number] == blocks[number]
     assert dialogues.lengths.tolist() == [block.tokens for block in blocks]
     for outside in (len(blocks), -1):
@@ -422,10 +429,11 @@ def test_the_manifest_holds_request_and_report(tmp_path: Path) -> None:
     assert manifest["report"]["blocks"] == len(Dialogues(tmp_path / "dialogues"))
 
 
+@pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UserError, OSError])
 def test_an_interrupted_preparation_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
     def some() -> Iterator[Block]:
-        yield from prepared([document(n, f"Hello {n}.") for n in range(1500)], packing=False)
+        yield from prepared([document(n, f"Hello {n}.") for n in range(150)], packing=False)
         raise error("stop")
 
     with pytest.raises(error):
