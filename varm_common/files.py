@@ -118,7 +118,7 @@ def demand_place(path: Path) -> None:
 
 
 @contextmanager
-def written_to(folder: Path, then: str = "it goes on where it stopped") -> Iterator[None]:
+def written_to(folder: Path, then: str = "it resumes where it stopped") -> Iterator[None]:
     """Turn a disk error inside the block into a ``UserError``.
 
     Args:

@@ -7,7 +7,7 @@ Tensors are read one at a time. The cost is one more pass over both models' file
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,41 +71,36 @@ rounding_told = rounding_sentence
 
 
 def _measured(pivot: Path, target: Path, trained: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    elements: Counter[torch.dtype] = Counter()
-    kept, exact, written = 0, True, torch.float32
-    for name, dtype, start, end in _narrow_tensors(pivot, target):
-        before = trained[name].cpu() if name in trained else end
-        if not (before != start).any():
-            continue
-        elements[dtype] += start.numel()
-        kept += int((end.to(dtype) != start.to(dtype)).sum())
-        exact = exact and bool((before.to(dtype) == before).all())
-        written = end.dtype
-    if not elements:
-        return None
-    ((dtype, _),) = elements.most_common(1)
-    return {
-        "dtype": str(dtype).removeprefix("torch."),
-        "written": str(written).removeprefix("torch."),
-        "elements": elements.total(),
-        "share": kept / elements.total(),
-        "trained_in_dtype": exact,
-    }
-
-
-def _narrow_tensors(pivot: Path, target: Path) -> Iterator[tuple[str, torch.dtype, Tensor, Tensor]]:
-    """Name, 16-bit dtype, the pivot's tensor and the target's, for each tensor of both that has such a dtype."""
     starts, ends = read_header(pivot), read_header(target)
     shapes = {name: shape for name, (shape, _) in ends.tensors.items()}
     common = [name for name, (shape, _) in starts.tensors.items() if shapes.get(name) == shape]
     if not common:
         problems = "; ".join(starts.problems) or f"`{pivot}` and `{target}` have no tensor of one name and shape"
         raise ValueError(problems)
+    elements: Counter[torch.dtype] = Counter()
+    kept, exact, written = 0, True, torch.float32
     for name in common:
         dtypes = ends.tensors[name][1], starts.tensors[name][1]
-        narrow = next((SIXTEEN_BITS[dtype] for dtype in dtypes if dtype in SIXTEEN_BITS), None)
-        if narrow is not None and FLOATS.issuperset(dtypes):
-            yield name, narrow, stored_tensor(starts, name), stored_tensor(ends, name)
+        dtype = next((SIXTEEN_BITS[stored] for stored in dtypes if stored in SIXTEEN_BITS), None)
+        if dtype is None or not FLOATS.issuperset(dtypes):
+            continue
+        start, end = stored_tensor(starts, name), stored_tensor(ends, name)
+        before_rounding = trained[name].cpu() if name in trained else end
+        if not (before_rounding != start).any():
+            continue
+        elements[dtype] += start.numel()
+        kept += int((end.to(dtype) != start.to(dtype)).sum())
+        exact = exact and bool((before_rounding.to(dtype) == before_rounding).all())
+        written = end.dtype
+    if not elements:
+        return None
+    return {
+        "dtype": str(elements.most_common(1)[0][0]).removeprefix("torch."),
+        "written": str(written).removeprefix("torch."),
+        "elements": elements.total(),
+        "share": kept / elements.total(),
+        "trained_in_dtype": exact,
+    }
 
 
 def stored_tensor(header: Header, name: str) -> Tensor:

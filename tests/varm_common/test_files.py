@@ -121,7 +121,7 @@ def test_a_place_that_takes_no_file_is_known_beforehand(small_disk: Callable[[in
             attempt(folder / "page.html")
 
 
-def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(
+def test_an_output_that_cannot_be_written_is_reported_before_anything_is_measured(
     mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("varm_merge.merging.planning.planned_tensors", lambda *_: pytest.fail("measured"))
@@ -131,7 +131,7 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_measured(
         assert (done.exit_code, "there is no folder" in done.stderr) == (1, True)
 
 
-def test_a_full_standard_output_is_told() -> None:
+def test_a_full_standard_output_is_reported() -> None:
     with Path("/dev/full").open("w") as full:
         command = [BIN / "varm-merge", "completion", "bash"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)

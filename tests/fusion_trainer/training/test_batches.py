@@ -269,7 +269,7 @@ MODES = {"padded": {}, "packed": {"packed": True}, "flat": {"packed": True, "fla
 @pytest.mark.parametrize("mode", MODES)
 @property_test
 @given(many_items(), st.booleans())
-def test_labels_positions_and_golds_tell_the_same(mode: str, items: list[list[Example]], tail: bool) -> None:
+def test_labels_positions_and_golds_agree(mode: str, items: list[list[Example]], tail: bool) -> None:
     if mode == "padded":
         items = [[one] for item in items for one in item]
     batch = Collator(7, **MODES[mode], tail=tail)(items)
@@ -613,11 +613,11 @@ def test_stores_of_other_lengths_are_refused_with_block_and_stores(world: Path) 
     block = next(block for block, (one, other) in enumerate(lengths) if one != other)
     with pytest.raises(UserError) as error:
         data[block]
-    said, supervised = str(error.value), len(TokenFile(tokens_of(world))[block].positions)
-    assert f"block {block} has {supervised} supervised positions" in said
+    message, supervised = str(error.value), len(TokenFile(tokens_of(world))[block].positions)
+    assert f"block {block} has {supervised} supervised positions" in message
     for one, length in zip(data.stores, lengths[block], strict=True):
-        assert f"`{one.folder}` {length}" in said
-    assert "align again" in said
+        assert f"`{one.folder}` {length}" in message
+    assert "align again" in message
 
 
 def test_a_store_of_more_positions_than_the_tokens_is_refused(world: Path) -> None:

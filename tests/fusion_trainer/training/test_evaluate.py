@@ -161,7 +161,7 @@ def test_a_row_is_matched_when_greedy_decoding_gives_its_answers_token_by_token(
 ) -> None:
     network = AutoModelForCausalLM.from_pretrained(world.folder / "pivot")
     network.generation_config.eos_token_id = None
-    said = []
+    greedy = []
     for chat in CHATS:
         row = read("pivot", chat)
         answers = []
@@ -170,12 +170,12 @@ def test_a_row_is_matched_when_greedy_decoding_gives_its_answers_token_by_token(
             more = {"max_new_tokens": stop - start, "do_sample": False, "pad_token_id": 0}
             written = network.generate(head, attention_mask=torch.ones_like(head), **more)[0]
             answers.append(written.tolist() == row.ids[:stop])
-        said.append(all(answers))
-    assert 0 < sum(said) < len(NAMES)
+        greedy.append(all(answers))
+    assert 0 < sum(greedy) < len(NAMES)
     found = evaluate(world.config("pivot", tmp_path / "scores.json"))["groups"]
-    assert found["all"]["matched"] == sum(said)
+    assert found["all"]["matched"] == sum(greedy)
     for group in ("sorting", "dates"):
-        wanted = sum(one for one, name in zip(said, NAMES, strict=True) if name.startswith(f"{group}/"))
+        wanted = sum(one for one, name in zip(greedy, NAMES, strict=True) if name.startswith(f"{group}/"))
         assert found[group]["matched"] == wanted
 
 
@@ -326,7 +326,7 @@ def test_scores_of_something_else_are_left_alone(world: World, tmp_path: Path) -
         assert "holds something else" in result.stderr
 
 
-def test_what_cannot_be_scored_is_told(world: World, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_scored_is_an_error(world: World, tmp_path: Path) -> None:
     result = program(*flags(world, "nowhere", tmp_path / "scores.json"))
     assert "no model folder" in result.stderr
     result = program(*flags(world, "pivot", tmp_path / "scores.json"), "--dialogues", tmp_path)
@@ -421,7 +421,7 @@ def test_a_loss_that_is_not_finite_is_no_score(value: float, world: World, tmp_p
     assert not (tmp_path / "scores.json").exists()
 
 
-def test_what_overflows_in_16_bits_is_told_apart(world: World, tmp_path: Path) -> None:
+def test_an_overflow_in_16_bits_is_distinguished_from_broken_weights(world: World, tmp_path: Path) -> None:
     broken(world, tmp_path / "large", 6e4)
     tensors = load_file(tmp_path / "large" / "model.safetensors")
     tensors["model.norm.weight"].fill_(6e4)
@@ -459,7 +459,7 @@ def damage(folder: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "told"),
+    ("what", "part"),
     [
         ("cut off", "`model.safetensors` is cut off or damaged ("),
         ("an error page", "`model.safetensors` is cut off or damaged (22 bytes"),
@@ -474,9 +474,9 @@ def damage(folder: Path, what: str) -> None:
     ],
 )
 def test_half_a_checkpoint_is_a_sentence_that_names_the_file(
-    what: str, told: str, world: World, tmp_path: Path
+    what: str, part: str, world: World, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(world.folder / "pivot", tmp_path / "half")
     damage(folder, what)
     result = program(*flags(world, str(folder), tmp_path / "scores.json"))
-    assert (result.exit_code, told in result.stderr) == (1, True), result.stderr
+    assert (result.exit_code, part in result.stderr) == (1, True), result.stderr

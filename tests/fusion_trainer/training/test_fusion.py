@@ -20,7 +20,7 @@ NOTHING: dict[int, float] = {}
 UNREAD = math.nan
 
 
-def said(
+def a_row(
     *positions: Mapping[int, float],
     golds: Sequence[float] | None = None,
     k: int = 3,
@@ -70,10 +70,10 @@ def as_dicts(fused: Fused) -> list[dict[int, float]]:
 
 # Cross-entropies
 
-PIVOT = said({1: 0.75}, {2: 0.5}, {3: 1.0}, golds=[-0.5, -1.0, -3.0])
+PIVOT = a_row({1: 0.75}, {2: 0.5}, {3: 1.0}, golds=[-0.5, -1.0, -3.0])
 """Its cross-entropy is 1.5 nats per token of the whole row, 0.75 over the first two."""
 PIVOT_BYTES = np.array([1, 4, 2], np.int32)
-SOURCE = said(
+SOURCE = a_row(
     *({10: 1.0}, {11: 1.0}, {12: 1.0}),
     golds=[-0.75, -0.5, -2.0],
     gold_bytes=[1, 1, 2],
@@ -109,7 +109,7 @@ def test_min_ce_takes_the_lower_cross_entropy_worked_by_hand(compare: Any, unit:
 
 def test_avg_ce_weighs_by_the_softmax_of_the_likelihoods_worked_by_hand() -> None:
     """Likelihoods 1/2 and 1: weights e^0.5 and e^1 over their sum, 0.3775 and 0.6225."""
-    one, other = said({1: 0.5, 2: 0.5}), said({2: 0.5, 3: 0.5})
+    one, other = a_row({1: 0.5, 2: 0.5}), a_row({2: 0.5, 3: 0.5})
     fused = fuse([one, other], np.array([[math.log(2)], [0.0]]), Rule("avg_ce"))
     assert as_dicts(fused) == [{1: 0.189, 2: 0.5, 3: 0.311}]
     np.testing.assert_allclose(fused.shares, [[0.3775407, 0.6224593]], rtol=1e-6)
@@ -118,7 +118,7 @@ def test_avg_ce_weighs_by_the_softmax_of_the_likelihoods_worked_by_hand() -> Non
 
 def test_avg_ce_of_three_models_compared_by_token_worked_by_hand() -> None:
     """Likelihoods 1, 1/2, 1/4 at the first position, all 1 at the second."""
-    rows = [said({token: 1.0}, {7: 0.5, token: 0.5}) for token in (1, 2, 3)]
+    rows = [a_row({token: 1.0}, {7: 0.5, token: 0.5}) for token in (1, 2, 3)]
     entropies_MP = np.array([[0.0, 0.0], [math.log(2), 0.0], [math.log(4), 0.0]])
     fused = fuse(rows, entropies_MP, Rule("avg_ce", "token"))
     weights = np.exp([1, 0.5, 0.25]) / np.exp([1, 0.5, 0.25]).sum()
@@ -131,9 +131,9 @@ def test_the_pivots_mean_is_over_the_positions_it_has_read() -> None:
     """Its store may end before the block does; ``size`` is then that of the part."""
     rule = Rule(unit="byte")
     np.testing.assert_allclose(cross_entropies([PIVOT], rule, 9, PIVOT_BYTES), [[0.5, 0.5, 0.5]])
-    empty = said()
+    empty = a_row()
     for compare in ("conversation", "token"):
-        unread = said(ce_per_token=UNREAD, ce_per_byte=UNREAD)
+        unread = a_row(ce_per_token=UNREAD, ce_per_byte=UNREAD)
         found = cross_entropies([empty, unread], Rule(compare=compare), 0, PIVOT_BYTES[:0])
         assert found.shape == (2, 0)
 
@@ -167,7 +167,7 @@ def test_a_tie_goes_to_the_pivot(compare: Any) -> None:
 
 
 def test_of_equal_sources_the_first_wins() -> None:
-    rows = [said({token: 1.0}) for token in (1, 2, 3)]
+    rows = [a_row({token: 1.0}) for token in (1, 2, 3)]
     assert as_dicts(fuse(rows, np.array([[2.0], [1.0], [1.0]]), Rule())) == [{2: 1.0}]
 
 
@@ -208,9 +208,9 @@ def test_a_source_that_has_read_nothing_changes_nothing(function: Any) -> None:
 @pytest.mark.parametrize("function", ["min_ce", "avg_ce"])
 def test_where_a_model_names_no_id_the_others_are_heard(function: Any, tail: Any) -> None:
     """The best one's mass is all tail at the first position, the two best ones' at the second, all at the last."""
-    best = said(NOTHING, NOTHING, {1: 1.0}, NOTHING)
-    second = said({2: 1.0}, NOTHING, {2: 1.0}, NOTHING)
-    third = said({3: 1.0}, {3: 1.0}, {3: 1.0}, NOTHING)
+    best = a_row(NOTHING, NOTHING, {1: 1.0}, NOTHING)
+    second = a_row({2: 1.0}, NOTHING, {2: 1.0}, NOTHING)
+    third = a_row({3: 1.0}, {3: 1.0}, {3: 1.0}, NOTHING)
     entropies_MP = np.tile(np.array([[0.0], [math.log(2)], [math.log(4)]]), 4)
     fused = fuse([best, second, third], entropies_MP, Rule(function, tail=tail))
     if function == "min_ce":
@@ -229,7 +229,7 @@ def test_where_a_model_names_no_id_the_others_are_heard(function: Any, tail: Any
 
 
 def test_the_tail_is_dropped_or_one_outcome_more() -> None:
-    row = said({1: 0.5, 2: 0.25})
+    row = a_row({1: 0.5, 2: 0.25})
     nothing = np.zeros((1, 1))
     dropped = fuse([row], nothing, Rule(tail="renormalise"))
     assert as_dicts(dropped) == [{1: 0.667, 2: 0.333}]
@@ -240,7 +240,7 @@ def test_the_tail_is_dropped_or_one_outcome_more() -> None:
 
 
 def test_avg_ce_mixes_the_tails_too() -> None:
-    rows = [said({1: 0.5}), said({1: 0.25, 2: 0.5})]
+    rows = [a_row({1: 0.5}), a_row({1: 0.25, 2: 0.5})]
     fused = fuse(rows, np.zeros((2, 1)), Rule("avg_ce", tail="bucket"))
     assert as_dicts(fused) == [{1: 0.375, 2: 0.25}]
     assert fused.tail == pytest.approx([0.375], abs=1e-3)
@@ -248,7 +248,7 @@ def test_avg_ce_mixes_the_tails_too() -> None:
 
 def test_temperature_worked_by_hand() -> None:
     """0.64, 0.16 and a rest of 0.2 at temperature 2: 0.8, 0.4, 0.447, and of their sum; at 1/2: 16 to 1."""
-    row, nothing = said({1: 0.64, 2: 0.16}), np.zeros((1, 1))
+    row, nothing = a_row({1: 0.64, 2: 0.16}), np.zeros((1, 1))
     assert as_dicts(fuse([row], nothing, Rule(temperature=2.0))) == [{1: 0.667, 2: 0.333}]
     assert as_dicts(fuse([row], nothing, Rule(temperature=2.0, tail="bucket"))) == [{1: 0.486, 2: 0.243}]
     assert as_dicts(fuse([row], nothing, Rule(temperature=0.5))) == [{1: 0.941, 2: 0.059}]
@@ -257,7 +257,7 @@ def test_temperature_worked_by_hand() -> None:
 @pytest.mark.parametrize("temperature", [0.01, 1.0, 100.0])
 def test_the_least_likely_of_float16_still_sum_to_one(temperature: float) -> None:
     """Log-probabilities whose exponentials are 0 in float64."""
-    row = said({1: 1.0, 2: 1.0, 3: 1.0})
+    row = a_row({1: 1.0, 2: 1.0, 3: 1.0})
     row.logprobs[:] = [-2000, -2010, -np.inf]
     fused = fuse([row], np.zeros((1, 1)), Rule(temperature=temperature))
     expected = 1 / (1 + math.exp(-10 / temperature))
@@ -282,7 +282,7 @@ def cases(draw: st.DrawFn) -> Case:
     spread, empty = draw(st.sampled_from([0.1, 1.0, 10.0])), draw(st.sampled_from([0.0, 0.3, 0.9]))
     rows = []
     for _ in range(models):
-        row = said(*[NOTHING] * positions, k=k)
+        row = a_row(*[NOTHING] * positions, k=k)
         for place in range(positions):
             shares = rng.dirichlet(np.full(k + 1, spread))
             shares[:k][rng.random(k) < empty] = 0
@@ -337,11 +337,11 @@ def test_what_is_fused_is_the_dense_mixture(case: Case) -> None:
     }
     found_PV = dense(fused)
     for place, entropies in enumerate(case.entropies_MP.T.tolist()):
-        told = [one_dense(row, place, case.rule) for row in case.rows]
-        weights = weights_of(entropies, [bool(shares.any()) for shares, _ in told], case.rule.function)
-        expected = sum(weight * shares for weight, (shares, _) in zip(weights, told, strict=True))
+        sides = [one_dense(row, place, case.rule) for row in case.rows]
+        weights = weights_of(entropies, [bool(shares.any()) for shares, _ in sides], case.rule.function)
+        expected = sum(weight * shares for weight, (shares, _) in zip(weights, sides, strict=True))
         np.testing.assert_allclose(found_PV[place], expected, **FLOAT32)
-        tail = sum(weight * rest for weight, (_, rest) in zip(weights, told, strict=True))
+        tail = sum(weight * rest for weight, (_, rest) in zip(weights, sides, strict=True))
         np.testing.assert_allclose(fused.tail[place], tail, **FLOAT32)
         np.testing.assert_allclose(fused.shares[place], weights, **FLOAT32)
 

@@ -440,7 +440,7 @@ def test_frozen_weights_get_no_gradient_and_the_others_theirs(frozen: str) -> No
             assert_near(found.grad, expected.grad, 2e-6, name)
 
 
-def test_norms_are_measured_when_asked_for() -> None:
+def test_norms_are_measured_only_on_request() -> None:
     model, rng = new_model("gemma2"), np.random.default_rng(8)
     targets = random_targets(rng, some_positions(rng), ROWS, norms=True)
     outputs = run(taught(model), targets, **batch())
@@ -516,7 +516,7 @@ def test_the_load_balancing_loss_is_the_one_the_model_adds_itself(mask: str) -> 
     assert_same_gradients(gradients, gradients_of(model), 2e-5)
 
 
-def test_without_being_asked_for_there_is_no_load_balancing_loss() -> None:
+def test_there_is_no_load_balancing_loss_unless_the_config_wants_it() -> None:
     rng = np.random.default_rng(9)
     targets = random_targets(rng, some_positions(rng), ROWS)
     outputs = run(taught(new_model("mixtral")), targets, **batch())

@@ -109,15 +109,15 @@ def test_its_weights_are_those_that_the_trainer_ends_with(
     assert all(torch.equal(tensor, same.model.state_dict()[name]) for name, tensor in ends.items())
 
 
-def test_fusion_json_tells_what_the_target_was_made_of(target: Path, fusion: World) -> None:
-    told = json.loads((target / "fusion.json").read_text())
+def test_fusion_json_describes_the_inputs_of_the_target(target: Path, fusion: World) -> None:
+    record = json.loads((target / "fusion.json").read_text())
     pivot = fusion.folder / "pivot"
-    assert told["pivot"]["model"] == str(pivot)
-    assert told["pivot"]["revision"] is None
-    assert told["pivot"]["weights"] == weights_fingerprint(Place(str(pivot)))
-    assert told["pivot"]["tokenizer"] == fusion.tokenizer.sha256
-    assert told["dialogues"] == fusion.dialogues.fingerprint
-    own, source = told["stores"]
+    assert record["pivot"]["model"] == str(pivot)
+    assert record["pivot"]["revision"] is None
+    assert record["pivot"]["weights"] == weights_fingerprint(Place(str(pivot)))
+    assert record["pivot"]["tokenizer"] == fusion.tokenizer.sha256
+    assert record["dialogues"] == fusion.dialogues.fingerprint
+    own, source = record["stores"]
     assert own["model"] == str(pivot)
     assert source == {
         "kind": "aligned",
@@ -128,11 +128,11 @@ def test_fusion_json_tells_what_the_target_was_made_of(target: Path, fusion: Wor
         "folder": str(fusion.folder / "aligned" / "bytes"),
         "sha256": sha256_of(fusion.folder / "aligned" / "bytes" / "manifest.json"),
     }
-    assert (told["config"]["clm_weight"], told["config"]["fusion"], told["processes"]) == (0.5, "min_ce", 1)
-    assert (told["training"]["seed"], told["training"]["max_steps"]) == (3, 3)
-    assert told["versions"].keys() >= {"transformers", "torch", "varm-merge"}
-    assert told["mixed_precision"] == "no"
-    assert math.isfinite(told["results"]["eval_perplexity_per_byte"])
+    assert (record["config"]["clm_weight"], record["config"]["fusion"], record["processes"]) == (0.5, "min_ce", 1)
+    assert (record["training"]["seed"], record["training"]["max_steps"]) == (3, 3)
+    assert record["versions"].keys() >= {"transformers", "torch", "varm-merge"}
+    assert record["mixed_precision"] == "no"
+    assert math.isfinite(record["results"]["eval_perplexity_per_byte"])
 
 
 def test_no_secret_is_written(target: Path, fusion: World, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_no_secret_is_written(target: Path, fusion: World, tmp_path: Path) -> No
     [({}, "float32"), ({"output_dtype": "auto"}, "bfloat16"), ({"output_dtype": "float16"}, "float16")],
     ids=lambda value: "",
 )
-def test_the_target_is_in_float32_unless_another_dtype_is_asked_for(
+def test_the_target_is_in_float32_unless_output_dtype_says_otherwise(
     asked: dict[str, str], written: str, fusion: World, tmp_path: Path, trainers: list[FusionTrainer]
 ) -> None:
     """Trained in float32, rounded once at the end if at all; ``auto`` is the pivot's dtype."""
@@ -285,8 +285,8 @@ def test_held_out_rows_are_evaluated_and_never_learned_from(
                 logits = model(batch["input_ids"]).logits[0][batch["positions"]].log_softmax(1)
             total -= float(logits[range(len(logits)), batch["gold"]].sum())
             tokens += len(logits)
-        told = json.loads((target / "fusion.json").read_text())
-        assert told["results"]["eval_clm"] == pytest.approx(total / tokens, rel=1e-5), kind
+        record = json.loads((target / "fusion.json").read_text())
+        assert record["results"]["eval_clm"] == pytest.approx(total / tokens, rel=1e-5), kind
 
 
 def test_rows_are_held_out_by_conversation_whatever_the_target(
@@ -345,9 +345,9 @@ def test_packing_of_a_pivot_that_cannot_keep_conversations_apart_is_refused(fusi
     pivot = tmp_path / "pivot"
     fusion.tokenizer.tokenizer.save_pretrained(pivot)
     tiny_sources.new_source("mpt", len(fusion.tokenizer.tokenizer)).save_pretrained(pivot)
-    said = refused(fusion.config(tmp_path / "target", **CLM, pivot=str(pivot), packing=True))
-    assert "MptForCausalLM does not keep packed conversations apart" in said
-    assert "leave `packing` off" in said
+    message = refused(fusion.config(tmp_path / "target", **CLM, pivot=str(pivot), packing=True))
+    assert "MptForCausalLM does not keep packed conversations apart" in message
+    assert "leave `packing` off" in message
 
 
 # What a target is of
@@ -386,10 +386,10 @@ def test_a_target_is_not_continued_as_another(
     """Both values stand side by side; nothing is touched."""
     before = times(target)
     settings = {"held_out": 0.25, **changed, "training": {"seed": 3, **changed.get("training", {})}}
-    said = refused(fusion.config(target, **settings))
-    assert f"`{target / 'fusion.json'}` was made with other settings:" in said
-    assert "Give another output_dir, or remove that folder." in said
-    (line,) = (line for line in said.splitlines() if line.startswith(f"  {key} "))
+    message = refused(fusion.config(target, **settings))
+    assert f"`{target / 'fusion.json'}` was made with other settings:" in message
+    assert "Give another output_dir, or remove that folder." in message
+    (line,) = (line for line in message.splitlines() if line.startswith(f"  {key} "))
     assert line.replace(key, "", 1).split() == [*wanted.split(), *found.split()] or not (wanted and found)
     assert wanted in line
     assert found in line
@@ -411,8 +411,8 @@ def test_another_pivot_or_other_dialogues_are_another_target(fusion: World, tmp_
     data = tiny_sources.write_sharegpt(tmp_path / "chats.jsonl", CHATS[1:])
     settings = {"data": [str(data)], "pivot": str(fusion.folder / "pivot"), "template": "openchat"}
     prepare(PrepareConfig(**settings, dialogues=tmp_path / "fewer"), tmp_path)
-    said = refused(fusion.config(target, **CLM, dialogues=str(tmp_path / "fewer")))
-    assert "\n  dialogues " in said
+    message = refused(fusion.config(target, **CLM, dialogues=str(tmp_path / "fewer")))
+    assert "\n  dialogues " in message
 
 
 @pytest.mark.parametrize("what", ["a file", "thesis.txt", "fusion.json", "training.json", "a checkpoint"])
@@ -429,9 +429,9 @@ def test_an_output_folder_that_holds_something_else_is_left_alone(
         output.mkdir()
         (output / what).write_text('"years of work"')
     before = times(tmp_path)
-    said = refused(fusion.config(output))
-    assert f"`{output}" in said
-    assert "is a file" in said if what == "a file" else "holds something else" in said
+    message = refused(fusion.config(output))
+    assert f"`{output}" in message
+    assert "is a file" in message if what == "a file" else "holds something else" in message
     assert times(tmp_path) == before
 
 
@@ -518,10 +518,10 @@ def test_stopped_and_started_again_it_ends_with_the_same_bytes(
     assert 0 not in steps[steps.index(3) :]
     parts = train(fusion.config(tmp_path / "parts", **{**settings, "training": training}))
     assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    told = [json.loads((target / "fusion.json").read_text())["results"] for target in (whole, parts)]
+    record = [json.loads((target / "fusion.json").read_text())["results"] for target in (whole, parts)]
     for key in ("eval_clm", "eval_fusion", "eval_perplexity_per_byte"):
-        assert told[0].get(key) == told[1].get(key)
-        assert (key in told[0]) == ("held_out" in settings)
+        assert record[0].get(key) == record[1].get(key)
+        assert (key in record[0]) == ("held_out" in settings)
     assert not (parts / "training.json").exists()
 
 
@@ -543,7 +543,7 @@ def test_stopped_after_the_last_step_it_trains_no_further(
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_into_memory_goes_on_in_smaller_batches(
+def test_a_training_that_ran_out_of_memory_resumes_in_smaller_batches(
     fusion: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many rows in an update, so that the training is the same."""
@@ -558,9 +558,9 @@ def test_what_does_not_fit_into_memory_goes_on_in_smaller_batches(
 
     with monkeypatch.context() as patch:
         patch.setattr(FusionTrainer, "training_step", full)
-        said = refused(fusion.config(tmp_path / "parts", training=settings))
-    assert "out of memory: no memory left on the device" in said
-    assert "Try gradient_checkpointing, a smaller per_device_train_batch_size with more" in said
+        message = refused(fusion.config(tmp_path / "parts", training=settings))
+    assert "out of memory: no memory left on the device" in message
+    assert "Try gradient_checkpointing, a smaller per_device_train_batch_size with more" in message
     divided = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": True}
     parts = train(fusion.config(tmp_path / "parts", training={**settings, **divided}))
     start = weights(fusion.folder / "pivot")
@@ -583,7 +583,7 @@ def test_a_training_stopped_before_its_first_checkpoint_begins_again(
 
 
 @pytest.mark.parametrize("asked", [True, "checkpoint-1"])
-def test_a_checkpoint_may_be_asked_for(
+def test_the_checkpoint_to_resume_from_can_be_chosen(
     asked: Any, fusion: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "target"
@@ -608,9 +608,9 @@ def test_who_wants_no_checkpoint_has_to_remove_it(fusion: World, tmp_path: Path)
     output = tmp_path / "target"
     train(fusion.config(output, training=OFTEN))
     (output / "fusion.json").rename(output / "training.json")  # as if stopped before the end
-    said = refused(fusion.config(output, training={**OFTEN, "resume_from_checkpoint": False}))
+    message = refused(fusion.config(output, training={**OFTEN, "resume_from_checkpoint": False}))
     assert (
-        said
+        message
         == f"resume_from_checkpoint is false, and there is `{output / 'checkpoint-3'}`; remove it to begin again"
     )
 
@@ -618,9 +618,9 @@ def test_who_wants_no_checkpoint_has_to_remove_it(fusion: World, tmp_path: Path)
 def test_two_trainings_do_not_write_into_one_folder(fusion: World, tmp_path: Path) -> None:
     output = tmp_path / "target"
     with targets.exclusive(output):
-        said = refused(fusion.config(output))
+        message = refused(fusion.config(output))
         assert content(output).keys() == {targets.LOCK}
-    assert said == f"another training is at work in `{output}`; give another output_dir, or wait"
+    assert message == f"another training is at work in `{output}`; give another output_dir, or wait"
     assert not content(output)
     train(fusion.config(output))
 
@@ -634,19 +634,19 @@ def test_a_checkpoint_that_is_damaged_is_named(
         with pytest.raises(SwitchedOffError):
             train(fusion.config(output, training=OFTEN))
     (output / "checkpoint-3" / "model.safetensors").unlink()
-    said = refused(fusion.config(output, training=OFTEN))
-    assert f"the training cannot resume from `{output / 'checkpoint-3'}`: " in said
+    message = refused(fusion.config(output, training=OFTEN))
+    assert f"the training cannot resume from `{output / 'checkpoint-3'}`: " in message
 
 
 def test_a_training_that_diverges_keeps_its_last_sound_checkpoint(fusion: World, tmp_path: Path) -> None:
     """Weights beyond float32 after the second update."""
     output = tmp_path / "target"
     settings = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1e38, "lr_scheduler_type": "constant"}
-    said = refused(fusion.config(output, training={**OFTEN, **settings}))
-    assert "is NaN or infinite in step 2" in said
-    assert "The batch's rows:\n  block " in said
-    assert "chat-" in said
-    assert str(fusion.folder / "chats.jsonl") in said or "chats.jsonl" in said
+    message = refused(fusion.config(output, training={**OFTEN, **settings}))
+    assert "is NaN or infinite in step 2" in message
+    assert "The batch's rows:\n  block " in message
+    assert "chat-" in message
+    assert str(fusion.folder / "chats.jsonl") in message or "chats.jsonl" in message
     assert sorted(path.name for path in output.iterdir()) == ["checkpoint-1", "training.json"]
     before = content(output)
     assert "is NaN or infinite in step 2" in refused(fusion.config(output, training={**OFTEN, **settings}))
@@ -717,12 +717,12 @@ def test_settings_that_do_not_go_together_are_refused(
 def test_arguments_that_only_the_first_step_finds_wrong_end_in_a_sentence(
     arguments: dict[str, Any], fusion: World, tmp_path: Path
 ) -> None:
-    said = refused(fusion.config(tmp_path / "target", **CLM, training=arguments))
-    assert "the training arguments cannot be used: " in said
+    message = refused(fusion.config(tmp_path / "target", **CLM, training=arguments))
+    assert "the training arguments cannot be used: " in message
     assert not (tmp_path / "target" / "fusion.json").exists()
 
 
-def test_a_wrong_argument_is_told_with_its_place_in_the_file(fusion: World, tmp_path: Path) -> None:
+def test_a_wrong_argument_is_reported_with_its_line(fusion: World, tmp_path: Path) -> None:
     """That of the argument where it is known, else that of ``training``."""
     for arguments, place in (({"eval_on_start": True}, 7), ({"adam_beta1": 2.0}, 5), ({"data_seed": "x"}, 5)):
         config = fusion.config(tmp_path / "target", **CLM, training=arguments)
@@ -746,14 +746,14 @@ def test_a_target_that_equals_its_pivot_is_none(
             "create_optimizer",
             lambda trainer, *_: setattr(trainer, "optimizer", Idle(trainer.model)),
         )
-        said = refused(fusion.config(output, **CLM))
-    assert "nothing was trained: every weight of the target would equal the pivot's" in said
+        message = refused(fusion.config(output, **CLM))
+    assert "nothing was trained: every weight of the target would equal the pivot's" in message
     assert sorted(path.name for path in output.iterdir()) == ["training.json"]
     light = {"training": {"learning_rate": 1e-12}, "output_dtype": "float16", "lora": {"r": 2}}
     pivot = shutil.copytree(fusion.folder / "pivot", tmp_path / "pivot")
     AutoModelForCausalLM.from_pretrained(pivot, dtype=torch.float16).save_pretrained(pivot)
-    said = refused(fusion.config(tmp_path / "light", **CLM, pivot=str(pivot), **light))
-    assert "nothing was trained" in said
+    message = refused(fusion.config(tmp_path / "light", **CLM, pivot=str(pivot), **light))
+    assert "nothing was trained" in message
     assert not (tmp_path / "light" / "fusion.json").exists()
 
 
@@ -789,10 +789,10 @@ def test_a_held_out_loss_that_is_not_finite_is_no_result(
         next(trainer.model.parameters()).data.fill_(float("nan"))
 
     monkeypatch.setattr(FusionTrainer, "train", spoil)
-    said = refused(fusion.config(tmp_path / "target", **CLM, held_out=0.25))
+    message = refused(fusion.config(tmp_path / "target", **CLM, held_out=0.25))
     assert (
         "the loss on the held-out rows is NaN or infinite after step 3 (the model's weights are not finite)"
-        in said
+        in message
     )
     assert not (tmp_path / "target" / "fusion.json").exists()
 
@@ -819,8 +819,8 @@ def test_a_disk_that_fills_while_training_still_takes_the_target(
     target = train(fusion.config(disk / "target"))
     assert (target / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert (target / "fusion.json").is_file()
-    said = refused(fusion.config(disk / "second"))
-    assert f"`{disk / 'second'}` cannot be written: the target takes about " in said
+    message = refused(fusion.config(disk / "second"))
+    assert f"`{disk / 'second'}` cannot be written: the target takes about " in message
     assert len(steps) == 1
 
 
@@ -836,18 +836,18 @@ def test_a_damaged_state_of_a_checkpoint_is_named(
     (output / "checkpoint-3" / "trainer_state.json").write_text(text)
     if text == "{}":
         (output / "checkpoint-3" / "optimizer.pt").write_bytes(b"")
-    said = refused(fusion.config(output, **CLM, training=OFTEN))
-    assert f"the training cannot resume from `{output / 'checkpoint-3'}`: " in said
-    assert "Remove that folder" in said
-    assert ("trainer_state.json` " in said) == (text != "{}")
+    message = refused(fusion.config(output, **CLM, training=OFTEN))
+    assert f"the training cannot resume from `{output / 'checkpoint-3'}`: " in message
+    assert "Remove that folder" in message
+    assert ("trainer_state.json` " in message) == (text != "{}")
 
 
 @pytest.mark.parametrize("text", ["", '{"format": "fusion-trainer target", "version": 1, "training": []}'])
 def test_a_damaged_fusion_json_is_a_sentence(text: str, fusion: World, tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "fusion.json").write_text(text)
-    said = refused(fusion.config(tmp_path / "target", **CLM))
-    assert "is not JSON (0 bytes" in said if not text else "is damaged (" in said
+    message = refused(fusion.config(tmp_path / "target", **CLM))
+    assert "is not JSON (0 bytes" in message if not text else "is damaged (" in message
 
 
 def test_clm_alone_finds_the_dialogues_beside_stores_that_it_does_not_read(
@@ -928,9 +928,9 @@ def strange(fusion: World, tmp_path_factory: pytest.TempPathFactory) -> Callable
 def test_stores_that_do_not_fit_are_refused_before_anything_is_written(
     what: str, parts: list[str], strange: Callable[[str], dict[str, Any]], fusion: World, tmp_path: Path
 ) -> None:
-    said = refused(fusion.config(tmp_path / "target", **strange(what)))
+    message = refused(fusion.config(tmp_path / "target", **strange(what)))
     for part in parts:
-        assert part in said
+        assert part in message
     assert not list(tmp_path.iterdir())
 
 
@@ -960,10 +960,10 @@ def test_the_command_reads_yaml_and_flags(fusion: World, tmp_path: Path) -> None
     result = CliRunner().invoke(main, ["train", str(tmp_path / "target.yaml"), *flags])
     assert result.exit_code == 0, result.output
     assert f"the target is in {tmp_path / 'target'}" in result.output
-    told = json.loads((tmp_path / "target" / "fusion.json").read_text())
-    assert (told["training"]["max_steps"], told["training"]["learning_rate"]) == (1, 0.005)
-    assert told["training"]["per_device_train_batch_size"] == 4
-    assert told["config"]["clm_weight"] == 0.75
+    record = json.loads((tmp_path / "target" / "fusion.json").read_text())
+    assert (record["training"]["max_steps"], record["training"]["learning_rate"]) == (1, 0.005)
+    assert record["training"]["per_device_train_batch_size"] == 4
+    assert record["config"]["clm_weight"] == 0.75
 
 
 def test_the_command_ends_in_a_sentence(fusion: World, tmp_path: Path) -> None:

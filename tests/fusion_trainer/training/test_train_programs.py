@@ -109,9 +109,9 @@ def one_process(fusion: World, tmp_path_factory: pytest.TempPathFactory) -> Path
 def ddp(programs: Programs, fusion: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ddp")
     config = written(folder / "target.yaml", fusion.settings(folder / "target", **SPLIT))
-    code, said = programs.run(folder, "train", config, environments=ranks(2))
-    assert code == 0, said
-    assert said.count("the target is in") == 1
+    code, printed = programs.run(folder, "train", config, environments=ranks(2))
+    assert code == 0, printed
+    assert printed.count("the target is in") == 1
     return folder / "target"
 
 
@@ -163,9 +163,9 @@ def test_several_processes_killed_and_started_again_end_with_the_same_bytes(
     wait_for((output / "checkpoint-6").exists, run.process)
     assert run.kill()[0] != 0
     assert not (output / "fusion.json").exists()
-    code, said = programs.run(tmp_path, "train", config, environments=ranks(2, **more))
-    assert code == 0, said
-    assert re.findall(r"'epoch': '([\d.]+)'", said)[0] == "1.75"  # the seventh step of four in an epoch
+    code, printed = programs.run(tmp_path, "train", config, environments=ranks(2, **more))
+    assert code == 0, printed
+    assert re.findall(r"'epoch': '([\d.]+)'", printed)[0] == "1.75"  # the seventh step of four in an epoch
     assert (output / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert results(output)["eval_clm"] == results(whole)["eval_clm"]
 
@@ -183,8 +183,8 @@ def test_gradients_are_those_of_the_whole_batch_however_it_is_divided(
     divided = {**grouped, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     whole = train(fusion.config(tmp_path / "whole", **settings, training=at_once))
     config = written(tmp_path / "target.yaml", fusion.settings(tmp_path / "parts", **settings, training=divided))
-    code, said = programs.run(tmp_path, "train", config, environments=ranks(3))
-    assert code == 0, said
+    code, printed = programs.run(tmp_path, "train", config, environments=ranks(3))
+    assert code == 0, printed
     assert apart(fusion.folder / "pivot", whole, tmp_path / "parts") < 1e-5
 
 
@@ -195,7 +195,7 @@ def apart(pivot: Path, one: Path, other: Path) -> float:
     return far_apart(*updates)
 
 
-def test_adapters_are_shared_by_processes_and_one_says_what_16_bits_would_keep(
+def test_processes_share_adapters_and_one_prints_what_16_bits_would_keep(
     programs: Programs, fusion: World, tmp_path: Path
 ) -> None:
     """Adapters of a pivot in bfloat16, merged into it in float32."""
@@ -210,8 +210,8 @@ def test_adapters_are_shared_by_processes_and_one_says_what_16_bits_would_keep(
     whole = train(fusion.config(tmp_path / "whole", **settings, training={"per_device_train_batch_size": 4}))
     parts = fusion.settings(tmp_path / "parts", **settings, training={"per_device_train_batch_size": 2})
     config = written(tmp_path / "target.yaml", parts)
-    code, said = programs.run(tmp_path, "train", config, environments=ranks(2))
-    assert code == 0, said
+    code, printed = programs.run(tmp_path, "train", config, environments=ranks(2))
+    assert code == 0, printed
     assert apart(pivot, whole, tmp_path / "parts") < 1e-3
     before, after = weights(pivot), weights(tmp_path / "parts")
     adapted = [name for name in before if not torch.equal(before[name].float(), after[name])]
@@ -219,7 +219,11 @@ def test_adapters_are_shared_by_processes_and_one_says_what_16_bits_would_keep(
     differ = torch.cat([(after[name].bfloat16() != before[name]).flatten() for name in adapted])
     share = float(differ.double().mean())
     assert 0 < share < 1
-    assert said.count("In bfloat16, the pivot's dtype, ") == said.count(f"dtype, {share:.1%} of the elements") == 1
+    assert (
+        printed.count("In bfloat16, the pivot's dtype, ")
+        == printed.count(f"dtype, {share:.1%} of the elements")
+        == 1
+    )
     assert json.loads((tmp_path / "parts" / "fusion.json").read_text())["rounding"]["share"] == share
 
 
@@ -228,19 +232,19 @@ def test_processes_that_would_each_train_alone_are_refused(
 ) -> None:
     settings = fusion.settings(tmp_path / "target", training={"use_cpu": False})
     config = written(tmp_path / "target.yaml", settings)
-    code, said = programs.run(tmp_path, "train", config, environments=ranks(2))
+    code, printed = programs.run(tmp_path, "train", config, environments=ranks(2))
     assert code == 1
-    assert "2 processes were started, but each trains alone; on CPU set `use_cpu: true` in `training`" in said
+    assert "2 processes were started, but each trains alone; on CPU set `use_cpu: true` in `training`" in printed
     assert not (tmp_path / "target").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_all_processes(programs: Programs, fusion: World, tmp_path: Path) -> None:
     training = {**GRADIENTS, "learning_rate": 1e38, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
     config = written(tmp_path / "target.yaml", fusion.settings(tmp_path / "target", training=training))
-    code, said = programs.run(tmp_path, "train", config, environments=ranks(2))
+    code, printed = programs.run(tmp_path, "train", config, environments=ranks(2))
     assert code != 0
-    assert "is NaN or infinite in step 2" in said
-    assert "chat-" in said
+    assert "is NaN or infinite in step 2" in printed
+    assert "chat-" in printed
     kept = [path.name for path in (tmp_path / "target").glob("checkpoint*")]
     assert kept == ["checkpoint-1"]
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "target" / "checkpoint-1").values())
@@ -270,8 +274,8 @@ EVERYTHING = {
 def uninterrupted(programs: Programs, fusion: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
     config = written(folder / "target.yaml", fusion.settings(folder / "target", **EVERYTHING))
-    code, said = programs.run(folder, "train", config)
-    assert code == 0, said
+    code, printed = programs.run(folder, "train", config)
+    assert code == 0, printed
     assert len(list((folder / "target").glob("checkpoint-*"))) == 8
     return folder / "target"
 
@@ -317,8 +321,8 @@ def test_killed_at_any_point_and_started_again_it_ends_with_the_same_bytes(
         wait_for(reached, run.process)
         if "after" in when:
             time.sleep(rng.choice([0.01, 0.03]))
-        code, said = run.kill()
-        assert code in (0, -9), said
+        code, printed = run.kill()
+        assert code in (0, -9), printed
         if code:
             killed.append(when)
             assert not (output / "fusion.json").exists(), when
@@ -326,23 +330,23 @@ def test_killed_at_any_point_and_started_again_it_ends_with_the_same_bytes(
         assert now >= last, when
         last = now
     assert len(killed) >= len(kills) - 2, killed  # at the very end a run may be faster than the signal
-    code, said = programs.run(tmp_path, "train", config)
-    assert code == 0, said
+    code, printed = programs.run(tmp_path, "train", config)
+    assert code == 0, printed
     for name in ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json"):
         assert (output / name).read_bytes() == (uninterrupted / name).read_bytes(), name
     for key in ("eval_clm", "eval_fusion", "eval_perplexity_per_byte"):
         assert results(output)[key] == results(uninterrupted)[key]
     assert {path.name for path in output.iterdir()} == {path.name for path in uninterrupted.iterdir()}
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    code, said = programs.run(tmp_path, "train", config)
-    assert (code, "the target is in" in said) == (0, True), said
+    code, printed = programs.run(tmp_path, "train", config)
+    assert (code, "the target is in" in printed) == (0, True), printed
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
 
 
 # A full disk
 
 
-def test_a_full_disk_ends_in_a_message_and_a_training_that_can_be_gone_on_with(
+def test_a_full_disk_is_reported_and_the_training_can_be_resumed(
     programs: Programs,
     fusion: World,
     uninterrupted: Path,
@@ -355,16 +359,16 @@ def test_a_full_disk_ends_in_a_message_and_a_training_that_can_be_gone_on_with(
         small_disk(int(2.7 * size) + target + (1 << 16)) / "target"
     )  # the target's space is held from the start
     config = written(tmp_path / "target.yaml", fusion.settings(output, **EVERYTHING))
-    code, said = programs.run(tmp_path, "train", config)
-    assert code == 1, said
-    assert "Traceback" not in said
-    assert f"the checkpoint `{output / 'checkpoint-3'}` cannot be written: " in said
-    assert f"run the same command again: it resumes from `{output / 'checkpoint-2'}`" in said
+    code, printed = programs.run(tmp_path, "train", config)
+    assert code == 1, printed
+    assert "Traceback" not in printed
+    assert f"the checkpoint `{output / 'checkpoint-3'}` cannot be written: " in printed
+    assert f"run the same command again: it resumes from `{output / 'checkpoint-2'}`" in printed
     assert {path.name for path in output.iterdir()} == {"checkpoint-1", "checkpoint-2", "training.json"}
     assert whole_checkpoints(output, uninterrupted) == 2
     small_disk(1 << 26)
-    code, said = programs.run(tmp_path, "train", config)
-    assert code == 0, said
+    code, printed = programs.run(tmp_path, "train", config)
+    assert code == 0, printed
     assert (output / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
 
 
@@ -383,17 +387,17 @@ def test_a_target_that_cannot_be_written_ends_in_a_message_and_can_be_written_la
     assert size > 1 << 16
     config = written(tmp_path / "target.yaml", fusion.settings(output))
     limits = {"file_size": size - 1} if limit == "file" else {}
-    code, said = programs.run(tmp_path, "train", config, **limits)
-    assert code == 1, said
-    assert "Traceback" not in said
-    assert f"`{output}` cannot be written: " in said
-    assert "run the same command again" in said
+    code, printed = programs.run(tmp_path, "train", config, **limits)
+    assert code == 1, printed
+    assert "Traceback" not in printed
+    assert f"`{output}` cannot be written: " in printed
+    assert "run the same command again" in printed
     assert not list(output.glob("*.safetensors"))
     assert not (output / "fusion.json").exists()
     if limit == "disk":
         small_disk(1 << 24)
-    code, said = programs.run(tmp_path, "train", config)
-    assert code == 0, said
+    code, printed = programs.run(tmp_path, "train", config)
+    assert code == 0, printed
     assert not list(output.glob("*.tmp"))
     assert AutoModelForCausalLM.from_pretrained(output).config.vocab_size > 0
 

@@ -26,7 +26,7 @@ LIGHT = {"learning_rate": 2e-5}
 LORA = {"r": 2, "target_modules": ["q_proj", "down_proj"]}
 
 
-def told(target: Path) -> dict[str, Any]:
+def recorded(target: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((target / "fusion.json").read_text())["rounding"]
     return found
 
@@ -64,7 +64,7 @@ def light(fusion: World, pivot: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_the_share_that_the_pivots_dtype_would_keep_is_measured(light: Path, pivot: Path) -> None:
     elements, share = share_kept(pivot, light)
     assert 0.01 < share < 0.9
-    assert told(light) == {
+    assert recorded(light) == {
         "dtype": "bfloat16",
         "written": "float32",
         "elements": elements,
@@ -77,7 +77,7 @@ def test_the_share_that_the_pivots_dtype_would_keep_is_measured(light: Path, piv
     )
 
 
-def test_the_command_says_it_at_the_end_and_again_when_there_is_nothing_to_do(
+def test_the_command_prints_the_share_at_the_end_and_again_when_nothing_is_left_to_do(
     fusion: World, pivot: Path, tmp_path: Path
 ) -> None:
     settings = fusion.settings(tmp_path / "target", **CLM, pivot=str(pivot), training=LIGHT)
@@ -97,32 +97,30 @@ def test_of_a_target_in_16_bits_it_is_all_that_is_left(
     start, end = weights(pivot), weights(target)
     assert any(torch.equal(tensor, start[name]) for name, tensor in end.items())
     differ = sum(int((tensor != start[name]).sum()) for name, tensor in end.items())
-    assert told(target) == {**told(light), "written": "bfloat16"}
-    assert told(target)["share"] == pytest.approx(differ / told(target)["elements"], rel=1e-12)
+    assert recorded(target) == {**recorded(light), "written": "bfloat16"}
+    assert recorded(target)["share"] == pytest.approx(differ / recorded(target)["elements"], rel=1e-12)
     assert rounding_sentence(target) == (
-        f"The target is written in bfloat16: {told(target)['share']:.1%} of the elements in the tensors that "
+        f"The target is written in bfloat16: {recorded(target)['share']:.1%} of the elements in the tensors that "
         "training moved differ from the pivot. This is all that is left; `output_dtype: float32` keeps the rest."
     )
 
 
-def test_a_pivot_in_float32_loses_only_what_was_asked_for(fusion: World, tmp_path: Path) -> None:
-    """Nothing is said of float32; a target in bfloat16 is compared with the pivot rounded likewise."""
+def test_a_pivot_in_float32_loses_only_what_output_dtype_rounds_away(fusion: World, tmp_path: Path) -> None:
+    """Nothing is reported for float32; a target in bfloat16 is compared with the pivot rounded likewise."""
     wide = train(fusion.config(tmp_path / "wide", **CLM, training=LIGHT))
     assert "rounding" not in json.loads((wide / "fusion.json").read_text())
     assert rounding_sentence(wide) is None
     narrow = train(fusion.config(tmp_path / "narrow", **CLM, training=LIGHT, output_dtype="bfloat16"))
     elements, share = share_kept(fusion.folder / "pivot", wide)
-    assert (told(narrow)["elements"], told(narrow)["dtype"]) == (elements, "bfloat16")
-    assert told(narrow)["share"] == pytest.approx(share, rel=1e-12)
+    assert (recorded(narrow)["elements"], recorded(narrow)["dtype"]) == (elements, "bfloat16")
+    assert recorded(narrow)["share"] == pytest.approx(share, rel=1e-12)
     assert 0.01 < share < 0.9
 
 
-def test_what_was_trained_in_16_bits_is_not_said_to_be_kept_in_float32(
-    fusion: World, pivot: Path, tmp_path: Path
-) -> None:
+def test_float32_keeps_no_more_of_a_training_in_16_bits(fusion: World, pivot: Path, tmp_path: Path) -> None:
     target = train(fusion.config(tmp_path / "t", **CLM, pivot=str(pivot), training=LIGHT, dtype="bfloat16"))
     assert {tensor.dtype for tensor in weights(target).values()} == {torch.float32}
-    assert (told(target)["elements"], told(target)["share"]) == share_kept(pivot, target)
+    assert (recorded(target)["elements"], recorded(target)["share"]) == share_kept(pivot, target)
     assert str(rounding_sentence(target)).startswith(
         "The trained weights are bfloat16 values, so float32 keeps no more"
     )
@@ -140,8 +138,8 @@ def test_with_lora_the_adapted_tensors_are_counted(
     start = weights(pivot)
     adapted = [name for name in start if "q_proj" in name or "down_proj" in name]
     elements, share = share_kept(pivot, target)
-    assert told(target)["elements"] == elements == sum(start[name].numel() for name in adapted)
-    assert told(target)["share"] == pytest.approx(share, rel=1e-12)
+    assert recorded(target)["elements"] == elements == sum(start[name].numel() for name in adapted)
+    assert recorded(target)["share"] == pytest.approx(share, rel=1e-12)
     assert 0 < share < 1
 
 
@@ -157,8 +155,8 @@ def test_a_tied_pivot_in_several_files_is_measured(fusion: World, tmp_path: Path
     target = train(fusion.config(tmp_path / "target", **CLM, pivot=str(pivot), training=LIGHT))
     whole = tmp_path / "whole"
     tied.save_pretrained(whole)
-    assert (told(target)["elements"], told(target)["share"]) == share_kept(whole, target)
-    assert told(target)["elements"] == sum(weight.numel() for weight in tied.parameters())
+    assert (recorded(target)["elements"], recorded(target)["share"]) == share_kept(whole, target)
+    assert recorded(target)["elements"] == sum(weight.numel() for weight in tied.parameters())
 
 
 def test_names_and_shapes_that_only_one_side_has_are_left_out(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def batches_by_log(collator: Recorded) -> Iterator[list[dict[str, torch.Tensor]]
         yield collator.batches[start : start + 4]
 
 
-def test_the_logs_tell_both_terms_and_their_gradients(fusion: World, tmp_path: Path) -> None:
+def test_the_logs_show_both_terms_and_their_gradients(fusion: World, tmp_path: Path) -> None:
     """Of a model that stays as it is; the gradients' norms of the step that is logged."""
     collator = Recorded(0)
     trainer = fusion.trainer(tmp_path, collator=collator, clm_weight=0.7, **STILL)
@@ -210,7 +210,7 @@ def test_the_logs_tell_both_terms_and_their_gradients(fusion: World, tmp_path: P
         assert logged(trainer, "loss")[number] == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
-def test_the_logs_tell_how_often_each_model_won(fusion: World, tmp_path: Path) -> None:
+def test_the_logs_show_how_often_each_model_won(fusion: World, tmp_path: Path) -> None:
     collator, names = Recorded(0), ("pivot", "bytes", "unigram")
     trainer = fusion.trainer(tmp_path, fusion.data("multi"), collator=collator, models=names, **STILL)
     trainer.train()
@@ -501,21 +501,21 @@ def stopped(trainer: Any) -> str:
 
 
 def test_a_nan_of_a_row_stops_the_training_and_names_it(fusion: World, tmp_path: Path) -> None:
-    said = stopped(fusion.trainer(tmp_path, Poisoned(fusion.data(), 6), **IN_ORDER))
-    assert "the loss is NaN or infinite in step 2" in said
-    assert "weights are finite: look at these rows" in said
-    assert "\n  block 6: chat-6" in said
-    assert said.count("\n  block") == 1
+    message = stopped(fusion.trainer(tmp_path, Poisoned(fusion.data(), 6), **IN_ORDER))
+    assert "the loss is NaN or infinite in step 2" in message
+    assert "weights are finite: look at these rows" in message
+    assert "\n  block 6: chat-6" in message
+    assert message.count("\n  block") == 1
 
 
 def test_a_nan_in_a_packed_row_names_its_conversations(fusion: World, tmp_path: Path) -> None:
     groups = [[0, 3], [4, 6, 7], [8]]
-    said = stopped(
+    message = stopped(
         fusion.trainer(
             tmp_path, Poisoned(fusion.data(groups=groups), 6), collator=Collator(0, packed=True), **IN_ORDER
         )
     )
-    named = [line.strip() for line in said.splitlines() if line.startswith("  block")]
+    named = [line.strip() for line in message.splitlines() if line.startswith("  block")]
     assert [f"block {block}: chat-{block}" for block in (4, 6, 7)] == named
 
 
@@ -536,11 +536,11 @@ def test_a_nan_of_the_weights_stops_and_the_checkpoint_before_is_as_it_was(fusio
 
     trainer = fusion.trainer(tmp_path, save_strategy="steps", save_steps=1, **IN_ORDER)
     Poison(trainer)
-    said = stopped(trainer)
-    assert "in step 2" in said
-    assert "weights are not finite; a smaller learning_rate" in said
-    assert "Nothing of this step was kept" in said
-    assert [line.strip() for line in said.splitlines() if line.startswith("  block")] == [
+    message = stopped(trainer)
+    assert "in step 2" in message
+    assert "weights are not finite; a smaller learning_rate" in message
+    assert "Nothing of this step was kept" in message
+    assert [line.strip() for line in message.splitlines() if line.startswith("  block")] == [
         f"block {block}: chat-{block}" for block in (4, 5, 6, 7)
     ]
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
@@ -560,9 +560,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(
         return gradient if trainer.state.global_step == 0 else gradient * torch.inf
 
     trainer.model.lm_head.weight.register_hook(overflow)
-    said = stopped(trainer)
-    assert "the gradients' norm is NaN or infinite in step 2" in said
-    assert [line.strip() for line in said.splitlines() if line.startswith("  block")] == [
+    message = stopped(trainer)
+    assert "the gradients' norm is NaN or infinite in step 2" in message
+    assert [line.strip() for line in message.splitlines() if line.startswith("  block")] == [
         f"block {block}: chat-{block}" for block in range(8, 16)
     ]
     assert all(torch.isfinite(weight).all() for weight in trainer.model.parameters())
@@ -589,16 +589,16 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before_it(
         write(folder)
 
     monkeypatch.setattr(trainer, "_save_rng_state", full)
-    said = stopped(trainer)
-    assert f"the checkpoint `{tmp_path / 'checkpoint-3'}` cannot be written: " in said
-    assert "No space left on device" in said
-    assert f"run the same command again: it resumes from `{tmp_path / 'checkpoint-2'}`" in said
+    message = stopped(trainer)
+    assert f"the checkpoint `{tmp_path / 'checkpoint-3'}` cannot be written: " in message
+    assert "No space left on device" in message
+    assert f"run the same command again: it resumes from `{tmp_path / 'checkpoint-2'}`" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
     assert len(kept) > 10
     assert all(path.read_bytes() == content for path, content in kept.items())
 
 
-def test_only_as_many_checkpoints_are_kept_as_asked_for_and_the_best(fusion: World, tmp_path: Path) -> None:
+def test_save_total_limit_keeps_the_last_checkpoint_and_the_best(fusion: World, tmp_path: Path) -> None:
     """The best is that with the highest loss, which is the first: learning is fast, but not so fast."""
     trainer = fusion.trainer(
         tmp_path,
@@ -651,7 +651,7 @@ def test_arguments_that_would_change_the_loss_are_refused(
     assert part in str(error.value)
 
 
-def test_all_arguments_that_cannot_be_used_are_told_at_once(fusion: World, tmp_path: Path) -> None:
+def test_all_arguments_that_cannot_be_used_are_reported_at_once(fusion: World, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         fusion.trainer(tmp_path, label_smoothing_factor=0.1, prediction_loss_only=True)
     assert str(error.value).count("\n  ") == 2
