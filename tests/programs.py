@@ -19,13 +19,15 @@ from typing import Any
 BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 FORKING = """
-import json, os, resource, signal, sys
+import gc, json, os, resource, signal, sys
 import pyarrow, torch, accelerate, pandas
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM, Qwen2ForCausalLM, Qwen2Tokenizer
 import fusion_trainer.representations.extract
 {imports}
 from fusion_trainer.cli import main
 
+gc.collect()
+gc.freeze()  # a Trainer collects garbage each time it begins; among all that was imported that takes long
 print("ready", flush=True)
 for line in iter(sys.stdin.readline, ""):
     job = json.loads(line)

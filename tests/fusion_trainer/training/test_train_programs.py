@@ -26,7 +26,11 @@ from fusion_trainer.cli import main
 from fusion_trainer.training.train import train
 
 pytestmark = pytest.mark.slow
-IMPORTS = "import fusion_trainer.training.train, peft, torch.distributed.fsdp, torch.distributed.checkpoint"
+IMPORTS = """
+import fusion_trainer.training.train, peft, torch.distributed.fsdp, torch.distributed.checkpoint
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+get_checkpoint_conversion_mapping("llama")  # later calls take it from a cache
+"""
 SHARDED = {
     "distributed_type": "FSDP",
     "use_cpu": True,
