@@ -1,7 +1,7 @@
 """A Hub on the loopback: the endpoints that the real ``huggingface_hub`` client uses, over real HTTP.
 
-It holds repositories as commits of files, large files apart by their SHA-256, counts what is asked and sent, and
-fails where a test tells it to.
+It holds repositories as commits of files, and large files by their SHA-256. It counts requests and bytes, and
+fails where a test wants it to.
 """
 
 import base64
@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_" + "Q7" * 17
-"""May do everything."""
+"""May read and write."""
 READ_TOKEN = "hf_" + "R8" * 17
 """May read."""
 LARGE = (".safetensors", ".bin", ".png")
@@ -27,7 +27,7 @@ Answer = tuple[int, dict[str, str], bytes]
 
 @dataclass
 class Repository:
-    """Its branches, each a list of (message, files); ``gated``: its files are for readers that were let in."""
+    """Its branches, each a list of (message, files). The files of a gated one need ``TOKEN``."""
 
     private: bool = False
     gated: bool = False
@@ -38,13 +38,13 @@ class Repository:
         return commits[-1][1] if commits else {}
 
     def sha(self, revision: str = "main") -> str:
-        told = json.dumps([revision, len(self.branches[revision])])
-        return hashlib.sha1(told.encode()).hexdigest()
+        text = json.dumps([revision, len(self.branches[revision])])
+        return hashlib.sha1(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request: how much of it was read, and how much was answered."""
+class Request:
+    """A request, and how many bytes of its body were read."""
 
     method: str
     path: str
@@ -56,8 +56,9 @@ class Asked:
 class Fault:
     """Fails the requests that fit, ``times`` times.
 
-    ``status``: what is answered instead; None cuts the connection, after ``after`` bytes of the body. ``late``:
-    the request is done first, and its answer is lost. ``hold``: never answered, until it is set.
+    ``status`` is the reply; None cuts the connection, after ``after`` bytes of the body. ``late``: the request is
+    carried out first, and its reply is lost. ``hold``: there is no reply until it is set. ``meanwhile`` is called
+    before the request is carried out as usual.
     """
 
     method: str
@@ -69,6 +70,7 @@ class Fault:
     late: bool = False
     headers: Mapping[str, str] = field(default_factory=dict)
     hold: threading.Event | None = None
+    meanwhile: Callable[[], object] | None = None
 
     def fits(self, method: str, path: str) -> bool:
         if self.times > 0 and method == self.method and re.search(self.path, path):
@@ -78,12 +80,12 @@ class Fault:
 
 
 class Hub:
-    """The state of the server; what tests look at and set."""
+    """The state of the server, for tests to read and set."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
-        self.asked: list[Asked] = []
+        self.requests: list[Request] = []
         self.sent_bytes = 0
         self.faults: list[Fault] = []
         self.part_bytes: int | None = None
@@ -92,13 +94,14 @@ class Hub:
         self.lock = threading.RLock()
 
     def count(self, method: str, path: str) -> int:
-        return sum(one.method == method and re.search(path, one.path) is not None for one in self.asked)
+        """The number of requests by a method, to paths that match."""
+        return sum(seen.method == method and re.search(path, seen.path) is not None for seen in self.requests)
 
     def add(self, repo: str, files: Mapping[str, bytes], **how: Any) -> Repository:
         """A repository with one commit."""
-        made = self.repositories[repo] = Repository(**how)
-        made.branches["main"].append(("initial commit", dict(files)))
-        return made
+        repository = self.repositories[repo] = Repository(**how)
+        repository.branches["main"].append(("initial commit", dict(files)))
+        return repository
 
 
 @contextmanager
@@ -144,7 +147,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         path = self.path
-        fault = next((one for one in self.hub.faults if one.fits(self.command, path)), None)
+        fault = next((fault for fault in self.hub.faults if fault.fits(self.command, path)), None)
+        if fault is not None and fault.meanwhile is not None:
+            fault.meanwhile()
+            fault = None
         if fault is not None and not fault.late:
             return self._fail(fault)
         body = self._body()
@@ -159,8 +165,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _note(self, received: int) -> None:
         with self.hub.lock:
-            told = self.headers.get("Authorization", "")
-            self.hub.asked.append(Asked(self.command, self.path, received, told))
+            authorization = self.headers.get("Authorization", "")
+            self.hub.requests.append(Request(self.command, self.path, received, authorization))
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -205,50 +211,50 @@ class _Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 
-    # What is answered
+    # Replies
 
     def _answer(self, path: str, query: Mapping[str, list[str]], body: bytes) -> Answer:
         for method, pattern, answer in _ROUTES:
-            found = re.fullmatch(pattern, path)
-            if found and self.command in method.split("|"):
+            match = re.fullmatch(pattern, path)
+            if match and self.command in method.split("|"):
                 with self.hub.lock:
-                    return answer(self, query=query, body=body, **found.groupdict())
+                    return answer(self, query=query, body=body, **match.groupdict())
         raise _Refused(404, "no such page")
 
     def _repository(self, repo: str, write: bool = False, revision: str | None = None) -> Repository:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in (TOKEN, READ_TOKEN):
             raise _Refused(401, "Invalid credentials in Authorization header")
-        found = self.hub.repositories.get(repo)
-        if found is None or (found.private and not token):
+        repository = self.hub.repositories.get(repo)
+        if repository is None or (repository.private and not token):
             raise _Refused(404 if token else 401, "Repository not found", "RepoNotFound")
         if write and token != TOKEN:
             raise _Refused(403 if token else 401, "you may not write here")
-        if revision is not None and revision not in found.branches and revision not in self._shas(found):
+        if revision is not None and revision not in repository.branches and revision not in self._shas(repository):
             raise _Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return found
+        return repository
 
-    def _shas(self, found: Repository) -> dict[str, str]:
-        return {found.sha(branch): branch for branch in found.branches}
+    def _shas(self, repository: Repository) -> dict[str, str]:
+        return {repository.sha(branch): branch for branch in repository.branches}
 
     def create(self, body: bytes, **_: Any) -> Answer:
-        asked = json.loads(body)
+        wanted = json.loads(body)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token != TOKEN:
             raise _Refused(403 if token == READ_TOKEN else 401, "you may not create a repository here")
-        repo = f"{asked['organization']}/{asked['name']}"
-        told = {"url": f"{self.hub.url}/{repo}", "name": repo, "id": "1"}
+        repo = f"{wanted['organization']}/{wanted['name']}"
+        reply = {"url": f"{self.hub.url}/{repo}", "name": repo, "id": "1"}
         if repo in self.hub.repositories:
-            return _json({"error": "You already created this model repo", **told}, 409)
+            return _json({"error": "You already created this model repo", **reply}, 409)
         self.hub.add(
-            repo, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=asked["visibility"] == "private"
+            repo, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=wanted["visibility"] == "private"
         )
-        return _json(told)
+        return _json(reply)
 
     def info(self, repo: str, rev: str | None = None, **_: Any) -> Answer:
-        found = self._repository(repo, revision=rev)
-        branch = self._shas(found).get(rev or "", rev) or "main"
-        files = found.files(branch)
+        repository = self._repository(repo, revision=rev)
+        branch = self._shas(repository).get(rev or "", rev) or "main"
+        files = repository.files(branch)
         card = re.match(rb"---\n(.*?)\n---", files.get("README.md", b""), re.DOTALL)
         import yaml
 
@@ -256,9 +262,9 @@ class _Handler(BaseHTTPRequestHandler):
         return _json(
             {
                 "id": repo,
-                "sha": found.sha(branch),
-                "private": found.private,
-                "gated": "manual" if found.gated else False,
+                "sha": repository.sha(branch),
+                "private": repository.private,
+                "gated": "manual" if repository.gated else False,
                 "tags": [],
                 "siblings": siblings,
                 "cardData": yaml.safe_load(card[1]) if card else None,
@@ -266,20 +272,20 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def tree(self, repo: str, rev: str, **_: Any) -> Answer:
-        found = self._repository(repo, revision=rev)
-        told = []
-        for path, data in found.files(self._shas(found).get(rev, rev)).items():
+        repository = self._repository(repo, revision=rev)
+        reply = []
+        for path, data in repository.files(self._shas(repository).get(rev, rev)).items():
             hashes = _hashes(path, data)
             large = {"lfs": {**hashes["lfs"], "oid": hashes["lfs"]["sha256"]}} if "lfs" in hashes else {}
-            told.append({"type": "file", "path": path, "size": len(data), "oid": hashes["blobId"], **large})
-        return _json(told)
+            reply.append({"type": "file", "path": path, "size": len(data), "oid": hashes["blobId"], **large})
+        return _json(reply)
 
     def access(self, repo: str, **_: Any) -> Answer:
         self._read(self._repository(repo))
         return _json({})
 
-    def _read(self, found: Repository) -> None:
-        if found.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+    def _read(self, repository: Repository) -> None:
+        if repository.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             raise _Refused(403, "Access to this model is restricted", "GatedRepo")
 
     def validate(self, body: bytes, **_: Any) -> Answer:
@@ -291,30 +297,31 @@ class _Handler(BaseHTTPRequestHandler):
         return _json({"errors": [], "warnings": []})
 
     def branch(self, repo: str, name: str, **_: Any) -> Answer:
-        found = self._repository(repo, write=True)
-        if name in found.branches:
+        repository = self._repository(repo, write=True)
+        if name in repository.branches:
             return _json({"error": "Reference already exists"}, 409)
-        found.branches[name] = list(found.branches["main"])
+        repository.branches[name] = list(repository.branches["main"])
         return _json({})
 
     def preupload(self, repo: str, rev: str, body: bytes, **_: Any) -> Answer:
         files = self._repository(repo, write=True, revision=rev).files(rev)
-        told = []
+        reply = []
         for file in json.loads(body)["files"]:
             large = file["path"].endswith(LARGE) or file["size"] > 5_000_000
             mode = "lfs" if large else "regular"
-            one = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+            entry = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
             if (data := files.get(file["path"])) is not None:
-                one["oid"] = hashlib.sha256(data).hexdigest() if large else _git(data)
-            told.append(one)
-        return _json({"files": told})
+                entry["oid"] = hashlib.sha256(data).hexdigest() if large else _git(data)
+            reply.append(entry)
+        return _json({"files": reply})
 
     def batch(self, repo: str, body: bytes, **_: Any) -> Answer:
         self._repository(repo, write=True)
-        return _json({"transfer": "basic", "objects": [self._object(one) for one in json.loads(body)["objects"]]})
+        objects = [self._object(wanted) for wanted in json.loads(body)["objects"]]
+        return _json({"transfer": "basic", "objects": objects})
 
-    def _object(self, one: dict[str, Any]) -> dict[str, Any]:
-        oid, size = one["oid"], one["size"]
+    def _object(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        oid, size = wanted["oid"], wanted["size"]
         if oid in self.hub.objects:
             return {"oid": oid, "size": size}
         signed = "X-Amz-Signature=5ec7e7"
@@ -341,12 +348,12 @@ class _Handler(BaseHTTPRequestHandler):
         return self.put(oid, b"".join(self.hub.objects.pop(f"{oid}/{number}") for number in numbers))
 
     def commit(self, repo: str, rev: str, query: Mapping[str, list[str]], body: bytes) -> Answer:
-        found = self._repository(repo, write=True, revision=rev)
+        repository = self._repository(repo, write=True, revision=rev)
         header, *operations = [json.loads(line) for line in body.splitlines()]
         parent = header["value"].get("parentCommit")
-        if parent not in (None, found.sha(rev)):
+        if parent not in (None, repository.sha(rev)):
             raise _Refused(412, "A commit has happened since. Please refresh and try again.")
-        files = dict(found.files(rev))
+        files = dict(repository.files(rev))
         for operation in operations:
             value = operation["value"]
             if operation["key"] == "file":
@@ -358,23 +365,23 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 del files[value["path"]]
         message = header["value"]["summary"]
-        told: dict[str, Any] = {"commitOid": found.sha(rev)}
+        reply: dict[str, Any] = {"commitOid": repository.sha(rev)}
         if "create_pr" in query:
             self.hub.pull_requests.append((message, files))
-            told["pullRequestUrl"] = f"{self.hub.url}/{repo}/discussions/{len(self.hub.pull_requests)}"
+            reply["pullRequestUrl"] = f"{self.hub.url}/{repo}/discussions/{len(self.hub.pull_requests)}"
         else:
-            found.branches[rev].append((message, files))
-            told["commitOid"] = found.sha(rev)
-        return _json({**told, "commitUrl": f"{self.hub.url}/{repo}/commit/{told['commitOid']}"})
+            repository.branches[rev].append((message, files))
+            reply["commitOid"] = repository.sha(rev)
+        return _json({**reply, "commitUrl": f"{self.hub.url}/{repo}/commit/{reply['commitOid']}"})
 
     def resolve(self, repo: str, rev: str, path: str, **_: Any) -> Answer:
-        found = self._repository(repo, revision=rev)
-        self._read(found)
-        branch = self._shas(found).get(rev, rev)
-        data = found.files(branch).get(path)
+        repository = self._repository(repo, revision=rev)
+        self._read(repository)
+        branch = self._shas(repository).get(rev, rev)
+        data = repository.files(branch).get(path)
         if data is None:
             raise _Refused(404, "Entry not found", "EntryNotFound")
-        headers = {"ETag": f'"{_git(data)}"', "X-Repo-Commit": found.sha(branch), "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{_git(data)}"', "X-Repo-Commit": repository.sha(branch), "Accept-Ranges": "bytes"}
         if self.command == "HEAD":
             return 200, {**headers, "Content-Length": str(len(data))}, b""
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))

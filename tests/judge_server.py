@@ -1,6 +1,6 @@
 """A real HTTP server that speaks ``/chat/completions``, and can fail as such servers do.
 
-What it answers is a function of the request; faults are done to the first requests, one each, in order.
+Its answer is a function of the request. The first requests get the faults, one each, in order.
 """
 
 import json
@@ -30,7 +30,7 @@ class Fault:
 
 @dataclass
 class Judge:
-    """The server's side: what it was asked and when, and how it answers."""
+    """The state of the server: the requests and their times, and how it answers."""
 
     answer: Callable[[dict[str, Any]], Answer]
     faults: list[Fault] = field(default_factory=list)
@@ -38,17 +38,13 @@ class Judge:
     hanging: float = 3.0
     usage: bool = True
     newer: bool = False
-    asked: list[dict[str, Any]] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     keys: set[str | None] = field(default_factory=set)
     at_once: int = 0
     most_at_once: int = 0
     url: str = ""
     lock: Any = field(default_factory=threading.Lock)
-
-    def texts(self) -> list[str]:
-        """The last message of every request."""
-        return [body["messages"][-1]["content"] for body in self.asked]
 
 
 @contextmanager
@@ -88,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
         judge = self.judge
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         with judge.lock:
-            judge.asked.append(body)
+            judge.requests.append(body)
             judge.times.append(time.monotonic())
             judge.keys.add(self.headers["authorization"])
             judge.at_once += 1
@@ -100,8 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
             elif judge.key and (sent := self.headers.get("authorization")) != f"Bearer {judge.key}":
                 self._send(401, {"error": {"message": f"Incorrect API key provided: {sent}"}})
             elif judge.newer and "max_tokens" in body:
-                told = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
-                self._send(400, {"error": {"message": told, "code": "unsupported_parameter"}})
+                message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+                self._send(400, {"error": {"message": message, "code": "unsupported_parameter"}})
             elif fault.status != 200:
                 self._send(fault.status, fault.body, fault.headers)
             else:

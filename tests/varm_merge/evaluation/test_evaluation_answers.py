@@ -1,4 +1,4 @@
-"""``varm-merge evaluate answers``: what a model says, in the files that the judges of both benchmarks read."""
+"""``varm-merge evaluate answers``: a model's answers, in the files that the judges of both benchmarks read."""
 
 import json
 import os
@@ -48,7 +48,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A tiny chat model of a layout, with a tokenizer of a kind, made once."""
+    """A tiny chat model of a layout, with a tokenizer of a kind, saved once."""
     folder = tmp_path_factory.mktemp("sources")
 
     def get(layout: str, kind: str = "byte_level_bpe") -> Path:
@@ -75,17 +75,17 @@ def questions(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "question.jsonl", QUESTIONS)
 
 
-def asked(model: object, questions: Path, output: Path, *more: object) -> Result:
+def answer(model: object, questions: Path, output: Path, *more: object) -> Result:
     arguments = ["evaluate", "answers", model, "--questions", questions, "--output", output, "--quiet"]
     arguments += ["--max-new-tokens", LIMIT, *more]
-    return CliRunner().invoke(main, [str(one) for one in arguments])
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def said(path: Path) -> dict[int, list[list[str]]]:
+def answers_in(path: Path) -> dict[int, list[list[str]]]:
     return {row["question_id"]: [choice["turns"] for choice in row["choices"]] for row in rows(path)}
 
 
@@ -108,7 +108,7 @@ class Oracle:
             ids = [*ids, token]
         return ids[begin:]
 
-    def says(self, turns: Sequence[str]) -> list[str]:
+    def answers(self, turns: Sequence[str]) -> list[str]:
         text, answers = "", []
         for turn in turns:
             text += f"user: {turn}{END_OF_TURN}"
@@ -136,10 +136,10 @@ def test_both_turns_are_what_one_question_at_a_time_gives(
 ) -> None:
     output = tmp_path / "model_answer" / "tiny.jsonl"
     model = source(layout, kind)
-    done = asked(model, questions, output, "--batch-size", 4, "--name", "tiny")
+    done = answer(model, questions, output, "--batch-size", 4, "--name", "tiny")
     assert done.exit_code == 0, done.output
     oracle = Oracle(model)
-    assert said(output) == {row["question_id"]: [oracle.says(row["turns"])] for row in QUESTIONS}
+    assert answers_in(output) == {row["question_id"]: [oracle.answers(row["turns"])] for row in QUESTIONS}
     for row in rows(output):
         assert list(row) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
         assert row["model_id"] == "tiny"
@@ -152,20 +152,20 @@ def test_both_turns_are_what_one_question_at_a_time_gives(
 def test_samples_do_not_depend_on_the_batch(batch_size: int, llama: Path, tmp_path: Path) -> None:
     rows_ = [{**row, "category": "writing"} for row in QUESTIONS[:4]]
     questions = write_lines(tmp_path / "question.jsonl", rows_)
-    found = tmp_path / "found.jsonl"
+    output = tmp_path / "samples.jsonl"
     more = ("--num-choices", 3, "--temperature", 1.3)
-    done = asked(llama, questions, found, *more, "--batch-size", batch_size)
+    done = answer(llama, questions, output, *more, "--batch-size", batch_size)
     assert done.exit_code == 0, done.output
     reversed_ = write_lines(tmp_path / "reversed.jsonl", rows_[::-1])
     expected = tmp_path / "expected.jsonl"
-    assert asked(llama, reversed_, expected, *more, "--batch-size", 5).exit_code == 0
-    assert said(found) == said(expected)
+    assert answer(llama, reversed_, expected, *more, "--batch-size", 5).exit_code == 0
+    assert answers_in(output) == answers_in(expected)
     assert [row["question_id"] for row in rows(expected)] == [81, 82, 83, 84]
-    for choices in said(found).values():
+    for choices in answers_in(output).values():
         assert len({tuple(turns) for turns in choices}) == 3
     other = tmp_path / "other.jsonl"
-    assert asked(llama, questions, other, *more, "--seed", 1).exit_code == 0
-    assert said(other) != said(found)
+    assert answer(llama, questions, other, *more, "--seed", 1).exit_code == 0
+    assert answers_in(other) != answers_in(output)
 
 
 def test_temperatures_are_those_of_the_categories(llama: Path, tmp_path: Path) -> None:
@@ -173,8 +173,8 @@ def test_temperatures_are_those_of_the_categories(llama: Path, tmp_path: Path) -
     rows_ = [{**QUESTIONS[0], "category": "math"}, {**QUESTIONS[1], "category": "writing"}]
     questions = write_lines(tmp_path / "question.jsonl", [*rows_, {**QUESTIONS[2], "category": "unheard of"}])
     output = tmp_path / "tiny.jsonl"
-    assert asked(llama, questions, output, "--num-choices", 3).exit_code == 0
-    distinct = [len({tuple(turns) for turns in choices}) for choices in said(output).values()]
+    assert answer(llama, questions, output, "--num-choices", 3).exit_code == 0
+    distinct = [len({tuple(turns) for turns in choices}) for choices in answers_in(output).values()]
     assert distinct[0] == 1
     assert min(distinct[1:]) > 1
 
@@ -182,10 +182,10 @@ def test_temperatures_are_those_of_the_categories(llama: Path, tmp_path: Path) -
 def test_a_sample_is_drawn_from_the_distribution_at_its_temperature() -> None:
     logits_V, temperature, draws = torch.tensor([1.0, 0.5, 0.0, -0.5, -1.0, 0.9]), 0.7, 6000
     prompts = [Prompt((), temperature, f"{draw}") for draw in range(draws)]
-    found = Sampler(prompts, top_k=5, top_p=0.95)(torch.zeros(draws, 1), logits_V.repeat(draws, 1)).argmax(1)
+    sampled = Sampler(prompts, top_k=5, top_p=0.95)(torch.zeros(draws, 1), logits_V.repeat(draws, 1)).argmax(1)
     expected = torch.softmax(logits_V / temperature, 0)
     expected[expected.argsort()[:2]] = 0  # the last by top-k; what lies beyond 95% of the others is the next
-    counts = torch.bincount(found, minlength=6)
+    counts = torch.bincount(sampled, minlength=6)
     assert counts[expected == 0].sum() == 0
     kept = expected > 0
     chances = expected[kept] / expected.sum() * draws
@@ -241,13 +241,13 @@ def test_answers_that_exceed_the_context_are_cut_and_counted(llama: Path, tmp_pa
     (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": middle + 2}))
     single = [{**row, "turns": row["turns"][:1]} for row in QUESTIONS]
     questions, output = write_lines(tmp_path / "question.jsonl", single), tmp_path / "tiny.jsonl"
-    done = asked(short, questions, output)
+    done = answer(short, questions, output)
     assert done.exit_code == 0, done.output
     oracle = Oracle(llama)
     for row, text, length in zip(single, texts, lengths, strict=True):
         limit = max(0, min(LIMIT, middle + 2 - length))
         expected = oracle.tokenizer.decode(oracle.ids(text, limit), skip_special_tokens=True).strip()
-        assert said(output)[row["question_id"]] == [[expected]]
+        assert answers_in(output)[row["question_id"]] == [[expected]]
     counts = {
         line.rpartition(": ")[0]: int(line.rpartition(": ")[2]) for line in done.stdout.splitlines() if "!" in line
     }
@@ -261,7 +261,7 @@ def test_alpaca_evals_outputs_have_its_keys_and_order(llama: Path, tmp_path: Pat
     asked_ = [{"instruction": row["turns"][0], "dataset": "koala", "output": "x"} for row in QUESTIONS]
     questions, output = tmp_path / "alpaca_eval.json", tmp_path / "out" / "outputs.json"
     questions.write_text(json.dumps(asked_))
-    done = asked(llama, questions, output, "--name", "VaRM", "--json")
+    done = answer(llama, questions, output, "--name", "VaRM", "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["answered"] == len(asked_)
     oracle = Oracle(llama)
@@ -269,7 +269,7 @@ def test_alpaca_evals_outputs_have_its_keys_and_order(llama: Path, tmp_path: Pat
         {
             "instruction": row["instruction"],
             "dataset": "koala",
-            "output": oracle.says([row["instruction"]])[0],
+            "output": oracle.answers([row["instruction"]])[0],
             "generator": "VaRM",
         }
         for row in asked_
@@ -305,7 +305,7 @@ def test_a_killed_run_resumes_and_writes_the_same_bytes(llama: Path, questions: 
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     more = ("--num-choices", 2, "--temperature", 0.9, "--batch-size", 4, "--max-new-tokens", 150, "--name", "tiny")
     partial = tmp_path / "killed.jsonl.partial"
-    process = forked(lambda: asked(llama, questions, killed, *more))
+    process = forked(lambda: answer(llama, questions, killed, *more))
     wait_for(lambda: partial.exists() and partial.stat().st_size, process)
     os.kill(process, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
@@ -314,8 +314,8 @@ def test_a_killed_run_resumes_and_writes_the_same_bytes(llama: Path, questions: 
     assert 0 < there < len(QUESTIONS)
     with partial.open("ab") as file:
         file.write(b'[86, [["torn')
-    assert asked(llama, questions, whole, *more).exit_code == 0
-    done = asked(llama, questions, killed, *more)
+    assert answer(llama, questions, whole, *more).exit_code == 0
+    done = answer(llama, questions, killed, *more)
     assert done.exit_code == 0, done.output
     assert f"{len(QUESTIONS) - there} of {len(QUESTIONS)} questions answered, {there} before" in done.output
     began = json.loads((tmp_path / "killed.jsonl.settings.json").read_text())["began"]
@@ -323,7 +323,7 @@ def test_a_killed_run_resumes_and_writes_the_same_bytes(llama: Path, questions: 
     unbroken = [row | {"tstamp": began} for row in rows(whole)]
     assert killed.read_text() == "".join(json.dumps(row) + "\n" for row in unbroken)
     assert not partial.exists()
-    again = asked(llama, questions, killed, *more)
+    again = answer(llama, questions, killed, *more)
     assert again.exit_code == 0
     assert f"0 of {len(QUESTIONS)} questions answered, {len(QUESTIONS)} before" in again.output
 
@@ -332,7 +332,7 @@ def test_another_model_or_setting_for_the_same_file_is_refused(
     llama: Path, questions: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "tiny.jsonl"
-    assert asked(llama, questions, output).exit_code == 0
+    assert answer(llama, questions, output).exit_code == 0
     before = output.read_bytes()
     other = shutil.copytree(llama, tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
@@ -348,19 +348,19 @@ def test_another_model_or_setting_for_the_same_file_is_refused(
         ((llama, fewer, output), "questions "),
         ((llama, questions, output, "--chat-template", template), "chat template "),
     ):
-        done = asked(*arguments)
+        done = answer(*arguments)
         assert done.exit_code == 1
         first, *differences = done.output.partition("\nGive another --output")[0].splitlines()
         assert first == f"Error: `{output}` was begun with other settings:"
         assert [bool(re.match(f" *{what}", line)) for line in differences[1:]] == [True]
     moved = shutil.copytree(llama, tmp_path / "moved")
-    assert asked(moved, questions, output, *name).exit_code == 0
+    assert answer(moved, questions, output, *name).exit_code == 0
     assert output.read_bytes() == before
     foreign = tmp_path / "foreign.jsonl"
     foreign.write_text("mine\n")
     assert (
         "exists without foreign.jsonl.settings.json; give another --output"
-        in asked(llama, questions, foreign).output
+        in answer(llama, questions, foreign).output
     )
     assert foreign.read_text() == "mine\n"
 
@@ -387,22 +387,22 @@ def test_an_incomplete_line_is_removed_only_beside_matching_settings(tmp_path: P
     settings.write_text(json.dumps({"began": 1.5, **about}))
     with Journal(output, about) as journal:
         assert journal.records == {}
-        journal.keep(1, "said")
-    assert partial.read_bytes() == b'[1, "said"]\n'
+        journal.keep(1, "text")
+    assert partial.read_bytes() == b'[1, "text"]\n'
 
 
 def test_two_processes_do_not_write_the_same_file(llama: Path, questions: Path, tmp_path: Path) -> None:
     output = tmp_path / "tiny.jsonl"
     with Journal(output, {"by": "another"}) as journal:
-        done = asked(llama, questions, output)
+        done = answer(llama, questions, output)
         assert done.exit_code == 1
         assert f"`{output}.partial` is being written by another process" in done.output
-        journal.keep(81, [["said"]])
-    assert "`tiny.jsonl` was begun with other settings" in asked(llama, questions, output).output.replace(
+        journal.keep(81, [["text"]])
+    assert "`tiny.jsonl` was begun with other settings" in answer(llama, questions, output).output.replace(
         f"{tmp_path}/", ""
     )
     with Journal(output, {"by": "another"}) as journal:
-        assert journal.records == {81: [["said"]]}
+        assert journal.records == {81: [["text"]]}
 
 
 def test_a_full_disk_is_reported_and_the_run_resumes_when_there_is_room(
@@ -411,11 +411,11 @@ def test_a_full_disk_is_reported_and_the_run_resumes_when_there_is_room(
     folder = small_disk(8192)
     (folder / "ballast").write_bytes(b"x" * 4096)
     output = folder / "tiny.jsonl"
-    done = asked(llama, questions, output, "--batch-size", 1)
+    done = answer(llama, questions, output, "--batch-size", 1)
     assert done.exit_code == 1
     assert "cannot be written" in done.output
     small_disk(1 << 20)
-    done = asked(llama, questions, output, "--batch-size", 1)
+    done = answer(llama, questions, output, "--batch-size", 1)
     assert done.exit_code == 0, done.output
     assert len(rows(output)) == len(QUESTIONS)
 
@@ -428,18 +428,17 @@ def test_a_model_without_chat_template_is_reported_and_can_take_one_from_a_file(
 ) -> None:
     bare = shutil.copytree(llama, tmp_path / "bare", ignore=shutil.ignore_patterns("*.jinja"))
     output, template = tmp_path / "tiny.jsonl", tmp_path / "chat.jinja"
-    assert (
-        f"`{bare}` has no chat template; give one by --chat-template FILE" in asked(bare, questions, output).output
-    )
-    # no generation prompt: what the template has before an answer is one
+    done = answer(bare, questions, output)
+    assert f"`{bare}` has no chat template; give one by --chat-template FILE" in done.output
+    # a template without a generation prompt: what it writes before an answer serves as one
     template.write_text(TEMPLATE.partition("{% if")[0])
-    done = asked(bare, questions, output, "--chat-template", template)
+    done = answer(bare, questions, output, "--chat-template", template)
     assert done.exit_code == 0, done.output
     expected = tmp_path / "expected.jsonl"
-    assert asked(llama, questions, expected).exit_code == 0
-    assert said(output) == said(expected)
+    assert answer(llama, questions, expected).exit_code == 0
+    assert answers_in(output) == answers_in(expected)
     template.write_text("{{ raise_exception('roles must alternate') }}")
-    broken = asked(bare, questions, tmp_path / "broken.jsonl", "--chat-template", template)
+    broken = answer(bare, questions, tmp_path / "broken.jsonl", "--chat-template", template)
     assert broken.exit_code == 1
     assert "cannot be rendered: roles must alternate" in broken.output
 
@@ -463,7 +462,7 @@ def test_models_that_cannot_be_loaded_are_reported(llama: Path, questions: Path,
         (tmp_path, f"the folder `{tmp_path}` has no config.json: it is not a model"),
         (tmp_path / "nowhere", f"no model folder `{tmp_path / 'nowhere'}`"),
     ):
-        done = asked(model, questions, output)
+        done = answer(model, questions, output)
         assert done.exit_code == 1, done.output
         assert message in done.output
         assert "Traceback" not in done.output
@@ -478,7 +477,7 @@ def test_all_problems_of_a_file_of_questions_are_reported(tmp_path: Path) -> Non
         '{"question_id": 1, "category": 3, "turns": []}\n\n'
         '{"turns": "?"}\n'
     )
-    done = asked("nowhere", path, tmp_path / "out.jsonl")
+    done = answer("nowhere", path, tmp_path / "out.jsonl")
     assert done.exit_code == 1
     assert done.output.splitlines() == [
         f"Error: `{path}` cannot be used:",
@@ -497,9 +496,9 @@ def test_all_problems_of_a_file_of_questions_are_reported(tmp_path: Path) -> Non
         ('{"prompt": "a"}', "its rows have `prompt`"),
     ):
         path.write_text(content)
-        assert message in asked("nowhere", path, tmp_path / "out.jsonl").output
+        assert message in answer("nowhere", path, tmp_path / "out.jsonl").output
     path.write_bytes(b"\xff\xfe{}")
-    assert "cannot be read: 'utf-8'" in asked("nowhere", path, tmp_path / "out.jsonl").output
+    assert "cannot be read: 'utf-8'" in answer("nowhere", path, tmp_path / "out.jsonl").output
 
 
 # Through an endpoint
@@ -514,16 +513,16 @@ def test_an_endpoint_is_queried_by_turn_and_again_for_missing_answers(questions:
     refused = judge_server.Fault(400, body={"error": {"message": "too long"}})
     with judge_server.serving(echo, [refused]) as server:
         more = ("--url", server.url, "--concurrency", 1, "--num-choices", 2)
-        done = asked("org/served", questions, output, *more)
+        done = answer("org/served", questions, output, *more)
         assert done.exit_code == 1
         assert "✗ 81: 400 too long" in done.output
         assert "✗ 1 are missing; run the same command again to request only these" in done.output
         assert not output.exists()
-        server.asked.clear()
-        done = asked("org/served", questions, output, *more)
+        server.requests.clear()
+        done = answer("org/served", questions, output, *more)
         assert done.exit_code == 0, done.output
-        assert len(server.asked) == 4
-    first, second = server.asked[:2]
+        assert len(server.requests) == 4
+    first, second = server.requests[:2]
     turns = QUESTIONS[0]["turns"]
     assert first["messages"] == [{"role": "user", "content": turns[0]}]
     assert second["messages"] == [
@@ -532,16 +531,16 @@ def test_an_endpoint_is_queried_by_turn_and_again_for_missing_answers(questions:
         {"role": "user", "content": turns[1]},
     ]
     assert (first["model"], first["max_tokens"], first["temperature"]) == ("org/served", LIMIT, 0)
-    assert len({body["seed"] for body in server.asked}) == 4
+    assert len({body["seed"] for body in server.requests}) == 4
     for row in QUESTIONS:
         expected = [f"answer to {1 + 2 * turn}: {row['turns'][turn][:20].strip()}" for turn in (0, 1)]
-        assert said(output)[row["question_id"]] == [expected] * 2
+        assert answers_in(output)[row["question_id"]] == [expected] * 2
     assert {row["model_id"] for row in rows(output)} == {"served"}
     with judge_server.serving(echo) as another:
-        done = asked("org/served", questions, output, "--url", another.url, "--num-choices", 2)
+        done = answer("org/served", questions, output, "--url", another.url, "--num-choices", 2)
         assert done.exit_code == 1
         assert re.search(f"endpoint +{another.url} +{server.url}", done.output)
-        assert another.asked == []
+        assert another.requests == []
 
 
 def test_options_without_effect_are_refused(questions: Path, tmp_path: Path) -> None:
@@ -551,7 +550,7 @@ def test_options_without_effect_are_refused(questions: Path, tmp_path: Path) -> 
         (("--concurrency", 4), "--concurrency needs --url"),
         (("--key-env", "NAME"), "--key-env needs --url"),
     ):
-        done = asked("nowhere", questions, output, *more)
+        done = answer("nowhere", questions, output, *more)
         assert done.exit_code == 2
         assert message in done.output
     assert list(tmp_path.iterdir()) == [questions]
@@ -569,7 +568,7 @@ def test_ctrl_c_does_not_wait_for_the_endpoint(questions: Path, tmp_path: Path) 
             text=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-        wait_for(lambda: server.asked, process.pid)
+        wait_for(lambda: server.requests, process.pid)
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()

@@ -90,7 +90,7 @@ class Bench:
         files = ["--questions", self.questions, "--prompts", self.prompts, "--references", self.references]
         to = ["--judge", "the-judge", "--judge-url", url, "--output", self.output]
         begin = ["evaluate", "judge", "mt-bench", *self.answers]
-        return [str(one) for one in (*begin, *files, *to, *more)]
+        return [str(argument) for argument in (*begin, *files, *to, *more)]
 
     def judged(self, url: str, *more: object, key: str = KEY, **own: Any) -> Result:
         arguments = self.arguments(url, "--quiet", *more, *(() if own else ("--yes",)))
@@ -117,13 +117,11 @@ def test_each_turn_is_judged_with_the_prompt_of_its_category(bench: Bench) -> No
     with serving(rated, key=KEY) as server:
         done = bench.judged(server.url, *WITH_KEY)
     assert done.exit_code == 0, done.output
-    found = lines(bench.output)
-    assert len(found) == len(MODELS) * len(QUESTIONS) * 2
-    for row in found:
+    rows = lines(bench.output)
+    assert len(rows) == len(MODELS) * len(QUESTIONS) * 2
+    for row in rows:
         assert list(row) == ["question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"]
-    prompts = {
-        (row["model"], row["question_id"], row["turn"]): (row["judge"], row["user_prompt"]) for row in found
-    }
+    prompts = {(row["model"], row["question_id"], row["turn"]): (row["judge"], row["user_prompt"]) for row in rows}
     assert prompts["VaRM", 101, 1] == (
         ["the-judge", "single-v1"],
         "asked first of writing? said VaRM 1 to writing {rate}",
@@ -141,8 +139,8 @@ def test_each_turn_is_judged_with_the_prompt_of_its_category(bench: Bench) -> No
         "asked first of coding? right right 1 to coding asked and {then}? right right 2 to coding "
         "said CLM 1 to coding said CLM 2 to coding",
     )
-    bodies = {body["messages"][1]["content"]: body for body in server.asked}
-    for row in found:
+    bodies = {body["messages"][1]["content"]: body for body in server.requests}
+    for row in rows:
         body = bodies[row["user_prompt"]]
         assert row["judgment"] == rated(body)
         assert row["score"] == int(rated(body).split("[[")[1][0])
@@ -179,7 +177,7 @@ def test_texts_of_any_characters_are_judged(bench: Bench) -> None:
     with serving(lambda body: odd) as server:
         assert bench.judged(server.url).exit_code == 0
         assert bench.judged(server.url).exit_code == 0
-        assert len(server.asked) == 4
+        assert len(server.requests) == 4
     assert {row["judgment"] for row in lines(bench.output)} == {odd}
     assert set(bench.scores().values()) == {5}
     bench.output.read_bytes().decode("ascii")
@@ -214,17 +212,17 @@ def test_only_missing_judgments_are_requested(bench: Bench) -> None:
         whole = bench.scores()
         kept = bench.output.read_bytes().splitlines(keepends=True)
         bench.output.write_bytes(b"".join(kept[:5]) + kept[5][:30])
-        server.asked.clear()
+        server.requests.clear()
         done = bench.judged(server.url)
         assert done.exit_code == 0, done.output
-        assert len(server.asked) == 11
+        assert len(server.requests) == 11
         assert bench.scores() == whole
         bench.output.write_bytes(bench.output.read_bytes()[:-1])  # a last line without an end is whole
         again = bench.judged(server.url)
         assert again.exit_code == 0
         assert bench.scores() == whole
         assert "0 requests to the-judge" in again.output
-        assert len(server.asked) == 11
+        assert len(server.requests) == 11
         write_lines(bench.answers[1], answers_of("other"))
         before = bench.output.read_bytes()
         other = bench.judged(server.url)
@@ -242,7 +240,7 @@ def test_a_file_of_the_user_is_not_changed(content: bytes, bench: Bench) -> None
         assert done.exit_code == 1
         assert "Traceback" not in done.output
         assert not content or f"`{bench.output}`" in done.output.replace("Error: ", "")
-        assert bool(server.asked) == (not content)
+        assert bool(server.requests) == (not content)
     assert bench.output.read_bytes() == content
     if content:
         with pytest.raises(UserError, match=re.escape(str(bench.output))):
@@ -275,7 +273,7 @@ def test_gaps_in_the_files_are_reported_before_any_request(bench: Bench) -> None
         del arguments[arguments.index("--references") : arguments.index("--references") + 2]
         done = CliRunner().invoke(main, arguments)
         assert "2 questions of math, reasoning or coding need reference answers" in done.output
-        assert server.asked == []
+        assert server.requests == []
     assert not bench.output.exists()
 
 
@@ -289,7 +287,7 @@ def test_transient_failures_are_retried(bench: Bench) -> None:
     with serving(rated, [*tricks, *statuses], key=KEY) as server:
         done = bench.judged(server.url, "--timeout", 0.7, "--concurrency", 8, *WITH_KEY)
         assert done.exit_code == 0, done.output
-        assert len(server.asked) == 16 + len(tricks) + len(statuses)
+        assert len(server.requests) == 16 + len(tricks) + len(statuses)
         assert server.most_at_once <= 8
     assert len(bench.scores()) == 16
     assert -1 not in bench.scores().values()
@@ -299,9 +297,9 @@ def test_a_model_that_wants_the_newer_limit_is_given_it(bench: Bench) -> None:
     with serving(rated, newer=True) as server:
         done = bench.judged(server.url, "--concurrency", 4)
         assert done.exit_code == 0, done.output
-        asked = [body for body in server.asked if "max_tokens" not in body]
-        assert [body["max_completion_tokens"] for body in asked] == [2048] * 16
-        assert len(server.asked) <= 16 + 4
+        accepted = [body for body in server.requests if "max_tokens" not in body]
+        assert [body["max_completion_tokens"] for body in accepted] == [2048] * 16
+        assert len(server.requests) <= 16 + 4
     assert len(bench.scores()) == 16
 
 
@@ -319,7 +317,7 @@ def test_a_failed_request_is_reported_and_only_it_is_repeated_by_the_next_run(be
     assert "✗ 2 are missing; run the same command again to request only these" in done.output
     with serving(rated) as server:
         assert bench.judged(server.url).exit_code == 0
-        assert len(server.asked) == 2
+        assert len(server.requests) == 2
     assert len(bench.scores()) == 16
 
 
@@ -330,7 +328,7 @@ def test_an_endpoint_that_takes_no_request_ends_the_run(fault: Fault, bench: Ben
         assert done.exit_code == 1
         assert f"Error: {server.url} takes no request for `the-judge`: {fault.status} not now" in done.output
         time.sleep(0.1)
-        assert len(server.asked) <= 4
+        assert len(server.requests) <= 4
     spent = Fault(429, body={"error": {"message": "no money", "code": "insufficient_quota"}})
     with serving(rated, [spent] * 99) as server:
         assert "takes no request for `the-judge`: 429 no money" in bench.judged(server.url).output
@@ -353,7 +351,7 @@ def test_all_requests_wait_as_long_as_retry_after_says(written: str, bench: Benc
     header = "1" if written == "seconds" else formatdate(until, usegmt=True)
 
     def slow_at_first(body: dict[str, Any]) -> str:
-        time.sleep(0.5 if len(server.asked) <= 4 else 0)  # the others are answered when the patience has begun
+        time.sleep(0.5 if len(server.requests) <= 4 else 0)  # the others are answered when the patience has begun
         return rated(body)
 
     with serving(slow_at_first, [Fault(429, headers={"Retry-After": header})]) as server:
@@ -459,15 +457,15 @@ def test_costs_are_shown_before_and_counted_after(bench: Bench) -> None:
         assert "at most $1.9" in dry.stderr
         declined = bench.judged(server.url, *prices, input="n\n")
         assert declined.exit_code == 1
-        assert server.asked == []
+        assert server.requests == []
         assert not bench.output.exists()
         done = bench.judged(server.url, *prices, "--json", input="y\n")
         assert done.exit_code == 0, done.output
         result = json.loads(done.stdout)
-        words = sum(len(message["content"].split()) for body in server.asked for message in body["messages"])
+        words = sum(len(message["content"].split()) for body in server.requests for message in body["messages"])
     assert result["used"] == {"requests": 16, "prompt_tokens": words, "completion_tokens": 80, "uncounted": 0}
     assert result["price"] == pytest.approx((words * 30 + 80 * 60) / 1e6)
-    texts = [body["messages"] for body in server.asked]
+    texts = [body["messages"] for body in server.requests]
     size = sum(len(message["content"].encode()) for messages in texts for message in messages)
     assert estimate["estimate"]["prompt_tokens"] == pytest.approx(size / 4, abs=16 * 2 * 4)
     assert (result["asked"], result["there"], result["failed"]) == (16, 0, {})
@@ -546,17 +544,17 @@ def test_preferences_are_the_probability_of_the_model_whichever_comes_first(alpa
     with serving(prefers_ours) as server:
         done = alpaca.judged(server.url)
     assert done.exit_code == 0, done.output
-    found = json.loads(alpaca.output.read_text())
-    assert [row["instruction"] for row in found] == [row["instruction"] for row in outputs("theirs")]
-    assert [row["preference"] for row in found] == pytest.approx(
+    rows = json.loads(alpaca.output.read_text())
+    assert [row["instruction"] for row in rows] == [row["instruction"] for row in outputs("theirs")]
+    assert [row["preference"] for row in rows] == pytest.approx(
         [1.5 if n == 4 else 1.05 + 0.07 * n for n in range(12)], abs=1e-12
     )
-    for row in found:
+    for row in rows:
         assert (row["generator_1"], row["generator_2"], row["annotator"]) == ("theirs", "ours", "the-judge")
         assert (row["output_1"][:4], row["dataset"]) in (("thei", "koala"), ("the ", "koala"))
-    assert len(server.asked) == 11  # two outputs that are the same are not compared
+    assert len(server.requests) == 11  # two outputs that are the same are not compared
     firsts = 0
-    for body in server.asked:
+    for body in server.requests:
         text = body["messages"][-1]["content"]
         instruction = text.splitlines()[0]
         assert instruction.endswith("{output_2}")  # what users write is no place of the prompt
@@ -570,24 +568,24 @@ def test_preferences_are_the_probability_of_the_model_whichever_comes_first(alpa
 
 @given(st.lists(st.one_of(st.none(), st.floats(1, 2), st.just(1.5)), min_size=1, max_size=30))
 def test_win_rates_are_means_of_preferences(preferences: list[float | None]) -> None:
-    found = results.win_rate([{"preference": one, "output_2": "abc"} for one in preferences])
+    numbers = results.win_rate([{"preference": one, "output_2": "abc"} for one in preferences])
     known = [one for one in preferences if one is not None]
-    assert found["n_total"] == len(known)
-    assert found["n_unrated"] == len(preferences) - len(known)
-    assert found["n_wins"] + found["n_wins_base"] + found["n_draws"] == len(known)
-    assert (found["win_rate"] is None) == (not known)
+    assert numbers["n_total"] == len(known)
+    assert numbers["n_unrated"] == len(preferences) - len(known)
+    assert numbers["n_wins"] + numbers["n_wins_base"] + numbers["n_draws"] == len(known)
+    assert (numbers["win_rate"] is None) == (not known)
     if known:
-        assert found["win_rate"] == pytest.approx(100 * (statistics.fmean(known) - 1), abs=1e-9)
+        assert numbers["win_rate"] == pytest.approx(100 * (statistics.fmean(known) - 1), abs=1e-9)
     if len(known) > 1:
         deviation = math.sqrt(sum((one - statistics.fmean(known)) ** 2 for one in known) / (len(known) - 1))
-        assert found["standard_error"] == pytest.approx(100 * deviation / math.sqrt(len(known)), abs=1e-6)
+        assert numbers["standard_error"] == pytest.approx(100 * deviation / math.sqrt(len(known)), abs=1e-6)
 
 
 def test_zero_is_a_draw_as_in_alpaca_evals_own_files() -> None:
-    found = results.win_rate([{"preference": one, "output_2": "abc"} for one in (1, 2, 0)])
-    assert found["win_rate"] == pytest.approx(50)
-    assert found["standard_error"] == pytest.approx(28.8675, abs=1e-4)
-    assert (found["n_wins"], found["n_wins_base"], found["n_draws"]) == (1, 1, 1)
+    numbers = results.win_rate([{"preference": one, "output_2": "abc"} for one in (1, 2, 0)])
+    assert numbers["win_rate"] == pytest.approx(50)
+    assert numbers["standard_error"] == pytest.approx(28.8675, abs=1e-4)
+    assert (numbers["n_wins"], numbers["n_wins_base"], numbers["n_draws"]) == (1, 1, 1)
 
 
 def test_missing_preferences_are_unrated_and_invalid_ones_refused(tmp_path: Path) -> None:
@@ -602,8 +600,8 @@ def test_missing_preferences_are_unrated_and_invalid_ones_refused(tmp_path: Path
     some, none = shown(2, math.nan, None), shown(math.nan)
     assert (some.exit_code, none.exit_code) == (0, 0), some.output
     assert "NaN" not in some.stdout + none.stdout
-    found = json.loads(some.stdout)["models"]["ours"]
-    assert (found["win_rate"], found["n_total"], found["n_unrated"]) == (100, 1, 2)
+    numbers = json.loads(some.stdout)["models"]["ours"]
+    assert (numbers["win_rate"], numbers["n_total"], numbers["n_unrated"]) == (100, 1, 2)
     assert json.loads(none.stdout)["models"]["ours"]["win_rate"] is None
     for wrong in (0.5, 2.01, -1, 3, math.inf, 10**400, "1", True, [1]):
         done = shown(1, wrong)
@@ -640,7 +638,7 @@ def test_annotations_resume_and_missing_preferences_are_counted(alpaca: Alpaca) 
         assert done.exit_code == 1
         assert "✗ 3 are missing" in done.output
         assert not alpaca.output.exists()
-        server.asked.clear()
+        server.requests.clear()
         dry = alpaca.judged(server.url, "--dry-run")
         assert "3 requests to the-judge" in dry.output
         assert "8 judgments exist" in dry.output
@@ -648,9 +646,9 @@ def test_annotations_resume_and_missing_preferences_are_counted(alpaca: Alpaca) 
         assert other.exit_code == 1
         assert re.search("seed +1 +0", other.output)
         assert alpaca.judged(server.url).exit_code == 0
-        assert len(server.asked) == 3
+        assert len(server.requests) == 3
         assert "0 requests to the-judge" in alpaca.judged(server.url).output
-        assert len(server.asked) == 3
+        assert len(server.requests) == 3
     alpaca.output.unlink()
     with serving(lambda body: "m") as server:  # an endpoint without log-probabilities
         done = alpaca.judged(server.url)
@@ -667,10 +665,10 @@ def test_files_that_do_not_fit_together_are_reported(alpaca: Alpaca) -> None:
     assert "row 1: output: Input should be a valid string" in alpaca.judged(url).output
     alpaca.ours.write_text(json.dumps(outputs("ours")))
     alpaca.prompt.write_text("{instruction} {output_1} {output_1}")
-    said = alpaca.judged(url).output
-    assert "`{output_1}` occurs 2 times, not once" in said
-    assert "`{output_2}` occurs 0 times, not once" in said
-    assert "no message between <|im_start|> and <|im_end|>" in said
+    output = alpaca.judged(url).output
+    assert "`{output_1}` occurs 2 times, not once" in output
+    assert "`{output_2}` occurs 0 times, not once" in output
+    assert "no message between <|im_start|> and <|im_end|>" in output
 
 
 # Tables
@@ -709,9 +707,9 @@ def test_results_have_the_papers_form(bench: Bench) -> None:
         ["2nd", "turn", "5.50", "6.50", "+18.18%"],
         ["Average", "5.50", "6.12", "+11.36%"],
     ]
-    found = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
-    assert found["models"]["VaRM"]["scores"]["average"] == pytest.approx(6.125)
-    assert found["models"]["VaRM"]["improvement"]["writing"] == pytest.approx(25)
+    numbers = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
+    assert numbers["models"]["VaRM"]["scores"]["average"] == pytest.approx(6.125)
+    assert numbers["models"]["VaRM"]["improvement"]["writing"] == pytest.approx(25)
 
 
 def test_unfair_comparisons_are_reported(bench: Bench) -> None:

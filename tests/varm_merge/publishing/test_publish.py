@@ -119,12 +119,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def arrived(hub: Hub, folder: Path, branch: str = "main") -> None:
     """The repository has the folder's files byte for byte, beside the card and the picture."""
-    found = dict(hub.repositories[ME].files(branch))
-    made = {".gitattributes", "README.md", "weights.png"}
-    assert {name: data for name, data in found.items() if name not in made} == {
-        name: data for name, data in contents(folder).items() if name not in made
+    files = hub.repositories[ME].files(branch)
+    generated = {".gitattributes", "README.md", "weights.png"}
+    assert {name: data for name, data in files.items() if name not in generated} == {
+        name: data for name, data in contents(folder).items() if name not in generated
     }
-    assert made <= set(found)
+    assert generated <= set(files)
 
 
 def commits(hub: Hub) -> int:
@@ -285,8 +285,8 @@ def test_files_in_parts_arrive_whole(here: Hub, out: Path) -> None:
 )
 def test_each_refusal_is_explained_with_the_next_step(status: int, message: str, here: Hub, out: Path) -> None:
     """The server's message is printed, without the tokens in it."""
-    said = f"Authorization: Bearer {TOKEN} of https://me:{READ_TOKEN}@host/?X-Amz-Signature={SIGNATURE}&a=b"
-    here.faults = [Fault("POST", "/commit/", MANY, status, said)]
+    reply = f"Authorization: Bearer {TOKEN} of https://me:{READ_TOKEN}@host/?X-Amz-Signature={SIGNATURE}&a=b"
+    here.faults = [Fault("POST", "/commit/", MANY, status, reply)]
     done = push(out)
     assert (done.exit_code, done.output.count("Error: ")) == (1, 1)
     assert message in done.output.splitlines()[-1]
@@ -308,12 +308,10 @@ def test_another_persons_commit_is_not_overwritten(here: Hub, out: Path) -> None
     (out / "config.json").write_text((out / "config.json").read_text() + "\n")
     seen = here.repositories[ME]
 
-    def meanwhile(_: object) -> None:
+    def commit() -> None:
         seen.branches["main"].append(("theirs", {**seen.files(), "theirs.txt": b"1"}))
 
-    fault = Fault("POST", "/preupload/", status=503)
-    fault.fits = lambda *asked: meanwhile(asked) if "/preupload/" in asked[1] else False  # type: ignore[method-assign,func-returns-value,assignment,return-value]
-    here.faults = [fault]
+    here.faults = [Fault("POST", "/preupload/", meanwhile=commit)]
     done = push(out)
     assert "somebody committed to `user/fused` in the meantime" in done.output
     assert "theirs.txt" in seen.files()
@@ -322,19 +320,15 @@ def test_another_persons_commit_is_not_overwritten(here: Hub, out: Path) -> None
 @pytest.mark.parametrize("when", ["/repos/create", "/preupload/"])
 @pytest.mark.parametrize("options", [(), ("--revision", "layer-level")])
 def test_two_first_pushes_do_not_mix(when: str, options: tuple[str, ...], here: Hub, out: Path) -> None:
-    """The other one makes the repository after this one has looked, or fills it after this one has made it."""
+    """The other push creates the repository after this one has looked, or fills it after this one created it."""
     theirs = {"model-00001-of-00002.safetensors": b"1", "README.md": OWN.encode()}
     branch = options[1] if options else "main"
 
-    class Meanwhile(Fault):
-        def fits(self, method: str, path: str) -> bool:
-            if self.times > 0 and method == self.method and when in path:
-                self.times -= 1
-                made = here.repositories.get(ME) or here.add(ME, {}, private=True)
-                made.branches[branch] = [*made.branches["main"], ("theirs", theirs)]
-            return False
+    def fill() -> None:
+        repository = here.repositories.get(ME) or here.add(ME, {}, private=True)
+        repository.branches[branch] = [*repository.branches["main"], ("theirs", theirs)]
 
-    here.faults = [Meanwhile("POST", when)]
+    here.faults = [Fault("POST", when, meanwhile=fill)]
     done = push(out, *options)
     assert done.exit_code == 1
     assert "somebody committed to `user/fused` in the meantime: check that commit" in done.output
@@ -384,9 +378,9 @@ def test_a_change_of_the_same_size_is_sent(here: Hub, out: Path) -> None:
     changed = [file["path"] for file in pushed(out)["files"] if file["state"] == "changed"]
     assert changed == [shard.name, "notes.txt"]
     arrived(here, out)
-    here.asked.clear()
+    here.requests.clear()
     push(out)
-    assert {request.method for request in here.asked} == {"GET"}
+    assert {request.method for request in here.requests} == {"GET"}
 
 
 def test_old_weights_do_not_stay_beside_the_new(here: Hub, out: Path, merge: Path) -> None:
@@ -454,7 +448,7 @@ def test_a_dry_run_needs_no_token_and_sends_nothing(here: Hub, out: Path, monkey
     assert done.exit_code == 0, done.output
     assert re.search(r"^config\.json +\d+ B +new$", done.output, re.MULTILINE)
     assert "\n# fused\n" in done.output
-    assert {request.method for request in here.asked} == {"GET"}
+    assert {request.method for request in here.requests} == {"GET"}
     plan = pushed(out, "--dry-run")
     assert (plan["commit"], plan["problems"]) == (None, [])
     assert {file["state"] for file in plan["files"]} == {"new"}
@@ -465,7 +459,7 @@ def test_an_invalid_repository_name_is_reported(name: str, here: Hub, out: Path)
     done = push(out, repository=name)
     assert done.exit_code == 1
     assert f"Error: `{name}` is not a repository name; write user/name" in done.output
-    assert not here.asked
+    assert not here.requests
 
 
 # The card
@@ -705,7 +699,7 @@ def test_unsuitable_files_are_reported_and_nothing_is_sent(
     assert done.exit_code == 1
     assert message in done.output
     assert SECRET not in done.output
-    assert {request.method for request in here.asked} <= {"GET"}
+    assert {request.method for request in here.requests} <= {"GET"}
 
 
 HEX = "0123456789abcdef"
