@@ -1,4 +1,4 @@
-"""``varm-merge inspect``: the weights without the merge."""
+"""``varm-merge inspect``: show the weights without merging."""
 
 import json
 from pathlib import Path
@@ -21,21 +21,25 @@ __all__ = ["inspect"]
     "granularities",
     multiple=True,
     type=click.Choice(get_args(Granularity)),
-    help="One to show beside the recipe's own; may be given several times. Default: all five.",
+    help="Show this one beside the recipe's own; repeat for more. Default: all five.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option(
     "--html",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write all of it as one page that needs no network.",
+    help="Write everything as one page that needs no network.",
 )
 @click.option(
     "--png",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw the weights of the last granularity named.",
+    help="Draw the weights at the last --granularity, or at the recipe's own.",
 )
 @click.option(
-    "--top", type=click.IntRange(min=0), default=5, show_default=True, help="Most and least moved tensors."
+    "--top",
+    type=click.IntRange(min=0),
+    default=5,
+    show_default=True,
+    help="How many of the most and least moved tensors to list.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where tensors are measured.")
 @talks(libraries=False)
@@ -53,7 +57,7 @@ def inspect(
     options: Any,
     quiet: bool,
 ) -> None:
-    """Show the weights that a `varm` recipe would give, without the merge.
+    """Show the weights that a `varm` recipe would give, without merging.
 
     RECIPE is a recipe, or a model that was merged by varm (its folder or varm_weights.json). Exit code 1 if the
     recipe cannot be merged.
@@ -66,27 +70,23 @@ def inspect(
       varm-merge inspect recipe.yaml --granularity module --png weights.png
       varm-merge inspect merged/ --html weights.html
     """
-    from varm_common.errors import UserError
     from varm_common.files import demand_place
-    from varm_merge.inspection import heatmap as picture
+    from varm_merge.inspection import heatmap, measure
     from varm_merge.inspection import html as inspection_page
-    from varm_merge.inspection import measure as inspection
+    from varm_merge.inspection.tables import tables
 
-    for path in filter(None, (html, png)):  # known before hours of measuring
+    for path in filter(None, (html, png)):  # found out before hours of measuring
         demand_place(path)
     options = options.model_copy(update={"device": device, "quiet": quiet})
-    try:
-        found = inspection.inspect(recipe, options, granularities, by_name=by_name)
-        if png is not None:
-            picture.draw(found, granularities[-1] if granularities else inspection.RECIPE, png)
-        if html is not None:
-            inspection_page.draw(found, html)
-    except UserError as error:
-        raise click.ClickException(str(error)) from error
+    found = measure.inspect(recipe, options, granularities, by_name=by_name)
+    if png is not None:
+        heatmap.draw(found, granularities[-1] if granularities else measure.RECIPE, png)
+    if html is not None:
+        inspection_page.draw(found, html)
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
-    for table in inspection.tables(found, top):
+    for table in tables(found, top):
         show(*table)
     for remark in found.get("remarks", ()):
         click.secho(f"! {remark}", fg="yellow", err=True)

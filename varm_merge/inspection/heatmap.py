@@ -1,48 +1,38 @@
-"""The weights of a merge as a picture: for each target a heat map, blocks by the parts of a block."""
+"""The weights of a merge as a picture: for each target a heat map, drawn by matplotlib."""
 
 import io
-import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from varm_common.errors import UserError
 from varm_common.files import write_whole
 from varm_common.tables import short_names
-from varm_merge.merging.weight_log import natural_order
+from varm_merge.inspection.grid import Grid, Unit, grid
 
-__all__ = ["draw", "grid"]
-
-OUTSIDE = "outside"
-"""The column of tensors that lie in no block."""
-
-Grid = tuple[list[str], list[str], dict[tuple[str, str], float]]
+__all__ = ["draw", "weights"]
 
 
-def grid(units: Sequence[Mapping[str, Any]], target: str) -> Grid:
-    """Rows (parts of a block), columns (blocks) and the weights of a target's units at them.
-
-    The block of a unit is its name up to its first number.
-    """
-    cells: dict[tuple[str, str], float] = {}
+def weights(places: Grid, units: Sequence[Unit], target: str) -> NDArray[np.float64]:
+    """The weights of a target by row and column; units outside all blocks in the last column; NaN elsewhere."""
+    values_RC = np.full((len(places.rows), len(places.columns) + 1), np.nan)
     for unit in units:
-        found = re.match(r"(.*?\.\d+)(?:\.(.*))?$", str(unit["unit"]))
-        column, row = (found[1], found[2] or "block") if found else (OUTSIDE, str(unit["unit"]))
-        if weight := unit["targets"].get(target):
-            cells[row.removesuffix(".weight"), column] = float(weight["weight"])
-    columns = sorted({column for _, column in cells} - {OUTSIDE}, key=natural_order)
-    columns += [OUTSIDE] if any(column == OUTSIDE for _, column in cells) else []
-    rows = sorted({row for row, _ in cells}, key=lambda row: ((row, OUTSIDE) in cells, natural_order(row)))
-    return rows, columns, cells
+        if numbers := unit["targets"].get(target):
+            values_RC[places.cells[unit["unit"]]] = numbers["weight"]
+    return values_RC
 
 
 def draw(found: Mapping[str, Any], granularity: str, path: Path) -> None:
     """Write the weights of all targets at a granularity as a PNG.
 
     Args:
-        found: What ``inspection.inspect`` has found.
+        found: The result of ``measure.inspect``.
         granularity: One of its ``units``.
-        path: Of the picture.
+        path: The file of the picture.
 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
@@ -51,22 +41,23 @@ def draw(found: Mapping[str, Any], granularity: str, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("a picture needs matplotlib: pip install 'varm-merge[plots]'") from error
-    targets, units = found["targets"], found["units"][granularity]
-    names = dict(zip(targets, short_names(targets), strict=True))
-    told = [{**unit, "targets": {"any": {"weight": 0.0}}} for unit in units if unit["targets"]]
-    rows, columns, _ = grid(told, "any")
-    size = (2.5 + len(targets) * max(1.5, 0.35 * len(columns)), 1.6 + 0.28 * len(rows))
+    targets = found["targets"]
+    units = [unit for unit in found["units"][granularity] if unit["targets"]]
+    places = grid([units])
+    columns = [block.rpartition(".")[2] for block in places.columns]
+    columns += ["–"] if any(column < 0 for _, column in places.cells.values()) else []
+    size = (2.5 + len(targets) * max(1.5, 0.35 * len(columns)), 1.6 + 0.28 * len(places.rows))
     figure = Figure(figsize=size, layout="constrained")
     all_axes = figure.subplots(1, len(targets), sharey=True, squeeze=False)[0]
-    for axes, target in zip(all_axes, targets, strict=True):
-        cells = grid(units, target)[2]
-        values = [[cells.get((row, column), float("nan")) for column in columns] for row in rows]
-        image = axes.imshow(values, cmap="viridis", vmin=0.0, vmax=1.0, aspect="auto")
-        axes.set_title(names[target])
-        blocks = [column.rpartition(".")[2] for column in columns if column != OUTSIDE]
-        axes.set_xticks(range(len(columns)), blocks + ["–"] * (len(columns) - len(blocks)))
-        axes.set_yticks(range(len(rows)), rows)
+    for axes, target, name in zip(all_axes, targets, short_names(targets), strict=True):
+        values_RC = weights(places, units, target)[:, : len(columns)]
+        image = axes.imshow(values_RC, cmap="viridis", vmin=0.0, vmax=1.0, aspect="auto")
+        axes.set_title(name, parse_math=False)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(places.rows)), places.rows)
     figure.colorbar(image, ax=list(all_axes), label=f"weight, {granularity}")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=120, format="png")
-    write_whole(path, drawn.getvalue())
+    picture = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that matplotlib's font does not have
+        figure.savefig(picture, dpi=120, format="png")
+    write_whole(path, picture.getvalue())

@@ -1,30 +1,16 @@
-"""Pages that need nothing but themselves: one HTML file, opened from a disk, an e-mail or a server alike.
+"""Pages that are one HTML file, without network: styles, scripts and data are inside.
 
-Styles, scripts and data stand inside the file, and its Content-Security-Policy lets a browser fetch nothing and
-run nothing but the scripts that were put in here: a model's name can hold what it likes.
+The Content-Security-Policy of a page lets the browser load nothing and run only the scripts put in here, because a
+model's name may contain anything. A page is a template in ``pages/`` that extends ``base.html``:
 
-How to write another page: a template beside ``pages/base.html``, and two calls. ::
-
-    {% extends "base.html" %}
-    {% block title %}Comparison{% endblock %}
-    {% block content %}<section>…</section>{% endblock %}
-    {% block script %}{{ inline("comparison.js") }}{% endblock %}
-
-    write(path, render("comparison.html", data=found, rows=rows))
-
-What all pages share (``pages/look.css``, ``pages/look.js``):
-
-- ``data``, if given, is the constant ``data`` of the script.
-- ``table.sortable`` sorts by a click or Enter on a header, and says so by ``aria-sort``. It has one row in its
-  ``thead``; ``td[data-value]`` sorts by that number and not by its text, ``th[data-unsorted]`` does not sort.
-  Dashes and empty cells stay last.
-- ``div.box`` around a table scrolls on a narrow screen: ``role="region" tabindex="0" aria-labelledby="…"``.
-- ``section`` is a card, ``p.note`` a remark, ``p.warning`` one that matters, ``td`` a number unless ``td.text``.
-- Colours are the variables at the head of ``look.css``; each has a light and a dark value. ``.heat`` with
-  ``style="--share: 0.4"`` is a cell between the neutral colour (0) and the ends of the scale (-1, 1).
-- ``{{ name | breakable }}`` may be broken after the points and underscores of its name.
-- Write tables with all their rows: they stay where scripts do not run or have failed. ``.needs-script`` is hidden
-  there and ``.without-script`` shown; the block ``without_script`` says what is missing.
+- ``data``, if given, is the constant ``data`` of its script; ``{{ inline("file.js") }}`` puts a file in.
+- ``table.sortable`` sorts when a header is clicked; ``td[data-value]`` sorts by that number, ``th[data-unsorted]``
+  does not sort. Dashes and empty cells stay last.
+- ``div.box`` around a table scrolls on a narrow screen; ``section`` is a card; ``p.note`` and ``p.warning`` are
+  remarks; a ``td`` is a number unless ``td.text``.
+- Colours are the variables at the head of ``look.css``, with a light and a dark value. ``.heat`` with
+  ``style="--share: 0.4"`` is a cell of a heat map, between -1 and 1.
+- ``.needs-script`` is hidden where scripts do not run, ``.without-script`` is shown there.
 """
 
 import hashlib
@@ -48,10 +34,10 @@ def render(template: str, **data: Any) -> str:
 
     Args:
         template: Its name in ``pages/``.
-        data: What the template shows; ``data`` itself is also given to the page's script, as JSON.
+        data: Variables of the template; the one called ``data`` is also given to the script, as JSON.
 
     Raises:
-        ValueError: ``data`` holds a number that JSON has no word for (NaN, Inf).
+        ValueError: ``data`` contains NaN or Inf.
     """
     pages = PackageLoader("varm_merge.inspection", "pages")
     environment = Environment(
@@ -59,8 +45,7 @@ def render(template: str, **data: Any) -> str:
     )
 
     def inline(name: str) -> Markup:
-        source, _, _ = pages.get_source(environment, name)
-        return Markup(source)
+        return Markup(pages.get_source(environment, name)[0])
 
     environment.filters |= {"json": _json, "hash": _hash, "breakable": _breakable}
     environment.globals |= {"inline": inline, "version": __version__, "data": {}}
@@ -68,7 +53,7 @@ def render(template: str, **data: Any) -> str:
 
 
 def write(path: Path, html: str) -> None:
-    """Write a page so that it is there whole or not at all.
+    """Write a page, whole or not at all.
 
     Raises:
         UserError: It cannot be written.
@@ -83,6 +68,7 @@ def _json(value: Any) -> Markup:
 
 
 def _breakable(name: str) -> Markup:
+    """A name that a browser may break after points, underscores and slashes."""
     return Markup("<wbr>").join(re.split(r"(?<=[._/])", name))
 
 

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import pty
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,15 @@ import runs
 import torch
 from click.testing import CliRunner
 from mergekit.options import MergeOptions
-from programs import BIN
 from safetensors.torch import load_file, save_file
 from tiny_models import Family
 
 from varm_common.errors import UserError
 from varm_merge.cli import main
 from varm_merge.inspection import heatmap as picture
-from varm_merge.inspection.measure import inspect, tables
+from varm_merge.inspection.grid import grid
+from varm_merge.inspection.measure import inspect
+from varm_merge.inspection.tables import tables
 from varm_merge.merging import tensor_math
 
 GRANULARITIES = ["model", "layer", "module", "matrix", "parameter"]
@@ -51,6 +51,7 @@ def assert_those_of_the_merge(units: list[dict[str, Any]], merged: runs.Merged) 
             assert found[name]["targets"][target] == pytest.approx(numbers, rel=1e-9), (name, target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt_neox", "mixtral", "mpt", "t5"])
 def test_at_every_granularity_the_weights_are_those_of_the_merge(
     architecture: str, family: Callable[..., Family], tmp_path: Path
@@ -149,7 +150,7 @@ def test_what_cannot_be_inspected_is_told(mistral: Family, tmp_path: Path) -> No
     recipe.write_text(runs.recipe(mistral).replace("varm", "linear"))
     assert "does not merge by `varm`" in refused(recipe)
     merged = runs.merge(runs.recipe(mistral), tmp_path / "out")
-    with pytest.raises(UserError, match="tells the weights of one merge"):
+    with pytest.raises(UserError, match="has the weights of one merge"):
         inspect(merged.folder, QUIET, ("layer",))
 
 
@@ -179,7 +180,7 @@ def test_weights_of_a_merge_that_were_damaged_are_a_sentence(
     assert "is no varm_weights.json of a merge by varm" in refused(path)
     units[0]["targets"][str(mistral.targets[0])]["weight"] = float("nan")
     path.write_text(json.dumps(whole))
-    assert "has a number that is none" in refused(path)
+    assert "contains NaN or Inf" in refused(path)
 
 
 def test_models_of_two_architectures_are_a_sentence(family: Callable[..., Family], tmp_path: Path) -> None:
@@ -223,18 +224,19 @@ def test_the_command_prints_tables_and_json(family: Callable[..., Family], tmp_p
     assert json.loads(done.stdout) == json.loads(json.dumps(found))
 
 
-def test_on_a_terminal_the_tables_are_drawn_and_a_mistake_is_a_sentence(mistral: Family, tmp_path: Path) -> None:
+def test_on_a_terminal_the_tables_are_drawn_and_a_mistake_is_a_sentence(
+    mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     merged = runs.merge(runs.recipe(mistral, granularity="model"), tmp_path / "out")
     shown, terminal = pty.openpty()
-    program = [BIN / "varm-merge", "inspect", merged.folder]
-    done = subprocess.run(program, stdout=terminal, stderr=subprocess.PIPE, text=True)
-    os.close(terminal)
-    assert done.returncode == 0, done.stderr
+    with os.fdopen(terminal, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stdout)
+        main(["inspect", str(merged.folder)], standalone_mode=False)
     text = os.read(shown, 1 << 16).decode()
     assert "weights, recipe" in text
     assert "─" in text
-    done = subprocess.run([BIN / "varm-merge", "inspect", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 1
+    done = CliRunner().invoke(main, ["inspect", str(tmp_path)])
+    assert done.exit_code == 1
     assert done.stderr.startswith(f"Error: `{tmp_path}` has no varm_weights.json")
 
 
@@ -247,12 +249,15 @@ def test_the_picture_has_a_cell_for_each_unit(family: Callable[..., Family], tmp
     assert done.exit_code == 0, done.output
     assert png.read_bytes().startswith(b"\x89PNG")
     units = inspect(recipe, QUIET, ("module",))["units"]["module"]
-    rows, columns, cells = picture.grid(units, str(members.targets[1]))
-    assert len(cells) == len(units)
-    assert columns == ["model.layers.0", "model.layers.1", "outside"]
-    assert {"self_attn", "mlp", "lm_head", "model.norm"} <= set(rows)
-    expected = by_name(units)["model.layers.1.mlp"]["targets"][str(members.targets[1])]["weight"]
-    assert cells["mlp", "model.layers.1"] == expected
+    places = grid([units])
+    weights = picture.weights(places, units, str(members.targets[1]))
+    assert np.isfinite(weights).sum() == len(units)
+    assert places.columns == ["model.layers.0", "model.layers.1"]
+    assert {"self_attn", "mlp", "lm_head", "model.norm"} <= set(places.rows)
+    units_by_name = by_name(units)
+    for unit, row, column in (("model.layers.1.mlp", "mlp", 1), ("lm_head.weight", "lm_head", -1)):
+        expected = units_by_name[unit]["targets"][str(members.targets[1])]["weight"]
+        assert weights[places.rows.index(row), column] == expected
     done = CliRunner().invoke(main, [*arguments[:-1], str(tmp_path / "nowhere" / "weights.png")])
     assert done.exit_code == 1
     assert "weights.png` cannot be written" in done.output
@@ -260,8 +265,7 @@ def test_the_picture_has_a_cell_for_each_unit(family: Callable[..., Family], tmp
 
 def test_the_picture_has_expert_2_above_expert_10() -> None:
     names = [f"model.layers.0.mlp.experts.{expert}.up_proj.weight" for expert in (10, 2)]
-    units = [{"unit": name, "targets": {"target": {"weight": 0.5}}} for name in names]
-    rows, _, _ = picture.grid(units, "target")
+    rows = grid([[{"unit": name} for name in names]]).rows
     assert rows == ["mlp.experts.2.up_proj", "mlp.experts.10.up_proj"]
 
 
@@ -271,9 +275,9 @@ def test_what_cannot_be_inspected_is_told_in_a_sentence(mistral: Family, tmp_pat
         (
             runs.recipe(mistral),
             ["--device", "cudaa"],
-            "nothing can be measured on the device `cudaa`: Expected one of",
+            "the device `cudaa` cannot be used: Expected one of",
         ),
-        (runs.recipe(mistral).replace("varm", "tise"), [], "`varm-merge check` tells"),
+        (runs.recipe(mistral).replace("varm", "tise"), [], "`varm-merge check` checks"),
     ):
         recipe.write_text(text)
         done = CliRunner().invoke(main, ["inspect", str(recipe), *flags])
