@@ -148,13 +148,10 @@ class VarmMethod(MergeMethod):  # type: ignore[misc]
         out_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """Called by mergekit; ``parameters`` of a group are those of ``SPEC``, and ``UNIT`` where it is known."""
+        units = [own.pop(UNIT, None) for own in parameters]
+        settings = [Settings(**own) for own in parameters]
         with torch.no_grad():
-            settings = [
-                Settings(**{name: value for name, value in own.items() if name != UNIT}) for own in parameters
-            ]
-            if UNIT in parameters[0]:
-                units = [own[UNIT] for own in parameters]
-            else:
+            if None in units:
                 units = _form_units(groups, settings, input_dtypes)
             return tuple(
                 _merge(_narrowed(group, dtype), own, unit, dtype, out_dtype or dtype)

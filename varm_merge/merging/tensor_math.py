@@ -1,15 +1,13 @@
 """Chunked reductions and weighted sums over one pivot tensor and its K targets; torch only.
 
-On a CPU a reduction with fresh temporaries spends its time in the allocator, not in the arithmetic. So every
-pass here walks the flat tensors in chunks that stay in cache and computes in float64, the statistics and plain
-merges in reused buffers. Float64 makes
-the rules of the method free: squares of the smallest float32 delta do not underflow, sums over 10⁹ elements
-lose nothing, and a result is rounded only on its way into the output's dtype.
+On a CPU a reduction with fresh temporaries spends its time in the allocator, not in the arithmetic. So every pass
+walks the flat tensors in chunks that stay in cache, and computes in reused buffers of float64. In float64 the
+squares of the smallest float32 delta do not underflow, sums over 10⁹ elements lose nothing that matters, and a
+result is rounded only when it is written.
 
-Threads take whole chunks; torch's own splitting of each operation is switched off meanwhile. It would meet at
-a barrier after every one of these small operations, and on a machine that does anything else at the same time
-the barriers cost ten times the arithmetic. Partial results are added in the order of the chunks, so a result
-does not depend on the number of threads.
+Each thread takes whole chunks, and torch does not split operations in it: the barrier after each of these small
+operations costs ten times the arithmetic on a machine that is otherwise busy. Partial results are added in the
+order of the chunks, so a result does not depend on the number of threads.
 
 Shapes: K targets, C elements of a chunk. Arguments are tensors of one shape and device, any floating dtype.
 """
@@ -96,23 +94,18 @@ def agreement(pivot: Tensor, targets: Sequence[Tensor]) -> Agreement:
     def sums(chunk: _Chunk) -> list[Tensor]:
         product_C, deltas_KC = chunk.scratch_C[0], chunk.to_deltas()
         squares = [torch.mul(row_C, row_C, out=product_C).sum() for row_C in (chunk.pivot_C, *deltas_KC)]
-        found: list[list[Tensor]] = [[], [], []]
-        for one, other in pairs:
-            torch.mul(deltas_KC[one], deltas_KC[other], out=product_C)
-            for column, number in zip(
-                found,
-                (product_C.sum(), torch.count_nonzero(product_C), (product_C < 0).sum()),
-                strict=True,
-            ):
-                column.append(number.double())
-        return [*squares, *found[0], *found[1], *found[2]]
+        products, moved, opposite = [], [], []
+        for first, second in pairs:
+            torch.mul(deltas_KC[first], deltas_KC[second], out=product_C)
+            products.append(product_C.sum())
+            moved.append(torch.count_nonzero(product_C).double())
+            opposite.append((product_C < 0).sum().double())
+        return [*squares, *products, *moved, *opposite]
 
-    targets_count, count = len(targets), len(pairs)
-    totals = iter(_total(_map_chunks(sums, pivot, targets, scratch=1), 1 + targets_count + 3 * count))
-    first, squares, *others = (
-        list(itertools.islice(totals, size)) for size in (1, targets_count, count, count, count)
-    )
-    return Agreement(first[0], squares, *others)
+    sizes = (1, len(targets), len(pairs), len(pairs), len(pairs))
+    totals = iter(_total(_map_chunks(sums, pivot, targets, scratch=1), sum(sizes)))
+    (pivot_sum,), *others = (list(itertools.islice(totals, size)) for size in sizes)
+    return Agreement(pivot_sum, *others)
 
 
 def blend(targets: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
@@ -160,7 +153,7 @@ def blend_elements(
         mask_C = None if selection is None else selection.mask(deltas_KC, chunk.start)
         keep_KC = _keep(deltas_KC, total_C, erase_minority, mask_C)
         sums: list[Tensor] = []
-        weights_KC = deltas_KC
+        weights_KC = deltas_KC  # the weights take the place of the deltas
         if isinstance(weights, ElementWeights):
             sums = weights.replace(deltas_KC, total_C)
         else:
@@ -285,9 +278,9 @@ def _count_digits(bits_C: Tensor, counts: Tensor, lock: threading.Lock, prefix: 
     digits = bits_C >> shift
     if shift < 64 - RADIX_BITS:
         digits = digits[digits >> RADIX_BITS == prefix]
-    found = torch.bincount(digits & ((1 << RADIX_BITS) - 1), minlength=1 << RADIX_BITS)
-    with lock:  # one histogram in all, not one for each chunk; integer sums do not depend on the order
-        counts += found
+    own_counts = torch.bincount(digits & ((1 << RADIX_BITS) - 1), minlength=1 << RADIX_BITS)
+    with lock:  # one histogram, not one for each chunk; integer sums do not depend on the order
+        counts += own_counts
 
 
 @dataclass(frozen=True)
@@ -347,17 +340,16 @@ def _pool() -> ThreadPoolExecutor:
     """Threads in which torch does not split operations; the caller's setting stays what it was."""
     threads = torch.get_num_threads()
     workers = min(threads, MAX_THREADS)
-    started = threading.Barrier(workers + 1)
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="varm-merge")
+    all_started = threading.Barrier(workers + 1)
 
     def become_serial() -> None:
         torch.get_num_threads()  # a thread's first use of torch sets its number; only later settings last
         torch.set_num_threads(1)  # also the number that threads started later begin with: restored below
-        started.wait()
 
+    pool = ThreadPoolExecutor(workers, "varm-merge", become_serial)
     for _ in range(workers):
-        pool.submit(become_serial)
-    started.wait()
+        pool.submit(all_started.wait)
+    all_started.wait()
     torch.set_num_threads(threads)
     return pool
 
@@ -377,8 +369,10 @@ def _buffer(rows: int, size: int, like: Tensor) -> Tensor:
 
 
 def _measure(delta_C: Tensor, statistic: Statistic) -> Tensor:
-    """Replace deltas by their squares (or magnitudes); returns the sum of these."""
-    # not torch.dot: its library splits it over threads of its own
+    """Replace deltas by their squares (or magnitudes); returns their sum.
+
+    Not by ``torch.dot``, which its library splits over threads of its own.
+    """
     return (delta_C.square_() if statistic == "square" else delta_C.abs_()).sum()
 
 

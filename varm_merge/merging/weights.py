@@ -1,8 +1,7 @@
 """From squared deltas to merge weights: settings, units, and equation 7 of the FusionChat paper.
 
-Nothing here knows about mergekit or touches a tensor. A *unit* is the set of tensors that share one weight
-per target; its statistic is pooled over all elements of the unit (a tensor with twice the elements counts
-twice), so it can be summed up tensor by tensor in any order.
+No mergekit and no tensors here. A *unit* is the set of tensors that share one weight per target. Its statistic is
+pooled over all elements of the unit, so it can be summed up tensor by tensor in any order.
 """
 
 import math
@@ -109,10 +108,9 @@ def normalize(statistics: Sequence[float], normalization: Normalization, tempera
 
 
 def block_of(tensor: str) -> str | None:
-    """The transformer block that a tensor's name lies in (``model.layers.3``), or None outside all blocks.
+    """The transformer block of a tensor (``model.layers.3``) by its name alone, or None outside all blocks.
 
-    Used where only names are known (state dicts, mergekit-pytorch): the block ends at the first component
-    of the name that is a number. mergekit reads layers off a name in the same way.
+    The block ends at the first component that is a number, as in mergekit.
     """
     parts = tensor.split(".")
     for depth, part in enumerate(parts[:-1]):
@@ -124,8 +122,7 @@ def block_of(tensor: str) -> str | None:
 def submodule_of(tensor: str, block: str) -> str:
     """The sub-module of ``block`` that holds ``tensor``: ``…layers.3.self_attn``, ``…layers.3.input_layernorm``.
 
-    Where the block numbers its children (T5's ``block.0.layer.1.DenseReluDense``) the number is part of the
-    path to the sub-module, not a sub-module.
+    A number is not a sub-module but part of the path to one, as in T5's ``block.0.layer.1.DenseReluDense``.
     """
     path = tensor.removeprefix(f"{block}.").split(".")
     depth = 1

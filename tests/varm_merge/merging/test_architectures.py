@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from varm_merge.cli import main
 
+pytestmark = pytest.mark.slow
 OPTIONS = ("--quiet", "--no-copy-tokenizer")
 
 
