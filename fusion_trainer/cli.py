@@ -3,163 +3,167 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 import click
-import yaml
-from pydantic import BaseModel
 
-from fusion_trainer.config import (
-    AlignConfig,
-    EvaluateConfig,
-    ExtractConfig,
-    PrepareConfig,
-    TrainConfig,
-    read_config,
-)
-from fusion_trainer.pipeline.processes import end_with_the_run
 from fusion_trainer.pipeline.stage import KINDS
 from varm_common.console import completion, talks
 from varm_common.errors import UserError, listed
 
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
 __all__ = ["main"]
 
-Command = Callable[..., None]
+GRANULARITIES = ("model", "layer", "module", "matrix", "parameter")
+"""Granularities of VaRM, from one weight per target to one per element."""
+PATH = click.Path(path_type=Path)
+
+
+class StageCommand(click.Command):
+    """A command with an argument ``[CONFIG]`` and one option for each setting of a stage.
+
+    The options are built when they are needed, because pydantic is slow to import.
+
+    Args:
+        settings: Name of the settings' model in ``fusion_trainer.config``.
+    """
+
+    def __init__(self, *arguments: Any, settings: str, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.settings = settings
+
+    def get_params(self, context: click.Context) -> list[click.Parameter]:
+        if self.settings:
+            from fusion_trainer import config
+
+            fields: dict[str, FieldInfo] = getattr(config, self.settings).model_fields
+            self.params[:0] = [click.Argument(["config"], required=False, type=PATH), *_options(fields)]
+            self.settings = ""
+        return super().get_params(context)
+
+
+def _options(fields: "dict[str, FieldInfo]") -> Iterator[click.Option]:
+    for name, field in fields.items():
+        shown = field.description or ""
+        if not field.is_required() and field.default is not None:
+            shown += f"  [default: {field.default}]"
+        flag = "--" + name.replace("_", "-")
+        options: dict[str, Any] = {"help": shown}
+        annotation = field.annotation
+        if get_origin(annotation) in (Union, UnionType):  # a type or None, or one value or a list
+            parts = [part for part in get_args(annotation) if part is not type(None)]
+            annotation = next((part for part in parts if get_origin(part) is list), parts[0])
+        if annotation is bool:
+            flag += f"/--no-{name.replace('_', '-')}"
+        elif get_origin(annotation) is dict:
+            options |= {"multiple": True, "metavar": "NAME=VALUE", "callback": _mapping}
+        elif get_origin(annotation) is list:
+            options |= {"multiple": True}
+        elif get_origin(annotation) is Literal:
+            options["type"] = click.Choice(get_args(annotation))
+        else:
+            options["type"] = PATH if annotation is Path else annotation
+        yield click.Option([flag, name], default=None, **options)
+
+
+def _mapping(
+    _context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """Values of ``NAME=VALUE`` by name, read as YAML."""
+    import yaml
+
+    if wrong := [argument for argument in given if "=" not in argument]:
+        raise click.BadParameter(f"{wrong[0]!r} is not NAME=VALUE")
+    pairs = [argument.split("=", 1) for argument in given]
+    return {name: yaml.safe_load(value) for name, value in pairs} or None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="varm-merge", prog_name="fusion-trainer")
 def main() -> None:
-    """Fuse chat LLMs pairwise: from source models and chat data to the target checkpoints that VaRM merges.
+    """Fuse chat LLMs: train targets from a pivot, source models and chat data, ready to be merged with VaRM.
 
-    `run` does all of it by one file; the other commands are its stages, and looks at what they make.
+    `run` executes a whole pipeline from one file. The other commands run single stages or inspect their results.
 
-    Exit codes: 0 done, and nothing is wrong; 1 something is wrong, and said, or stopped by Ctrl-C; 2 the command
-    line is wrong.
+    Exit codes: 0: success. 1: a problem was found and printed, or Ctrl-C was pressed. 2: bad usage.
     """
+    from fusion_trainer.pipeline.processes import end_with_the_run
+
     end_with_the_run()
 
 
 main.add_command(completion("fusion-trainer"))
 
 
-def _settings_as_flags(kind: type[BaseModel]) -> Callable[[Command], Command]:
-    """One option for each setting of ``kind``; a flag that is not given is left to the config file."""
-
-    def decorate(command: Command) -> Command:
-        for name, field in reversed(kind.model_fields.items()):
-            shown = field.description or ""
-            if not field.is_required() and field.default is not None:
-                shown += f"  [default: {field.default}]"
-            flag = "--" + name.replace("_", "-")
-            options: dict[str, Any] = {"default": None, "help": shown}
-            of = [part for part in _members(field.annotation) if part is not type(None)]
-            if of == [bool]:
-                flag += f"/--no-{name.replace('_', '-')}"
-            elif get_origin(of[0]) is dict:
-                options |= {"multiple": True, "type": str, "metavar": "NAME=VALUE", "callback": _mapping}
-            elif any(get_origin(part) is list for part in of):
-                options |= {"multiple": True, "type": str}
-            else:
-                choices = [choice for part in of if get_origin(part) is Literal for choice in get_args(part)]
-                options["type"] = click.Choice(choices) if choices else of[0]
-                if of[0] is Path:
-                    options["type"] = click.Path(path_type=Path)
-            command = click.option(flag, name, **options)(command)
-        return click.argument("config", required=False, type=click.Path(path_type=Path))(command)
-
-    return decorate
-
-
-def _members(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-
-
-def _mapping(
-    _context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]
-) -> dict[str, Any] | None:
-    """``NAME=VALUE``, the value as YAML reads it."""
-    wrong = [one for one in given if "=" not in one]
-    if wrong:
-        raise click.BadParameter(f"{wrong[0]!r} is not NAME=VALUE")
-    return {name: yaml.safe_load(value) for name, _, value in (one.partition("=") for one in given)} or None
-
-
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in flags.items()
-        if value not in (None, ())
-    }
-
-
 @main.command()
-@click.argument("pipeline", type=click.Path(path_type=Path))
-@click.option("--dry-run", is_flag=True, help="Print the stages, how each stands, and estimates.")
-@click.option("--until", type=click.Choice(KINDS), help="The last kind of stage to run.")
-@click.option("--only", metavar="TARGET", help="This target, and what it needs.")
+@click.argument("pipeline", type=PATH)
+@click.option("--dry-run", is_flag=True, help="Print every stage, its state and an estimate; run nothing.")
+@click.option("--until", type=click.Choice(list(KINDS)), help="Stop after stages of this kind.")
+@click.option("--only", metavar="TARGET", help="Run only this target and the stages it needs.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the stages as JSON.")
 @talks()
 def run(pipeline: Path, dry_run: bool, until: str | None, only: str | None, as_json: bool) -> None:
-    """Run every stage of the file PIPELINE that is not made yet, from chat data to the merged and scored models.
+    """Run the pipeline in the YAML file PIPELINE, from chat data to merged models and their scores.
 
-    Stopped at any point, the same command goes on. A changed setting runs again what depends on it, and says why.
+    Finished stages are not run again. If interrupted, run the same command again. If a setting changes, the stages
+    that depend on it run again, and the reason is printed.
 
     \b
     Example:
       fusion-trainer run pipeline.yaml --dry-run
     """
     from fusion_trainer.pipeline.plan import chosen, read_pipeline
-    from fusion_trainer.pipeline.stage import Plan
-    from fusion_trainer.pipeline.summary import overview, report, standings
+    from fusion_trainer.pipeline.runner import Runner
+    from fusion_trainer.pipeline.summary import as_records, overview, report
 
     if as_json and not dry_run:
         raise click.UsageError("--json goes with --dry-run")
     config, stages = read_pipeline(pipeline)
     wanted = chosen(stages, until, only)
-    plan = Plan(config.work, stages)
-    if as_json:
-        click.echo(json.dumps(standings(plan, wanted), indent=1))
-        return
+    runner = Runner(config.work, stages)
     if dry_run:
-        click.echo(overview(plan, wanted, config))
+        states = runner.states(wanted)
+        click.echo(json.dumps(as_records(states), indent=1) if as_json else overview(states, config))
         return
-    made = plan.run(wanted)
+    made = runner.run(wanted)
     click.echo(
         f"{len(made)} of {len(wanted)} stages were run" if made else f"all {len(wanted)} stages are up to date"
     )
-    if scores := report(plan):
+    if scores := report(runner):
         click.echo(scores)
 
 
-@main.command()
-@_settings_as_flags(PrepareConfig)
+@main.command(cls=StageCommand, settings="PrepareConfig")
 @talks()
 def prepare(config: Path | None, **flags: Any) -> None:
-    """Render and split the chat data; `extract` does it too, when it has not been done.
+    """Render the chat data with a chat template and split it into blocks.
+
+    `extract` also does this if it has not been done. Settings come from the YAML file CONFIG, from flags, or both;
+    flags win.
 
     \b
     Example:
       fusion-trainer prepare --data chats.jsonl --pivot openchat/openchat_3.5 --dialogues dialogues/
     """
-    from fusion_trainer.data.prepare import prepare as run
+    from fusion_trainer.config import PrepareConfig, read_config
+    from fusion_trainer.data.prepare import prepare as run_stage
 
-    settings = read_config(PrepareConfig, config, _given(flags))
-    dialogues = run(settings, Path())
+    dialogues = run_stage(read_config(PrepareConfig, config, flags), Path())
     click.echo(f"{len(dialogues)} blocks in {dialogues.folder}")
 
 
-@main.command()
-@_settings_as_flags(ExtractConfig)
+@main.command(cls=StageCommand, settings="ExtractConfig")
 @talks()
 def extract(config: Path | None, **flags: Any) -> None:
-    """Keep a model's top-k distributions at every token of the assistant.
+    """Store a model's top-k next-token distributions at every token of the assistant.
 
-    Settings come from the YAML file CONFIG, from flags, or both; a flag wins. Stopped at any point, the same
-    command goes on where it was. With several GPUs: `accelerate launch -m fusion_trainer extract …`.
+    Settings come from the YAML file CONFIG, from flags, or both; flags win. If interrupted, run the same command
+    again. With several GPUs: `accelerate launch -m fusion_trainer extract …`.
 
     \b
     Example:
@@ -168,11 +172,12 @@ def extract(config: Path | None, **flags: Any) -> None:
     """
     from accelerate import PartialState
 
+    from fusion_trainer.config import ExtractConfig, read_config
     from fusion_trainer.data.readers import template_notes
-    from fusion_trainer.representations.extract import extract as run
+    from fusion_trainer.representations.extract import extract as run_stage
 
     start = time.monotonic()
-    store = run(read_config(ExtractConfig, config, _given(flags)))
+    store = run_stage(read_config(ExtractConfig, config, flags))
     if PartialState().is_main_process:
         positions = store.manifest["positions"]
         click.echo(
@@ -185,35 +190,34 @@ def extract(config: Path | None, **flags: Any) -> None:
             click.echo(line)
 
 
-@main.command()
-@_settings_as_flags(AlignConfig)
+@main.command(cls=StageCommand, settings="AlignConfig")
 @talks()
 def align(config: Path | None, **flags: Any) -> None:
-    """Bring a source's store into the pivot's positions and vocabulary.
+    """Map a source's store to the pivot's positions and vocabulary.
 
-    Settings come from the YAML file CONFIG, from flags, or both; a flag wins. Stopped at any point, the same
-    command goes on where it was.
+    Settings come from the YAML file CONFIG, from flags, or both; flags win. If interrupted, run the same command
+    again.
 
     \b
     Example:
       fusion-trainer align --source-store stores/solar --pivot-store stores/pivot --output aligned/solar
     """
-    from fusion_trainer.alignment.align import align as run
+    from fusion_trainer.alignment.align import align as run_stage
+    from fusion_trainer.config import AlignConfig, read_config
 
-    aligned, report = run(read_config(AlignConfig, config, _given(flags)))
+    aligned, report = run_stage(read_config(AlignConfig, config, flags))
     click.echo(report)
     click.echo(f"{aligned.folder}: {len(aligned):,} rows")
 
 
-@main.command()
-@_settings_as_flags(TrainConfig)
+@main.command(cls=StageCommand, settings="TrainConfig")
 @talks()
 def train(config: Path | None, **flags: Any) -> None:
-    """Fine-tune the pivot on the fused distributions: a target.
+    """Fine-tune the pivot on the fused distributions; the result is a target.
 
-    Settings come from the YAML file CONFIG, from flags, or both; a flag wins. Stopped at any point, the same
-    command goes on from the last whole checkpoint. With several GPUs: `accelerate launch --config_file … -m
-    fusion_trainer train …`.
+    Settings come from the YAML file CONFIG, from flags, or both; flags win. If interrupted, run the same command
+    again: it resumes from the last complete checkpoint. With several GPUs: `accelerate launch --config_file …
+    -m fusion_trainer train …`.
 
     \b
     Example:
@@ -221,24 +225,26 @@ def train(config: Path | None, **flags: Any) -> None:
     """
     from accelerate import PartialState
 
+    from fusion_trainer.config import TrainConfig, read_config
     from fusion_trainer.training.rounding import rounding_told
-    from fusion_trainer.training.train import train as run
+    from fusion_trainer.training.train import train as run_stage
 
-    target = run(read_config(TrainConfig, config, _given(flags)))
+    target = run_stage(read_config(TrainConfig, config, flags))
     if PartialState().is_main_process:
         click.echo(f"the target is in {target}")
-        if told := rounding_told(target):
-            click.echo(told)
+        if rounding := rounding_told(target):
+            click.echo(rounding)
 
 
-@main.command()
-@_settings_as_flags(EvaluateConfig)
-@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON, as they stand in --output.")
+@main.command(cls=StageCommand, settings="EvaluateConfig")
+@click.option("--json", "as_json", is_flag=True, help="Print the content of the scores file.")
 @talks()
 def evaluate(config: Path | None, as_json: bool, **flags: Any) -> None:
     """Score models on held-out dialogues: nats per byte and exact matches, by group of conversations.
 
     Several models take several --model and as many --output, in the same order.
+
+    Settings come from the YAML file CONFIG, from flags, or both; flags win.
 
     \b
     Example:
@@ -247,9 +253,10 @@ def evaluate(config: Path | None, as_json: bool, **flags: Any) -> None:
     """
     from accelerate import PartialState
 
+    from fusion_trainer.config import EvaluateConfig, read_config
     from fusion_trainer.training.evaluate import evaluate_each
 
-    results = evaluate_each(read_config(EvaluateConfig, config, _given(flags)))
+    results = evaluate_each(read_config(EvaluateConfig, config, flags))
     if not PartialState().is_main_process:
         return
     if as_json:
@@ -258,28 +265,29 @@ def evaluate(config: Path | None, as_json: bool, **flags: Any) -> None:
     for result in results:
         if len(results) > 1:
             click.echo(f"{result['model']}:")
-        for name, of in result["groups"].items():
-            error = f" ± {of['nats_per_byte_error']:.4f}" if of["nats_per_byte_error"] is not None else ""
-            scores = f"{of['nats_per_byte']:.4f}{error} nats/byte  {of['exact_match']:.1%} matched"
-            click.echo(f"{name:24} {of['rows']:>7,} rows  {scores}")
+        for name, scores in result["groups"].items():
+            error = scores["nats_per_byte_error"]
+            spread = f" ± {error:.4f}" if error is not None else ""
+            loss = f"{scores['nats_per_byte']:.4f}{spread} nats/byte"
+            click.echo(f"{name:24} {scores['rows']:>7,} rows  {loss}  {scores['exact_match']:.1%} matched")
 
 
 @main.command("recipe")
-@click.argument("targets", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="File to write; default the terminal.")
-@click.option("--pivot", help="Folder or Hub id of the pivot, if it has moved since.")
+@click.argument("targets", nargs=-1, required=True, type=PATH)
+@click.option("--out", type=PATH, help="File to write. Default: print the recipe.")
+@click.option("--pivot", help="Folder or Hub id of the pivot, if it has moved.")
 @click.option(
     "--granularity",
-    type=click.Choice(["model", "layer", "module", "matrix", "parameter"]),
+    type=click.Choice(GRANULARITIES),
     default="matrix",
     show_default=True,
     help="Which tensors share one weight per target.",
 )
-@click.option("--dtype", help="Of the merged model; default the targets'.")
+@click.option("--dtype", help="Dtype of the merged model. Default: the targets'.")
 def write_recipe(
     targets: tuple[Path, ...], out: Path | None, pivot: str | None, granularity: str, dtype: str | None
 ) -> None:
-    """Write the recipe by which stock mergekit-yaml merges TARGETS by VaRM.
+    """Write a mergekit recipe that merges TARGETS with VaRM.
 
     \b
     Example:
@@ -299,19 +307,21 @@ def write_recipe(
 
 @main.group("vocab-map")
 def vocab_map() -> None:
-    """Look at vocabulary maps."""
+    """Inspect vocabulary maps."""
 
 
 @vocab_map.command("show")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--source", help="Folder or Hub id of the source, for its tokenizer, if it has moved since.")
+@click.argument("file", type=PATH)
+@click.option("--source", help="Folder or Hub id of the source's tokenizer, if the source has moved.")
 @click.option("--source-revision", help="Branch, tag or commit of --source.")
-@click.option("--pivot", help="Folder or Hub id of the pivot, if it has moved since.")
+@click.option("--pivot", help="Folder or Hub id of the pivot's tokenizer, if the pivot has moved.")
 @click.option("--pivot-revision", help="Branch, tag or commit of --pivot.")
-@click.option("--store", "weighed", type=click.Path(path_type=Path), help="The source's store, to weigh ids by.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that the models' repositories bring along.")
-def show_map(file: Path, weighed: Path | None, trust_remote_code: bool, **moved_to: str | None) -> None:
-    """Print how much of a vocabulary, and of a store's probability, the map FILE covers, and what it does not.
+@click.option(
+    "--store", "store_folder", type=PATH, help="The source's store: weight ids by their probability in it."
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model repositories.")
+def show_map(file: Path, store_folder: Path | None, trust_remote_code: bool, **moved_to: str | None) -> None:
+    """Print how much of the source's vocabulary the map FILE covers, and which ids it does not map.
 
     \b
     Example:
@@ -332,21 +342,23 @@ def show_map(file: Path, weighed: Path | None, trust_remote_code: bool, **moved_
     found = {side: saved.identity[side] for side in wanted}
     if difference := unlike(f"`{file}` is a map of other tokenizers:", wanted, found):
         raise UserError(difference)
-    mass = mass_by_id(RepresentationStore(weighed).demand(tokenizer=found["source"])) if weighed else None
+    mass = None
+    if store_folder:
+        mass = mass_by_id(RepresentationStore(store_folder).demand(tokenizer=found["source"]))
     click.echo(coverage(saved.map, readers["source"], readers["pivot"], mass))
 
 
 @main.group()
 def store() -> None:
-    """Look at stores, and check them."""
+    """Inspect and check stores."""
 
 
 @store.command()
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 def verify(folder: Path) -> None:
-    """Check the store FOLDER: checksums, NaN, ranges; and its dialogues, token files and maps beside it.
+    """Check the store in FOLDER, and the dialogues, token files and maps beside it.
 
-    The exit code is 1 if something is wrong.
+    Checksums, NaN and value ranges are checked. Exit code 1 if there is a problem.
 
     \b
     Example:
@@ -363,16 +375,16 @@ def verify(folder: Path) -> None:
 
 
 @store.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--row", default=0, show_default=True, help="Which row to print.")
-@click.option("--positions", default=20, show_default=True, help="Most positions printed of it.")
-@click.option("--dialogues", type=click.Path(path_type=Path), help="The folder it was made from, for the text.")
-@click.option("--tokenizer", help="Folder or Hub id, if the model has moved since.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that the model's repository brings along.")
+@click.argument("folder", type=PATH)
+@click.option("--row", default=0, show_default=True, help="Number of the row to print.")
+@click.option("--positions", default=20, show_default=True, help="Maximum number of positions to print.")
+@click.option("--dialogues", type=PATH, help="Folder of the store's dialogues, to print the text.")
+@click.option("--tokenizer", help="Folder or Hub id of the tokenizer, if the model has moved.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model repository.")
 def show(
     folder: Path, row: int, positions: int, dialogues: Path | None, tokenizer: str | None, trust_remote_code: bool
 ) -> None:
-    """Print the manifest of the store FOLDER, and one row, decoded.
+    """Print the manifest of the store in FOLDER, and one row with its tokens as text.
 
     \b
     Example:
@@ -383,7 +395,7 @@ def show(
 
     opened = RepresentationStore(folder)
     if not 0 <= row < len(opened):
-        raise UserError(f"the store has the rows 0 to {len(opened) - 1}, not {row}")
+        raise UserError(f"there is no row {row}; the store has the rows 0 to {len(opened) - 1}")
     click.echo(show_manifest(opened))
     click.echo(show_row(opened, row, positions, dialogues, tokenizer, trust_remote_code))
 

@@ -1,21 +1,20 @@
-"""The settings of each stage: one pydantic model, read from YAML or given as flags.
+"""The settings of each stage, as one pydantic model, read from a YAML file or from flags.
 
-A YAML file is checked whole before anything runs; every problem is told with its line.
+A YAML file is checked completely before anything runs. Every problem is reported with its line.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from varm_common.errors import UserError, listed
 
 __all__ = [
+    "BUILT_IN_TEMPLATES",
     "NOT_OF_THE_RESULT",
     "AlignConfig",
     "EvaluateConfig",
@@ -30,6 +29,8 @@ __all__ = [
 
 Config = TypeVar("Config", bound=BaseModel)
 
+BUILT_IN_TEMPLATES = ("openchat", "chatml", "vicuna", "mistral", "llama-3", "zephyr")
+"""Chat templates that come with the package."""
 NOT_OF_THE_RESULT = frozenset(
     name
     for line in (
@@ -45,261 +46,231 @@ NOT_OF_THE_RESULT = frozenset(
     )
     for name in line.split()
 )
-"""Arguments of transformers that may change between the parts of one training."""
+"""Arguments of transformers that do not change the target; they may differ when a training is resumed."""
 
 
 def one_or_more(value: Any) -> Any:
+    """A list, also of a single text or path."""
     return [value] if isinstance(value, (str, Path)) else value
 
 
-def _training_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    from transformers import TrainingArguments
+def _arguments_of(name: str) -> AfterValidator:
+    """Checks that a mapping holds arguments of the class ``name``."""
 
-    return _arguments_of(TrainingArguments, given)
+    def check(given: dict[str, Any] | None) -> dict[str, Any] | None:
+        from fusion_trainer.training.arguments import checked  # ast and difflib are not needed for --help
 
+        return None if given is None else checked(name, given)
 
-def _lora_arguments(given: dict[str, Any] | None) -> dict[str, Any] | None:
-    from peft import LoraConfig
-
-    return None if given is None else _arguments_of(LoraConfig, given)
-
-
-def _arguments_of(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a dataclass, with numbers and switches checked.
-
-    YAML reads ``5e-6`` as a text and ``no`` as false; here they are what they are meant to be.
-    """
-    known: dict[str, Any] = {field.name: field.type for field in fields(kind) if field.init}
-    unknown = [(name, *get_close_matches(name, known, 1)) for name in given if name not in known]
-    made, wrong = {}, []
-    for name, value in given.items():
-        plain = _number(value) if "float" in str(known.get(name)) else value
-        plain = "no" if value is False and name.endswith("_strategy") else plain
-        made[name] = plain
-        if known.get(name) in (int, float, bool):
-            try:
-                made[name] = TypeAdapter(known[name]).validate_python(plain)
-            except ValidationError as error:
-                wrong.append((name, f"`{name}` cannot be {value!r}: {error.errors()[0]['msg']}"))
-        elif (choices := _choices(kind, name)) and plain is not None and plain not in choices:
-            wrong.append((name, f"`{name}` cannot be {value!r}; there are {', '.join(choices)}"))
-        number = made[name]
-        if name in AT_LEAST_ONE and isinstance(number, int) and number < 1:
-            wrong.append((name, f"`{name}` cannot be {value!r}: it is at least 1"))
-    if unknown or wrong:
-        raise PydanticCustomError(
-            "arguments", "arguments", {"of": kind.__name__, "unknown": unknown, "wrong": wrong}
-        )
-    return made
+    return AfterValidator(check)
 
 
-AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Quantisation = Literal["8bit", "4bit"]
+TrustRemoteCode = Annotated[bool, Field(description="Run Python code from the model repositories.")]
 
 
-def _choices(kind: Any, name: str) -> list[str]:
-    """The values of an argument that has so many."""
-    if kind.__name__ != "TrainingArguments":
-        return []
-    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
-    from transformers.training_args import OptimizerNames
+class Settings(BaseModel):
+    """Base of all settings: unknown names are errors."""
 
-    enumerations: dict[str, Any] = {
-        "lr_scheduler_type": SchedulerType,
-        "optim": OptimizerNames,
-        "save_strategy": SaveStrategy,
-        "eval_strategy": IntervalStrategy,
-        "logging_strategy": IntervalStrategy,
-    }
-    return [one.value for one in enumerations.get(name, ())]
+    model_config = ConfigDict(extra="forbid", defer_build=True, use_attribute_docstrings=True)
 
 
-def _number(value: Any) -> Any:
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+class PrepareConfig(Settings):
+    """Chat data → dialogues: rendered with the pivot's chat template, split into blocks."""
 
-
-class PrepareConfig(BaseModel):
-    """Chat data → dialogues: rendered with the pivot's template, split to the pivot's length."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    data: Annotated[list[str], BeforeValidator(one_or_more)] = Field(
-        min_length=1, description="JSON, JSONL or Parquet files, dataset folders or Hub ids."
-    )
-    data_name: str | None = Field(None, description="Configuration of a Hub dataset that has several.")
-    data_split: str = Field("train", description="Split of a dataset folder or Hub dataset.")
-    bad_rows: Literal["error", "skip"] = Field("error", description="What to do about rows that cannot be used.")
-    pivot: str = Field(description="Folder or Hub id; its tokenizer counts, its chat template renders.")
-    pivot_revision: str | None = Field(None, description="Branch, tag or commit of the pivot.")
+    data: Annotated[list[str], BeforeValidator(one_or_more)] = Field(min_length=1)
+    """Chat data: JSON, JSONL or Parquet files, dataset folders or Hub ids."""
+    data_name: str | None = None
+    """Configuration of a Hub dataset that has more than one."""
+    data_split: str = "train"
+    """Split of a dataset folder or Hub dataset."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """Stop if rows cannot be used, or skip and count them."""
+    pivot: str
+    """Folder or Hub id of the pivot; its tokenizer and chat template are used."""
+    pivot_revision: str | None = None
+    """Branch, tag or commit of the pivot."""
     template: str | None = Field(
         None,
-        description="openchat, chatml, vicuna, mistral, llama-3, zephyr or a Jinja file; default: the pivot's",
+        description=f"Chat template to render with: {', '.join(BUILT_IN_TEMPLATES)}, or a Jinja file. "
+        "Default: the pivot's.",
     )
-    max_length: int = Field(2048, ge=16, description="Most tokens of the pivot in a block.")
-    packing: bool = Field(True, description="Plain text: several short documents in one block.")
-    dialogues: Path | None = Field(
-        None, description="Folder of the prepared dialogues; default beside the output, shared by all models."
-    )
-    trust_remote_code: bool = Field(False, description="Run code that the model repositories bring along.")
+    max_length: int = Field(2048, ge=16)
+    """Maximum length of a block, in tokens of the pivot."""
+    packing: bool = True
+    """For plain text: put several short documents into one block."""
+    dialogues: Path | None = None
+    """Folder of the prepared dialogues, shared by all models. Default: beside the output."""
+    trust_remote_code: TrustRemoteCode = False
 
 
 class ExtractConfig(PrepareConfig):
     """One model's top-k distributions over the dialogues."""
 
-    model: str = Field(description="Folder or Hub id of the source (or the pivot) to ask.")
-    revision: str | None = Field(None, description="Branch, tag or commit of the model.")
-    output: Path = Field(description="Folder of the store.")
-    source_template: str = Field(
-        "own",
-        description="Template in which a source is queried: own, pivot (the papers': it reads the pivot's text), "
-        "a built-in name or a Jinja file.",
-    )
-    top_k: int = Field(10, ge=1, le=1024, description="Distribution entries kept per position.")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Of the weights; auto is the checkpoint's."
-    )
-    attention: str | None = Field(None, description="transformers' attn_implementation, for instance sdpa.")
-    batch_tokens: int = Field(16384, ge=1, description="Most tokens in a batch, padding included.")
-    shard_tokens: int = Field(262144, ge=1, description="Tokens (the pivot's) whose rows make one shard.")
-    device_map: str | None = Field(None, description="accelerate's, for models larger than one GPU: auto.")
-    load_in: Literal["8bit", "4bit"] | None = Field(None, description="Quantised by bitsandbytes (extra `quant`).")
+    model: str
+    """Folder or Hub id of the model to query: a source or the pivot."""
+    revision: str | None = None
+    """Branch, tag or commit of the model."""
+    output: Path
+    """Folder of the store to write."""
+    source_template: str = "own"
+    """Chat template in which a source is queried: own, pivot (the source reads the pivot's rendering as plain
+    text, as in the papers), a built-in name or a Jinja file."""
+    top_k: int = Field(10, ge=1, le=1024)
+    """Number of probabilities kept per position."""
+    dtype: Dtype = "auto"
+    """Dtype of the weights. auto: the checkpoint's."""
+    attention: str | None = None
+    """transformers' attn_implementation, for example sdpa."""
+    batch_tokens: int = Field(16384, ge=1)
+    """Maximum size of a batch, in tokens with padding."""
+    shard_tokens: int = Field(262144, ge=1)
+    """Size of a shard of the store, in tokens of the pivot."""
+    device_map: str | None = None
+    """accelerate's device map, for a model larger than one GPU: auto."""
+    load_in: Quantisation | None = None
+    """Quantise the model with bitsandbytes (install the extra `quant`)."""
 
 
-class AlignConfig(BaseModel):
-    """A source's store onto the pivot's positions and vocabulary."""
+class AlignConfig(Settings):
+    """A source's store → the pivot's positions and vocabulary."""
 
-    model_config = ConfigDict(extra="forbid")
+    source_store: Path
+    """Folder of the source's store."""
+    pivot_store: Path
+    """Folder of the pivot's store, over the same dialogues."""
+    output: Path
+    """Folder of the aligned store to write."""
+    dialogues: Path | None = None
+    """Folder of the prepared dialogues. Default: beside the pivot's store."""
+    positions: Literal["boundary", "dtw"] = "boundary"
+    """Which positions correspond: those where both models have read the same bytes, or those that dynamic time
+    warping pairs, as in the papers."""
+    dtw_cost: Literal["fusechat", "fusechat_v2", "fusellm"] = "fusechat"
+    """For dtw: cost when one token contains the other. fusechat: 0.1; fusechat_v2, fusellm: 1."""
+    map: Literal["exact", "min_edit_distance", "statistics", "statistics_published", "prefix"] = "prefix"
+    """How ids of the source are mapped to ids of the pivot."""
+    most: int = Field(0, ge=0)
+    """For statistics: map an id to this many of the most frequent ids. 0: to the nearest."""
+    unpaired: Literal["pivot", "gold"] = "pivot"
+    """For positions without a partner: use the pivot's distribution, or give the next token 1."""
+    maps: Path | None = None
+    """Folder of vocabulary maps and counts. Default: beside the output."""
+    pivot_tokenizer: str | None = None
+    """Folder or Hub id of the pivot's tokenizer, if the pivot has moved."""
+    source_tokenizer: str | None = None
+    """Folder or Hub id of the source's tokenizer, if the source has moved."""
+    workers: int | None = Field(None, ge=1)
+    """Number of processes. Default: one per core."""
+    trust_remote_code: TrustRemoteCode = False
 
-    source_store: Path = Field(description="The source's store.")
-    pivot_store: Path = Field(description="The pivot's store, over the same dialogues.")
-    output: Path = Field(description="Folder of the aligned store.")
-    dialogues: Path | None = Field(None, description="Prepared dialogues; default those beside the pivot's store.")
-    positions: Literal["boundary", "dtw"] = Field(
-        "boundary", description="Pair where both have read the same bytes, or by the papers' time warping."
-    )
-    dtw_cost: Literal["fusechat", "fusechat_v2", "fusellm"] = Field(
-        "fusechat", description="Weight of an edit when one token contains the other: 0.1, or 1 (the other two)."
-    )
-    map: Literal["exact", "min_edit_distance", "statistics", "statistics_published", "prefix"] = Field(
-        "prefix", description="Which ids of the pivot an id stands for."
-    )
-    most: int = Field(0, ge=0, description="Of `statistics`: images per id, by count; 0 takes the nearest one.")
-    unpaired: Literal["pivot", "gold"] = Field(
-        "pivot", description="Positions without partner: the pivot's own distribution, or all on the next token."
-    )
-    maps: Path | None = Field(
-        None, description="Folder where maps and counts are kept; default beside the output."
-    )
-    pivot_tokenizer: str | None = Field(None, description="Folder or Hub id, if the pivot has moved since.")
-    source_tokenizer: str | None = Field(None, description="Folder or Hub id, if the source has moved since.")
-    workers: int | None = Field(None, ge=1, description="Processes; default one per core.")
-    trust_remote_code: bool = Field(False, description="Run code that the model repositories bring along.")
 
-
-class TrainConfig(BaseModel):
+class TrainConfig(Settings):
     """The pivot, fine-tuned on the fused distributions: a target."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    pivot: str = Field(description="Folder or Hub id of the model to fine-tune.")
-    pivot_revision: str | None = Field(None, description="Branch, tag or commit of the pivot.")
-    aligned_stores: Annotated[list[Path], BeforeValidator(one_or_more)] = Field(
-        [], description="The sources' aligned stores: one for a pairwise target, several for Multi."
-    )
-    pivot_store: Path | None = Field(
-        None, description="The pivot's own store; its distributions take part in the fusion."
-    )
-    dialogues: Path | None = Field(None, description="Prepared dialogues; default those beside the stores.")
-    fusion: Literal["min_ce", "avg_ce"] = Field(
-        "min_ce", description="The distribution with the least cross-entropy, or their weighted mean."
-    )
-    compare: Literal["conversation", "token"] = Field(
-        "conversation", description="Cross-entropies are compared by conversation or at each token."
-    )
-    unit: Literal["token", "byte"] = Field(
-        "byte", description="They are per byte, which compares tokenizers, or per token, as in the papers."
-    )
-    temperature: float = Field(1.0, gt=0, description="Of the fused models' distributions.")
-    tail: Literal["renormalise", "bucket"] = Field(
-        "renormalise", description="Probability outside the top k is dropped, or kept as one outcome."
-    )
-    clm_weight: float = Field(0.9, ge=0, le=1, description="λ in λ·CLM + (1−λ)·fusion; 1 is CLM alone.")
-    clm_weight_schedule: Literal["constant", "hard_and_decay", "soft"] = Field(
-        "constant", description="λ stays; grows to 1 with the steps; or is 1 − exp(−CE) of what is fused."
-    )
-    held_out: float = Field(0.0, ge=0, lt=1, description="Share of the conversations kept for evaluation.")
-    packing: bool = Field(False, description="Several blocks in one row, with attention kept inside each.")
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
-        "float32", description="Of the weights while they are trained; mixed precision is bf16 in `training`."
-    )
-    output_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "float32",
-        description="Of the target's weights; auto is the pivot's. 16 bits round most of a light fine-tune away.",
-    )
-    attention: str | None = Field(None, description="transformers' attn_implementation, for instance sdpa.")
-    load_in: Literal["8bit", "4bit"] | None = Field(
-        None, description="QLoRA: the pivot quantised by bitsandbytes (extra `quant`); needs `lora`."
-    )
-    lora: Annotated[dict[str, Any] | None, AfterValidator(_lora_arguments)] = Field(
-        None, description="Arguments of peft's LoraConfig; full fine-tuning if not set."
-    )
-    training: Annotated[dict[str, Any], AfterValidator(_training_arguments)] = Field(
-        description="TrainingArguments of transformers; output_dir is the target's folder."
-    )
+    pivot: str
+    """Folder or Hub id of the model to fine-tune."""
+    pivot_revision: str | None = None
+    """Branch, tag or commit of the pivot."""
+    aligned_stores: Annotated[list[Path], BeforeValidator(one_or_more)] = []
+    """Aligned stores of the sources: one for a pairwise target, several for Multi."""
+    pivot_store: Path | None = None
+    """The pivot's store, if the pivot takes part in the fusion."""
+    dialogues: Path | None = None
+    """Folder of the prepared dialogues. Default: beside the stores."""
+    fusion: Literal["min_ce", "avg_ce"] = "min_ce"
+    """Fused distribution: that of the model with the lowest cross-entropy, or the weighted mean."""
+    compare: Literal["conversation", "token"] = "conversation"
+    """Compare cross-entropies by conversation or by token."""
+    unit: Literal["token", "byte"] = "byte"
+    """Compare cross-entropies per byte, fair between tokenizers, or per token, as in the papers."""
+    temperature: float = Field(1.0, gt=0)
+    """Temperature of the distributions to fuse."""
+    tail: Literal["renormalise", "bucket"] = "renormalise"
+    """Drop the probability outside the top k, or keep it as one outcome."""
+    clm_weight: float = Field(0.9, ge=0, le=1)
+    """λ in λ·CLM + (1−λ)·fusion. 1: CLM alone."""
+    clm_weight_schedule: Literal["constant", "hard_and_decay", "soft"] = "constant"
+    """Keep λ constant, let it grow to 1, or set it to 1 − exp(−CE) of the fused distribution."""
+    held_out: float = Field(0.0, ge=0, lt=1)
+    """Share of the conversations held out for the evaluation loss."""
+    packing: bool = False
+    """Put several blocks into one row; attention stays inside each block."""
+    dtype: Dtype = "float32"
+    """Dtype of the weights in training. For mixed precision set bf16 in `training`."""
+    output_dtype: Dtype = "float32"
+    """Dtype of the target. auto: the pivot's. 16 bits round most of a light fine-tune away."""
+    attention: str | None = None
+    """transformers' attn_implementation, for example sdpa."""
+    load_in: Quantisation | None = None
+    """QLoRA: quantise the pivot with bitsandbytes (install the extra `quant`); set `lora` too."""
+    lora: Annotated[dict[str, Any] | None, _arguments_of("LoraConfig")] = None
+    """Arguments of peft's LoraConfig. Default: train all weights."""
+    training: Annotated[dict[str, Any], _arguments_of("TrainingArguments")]
+    """Arguments of transformers' TrainingArguments. output_dir is the target's folder."""
+    trust_remote_code: TrustRemoteCode = False
     _places: dict[str, str] = {}
-    trust_remote_code: bool = Field(False, description="Run code that the model repositories bring along.")
+    """File and line of each setting, for errors that are only found when the training begins."""
 
 
-class EvaluateConfig(BaseModel):
-    """A model on held-out dialogues."""
+class EvaluateConfig(Settings):
+    """A model, scored on held-out dialogues."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    model: str | list[str] = Field(
-        description="Folder or Hub id of the model to score. May be given several times."
-    )
-    revision: str | None = Field(None, description="Branch, tag or commit of the model.")
-    dialogues: Path = Field(description="Prepared dialogues, held out: the same for all models compared.")
-    output: Path | list[Path] = Field(description="JSON file of the scores; one for each model.")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Of the weights; auto is the checkpoint's."
-    )
-    attention: str | None = Field(None, description="transformers' attn_implementation, for instance sdpa.")
-    batch_tokens: int = Field(16384, ge=1, description="Most tokens in a batch, padding included.")
-    trust_remote_code: bool = Field(False, description="Run code that the model repositories bring along.")
+    model: str | list[str]
+    """Folder or Hub id of the model to score. May be given several times."""
+    revision: str | None = None
+    """Branch, tag or commit of the model."""
+    dialogues: Path
+    """Folder of prepared held-out dialogues, the same for all models."""
+    output: Path | list[Path]
+    """JSON file of the scores to write, one for each model."""
+    dtype: Dtype = "auto"
+    """Dtype of the weights. auto: the checkpoint's."""
+    attention: str | None = None
+    """transformers' attn_implementation, for example sdpa."""
+    batch_tokens: int = Field(16384, ge=1)
+    """Maximum size of a batch, in tokens with padding."""
+    trust_remote_code: TrustRemoteCode = False
 
 
 def read_config(kind: type[Config], path: Path | None, flags: Mapping[str, Any]) -> Config:
-    """The settings of ``path``, with ``flags`` in place of what the file says.
+    """The settings in the file ``path``. Flags replace settings, and add to those that are mappings.
+
+    Args:
+        kind: The settings' model.
+        path: A YAML file.
+        flags: Values by name; None and empty tuples stand for flags that were not given.
 
     Raises:
-        UserError: The file is no YAML, or some settings are unknown, missing or out of range: all of them are
-            told, with their lines.
+        UserError: The file is not YAML, or settings are unknown, missing or out of range. Lists all problems
+            with their lines.
     """
     settings, lines = read_yaml(path) if path else ({}, {})
+    flags = {name: value for name, value in flags.items() if value not in (None, ())}
+    merged = {**settings, **flags}
     both = {
         name for name, value in flags.items() if isinstance(value, dict) and isinstance(settings.get(name), dict)
     }
+    for name in both:
+        merged[name] = settings[name] | flags[name]
     try:
-        made = kind.model_validate({**settings, **flags, **{name: settings[name] | flags[name] for name in both}})
-        if isinstance(made, TrainConfig):  # some arguments are only found wrong when the training begins
-            made._places = {name: f"{path}, line {line}" for name, line in lines.items()}
-        return made
+        config = kind.model_validate(merged)
     except ValidationError as error:
         from_file = {name: line for name, line in lines.items() if name.split(".")[0] not in flags.keys() - both}
-        found = [one for problem in error.errors() for one in explained(kind, problem, "")]
-        problems = [f"line {from_file[at]}: {text}" if at in from_file else text for at, text in found]
-        where = f"{path} cannot be used" if path else "the settings cannot be used"
-        raise UserError(f"{where}:{listed(problems)}") from error
+        problems = [problem for wrong in error.errors() for problem in explained(kind, wrong)]
+        texts = [f"line {from_file[at]}: {text}" if at in from_file else text for at, text in problems]
+        raise UserError(f"{path or 'the settings'} cannot be used:{listed(texts)}") from error
+    if isinstance(config, TrainConfig):
+        config._places = {name: f"{path}, line {line}" for name, line in lines.items()}
+    return config
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The mapping of a YAML file, and the line of each key: ``training.learning_rate``, ``sources[1].model``.
+    """The mapping in a YAML file, and the line of each key: ``training.learning_rate``, ``sources[1].model``.
 
     Raises:
-        UserError: It is no YAML file, no mapping, or a key is there twice.
+        UserError: The file cannot be read, is not YAML, is not a mapping, or sets a key twice.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -319,42 +290,35 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     return settings, lines
 
 
-def _keys(mapping: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Every key of a mapping and of what is in it, with its line."""
-    for key, value in mapping.value:
-        name = f"{prefix}{key.value}"
-        yield name, key.start_mark.line + 1
-        if isinstance(value, yaml.MappingNode):
-            yield from _keys(value, f"{name}.")
-        elif isinstance(value, yaml.SequenceNode):
-            for number, item in enumerate(value.value):
-                yield f"{name}[{number}]", item.start_mark.line + 1
-                if isinstance(item, yaml.MappingNode):
-                    yield from _keys(item, f"{name}[{number}].")
+def _keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """The path and line of every key and list item in a node."""
+    if isinstance(node, yaml.MappingNode):
+        dot = "." if prefix else ""
+        inner = [(f"{prefix}{dot}{key.value}", key, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = [(f"{prefix}[{number}]", item, item) for number, item in enumerate(node.value)]
+    else:
+        inner = []
+    for name, marked, value in inner:
+        yield name, marked.start_mark.line + 1
+        yield from _keys(value, name)
 
 
-def explained(kind: type[BaseModel], problem: Any, where: str) -> Iterator[tuple[str, str]]:
-    """One of pydantic's errors in words, with the place of what is wrong; one for each argument that is unknown.
-
-    Args:
-        kind: The settings' model.
-        problem: The error.
-        where: Where in the file the settings stand; empty for its top.
-    """
-    prefix = f"{where}." if where else ""
+def explained(kind: type[BaseModel], problem: Any) -> Iterator[tuple[str, str]]:
+    """One of pydantic's errors as pairs of a setting's path and a sentence, one pair for each wrong argument."""
     name = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "arguments":
         for key, message in problem["ctx"]["wrong"]:
-            yield f"{prefix}{name}.{key}", f"`{name}`: {message}"
+            yield f"{name}.{key}", f"`{name}`: {message}"
         for key, *near in problem["ctx"]["unknown"]:
             meant = f"; did you mean `{near[0]}`?" if near else ""
-            yield f"{prefix}{name}.{key}", f"`{name}`: {problem['ctx']['of']} has no `{key}`{meant}"
+            yield f"{name}.{key}", f"`{name}`: {problem['ctx']['of']} has no `{key}`{meant}"
     elif problem["type"] == "extra_forbidden":
         near = get_close_matches(name, kind.model_fields, 1)
         known = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(kind.model_fields)}"
-        yield f"{prefix}{name}", f"unknown setting `{name}`; {known}"
+        yield name, f"unknown setting `{name}`; {known}"
     elif problem["type"] == "missing":
-        what = kind.model_fields[name].description
-        yield where, f"`{name}` is not set (--{name.replace('_', '-')}): {what}"
+        description = kind.model_fields[name].description
+        yield "", f"`{name}` is not set (--{name.replace('_', '-')}): {description}"
     else:
-        yield f"{prefix}{name}", f"`{name}` cannot be {problem['input']!r}: {problem['msg']}"
+        yield name, f"`{name}` cannot be {problem['input']!r}: {problem['msg']}"

@@ -257,7 +257,11 @@ def test_commands_within_a_sentence_exist(document: str) -> None:
         while words and isinstance(command, click.Group) and not words[0].startswith("-"):
             assert words[0] in command.commands, shown
             command = command.commands[words.pop(0)]
-        known = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}
+        known = {
+            flag
+            for option in command.get_params(click.Context(command))
+            for flag in (*option.opts, *option.secondary_opts)
+        }
         assert {word for word in words if word.startswith("--")} <= known | {"--help", "--version"}, shown
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_pipeline
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -158,6 +159,7 @@ def test_the_pipeline_is_sound_and_all_that_the_tables_name(
     for name in ("chats", "held_out"):
         (tmp_path / "world" / f"{name}.jsonl").touch()
     (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(settings))
+    monkeypatch.setattr("fusion_trainer.pipeline.merges.output_of", tiny_pipeline.check_in_process)
     _, stages = read_pipeline(tmp_path / "pipeline.yaml")
     scored = {stage.name for stage in stages if stage.kind == "evaluate"}
     assert scored == {*demo.TABLE_1, *demo.TABLE_2}

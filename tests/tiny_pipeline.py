@@ -4,14 +4,19 @@ The pivot speaks OpenChat. Of the sources one is queried in its own template, Ch
 and the third is queried in a template that the file names.
 """
 
+import functools
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tiny_fusion
 import tiny_sources
 import yaml
+from click.testing import CliRunner
+
+import varm_merge.cli
 
 ROOT = Path(__file__).parents[1]
 GROUPED = tiny_fusion.PIVOT
@@ -103,6 +108,22 @@ TRAINED = {
 MERGED = {title for title in TITLES if "merge" in title and "slerp" not in title}
 """What depends on all pairwise targets; slerp is between two that are named."""
 SLERP = {"merge slerp", "evaluate merge-slerp"}
+
+
+@functools.cache
+def _checked(recipes: tuple[str, ...]) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{number}.yaml" for number in range(len(recipes))]
+        for path, text in zip(paths, recipes, strict=True):
+            path.write_text(text)
+        arguments = ["check", "--offline", "--json", *map(str, paths)]
+        return CliRunner().invoke(varm_merge.cli.main, arguments).stdout
+
+
+def check_in_process(command: Sequence[str]) -> str:
+    """``varm-merge check --offline --json``, in place of ``output_of``: a process takes seconds to start."""
+    assert command[:4] == ["varm-merge", "check", "--offline", "--json"]
+    return _checked(tuple(Path(path).read_text() for path in command[4:]))
 
 
 def make(folder: Path) -> Path:

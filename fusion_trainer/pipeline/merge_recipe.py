@@ -1,7 +1,7 @@
-"""The mergekit recipe that merges targets of one pivot by VaRM.
+"""The mergekit recipe that merges targets of one pivot with VaRM.
 
-The recipe is the only thing this package tells ``varm_merge``, which checks it (and the targets' ``fusion.json``)
-once more when it merges.
+The recipe is all that ``varm_merge`` gets from this package. It checks the recipe and the targets' ``fusion.json``
+again when it merges.
 """
 
 import os
@@ -18,64 +18,66 @@ from varm_common.models import weights_fingerprint
 __all__ = ["recipe"]
 
 FUSION = "fusion.json"
-OF_THE_PIVOT = ("weights", "config", "tokenizer")
+IDENTITY = ("weights", "config", "tokenizer")
+"""Hashes that are the same for targets of one pivot."""
 
 
 def recipe(
     targets: Sequence[Path], *, pivot: str | None = None, granularity: str = "matrix", dtype: str | None = None
 ) -> str:
-    """The YAML of a recipe.
+    """The YAML text of a recipe.
 
     Args:
-        targets: Folders that ``fusion-trainer train`` made.
+        targets: Folders that ``fusion-trainer train`` has written.
         pivot: Where their pivot is now, if it has moved.
-        granularity: Of VaRM.
-        dtype: Of the merged model; default the targets'.
+        granularity: Granularity of VaRM.
+        dtype: Dtype of the merged model. Default: the targets'.
 
     Raises:
-        UserError: A folder is no target, or they come of different pivots.
+        UserError: A folder is not a target, or the targets have different pivots.
     """
-    told = [_told(target) for target in targets]
-    first = told[0]["pivot"]
-    others = [
-        f"`{target}`: {one['pivot']['model']} (weights {one['pivot']['weights'][:12]}…)"
-        for target, one in zip(targets, told, strict=True)
-    ]
-    if any(one["pivot"][name] != first[name] for one in told for name in OF_THE_PIVOT):
-        raise UserError(f"these targets were trained from different pivots:{listed(others)}\nMerge them apart.")
+    fusions = {target: _fusion(target) for target in targets}
+    pivots = {target: fusion["pivot"] for target, fusion in fusions.items()}
+    first = pivots[targets[0]]
+    if any(other[name] != first[name] for other in pivots.values() for name in IDENTITY):
+        lines = [
+            f"`{target}`: {each['model']} (weights {each['weights'][:12]}…)" for target, each in pivots.items()
+        ]
+        raise UserError(f"these targets were trained from different pivots:{listed(lines)}\nMerge them apart.")
+    config = read_json(targets[0] / "config.json")
     content = {
         "merge_method": "varm",
         "base_model": _reference(first, pivot),
         "models": [{"model": _path(target)} for target in targets],
         "parameters": {"granularity": granularity},
-        "dtype": _dtype(targets),
+        "dtype": str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
     }
     if dtype and dtype != content["dtype"]:
         content["out_dtype"] = dtype  # `dtype` would round the targets before they are merged
-    head = "# mergekit-yaml recipe.yaml out/\n# Targets, and what each was fused of:\n"
-    for target, one in zip(targets, told, strict=True):
-        sources = [store["model"] for store in one["stores"] if store.get("kind")]
-        head += f"#   {target}: {', '.join(sources) or 'its pivot and the gold tokens alone'}\n"
+    head = "# mergekit-yaml recipe.yaml out/\n# Targets, and the sources each was fused with:\n"
+    for target, fusion in fusions.items():
+        sources = [store["model"] for store in fusion["stores"] if store.get("kind")]
+        head += f"#   {target}: {', '.join(sources) or 'none, only the pivot and the chats'}\n"
     return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def _told(target: Path) -> dict[str, Any]:
+def _fusion(target: Path) -> dict[str, Any]:
     path = target / FUSION
     if not path.is_file():
         begun = " yet: its training is not finished" if (target / "training.json").is_file() else ""
-        raise UserError(f"`{target}` has no {FUSION}{begun}; give folders that `fusion-trainer train` made")
+        raise UserError(f"`{target}` has no {FUSION}{begun}; give folders that `fusion-trainer train` has written")
     try:
-        told = dict(read_json(path))
-        wanted = [told["pivot"][name] for name in (*OF_THE_PIVOT, "model")]
-        if not all(isinstance(value, str) for value in wanted) or not isinstance(told["stores"], list):
+        fusion = dict(read_json(path))
+        needed = [fusion["pivot"][name] for name in (*IDENTITY, "model")]
+        if not all(isinstance(value, str) for value in needed) or not isinstance(fusion["stores"], list):
             raise TypeError
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"`{path}` is not what `fusion-trainer train` writes; train that target again") from error
-    return told
+    return fusion
 
 
 def _reference(pivot: dict[str, Any], moved: str | None) -> str:
-    """The pivot as mergekit names models."""
+    """The pivot as mergekit names models: a folder, or a Hub id with its revision."""
     place = moved or pivot["model"]
     if Path(place).is_dir():
         if weights_fingerprint(Path(place), place) != pivot["weights"]:
@@ -83,22 +85,17 @@ def _reference(pivot: dict[str, Any], moved: str | None) -> str:
         return _path(Path(place))
     was_a_folder = moved is None and not pivot.get("revision")
     if was_a_folder or place.startswith((".", "/", "~")) or place.count("/") > 1:
-        raise UserError(f"the pivot's folder `{place}` is not there any more; name it with --pivot")
+        raise UserError(f"the pivot's folder `{place}` does not exist; give its place with --pivot")
     return f"{place}@{pivot['revision']}" if pivot.get("revision") and moved is None else place
 
 
 def _path(folder: Path) -> str:
-    """A folder in a form that mergekit does not take for a Hub id.
+    """A folder in a form that mergekit does not read as a Hub id.
 
     Raises:
-        UserError: mergekit would read its name as something else.
+        UserError: mergekit would read a part of its name as something else.
     """
     text = os.fspath(folder)
-    if found := [sign for sign in "+@" if sign in text]:
-        raise UserError(f"mergekit takes the `{found[0]}` in `{text}` for a sign of its own; rename that folder")
+    if signs := [sign for sign in "+@" if sign in text]:
+        raise UserError(f"mergekit gives the `{signs[0]}` in `{text}` a meaning of its own; rename the folder")
     return text if text.startswith((".", "/", "~")) else f"./{text}"
-
-
-def _dtype(targets: Sequence[Path]) -> str:
-    config = read_json(targets[0] / "config.json")
-    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")

@@ -1,9 +1,10 @@
-"""One file → every stage from chat data to the merged model, and the scores of all models on the way.
+"""One file → every stage from chat data to the merged model, and the scores of all models.
 
     prepare → extract (pivot, each source) → align (each source) → train (each target) → merge → evaluate
 
-Every stage is a command of its own with a config of its own (``work/configs``), started by what ``launch`` names
-for it. Here the file is checked as a whole and turned into the list of stages; ``stages`` runs them."""
+Every stage is a command with a config of its own in ``work/configs``. Here the file is checked as a whole and
+turned into the list of stages; ``runner`` runs them.
+"""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from fusion_trainer.config import (
+    BUILT_IN_TEMPLATES,
     AlignConfig,
     EvaluateConfig,
     ExtractConfig,
@@ -21,67 +23,52 @@ from fusion_trainer.config import (
     explained,
     read_yaml,
 )
-from fusion_trainer.data.templates import BUILT_IN, PIVOT
-from fusion_trainer.data.templates import OWN as OWN_TEMPLATE
-from fusion_trainer.pipeline.builder import (
-    Builder,
-    PipelineConfig,
-    Settings,
-    data_files,
-    demand_model,
-    demand_name,
-    names_of,
-    own_settings,
-)
+from fusion_trainer.pipeline.builder import Builder, PipelineConfig, Settings
 from fusion_trainer.pipeline.launch import accelerate_config
-from fusion_trainer.pipeline.merge_stages import demand_options, merge_stages
+from fusion_trainer.pipeline.merges import add_merges
 from fusion_trainer.pipeline.stage import KINDS, Stage
 from varm_common.errors import UserError, listed
 
-__all__ = [
-    "chosen",
-    "read_pipeline",
-]
+__all__ = ["chosen", "read_pipeline"]
+
+OF_THE_SOURCE = ("own", "pivot", *BUILT_IN_TEMPLATES)
+"""Names that `template` of a source may have instead of a file."""
 
 
 def read_pipeline(path: Path) -> tuple[PipelineConfig, list[Stage]]:
-    """A pipeline's file and its stages, in the order they run.
+    """A pipeline's settings and its stages, in the order they run.
 
     Raises:
-        UserError: Something in the file is wrong: all of it is told, with lines and paths in the file.
+        UserError: Something in the file is wrong. Lists all problems with their lines and places in the file.
     """
     settings, lines = read_yaml(path)
-    known = {name: value for name, value in settings.items() if name in PipelineConfig.model_fields}
+    unknown = settings.keys() - PipelineConfig.model_fields.keys()
+    problems = []
+    if unknown:
+        try:
+            PipelineConfig.model_validate(settings)
+        except ValidationError as error:
+            problems += [problem for problem in _places(error) if problem[0] in unknown]
     try:
-        builder = Builder(PipelineConfig.model_validate(known))
-        _plan(builder)
-        problems = builder.problems
+        config = PipelineConfig.model_validate({name: settings[name] for name in settings.keys() - unknown})
     except ValidationError as error:
-        problems = list(_of_pydantic(error))
-    try:
-        PipelineConfig.model_validate(settings)
-    except ValidationError as error:
-        problems = [one for one in _of_pydantic(error) if one not in problems] + problems
+        problems += _places(error)
+    else:
+        builder = Builder(config)
+        _build(builder)
+        problems += builder.problems.items()
     if problems:
-        raise UserError(f"{path} cannot be used:{listed(_told(problems, lines))}")
-    return builder.config, builder.stages
-
-
-def _of_pydantic(error: ValidationError) -> Iterator[tuple[str, str]]:
-    """What is wrong with the top of the file, each with the whole path to it."""
-    for problem in error.errors():
-        inner = [f"[{one}]" if isinstance(one, int) else f".{one}" for one in problem["loc"][1:] if one != "[key]"]
-        for place, text in explained(PipelineConfig, problem, ""):
-            yield f"{place}{''.join(inner)}", text
+        raise UserError(f"{path} cannot be used:{listed(_with_lines(problems, lines))}")
+    return config, builder.stages
 
 
 def chosen(stages: Sequence[Stage], until: str | None, only: str | None) -> list[Stage]:
     """The stages to run.
 
     Args:
-        stages: All.
-        until: The last kind of stage.
-        only: A target; it, and what it needs.
+        stages: All stages.
+        until: The last kind of stage to run.
+        only: A target; it and what it needs are run.
 
     Raises:
         UserError: There is no such target.
@@ -90,105 +77,137 @@ def chosen(stages: Sequence[Stage], until: str | None, only: str | None) -> list
         targets = [stage.name for stage in stages if stage.kind == "train"]
         if only not in targets:
             raise UserError(f"there is no target `{only}`; there are {', '.join(targets)}")
-        by_title = {stage.title: stage for stage in stages}
-        wanted, found = [f"train {only}"], set[str]()
-        while wanted:
-            found.add(title := wanted.pop())
-            wanted += by_title[title].needs
-        stages = [stage for stage in stages if stage.title in found]
-    last = KINDS.index(until) if until else len(KINDS)
-    return [stage for stage in stages if KINDS.index(stage.kind) <= last]
+        needed = {f"train {only}"}
+        for stage in reversed(stages):
+            if stage.title in needed:
+                needed |= set(stage.needs)
+        stages = [stage for stage in stages if stage.title in needed]
+    kinds = list(KINDS)
+    last = kinds.index(until or kinds[-1])
+    return [stage for stage in stages if kinds.index(stage.kind) <= last]
 
 
-def _told(problems: Iterable[tuple[str, str]], lines: Mapping[str, int]) -> list[str]:
-    """Each problem with its line, or that of what it is in, in the order of the file."""
-    told = []
+def _places(error: ValidationError) -> Iterator[tuple[str, str]]:
+    """Problems at the top of the file, each with the path of its place."""
+    for problem in error.errors():
+        inner = "".join(
+            f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"][1:] if part != "[key]"
+        )
+        for place, text in explained(PipelineConfig, problem):
+            yield f"{place}{inner}", text
+
+
+def _with_lines(problems: Iterable[tuple[str, str]], lines: Mapping[str, int]) -> list[str]:
+    """Each problem with the line of its place, or of what contains it, in the order of the file."""
+    numbered = []
     for where, what in problems:
         place = where
         while place and place not in lines:
             place = place[: max(place.rfind("."), place.rfind("["), 0)]
         line = lines.get(place, 0)
-        told.append((line, f"{f'line {line}: ' if line else ''}{f'{where}: ' if where else ''}{what}"))
-    return [text for _, text in sorted(told, key=lambda one: one[0])]
+        numbered.append((line, f"{f'line {line}: ' if line else ''}{f'{where}: ' if where else ''}{what}"))
+    return [text for _, text in sorted(numbered, key=lambda pair: pair[0])]
 
 
-def _plan(builder: Builder) -> None:
-    """Add every stage of the file, and note every problem."""
-    config, work = builder.config, builder.config.work
-    names = names_of(builder)
-    for place, launch in config.launch.items():
-        if (config_file := accelerate_config(launch)) and not Path(config_file).is_file():
-            builder.wrong(f"launch.{place}", f"no file `{config_file}`")
-    demand_model(builder, "pivot", config.pivot)
+def _build(builder: Builder) -> None:
+    """Add every stage, and note every problem."""
+    config = builder.config
+    for kind, launch in config.launch.items():
+        if (file := accelerate_config(launch)) and not Path(file).is_file():
+            builder.wrong(f"launch.{kind}", f"no file `{file}`")
+    builder.check_model("pivot", config.pivot)
     template = config.prepare.get("template")
-    if isinstance(template, str) and template not in BUILT_IN and not Path(template).is_file():
-        builder.wrong("prepare.template", f"no file `{template}`, and none of {', '.join(BUILT_IN)}")
-    common: Settings = {"data": config.data, "pivot": config.pivot, "pivot_revision": config.pivot_revision}
-    common |= {"trust_remote_code": config.trust_remote_code}
-    pivot = (config.pivot, config.pivot_revision)
-    dialogues = work / "dialogues"
-    prepared = builder.settings(PrepareConfig, {**common, "dialogues": dialogues}, ("prepare", config.prepare))
-    files = data_files(builder, "data", config.data)
-    builder.add("prepare", "dialogues", dialogues, prepared, (), {"pivot": pivot}, files)
+    if isinstance(template, str) and template not in BUILT_IN_TEMPLATES and not Path(template).is_file():
+        builder.wrong("prepare.template", f"no file `{template}`, and none of {', '.join(BUILT_IN_TEMPLATES)}")
+    _add_prepare(builder, "dialogues", "data", config.data)
+    names = _add_extractions(builder)
+    for name in names:
+        own = {
+            "source_store": builder.work / "stores" / name,
+            "pivot_store": builder.work / "stores" / "pivot",
+            "output": builder.work / "aligned" / name,
+            "dialogues": builder.work / "dialogues",
+            "maps": builder.work / "maps",
+            **builder.common,
+        }
+        settings = builder.settings(AlignConfig, own, ("align", config.align))
+        builder.add("align", name, own["output"], settings, ["extract pivot", f"extract {name}"], {})
+    add_merges(builder, *_add_trainings(builder, names))
+    if config.evaluate is not None:
+        _add_evaluations(builder, names, dict(config.evaluate))
 
-    asked: list[tuple[str, Settings, str, str, str | None]] = [
-        ("pivot", {}, "pivot", config.pivot, config.pivot_revision)
-    ]
-    for number, (source, name) in enumerate(zip(config.sources, names, strict=True)):
-        where = f"sources[{number}]"
-        model = source.get("model")
+
+def _add_prepare(builder: Builder, name: str, where: str, data: list[str]) -> None:
+    own: Settings = {**_of_pivot(builder), "data": data, "dialogues": builder.work / name}
+    settings = builder.settings(PrepareConfig, own, ("prepare", builder.config.prepare))
+    files = builder.data_files(where, data)
+    builder.add("prepare", name, own["dialogues"], settings, (), {"pivot": builder.pivot}, files)
+
+
+def _of_pivot(builder: Builder) -> Settings:
+    pivot, revision = builder.pivot
+    return {"pivot": pivot, "pivot_revision": revision, **builder.common}
+
+
+def _add_extractions(builder: Builder) -> list[str]:
+    """Add the extraction of the pivot and of each source. Returns the sources' names."""
+    config = builder.config
+    own = {**_of_pivot(builder), "data": config.data, "dialogues": builder.work / "dialogues"}
+
+    def add(name: str, model: str, *given: tuple[str, Settings], **files: str) -> None:
+        output = builder.work / "stores" / name
+        ours = {**own, "model": model, "output": output}
+        if name == "pivot":
+            ours["revision"] = config.pivot_revision
+        parts = [("prepare", config.prepare), *given]
+        settings = builder.settings(ExtractConfig, ours, *parts, elsewhere=PrepareConfig.model_fields)
+        revision = given[-1][1].get("revision") if name != "pivot" else config.pivot_revision
+        builder.add("extract", name, output, settings, ["prepare dialogues"], {"model": (model, revision)}, files)
+
+    # the pivot reads the dialogues as they are
+    add("pivot", config.pivot, ("extract", {k: v for k, v in config.extract.items() if k != "template"}))
+    names: list[str] = []
+    for number, source in enumerate(config.sources):
+        where, model = f"sources[{number}]", source.get("model")
+        name = str(source.get("name") or Path(str(model or number)).name)
+        if name in names:
+            builder.wrong(f"{where}.name", f"`{name}` is the name of another source, too; give a `name`")
+        if name == "pivot":
+            builder.wrong(f"{where}.name", "`pivot` is the pivot's name; give a `name`")
+        builder.check_name(f"{where}.name", name)
+        names.append(name)
         if not isinstance(model, str):
             builder.wrong(where, "names no `model`")
             continue
-        demand_model(builder, f"{where}.model", model)
-        asked.append((name, source, where, model, source.get("revision")))
-    for name, source, where, model, revision in asked:
-        stored: Settings = {**common, "dialogues": dialogues, "model": model, "output": work / "stores" / name}
-        if name == "pivot":
-            stored["revision"] = revision
-        special = {key: value for key, value in source.items() if key not in ("name", "model")}
-        given = [
-            ("prepare", config.prepare),
-            ("extract", own_settings(config.extract)),
-            (where, own_settings(special)),
-        ]
-        if name == "pivot":  # it reads the dialogues as they are
-            given[1] = ("extract", {key: value for key, value in config.extract.items() if key != "template"})
-        extracted = builder.settings(ExtractConfig, stored, *given, not_here=PrepareConfig.model_fields)
-        files = _template_file(builder, where, special, model) if name != "pivot" else {}
-        asks = {"model": (model, revision)}
-        builder.add("extract", name, work / "stores" / name, extracted, ["prepare dialogues"], asks, files)
-    for name in names:
-        own: Settings = {"source_store": work / "stores" / name, "pivot_store": work / "stores" / "pivot"}
-        own |= {"output": work / "aligned" / name, "dialogues": dialogues, "maps": work / "maps"}
-        own |= {"trust_remote_code": config.trust_remote_code}
-        aligned = builder.settings(AlignConfig, own, ("align", config.align))
-        builder.add("align", name, work / "aligned" / name, aligned, ["extract pivot", f"extract {name}"], {})
-    merge_stages(builder, *_targets(builder, names, dialogues))
-    demand_options(builder)
-    if config.evaluate is not None:
-        _evaluations(builder, names, common)
+        builder.check_model(f"{where}.model", model)
+        files = _template_file(builder, where, source, model)
+        source = {key: value for key, value in source.items() if key not in ("name", "model")}
+        add(name, model, ("extract", _own_template(config.extract)), (where, _own_template(source)), **files)
+    return names
+
+
+def _own_template(settings: Settings) -> Settings:
+    """Under ``extract``, ``template`` is that of the source; the pivot's is set under ``prepare``."""
+    return {"source_template" if name == "template" else name: value for name, value in settings.items()}
 
 
 def _template_file(builder: Builder, where: str, source: Settings, model: str) -> dict[str, str]:
-    """The Jinja file in which a source is queried, if it is one; what is wrong with the choice is noted."""
+    """The Jinja file in which a source is queried, if it is one. A wrong choice is noted."""
     place = f"{where}.template" if "template" in source else "extract.template"
-    chosen = source.get("template", builder.config.extract.get("template", OWN_TEMPLATE))
-    if not isinstance(chosen, str) or chosen in (*BUILT_IN, PIVOT):
-        return {}
-    if chosen != OWN_TEMPLATE:
-        if not Path(chosen).is_file():
-            builder.wrong(place, f"no file `{chosen}`, and none of {OWN_TEMPLATE}, {PIVOT}, {', '.join(BUILT_IN)}")
-            return {}
-        return {"template": chosen}
-    if Path(model).is_dir() and not _has_template(Path(model)) and _are_chats(builder.config.data):
-        what = f"`{model}` has no chat template: set `template` to {PIVOT}, {', '.join(BUILT_IN)} or a Jinja file"
-        builder.wrong(where, what)
+    template = source.get("template", builder.config.extract.get("template", "own"))
+    if isinstance(template, str) and template not in OF_THE_SOURCE:
+        if Path(template).is_file():
+            return {"template": template}
+        builder.wrong(place, f"no file `{template}`, and none of {', '.join(OF_THE_SOURCE)}")
+    lacks_template = Path(model).is_dir() and not _has_template(Path(model))
+    if template == "own" and lacks_template and _are_chats(builder.config.data):
+        choices = ", ".join(OF_THE_SOURCE[1:])
+        builder.wrong(where, f"`{model}` has no chat template: set `template` to {choices} or a Jinja file")
     return {}
 
 
 def _are_chats(data: Sequence[str]) -> bool:
-    """Whether the first row of a local JSON Lines file is known to be no plain text."""
+    """Whether the first row of the first readable JSON Lines file is not plain text."""
     for path in map(Path, data):
         with suppress(OSError, ValueError):
             if path.suffix == ".jsonl":
@@ -199,84 +218,69 @@ def _are_chats(data: Sequence[str]) -> bool:
 
 
 def _has_template(folder: Path) -> bool:
-    """Whether a folder's tokenizer has a chat template, as transformers saves it."""
+    """Whether the tokenizer in a folder has a chat template."""
     if (folder / "chat_template.jinja").is_file() or (folder / "additional_chat_templates").is_dir():
         return True
-    try:
-        return bool(
-            json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
-        )
-    except (OSError, ValueError, AttributeError):
-        return False
+    with suppress(OSError, ValueError, AttributeError):
+        return bool(json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("chat_template"))
+    return False
 
 
-def _targets(builder: Builder, names: list[str], dialogues: Path) -> tuple[list[str], list[str]]:
-    """The stages of the targets; the names of all, and of the pairwise ones, which merges take by default."""
-    config, work = builder.config, builder.config.work
-    wanted = config.targets or {name: {"sources": [name]} for name in names}
+def _add_trainings(builder: Builder, names: list[str]) -> tuple[list[str], list[str]]:
+    """Add the training of each target. Returns the names of all targets, and of the pairwise ones."""
+    config, work = builder.config, builder.work
+    targets = config.targets or {name: {"sources": [name]} for name in names}
     pairwise = []
-    for target, given in wanted.items():
+    for target, given in targets.items():
         where = f"targets.{target}" if config.targets else "train"
         if config.targets:
-            demand_name(builder, where, target)
+            builder.check_name(where, target)
         sources = builder.texts(f"{where}.sources", given.get("sources"))
         for unknown in [source for source in sources if source not in names]:
             builder.wrong(f"{where}.sources", f"no source `{unknown}`; there are {', '.join(names)}")
-        folder = work / "targets" / target
-        own: Settings = {"pivot": config.pivot, "pivot_revision": config.pivot_revision, "dialogues": dialogues}
-        own |= {"trust_remote_code": config.trust_remote_code}
+        own = {**_of_pivot(builder), "dialogues": work / "dialogues"}
         needs = ["prepare dialogues"]
         if sources:
-            own |= {"pivot_store": work / "stores" / "pivot"}
-            own |= {"aligned_stores": [work / "aligned" / source for source in sources]}
+            own["pivot_store"] = work / "stores" / "pivot"
+            own["aligned_stores"] = [work / "aligned" / source for source in sources]
             needs += ["extract pivot", *(f"align {source}" for source in sources)]
+        output = work / "targets" / target
         special = {key: value for key, value in given.items() if key != "sources"}
-        parts = [("", {"training": {"output_dir": str(folder)}}), ("train", config.train), (where, special)]
-        for place, part in parts[1:]:
-            training = part.get("training")
-            if isinstance(training, dict) and "output_dir" in training:
+        for place, part in (("train", config.train), (where, special)):
+            if isinstance(training := part.get("training"), dict) and "output_dir" in training:
                 builder.wrong(f"{place}.training.output_dir", "is set by the pipeline itself")
-        settings = builder.settings(TrainConfig, own, *parts)
-        if isinstance(settings, TrainConfig) and not sources and settings.clm_weight < 1:
-            builder.wrong(where, "names no `sources`; for CLM alone set `clm_weight: 1`")
-        if isinstance(settings, TrainConfig) and settings.load_in and settings.lora is None:
-            builder.wrong(f"{where}.load_in", "needs `lora`: quantised weights themselves cannot be trained")
-        builder.add("train", target, folder, settings, needs, {"pivot": (config.pivot, config.pivot_revision)})
+        ours = ("", {"training": {"output_dir": str(output)}})
+        settings = builder.settings(TrainConfig, own, ours, ("train", config.train), (where, special))
+        if isinstance(settings, TrainConfig):
+            if not sources and settings.clm_weight < 1:
+                builder.wrong(where, "names no `sources`; for CLM alone set `clm_weight: 1`")
+            if settings.load_in and settings.lora is None:
+                builder.wrong(f"{where}.load_in", "needs `lora`: quantised weights themselves cannot be trained")
+        builder.add("train", target, output, settings, needs, {"pivot": builder.pivot})
         if len(sources) == 1:
             pairwise.append(target)
-    return list(wanted), pairwise
+    return list(targets), pairwise
 
 
-def _evaluations(builder: Builder, names: list[str], common: Settings) -> None:
-    """The held-out dialogues, and a score of every model."""
-    config, work = builder.config, builder.config.work
-    given = dict(config.evaluate or {})
+def _add_evaluations(builder: Builder, names: list[str], given: Settings) -> None:
+    """Add the held-out dialogues, and the score of every model."""
+    config = builder.config
     data = builder.texts("evaluate.data", given.pop("data", None))
     if not data:
         builder.wrong("evaluate", "names no held-out `data`")
-    files = data_files(builder, "evaluate.data", data)
-    folder = work / "held_out"
-    prepared = builder.settings(
-        PrepareConfig, {**common, "data": data, "dialogues": folder}, ("prepare", config.prepare)
-    )
-    pivot = {"pivot": (config.pivot, config.pivot_revision)}
-    builder.add("prepare", "held_out", folder, prepared, (), pivot, files)
-    models: list[tuple[str, str, str | None, list[str]]] = [("pivot", config.pivot, config.pivot_revision, [])]
+    _add_prepare(builder, "held_out", "evaluate.data", data)
+
+    def add(label: str, model: str, revision: str | None, *needs: str) -> None:
+        output = builder.work / "scores" / label
+        own = {"model": model, "revision": revision, "dialogues": builder.work / "held_out", **builder.common}
+        own["output"] = output / "scores.json"
+        settings = builder.settings(EvaluateConfig, own, ("evaluate", given))
+        models = {} if needs else {"model": (model, revision)}
+        builder.add("evaluate", label, output, settings, ["prepare held_out", *needs], models)
+
+    add("pivot", *builder.pivot)
     for name, source in zip(names, config.sources, strict=True):
-        models.append((f"source {name}", str(source.get("model")), source.get("revision"), []))
+        add(f"source-{name}", str(source.get("model")), source.get("revision"))
     for stage in [stage for stage in builder.stages if stage.kind in ("train", "merge")]:
         label = "target" if stage.kind == "train" else "merge"
-        models.append((f"{label} {stage.name}", str(stage.output), None, [f"{stage.kind} {stage.name}"]))
-    for label, model, revision, needs in models:
-        slug = label.replace(" ", "-")
-        output = work / "scores" / slug
-        own: Settings = {
-            "model": model,
-            "revision": revision,
-            "dialogues": folder,
-            "output": output / "scores.json",
-        }
-        own |= {"trust_remote_code": config.trust_remote_code}
-        settings = builder.settings(EvaluateConfig, own, ("evaluate", given))
-        outside = {} if needs else {"model": (model, revision)}
-        builder.add("evaluate", slug, output, settings, ["prepare held_out", *needs], outside)
+        add(f"{label}-{stage.name}", str(stage.output), None, stage.title)

@@ -1,23 +1,20 @@
-"""Commands of a run, as processes that do not outlive it.
+"""Runs the commands of a pipeline. None of them outlives the run.
 
-Importing torch and transformers takes longer than many a small stage. The run imports once what all stages need,
-and forks itself for each that is a command of this program, or mergekit's. It never touches the accelerator: a
-fork of a process that has could not use it.
+A command of this program or of mergekit is a fork of the run, because importing torch and transformers takes
+longer than a small stage. The run itself never uses the accelerator, because its forks could not use it then.
 """
 
+import gc
+import importlib
 import os
 import platform
+import runpy
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from importlib.metadata import entry_points
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-
-import psutil
 
 from varm_common.errors import UserError
 
@@ -27,10 +24,19 @@ OWN = [sys.executable, "-m", "fusion_trainer"]
 """How a command of this program begins."""
 MERGEKIT = ["mergekit-yaml"]
 """How a merge begins."""
-NOT_INSTALLED = 127
-"""Exit code of a program that is not there, as a shell gives it."""
+STAGES = (
+    "fusion_trainer.alignment.align",
+    "fusion_trainer.representations.extract",
+    "fusion_trainer.training.evaluate",
+    "fusion_trainer.training.train",
+)
+FORKED = (
+    (OWN, "fusion_trainer", STAGES),
+    (MERGEKIT, "mergekit.scripts.run_yaml", ("mergekit.merge", "mergekit.options")),
+)
+"""How a command begins, the module it runs, and the modules to import before the fork."""
 ENDS_WITH = "FUSION_TRAINER_ENDS_WITH"
-"""Names the machine and the process that a stage's command must not outlive."""
+"""Environment variable: the machine and the process number of the run that a command belongs to."""
 
 
 def run_command(command: Sequence[str], lock: int) -> int:
@@ -38,97 +44,88 @@ def run_command(command: Sequence[str], lock: int) -> int:
 
     Args:
         command: The program and its arguments.
-        lock: A descriptor that is to stay open as long as the command runs.
+        lock: A file descriptor that stays open as long as the command runs.
 
     Returns:
-        The exit code; negative if a signal has ended it.
+        The exit code; the negative signal number if a signal ended the command.
 
     Raises:
         UserError: There is no such program.
     """
-    for name, known in (("fusion-trainer", OWN), ("mergekit-yaml", MERGEKIT)):
-        if list(command[: len(known)]) == known:
-            return _forked(name, command[len(known) :])
-    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    environment = {**os.environ, "PATH": programs, ENDS_WITH: f"{platform.node()} {os.getpid()}"}
+    environment = {"PATH": _path(), ENDS_WITH: f"{platform.node()} {os.getpid()}"}
+    for beginning, module, imports in FORKED:
+        if list(command[: len(beginning)]) == beginning:
+            return _forked(module, command[len(beginning) :], imports, environment)
     try:
-        return subprocess.run(command, env=environment, pass_fds=(lock,), check=False).returncode
+        return subprocess.run(command, env=os.environ | environment, pass_fds=(lock,), check=False).returncode
     except OSError as error:
         raise UserError(f"`{command[0]}` cannot be started: {error.strerror}; see `launch`") from error
 
 
-def end_with_the_run() -> None:
-    """End this process as soon as the run it belongs to has ended, if it is a stage's and on the same machine."""
-    machine, _, process = os.environ.get(ENDS_WITH, "").rpartition(" ")
-    if machine == platform.node():
-        threading.Thread(target=_outlive, args=(int(process),), daemon=True).start()
-
-
-def output_of(program: str, arguments: Sequence[str]) -> str:
-    """What an installed program prints, run in a fork of this process.
-
-    Args:
-        program: Its name on the command line.
-        arguments: Of the command line.
+def output_of(command: Sequence[str]) -> str:
+    """What a program that is installed beside this one prints.
 
     Raises:
-        UserError: It printed nothing, or ended with another exit code than 0 or 1.
+        UserError: The program is missing, printed nothing, or ended with an exit code other than 0 and 1.
     """
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
-        process = get_context("fork").Process(target=_enter, args=(program, list(arguments), file.fileno()))
-        process.start()
-        process.join()
-        file.seek(0)
-        output = file.read()
-    if process.exitcode not in (0, 1) or not output:
-        how = f"ended with exit code {process.exitcode}; its message stands above"
-        raise UserError(f"`{program} {arguments[0]}` {how}. `varm-merge doctor` checks the installation.")
-    return output
+    environment = os.environ | {"PATH": _path()}
+    try:
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"`{command[0]}` cannot be started: {error.strerror}; install varm-merge again") from error
+    if done.returncode not in (0, 1) or not done.stdout:
+        raise UserError(
+            f"`{' '.join(command[:2])}` ended with exit code {done.returncode}; see its message above. "
+            "`varm-merge doctor` checks the installation."
+        )
+    return done.stdout
 
 
-def _forked(program: str, arguments: Sequence[str]) -> int:
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asks for GPUs without touching them
-    import fusion_trainer.pipeline.warm  # noqa: F401
+def end_with_the_run() -> None:
+    """If this process belongs to a run on this machine, end as soon as that run has ended."""
+    machine, _, process = os.environ.get(ENDS_WITH, "").rpartition(" ")
+    if machine == platform.node():
+        threading.Thread(target=_end_with, args=(int(process),), daemon=True).start()
 
-    process = get_context("fork").Process(target=_enter, args=(program, list(arguments)))
+
+def _path() -> str:
+    """Programs beside this Python come first."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
+def _forked(module: str, arguments: Sequence[str], imports: Sequence[str], environment: dict[str, str]) -> int:
+    from multiprocessing import get_context
+
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # finds GPUs without using them
+    for name in imports:
+        importlib.import_module(name)
+    gc.freeze()  # the forks need not look through what was imported when they collect garbage
+    process = get_context("fork").Process(target=_run_module, args=(module, arguments, environment))
     process.start()
     try:
         process.join()
-    except BaseException:
+    finally:
         process.terminate()
         process.join()
-        raise
     return process.exitcode or 0
 
 
-def _enter(program: str, arguments: list[str], output: int | None = None) -> None:
-    threading.Thread(target=_outlive_parent, daemon=True).start()
-    if output is not None:
-        sys.stdout.flush()
-        os.dup2(output, 1)
-        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
-    scripts = list(entry_points(group="console_scripts", name=program))
-    if not scripts:
-        sys.stderr.write(f"`{program}` is not installed in this environment\n")
-        sys.exit(NOT_INSTALLED)
-    scripts[0].load()(arguments, prog_name=program)
+def _run_module(module: str, arguments: Sequence[str], environment: dict[str, str]) -> None:
+    """Do as ``python -m module arguments``."""
+    os.environ |= environment
+    end_with_the_run()
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _outlive_parent() -> None:
-    run = parent_process()
-    assert run is not None
-    run.join()
-    os._exit(1)
+def _end_with(process: int) -> None:
+    import psutil
 
-
-def _outlive(process: int) -> None:
-    while _is_alive(process):
+    while True:
+        try:
+            if psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
+                break
+        except psutil.NoSuchProcess:
+            break
         time.sleep(0.5)
     os._exit(1)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        return bool(psutil.Process(process).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False

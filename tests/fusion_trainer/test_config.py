@@ -1,5 +1,6 @@
 """The fusion trainer's settings, from YAML and flags, and ``fusion-trainer prepare`` from data to a folder."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,12 +10,16 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from peft import LoraConfig
 from pydantic import BaseModel
 from tiny_tokenizers import shared
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from fusion_trainer.cli import main
 from fusion_trainer.config import AlignConfig, ExtractConfig, PrepareConfig, TrainConfig, read_config
 from fusion_trainer.data.dialogues import Dialogues
+from fusion_trainer.training.arguments import declared
 from varm_common.errors import UserError
 
 SOUND = "data: chats.jsonl\npivot: org/pivot\n"
@@ -171,6 +176,20 @@ def test_every_setting_has_a_flag_with_its_help(command: str, kind: type[BaseMod
 
 # Settings of a training, with transformers' and peft's arguments in them
 
+
+@pytest.mark.parametrize("kind", [TrainingArguments, LoraConfig], ids=lambda kind: kind.__name__)
+def test_the_arguments_read_from_source_code_are_those_of_the_class(kind: Any) -> None:
+    types, choices = declared(kind.__name__)
+    fields = {field.name: field.type for field in dataclasses.fields(kind) if field.init}
+    assert types.keys() == fields.keys()
+    for name, type_ in fields.items():
+        if type_ in (int, float, bool):
+            assert types[name] == type_.__name__
+    if kind is TrainingArguments:
+        assert choices["SchedulerType"] == [one.value for one in SchedulerType]
+        assert types["lr_scheduler_type"] == "SchedulerType | str"
+
+
 TRAINING = "pivot: org/pivot\ntraining:\n  output_dir: target\n"
 
 
@@ -239,7 +258,7 @@ fusion: max_ce
 
 def test_a_training_must_be_set(config: Callable[..., Any]) -> None:
     message = refusal(config, "pivot: org/pivot\n", TrainConfig)
-    assert "`training` is not set (--training): TrainingArguments of transformers" in message
+    assert "`training` is not set (--training): Arguments of transformers' TrainingArguments" in message
     assert "`training` cannot be 'fast'" in refusal(config, "pivot: p\ntraining: fast\n", TrainConfig)
 
 
@@ -475,6 +494,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, pivot:
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_the_installed_program_ends_with_code_1_and_no_traceback(tmp_path: Path, pivot: Path) -> None:
     data, folder = jsonl(tmp_path / "chats.jsonl", [*FINE, *BAD]), tmp_path / "dialogues"
     command = [sys.executable, "-m", "fusion_trainer", "prepare", "--data", str(data), "--pivot", str(pivot)]
@@ -486,6 +506,28 @@ def test_the_installed_program_ends_with_code_1_and_no_traceback(tmp_path: Path,
     assert "chats.jsonl, line 24: a int, not an object" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["chats.jsonl"]
+
+
+HEAVY = ("torch", "transformers", "datasets", "peft", "mergekit", "numpy", "pyarrow")
+
+
+def imported(*arguments: str) -> set[str]:
+    """The modules that a command of the program imports."""
+    command = [sys.executable, "-X", "importtime", "-m", "fusion_trainer", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
+@pytest.mark.slow
+def test_help_and_a_dry_run_import_no_large_library(tmp_path: Path) -> None:
+    assert not imported("--help") & {*HEAVY, "pydantic", "yaml"}
+    assert not imported("train", "--help") & {*HEAVY}
+    pipeline = {"work": str(tmp_path), "pivot": "a/b", "data": "a/c", "sources": [{"model": "a/d"}], "merges": {}}
+    pipeline["train"] = {"training": {"learning_rate": 1e-5}}
+    (tmp_path / "pipeline.yaml").write_text(json.dumps(pipeline))
+    modules = imported("run", str(tmp_path / "pipeline.yaml"), "--dry-run")
+    assert "fusion_trainer.pipeline.runner" in modules
+    assert not modules & {*HEAVY}
 
 
 def test_a_setting_that_is_one_of_some_words_or_nothing_offers_the_words() -> None:

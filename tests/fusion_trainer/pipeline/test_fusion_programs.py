@@ -25,6 +25,8 @@ from programs import BIN, ENVIRONMENT, Programs, tree, wait_for
 from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.representations.store import RepresentationStore
 
+pytestmark = pytest.mark.slow
+
 CHATS = tiny_sources.made_up_chats(250, words=10, turns=1)
 SETTINGS = ["--template", "openchat", "--batch-tokens", "250", "--shard-tokens", "220"]
 

@@ -21,7 +21,8 @@ from tiny_pipeline import ADDED, BYTES, MERGED, MISTRAL, PIPELINE, ROOT, SLERP, 
 
 from fusion_trainer.cli import main
 from fusion_trainer.pipeline.plan import chosen, read_pipeline
-from fusion_trainer.pipeline.stage import Plan, Stage
+from fusion_trainer.pipeline.runner import Runner
+from fusion_trainer.pipeline.stage import Stage
 from varm_common.errors import UserError
 from varm_merge.recipes.check import check as check_recipe
 
@@ -30,6 +31,11 @@ from varm_merge.recipes.check import check as check_recipe
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For reading only."""
     return tiny_pipeline.make(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(autouse=True)
+def _check_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusion_trainer.pipeline.merges.output_of", tiny_pipeline.check_in_process)
 
 
 @pytest.fixture
@@ -96,7 +102,7 @@ ALL_WRONG = {
     7: "sources[1].model: no model folder `./gone`",
     8: "sources[1].max_length: is set under `prepare`, for all models alike",
     9: "sources[2]: names no `model`",
-    10: "sources[3].name: `a/b` cannot be the name of a folder: letters, digits and . + - _ alone",
+    10: "sources[3].name: `a/b` cannot be the name of a folder: use letters, digits and . + - _",
     11: "prepare.max_lenght: unknown setting `max_lenght`; did you mean `max_length`?",
     12: "extract.model: is set by the pipeline itself",
     13: "align.output: is set by the pipeline itself",
@@ -105,7 +111,7 @@ ALL_WRONG = {
     "`learning_rate`?",
     18: "train.training.output_dir: is set by the pipeline itself",
     20: "targets.bytes.sources: no source `other`; there are bytes, bytes, third, a/b",
-    21: "targets.../up: `../up` cannot be the name of a folder: letters, digits and . + - _ alone",
+    21: "targets.../up: `../up` cannot be the name of a folder: use letters, digits and . + - _",
     25: "targets.multi.training.seeed: `training`: TrainingArguments has no `seeed`; did you mean `seed`?",
     27: "merges.varm.targets: no target `nobody`; there are bytes, ../up, clm, multi",
     28: "merges.odd: names no `merge_method`",
@@ -205,7 +211,7 @@ def plan(folder: Path, settings: Mapping[str, Any] = PIPELINE, **changes: Any) -
 def marks(folder: Path, settings: Mapping[str, Any] = PIPELINE, **changes: Any) -> dict[str, str]:
     """What each stage depends on, in one number."""
     stages = plan(folder, settings, **changes)
-    return {stage.title: one.fingerprint for stage, one in Plan(Path("work"), stages).standings(stages)}
+    return {state.stage.title: state.fingerprint for state in Runner(Path("work"), stages).states(stages)}
 
 
 def test_the_stages_of_a_fusion_each_after_those_it_needs(folder: Path) -> None:
@@ -329,10 +335,10 @@ def test_a_launch_in_another_precision_or_by_more_processes_is_another_training(
         ({"merges__ties__dtype": "blah"}, "merges.ties.dtype: `dtype` is `blah`, not one of float16"),
         ({"merges__ties__base_model": "./nowhere"}, "merges.ties.base_model: no model folder `./nowhere`"),
         ({"merges__ties__parameters": {}}, "has no `weight`, which ties needs"),
-        ({"merges__ties__targets": 3}, "merges.ties.targets: is 3, neither a text nor a list of them"),
-        ({"merges__ties__model_parameters": 3}, "merges.ties.model_parameters: is no mapping of targets"),
+        ({"merges__ties__targets": 3}, "merges.ties.targets: is 3, neither a text nor a list of texts"),
+        ({"merges__ties__model_parameters": 3}, "merges.ties.model_parameters: is not a mapping of targets"),
         ({"merge_options": ["--nonsense"]}, "merge_options: mergekit-yaml does not take them: No such option"),
-        ({"merge_options": ["--help"]}, "merge_options: with these mergekit-yaml does not merge"),
+        ({"merge_options": ["--help"]}, "merge_options: with these options mergekit-yaml does not merge"),
         ({"extract__template": "no/such.jinja"}, "extract.template: no file `no/such.jinja`"),
         ({"sources": [{**BYTES, "template": "no/such.jinja"}]}, "sources[0].template: no file `no/such.jinja`"),
         ({"sources": [{"model": "./mistral"}]}, "sources[0]: `./mistral` has no chat template"),
@@ -343,12 +349,12 @@ def test_a_launch_in_another_precision_or_by_more_processes_is_another_training(
         ({"train__load_in": "4bit"}, "train.load_in: needs `lora`"),
         (
             {"train__training__lr_scheduler_type": "cosin"},
-            "`lr_scheduler_type` cannot be 'cosin'; there are linear",
+            "`lr_scheduler_type` cannot be 'cosin'; choose one of linear",
         ),
         ({"train__training__max_steps": "many"}, "`max_steps` cannot be 'many'"),
         ({"train__training__per_device_train_batch_size": 0}, "cannot be 0: it is at least 1"),
-        ({"targets": {"one": {"sources": 3}}}, "targets.one.sources: is 3, neither a text nor a list of them"),
-        ({"evaluate__data": 3}, "evaluate.data: is 3, neither a text nor a list of them"),
+        ({"targets": {"one": {"sources": 3}}}, "targets.one.sources: is 3, neither a text nor a list of texts"),
+        ({"evaluate__data": 3}, "evaluate.data: is 3, neither a text nor a list of texts"),
     ],
 )
 def test_what_would_fail_hours_later_is_told_before_anything_is_run(
@@ -510,7 +516,7 @@ def test_a_dry_run_tells_the_stages_why_and_how_much_and_writes_nothing(folder: 
     head, *lines = result.stdout.splitlines()
     assert head == f"data: {blocks} blocks, {tokens:,} tokens, {supervised:,} of them supervised (estimated)"
     assert [line.split("  ")[0][2:] for line in lines] == TITLES
-    assert all("not made yet" in line for line in lines)
+    assert all("not run yet" in line for line in lines)
     assert "(3 steps)" in lines[TITLES.index("train bytes")]
     epochs = {"train__training": {"num_train_epochs": 2, "per_device_train_batch_size": 2}}
     steps = 2 * math.ceil(blocks / 2)

@@ -27,6 +27,8 @@ from safetensors.torch import load_file, save_file
 from tiny_pipeline import ADDED, MERGED, MERGES, PIPELINE, ROOT, TITLES, TRAINED, write
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -34,12 +36,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_pipeline.make(tmp_path_factory.mktemp("world"))
 
 
+IMPORTS = """
+import mergekit.scripts.run_yaml, peft, varm_merge.cli
+import fusion_trainer.alignment.align, fusion_trainer.training.evaluate, fusion_trainer.training.train
+import fusion_trainer.pipeline.merges as merges
+from click.testing import CliRunner
+
+merges.output_of = lambda command: CliRunner().invoke(varm_merge.cli.main, command[1:]).stdout
+"""
+"""What every run has imported; its recipes are checked without another process."""
+
+
 @pytest.fixture(scope="module", autouse=True)
 def starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Future[Programs]"]:
     """The process that is forked for each run imports everything while the file's first tests run."""
-    imports = "import fusion_trainer.pipeline.warm, mergekit.scripts.run_yaml, peft"
     with ThreadPoolExecutor(1) as thread:
-        started = thread.submit(Programs, tmp_path_factory.mktemp("programs"), imports)
+        started = thread.submit(Programs, tmp_path_factory.mktemp("programs"), IMPORTS)
         yield started
         started.result().end()
 
@@ -105,7 +117,7 @@ def test_a_fusion_is_run_from_chats_to_scores_and_a_second_time_nothing_is_done(
     whole: Path, programs: Programs, copy: Path
 ) -> None:
     said = (whole / "said.txt").read_text()
-    assert run_of(said) == dict.fromkeys(TITLES, "not made yet")
+    assert run_of(said) == dict.fromkeys(TITLES, "not run yet")
     assert f"{len(TITLES)} of {len(TITLES)} stages were run" in said
     before = times(copy / "work")
     code, said = programs.run(copy, "run", "pipeline.yaml")
@@ -123,7 +135,7 @@ def test_a_fusion_is_run_from_chats_to_scores_and_a_second_time_nothing_is_done(
     code, said = programs.run(copy, "run", "pipeline.yaml", "--dry-run", "--until", "train")
     lines = {line[2:34].rstrip(): line for line in said.splitlines()}
     assert lines["align bytes"].endswith("  up to date")
-    assert lines["train bytes"].endswith("  made again: clm_weight 0.9 → 0.8  (3 steps)")
+    assert lines["train bytes"].endswith("  runs again: clm_weight 0.9 → 0.8  (3 steps)")
     assert not [title for title in lines if title.startswith(("merge", "evaluate"))]
     assert (times(copy), results(copy)) == (before, results(whole))
 
@@ -174,7 +186,7 @@ def test_another_weight_of_clm_trains_and_merges_and_scores_again(programs: Prog
     code, said = programs.run(copy, "run", "pipeline.yaml", "--until", "train")
     assert code == 0, said
     told = run_of(said)
-    assert told == {f"train {name}": "made again: clm_weight 0.9 → 0.8" for name in ("bytes", "mistral")}
+    assert told == {f"train {name}": "runs again: clm_weight 0.9 → 0.8" for name in ("bytes", "mistral")}
     report = said[said.index("### Loss") :]
     assert "| pivot |" in report
     assert "target-bytes" not in report  # its score is of the target that was
@@ -182,7 +194,7 @@ def test_another_weight_of_clm_trains_and_merges_and_scores_again(programs: Prog
     code, said = programs.run(copy, "run", path.name)
     assert code == 0, said
     assert run_of(said).keys() | told.keys() == TRAINED
-    assert run_of(said)["merge linear"] == "made again: train bytes has changed; train mistral has changed"
+    assert run_of(said)["merge linear"] == "runs again: train bytes has changed; train mistral has changed"
     for name, bytes_ in results(copy).items():
         again = name.startswith(("targets", "recipes", "merges", "scores/target", "scores/merge", "report"))
         if not again:
@@ -205,7 +217,7 @@ def test_an_added_source_is_extracted_aligned_trained_and_merged_with_the_rest(
     new |= {"evaluate source-third", "evaluate target-third"}
     assert run_of(said).keys() == new | MERGED
     assert "train third is new" in run_of(said)["merge varm"]
-    assert all(run_of(said)[title] == "not made yet" for title in new)
+    assert all(run_of(said)[title] == "not run yet" for title in new)
     now, same = results(copy), times(copy / "work")
     for name in content:
         if not name.startswith(("report", *(f"{at}{one}" for at in AT for one in ("varm", "linear", "ties")))):
@@ -230,7 +242,7 @@ def test_a_byte_changed_in_a_store_is_noticed_and_only_that_store_made_again(
         "align mistral": "aligned/mistral/shard-00002.arrow",
     }
     assert run_of(said) == {
-        title: f"`work/{name}` is not as it was made; made again" for title, name in broken.items()
+        title: f"runs again: `work/{name}` was changed or removed" for title, name in broken.items()
     }
     assert results(copy) == results(whole)
 
@@ -246,16 +258,16 @@ def test_a_stage_that_fails_ends_the_run_with_a_sentence_and_the_next_run_goes_o
     code, said = programs.run(folder, "run", "pipeline.yaml")
     assert code == 1
     assert "gives NaN or infinite logits" in said
-    assert "Error: extract mistral ended with exit code 1; what it said stands above." in said
+    assert "Error: extract mistral ended with exit code 1; see its output above." in said
     assert "Traceback" not in said
     (folder / "mistral" / "model.safetensors").write_bytes(sound)
     code, said = programs.run(folder, "run", "pipeline.yaml", "--until", "align")
     assert code == 0, said
     assert run_of(said) == {
-        "extract mistral": "made again: model has changed",
-        "align bytes": "not made yet",
-        "align mistral": "not made yet",
-        "prepare held_out": "not made yet",
+        "extract mistral": "runs again: model has changed",
+        "align bytes": "not run yet",
+        "align mistral": "not run yet",
+        "prepare held_out": "not run yet",
     }
     theirs = results(whole)
     made = {name: content for name, content in results(folder).items() if name.startswith(("stores", "aligned"))}
@@ -327,7 +339,7 @@ def test_killed_alone_its_stage_ends_too_and_the_next_run_goes_on(
     assert run.wait()[0] == -signal.SIGKILL
     code, said = programs.run(copy, "run", "pipeline.yaml", "--only", "bytes")
     assert code == 0, said
-    assert run_of(said) == {"train bytes": "goes on"}
+    assert run_of(said) == {"train bytes": "resumes"}
     assert has_ended(stage)
     other = shutil.copytree(whole, copy.parent / "other")
     write(other, train__clm_weight=0.8)

@@ -19,10 +19,10 @@ import psutil
 import pytest
 from programs import wait_for
 
-import fusion_trainer.pipeline.processes as processes
-import fusion_trainer.pipeline.stage as stages
+from fusion_trainer.pipeline import checksums, processes, runner, state
 from fusion_trainer.pipeline.processes import run_command
-from fusion_trainer.pipeline.stage import Plan, Stage
+from fusion_trainer.pipeline.runner import Runner
+from fusion_trainer.pipeline.stage import Stage
 from varm_common.errors import UserError
 
 FIRST = {
@@ -43,14 +43,13 @@ RESULT = {
     "evaluate": "scores.json",
 }
 """And in the end."""
-BARE = [sys.executable, "-I", "-S", "-c"]
+SHELL = ["/bin/sh", "-ec"]
 WRITES = """
-import os, sys
-log, first, result, config, output = sys.argv[1:]
-open(log, "a").write(output + "\\n")
-os.makedirs(output, exist_ok=True)
-open(output + "/" + first, "w").write("begun")
-open(output + "/" + result, "w").write(open(config).read())
+log=$0 first=$1 result=$2 config=$3 output=$4
+echo $output >> $log
+mkdir -p $output
+printf begun > $output/$first
+cat $config > $output/$result
 """
 NEEDS: dict[str, list[str]] = {
     "prepare data": [],
@@ -67,7 +66,7 @@ def a_stage(work: Path, title: str, needs: Sequence[str] = (), program: str = WR
     """A stage that writes its settings into its folder, and its folder's name into ``work/../log``."""
     kind, _, name = title.partition(" ")
     output, config = work / kind / name, work / "configs" / f"{kind}-{name}"
-    command = [*BARE, program, work.parent / "log", FIRST[kind], RESULT[kind], config, output]
+    command = [*SHELL, program, work.parent / "log", FIRST[kind], RESULT[kind], config, output]
     inputs = {config: json.dumps(settings)}
     return Stage(kind, name, output, [str(part) for part in command], inputs, settings, needs, {}, {})
 
@@ -86,14 +85,13 @@ def result(work: Path, title: str) -> Path:
 
 
 def run(stages: Sequence[Stage]) -> list[str]:
-    plan = Plan(stages[0].output.parents[1], stages)
-    return plan.run(stages)
+    return Runner(stages[0].output.parents[1], stages).run(stages)
 
 
 def reasons(stages: Sequence[Stage]) -> dict[str, str]:
-    """Of the stages that are to be made."""
-    found = Plan(stages[0].output.parents[1], stages).standings(stages)
-    return {stage.title: standing.reason for stage, standing in found if not standing.made}
+    """Why each stage that is not up to date has to run."""
+    states = Runner(stages[0].output.parents[1], stages).states(stages)
+    return {one.stage.title: one.reason for one in states if not one.made}
 
 
 def refused(stages: Sequence[Stage]) -> str:
@@ -116,7 +114,7 @@ def test_every_stage_is_run_once_in_order(work: Path, capfd: pytest.CaptureFixtu
     assert run(pipeline(work)) == list(NEEDS)
     order = [str(work / title.replace(" ", "/")) for title in NEEDS]
     assert (work.parent / "log").read_text().splitlines() == order
-    assert "[4/7] align a: not made yet" in capfd.readouterr().err
+    assert "[4/7] align a: not run yet" in capfd.readouterr().err
     before = times(work)
     assert run(pipeline(work)) == []
     assert times(work) == before
@@ -130,11 +128,11 @@ def test_a_changed_setting_runs_again_what_depends_on_it_and_says_why(work: Path
     before = times(work)
     changed = pipeline(work, a=2)
     assert reasons(changed) == {
-        "extract a": "made again: size 1 → 2",
-        "align a": "made again: size 1 → 2; extract a has changed",
-        "train a": "made again: size 1 → 2; align a has changed",
-        "merge both": "made again: train a has changed",
-        "evaluate merged": "made again: merge both has changed",
+        "extract a": "runs again: size 1 → 2",
+        "align a": "runs again: size 1 → 2; extract a has changed",
+        "train a": "runs again: size 1 → 2; align a has changed",
+        "merge both": "runs again: train a has changed",
+        "evaluate merged": "runs again: merge both has changed",
     }
     assert run(changed) == [*NEEDS][2:]
     assert {path: now for path, now in times(work).items() if "/pivot" in path or "/data" in path} == {
@@ -147,10 +145,10 @@ def test_a_changed_setting_runs_again_what_depends_on_it_and_says_why(work: Path
 
 def test_only_the_stages_asked_for_are_run(work: Path) -> None:
     everything = pipeline(work)
-    plan = Plan(work, everything)
-    assert plan.run(everything[:2]) == ["prepare data", "extract pivot"]
+    started = Runner(work, everything)
+    assert started.run(everything[:2]) == ["prepare data", "extract pivot"]
     assert list(reasons(everything)) == [*NEEDS][2:]
-    assert plan.run(everything[:3]) == ["extract a"]
+    assert started.run(everything[:3]) == ["extract a"]
 
 
 def test_the_reason_names_what_has_changed(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,14 +161,14 @@ def test_the_reason_names_what_has_changed(work: Path, monkeypatch: pytest.Monke
         return reasons([*before, a_stage(work, "train a", needs, **given)])["train a"]
 
     same = {"training": {"seed": 1, "lora": None}, "name": "å"}
-    assert reason(needed, **{**same, "training": {"seed": 2, "lora": None}}) == "made again: training.seed 1 → 2"
-    assert reason(needed, **{**same, "name": "ä"}) == 'made again: name "å" → "ä"'
-    assert reason(**same) == "made again: prepare b is gone"
-    assert reason(needed, a_stage(work, "prepare c"), **same) == "made again: prepare c is new"
+    assert reason(needed, **{**same, "training": {"seed": 2, "lora": None}}) == "runs again: training.seed 1 → 2"
+    assert reason(needed, **{**same, "name": "ä"}) == 'runs again: name "å" → "ä"'
+    assert reason(**same) == "runs again: prepare b is gone"
+    assert reason(needed, a_stage(work, "prepare c"), **same) == "runs again: prepare c is new"
     several = reason(needed, **{**same, "training": {"seed": 2, "lora": {"r": 4}}, "a": 1, "b": 2, "c": 3})
-    assert several == "made again: a null → 1; b null → 2; c null → 3; training.lora.r null → 4; and 1 more"
-    monkeypatch.setattr(stages, "RULES", 3)
-    assert reasons([needed, first])["prepare b"] == "made again: the program's rules"
+    assert several == "runs again: a null → 1; b null → 2; c null → 3; training.lora.r null → 4; and 1 more"
+    monkeypatch.setattr(state, "RULES", 3)
+    assert reasons([needed, first])["prepare b"] == "runs again: the rules of this version differ"
 
 
 def test_what_a_stage_reads_from_outside_is_known_by_its_content(work: Path, tmp_path: Path) -> None:
@@ -187,11 +185,11 @@ def test_what_a_stage_reads_from_outside_is_known_by_its_content(work: Path, tmp
         data = {"data[0]": str(changed.get("file", file)), "data[1]": str(folder), "data[2]": "org/set"}
         reads = replace(a_stage(work, "prepare data"), models=models, files=data)
         found = reasons([reads]).get("prepare data")
-        if found == "not made yet" or changed.get("run"):
+        if found == "not run yet" or changed.get("run"):
             run([reads])
         return found
 
-    assert stands() == "not made yet"
+    assert stands() == "not run yet"
     (model / "notes.bin").write_text("not read")
     os.utime(file)
     assert stands() is None
@@ -203,9 +201,9 @@ def test_what_a_stage_reads_from_outside_is_known_by_its_content(work: Path, tmp
         (file, "data[0]"),
     ):
         path.write_text("more")
-        assert stands(run=True) == f"made again: {name} has changed"
+        assert stands(run=True) == f"runs again: {name} has changed"
         assert stands() is None
-    assert stands(revision="v2") == "made again: other has changed"
+    assert stands(revision="v2") == "runs again: other has changed"
     moved, elsewhere = shutil.copytree(model, tmp_path / "moved"), shutil.copy(file, tmp_path / "other.jsonl")
     assert stands(model=moved, file=elsewhere) is None
 
@@ -230,7 +228,7 @@ def test_a_broken_stage_is_noticed_and_made_again_alone(how: str, work: Path) ->
         (work / "align" / "a" / "stage.json").unlink()
         assert "in the way of align a" in refused(pipeline(work))
         return
-    assert reasons(pipeline(work)) == {"align a": f"`{broken}` is not as it was made; made again"}
+    assert reasons(pipeline(work)) == {"align a": f"runs again: `{broken}` was changed or removed"}
     assert run(pipeline(work)) == ["align a"]
     assert broken.read_bytes() == whole
     others = {path: state for path, state in before.items() if "/align/a/" not in path}
@@ -242,8 +240,8 @@ def test_a_broken_stage_is_noticed_and_made_again_alone(how: str, work: Path) ->
 def test_files_are_read_again_only_when_size_or_time_say_so(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(pipeline(work))
     read: list[str] = []
-    sha256_of = stages.sha256_of
-    monkeypatch.setattr(stages, "sha256_of", lambda path: read.append(path.name) or sha256_of(path))
+    sha256_of = checksums.sha256_of
+    monkeypatch.setattr(checksums, "sha256_of", lambda path: read.append(path.name) or sha256_of(path))
     run(pipeline(work))
     assert read == []
     os.utime(result(work, "align a"))
@@ -268,14 +266,14 @@ def test_checkpoints_logs_and_other_stages_tokens_are_no_part_of_the_result(work
 # Failures
 
 
-FAILS = f"{WRITES}\nopen(output + '/' + result, 'w').write('half')\nprint('why', file=sys.stderr); sys.exit(3)"
-KILLED = f"{WRITES}\nimport signal; os.kill(os.getpid(), signal.SIGKILL)"
-NOTHING = "import os, sys; os.makedirs(sys.argv[5] + '/part', exist_ok=True)"
+FAILS = f"{WRITES}\nprintf half > $output/$result\necho why >&2\nexit 3"
+KILLED = f"{WRITES}\nkill -9 $$"
+NOTHING = "mkdir -p $4/part"
 
 
 @pytest.mark.parametrize(
     ("program", "said"),
-    [(FAILS, "ended with exit code 3"), (KILLED, "ended by signal 9"), (NOTHING, "has left nothing in `")],
+    [(FAILS, "ended with exit code 3"), (KILLED, "ended by signal 9"), (NOTHING, "wrote no result to `")],
 )
 @pytest.mark.parametrize("title", ["extract a", "merge both"])
 def test_a_stage_that_fails_ends_the_run_and_the_next_goes_on(
@@ -287,10 +285,10 @@ def test_a_stage_that_fails_ends_the_run_and_the_next_goes_on(
     told = refused(pipeline(work, {title: program}))
     assert f"{title} {said}" in told
     if program == FAILS:
-        assert "run the same command again: it goes on from here" in told
+        assert "Fix the problem and run the same command again" in told
         assert "why" in capfd.readouterr().err
     assert [title for title in NEEDS if (work / title.replace(" ", "/") / "stage.json").exists()] == before
-    assert reasons(pipeline(work))[title] == "goes on"
+    assert reasons(pipeline(work))[title] == "resumes"
     assert run(pipeline(work)) == rest
     for one in NEEDS:
         assert result(work, one).read_bytes() == result(whole, one).read_bytes()
@@ -300,12 +298,12 @@ def test_a_stage_that_fails_ends_the_run_and_the_next_goes_on(
 
 def test_what_was_begun_otherwise_is_begun_anew(work: Path) -> None:
     """A merge always; any stage when its settings have changed meanwhile."""
-    left = f"{WRITES}\nopen(output + '/left.json', 'w')\nsys.exit(1)"
+    left = f"{WRITES}\ntouch $output/left.json\nexit 1"
     for title in ("train a", "merge both"):
         refused(pipeline(work, {title: left}))
         assert (work / title.replace(" ", "/") / "left.json").exists()
         if title == "train a":
-            assert reasons(pipeline(work, a=2))[title] == "made again: size 1 → 2; align a has changed"
+            assert reasons(pipeline(work, a=2))[title] == "runs again: size 1 → 2; align a has changed"
         run(pipeline(work, a=2))
         assert not (work / title.replace(" ", "/") / "left.json").exists()
         shutil.rmtree(work)
@@ -349,7 +347,7 @@ def test_a_folder_that_no_stage_has_made_is_refused_before_anything_runs(
     put(work / "merge" / "both" / "model.safetensors")
     before = times(work.parent)
     told = refused(pipeline(work))
-    assert "this pipeline has not made:" in told
+    assert "no stage of this pipeline has written:" in told
     assert f"`{work / 'train' / 'a'}" in told
     assert f"`{work / 'merge' / 'both' / 'model.safetensors'}`, in the way of merge both" in told
     assert times(work.parent) == before
@@ -419,9 +417,9 @@ def test_whatever_happens_nothing_is_lost_that_no_stage_has_made(
 
     tick = fragile(put)
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    monkeypatch.setattr(stages, "run_command", write)
+    monkeypatch.setattr(runner, "run_command", write)
     for name in ("write_json", "_delete", "whole_file"):
-        monkeypatch.setattr(stages, name, fragile(getattr(stages, name)))
+        monkeypatch.setattr(runner, name, fragile(getattr(runner, name)))
     monkeypatch.setattr(Path, "replace", fragile(Path.replace))
     made = refusals = stops = 0
     for step in range(120):
@@ -441,7 +439,7 @@ def test_whatever_happens_nothing_is_lost_that_no_stage_has_made(
         try:
             made += len(run(pipeline(work, **settings)))
         except UserError as error:
-            refusals += "has not made" in str(error)
+            refusals += "no stage of this pipeline has written" in str(error)
         except SwitchedOffError:
             stops += 1
         for path, text in own.items():
@@ -454,6 +452,13 @@ def test_whatever_happens_nothing_is_lost_that_no_stage_has_made(
     run(pipeline(work, **settings))
     for title in NEEDS:
         assert json.loads(result(work, title).read_text()) == {"size": settings[title.split()[1]]}
+
+
+def test_what_is_put_in_the_way_while_the_run_is_under_way_is_not_removed(work: Path) -> None:
+    thesis = work / "train" / "a" / "thesis"
+    program = f"{WRITES}\nmkdir -p {thesis.parent}\nprintf 'years of work' > {thesis}"
+    assert f"`{thesis}`, in the way of train a" in refused(pipeline(work, {"align a": program}))
+    assert thesis.read_text() == "years of work"
 
 
 def test_a_removal_that_is_stopped_is_finished_by_the_next_run(
@@ -491,13 +496,14 @@ import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).
 from pathlib import Path
 from test_stage import pipeline, run
 """
-SLOWLY = f"{WRITES}\nimport time; time.sleep(60)"
-ENDS_BY_ITSELF = f"""
-import time
+SLOWLY = f"{WRITES}\nexec sleep 60"
+ENDS_BY_ITSELF = f"""{WRITES}
+exec {sys.executable} -c '
+import sys, time
 from fusion_trainer.pipeline.processes import end_with_the_run
 end_with_the_run()
-{WRITES}
-time.sleep(60)
+open(sys.argv[1], "w")
+time.sleep(60)' $log.watching
 """
 
 
@@ -513,6 +519,7 @@ def start(work: Path, code: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", ["prepare data", "train a", "merge both"])
 def test_killed_with_all_its_processes_in_a_stage_the_next_run_goes_on(title: str, work: Path) -> None:
     started = start(work, f"run(pipeline(work, {{{title!r}: {SLOWLY!r}}}))")
@@ -520,19 +527,14 @@ def test_killed_with_all_its_processes_in_a_stage_the_next_run_goes_on(title: st
     wait_for(lambda: written.exists() and written.read_bytes() > b"begun", started.pid)
     os.killpg(started.pid, signal.SIGKILL)
     started.wait()
-    assert reasons(pipeline(work))[title] == "goes on"
+    assert reasons(pipeline(work))[title] == "resumes"
     assert run(pipeline(work)) == [*NEEDS][[*NEEDS].index(title) :]
 
 
+@pytest.mark.slow
 def test_killed_alone_a_run_takes_its_stage_along_and_the_next_run_waits_for_that(work: Path) -> None:
-    code = f"""
-from dataclasses import replace
-made = pipeline(work, {{"train a": {ENDS_BY_ITSELF!r}}})
-run([replace(one, command=[one.command[0], *one.command[3:]]) for one in made])
-"""
-    started = start(work, code)
-    written = result(work, "train a")
-    wait_for(lambda: written.exists() and written.read_bytes(), started.pid)
+    started = start(work, f"run(pipeline(work, {{'train a': {ENDS_BY_ITSELF!r}}}))")
+    wait_for((work.parent / "log.watching").exists, started.pid)
     (stage,) = psutil.Process(started.pid).children(recursive=True)
     os.kill(started.pid, signal.SIGKILL)  # and nobody waits for it yet: it is a zombie
     assert run(pipeline(work)) == [*NEEDS][4:]
@@ -540,17 +542,18 @@ run([replace(one, command=[one.command[0], *one.command[3:]]) for one in made])
     started.wait()
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_are_refused_as_long_as_a_stage_of_the_first_is_at_work(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also when the run itself was killed, and its stage knows nothing of it."""
-    monkeypatch.setattr(stages, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(runner, "PATIENCE_S", 0.3)
     started = start(work, f"run(pipeline(work, {{'train a': {SLOWLY!r}}}))")
     written = result(work, "train a")
     wait_for(lambda: written.exists() and written.read_bytes(), started.pid)
     before = times(work)
     for _ in range(2):
-        assert f"is at work in `{work}`" in refused(pipeline(work))
+        assert f"`{work}` is in use by another run" in refused(pipeline(work))
         assert times(work) == before
         with suppress(ProcessLookupError):
             os.kill(started.pid, signal.SIGKILL)
@@ -560,20 +563,21 @@ def test_two_runs_at_once_are_refused_as_long_as_a_stage_of_the_first_is_at_work
 
 
 def test_a_command_finds_the_programs_beside_this_python_and_whom_to_end_with(tmp_path: Path) -> None:
-    code = "import json, os, sys; json.dump(dict(os.environ), open(sys.argv[1], 'w'))"
     lock = os.open(tmp_path, os.O_RDONLY)
-    assert run_command([*BARE, code, str(tmp_path / "told")], lock) == 0
-    told = json.loads((tmp_path / "told").read_text())
-    assert told[processes.ENDS_WITH] == f"{processes.platform.node()} {os.getpid()}"
-    assert told["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+    assert run_command([*SHELL, "env > $0", str(tmp_path / "environment")], lock) == 0
+    lines = (tmp_path / "environment").read_text().splitlines()
+    assert f"{processes.ENDS_WITH}={processes.platform.node()} {os.getpid()}" in lines
+    (path,) = (line for line in lines if line.startswith("PATH="))
+    assert path.removeprefix("PATH=").split(os.pathsep)[0] == str(Path(sys.executable).parent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("owner", "ends"), [("elsewhere {gone}", False), ("{here} {gone}", True), ("", False)])
 def test_a_stage_ends_with_its_run_unless_that_is_on_another_machine(owner: str, ends: bool) -> None:
-    gone = subprocess.Popen([*BARE, ""])
+    gone = subprocess.Popen([*SHELL, ""])
     gone.wait()
     named = owner.format(gone=gone.pid, here=processes.platform.node())
-    code = "import time; from fusion_trainer.pipeline.processes import end_with_the_run as e; e(); time.sleep(0.7)"
+    code = "import time; from fusion_trainer.pipeline.processes import end_with_the_run as e; e(); time.sleep(0.3)"
     environment = {**os.environ, processes.ENDS_WITH: named}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == int(ends)
 
@@ -628,10 +632,15 @@ def test_files_of_the_user_in_the_work_folder_are_never_written_over(work: Path)
     assert run(pipeline(work)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("program", "arguments", "code"),
-    [("varm-merge", ["nonsense"], 2), ("no-such-program", ["check"], 127), ("varm-merge", ["check", "--json"], 2)],
+    ("command", "said"),
+    [
+        (["varm-merge", "nonsense"], "`varm-merge nonsense` ended with exit code 2"),
+        (["varm-merge", "check", "--json"], "`varm-merge check` ended with exit code 2"),
+        (["no-such-program", "check"], "`no-such-program` cannot be started: No such file or directory"),
+    ],
 )
-def test_a_program_that_does_not_do_its_work_is_an_error(program: str, arguments: list[str], code: int) -> None:
-    with pytest.raises(UserError, match=f"`{program} {arguments[0]}` ended with exit code {code}"):
-        processes.output_of(program, arguments)
+def test_a_program_that_does_not_do_its_work_is_an_error(command: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        processes.output_of(command)

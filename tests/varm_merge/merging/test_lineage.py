@@ -349,7 +349,7 @@ def test_the_recipe_names_pivot_targets_and_what_they_were_fused_of(made: Path, 
         "dtype": "float32",
     }
     assert f"#   {made / 'one'}: {fusion.folder / 'bytes'}\n" in result.output
-    assert f"#   {made / 'other'}: its pivot and the gold tokens alone\n" in result.output
+    assert f"#   {made / 'other'}: none, only the pivot and the chats\n" in result.output
     assert problems(result.output) == []
 
 
@@ -422,7 +422,7 @@ def test_a_pivot_that_has_moved_is_named(was: str, made: Path, fusion: World, tm
     told["pivot"]["model"] = was
     (target / "fusion.json").write_text(json.dumps(told))
     said = refused(target)
-    assert f"the pivot's folder `{was}` is not there any more; name it with --pivot" in said
+    assert f"the pivot's folder `{was}` does not exist; give its place with --pivot" in said
     assert yaml.safe_load(recipe(target, "--pivot", fusion.folder / "pivot").output)["base_model"] == str(
         fusion.folder / "pivot"
     )
