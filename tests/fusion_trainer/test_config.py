@@ -503,7 +503,7 @@ def test_the_installed_program_ends_with_code_1_and_no_traceback(tmp_path: Path,
     )
     assert done.returncode == 1
     assert "Error: the data has 4 bad rows:" in done.stderr
-    assert "chats.jsonl, line 24: a int, not an object" in done.stderr
+    assert "chats.jsonl, line 24: the row is a int, not an object" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["chats.jsonl"]
 
