@@ -18,18 +18,9 @@ __all__ = ["align_row"]
 
 
 def align_row(sides: Sides, number: int, pivot: Read, source: Read) -> tuple[Representation, dict[str, int]]:
-    """Align one block.
+    """Row ``number`` of the aligned store, and its part of what the manifest counts (``docs/formats.md``).
 
-    Args:
-        sides: Both models, with the map.
-        number: The row.
-        pivot: The block as the pivot reads it.
-        source: The block as the source reads it.
-
-    Returns:
-        The row, and its part of what the manifest counts: positions; probability in millionths of a position
-        (``ends_ppm`` is what the pivot's end gets at paired ends of answers); whether the block was compared, and
-        whether the source has the lower cross-entropy.
+    The block is given as both models read it. Probabilities are counted in millionths of a position.
     """
     assert sides.map is not None
     own, other = sides.pivot_store[number], sides.source_store[number]
@@ -106,17 +97,10 @@ def _put_all_on_gold(row: Representation, where: NDArray[np.bool_], golds: NDArr
 def _stored(
     partners: dict[int, Mixture], positions: NDArray[np.int32], source_positions: NDArray[np.int32], read: int
 ) -> tuple[list[Mixture | None], Counter[str]]:
-    """The partners of the pivot's supervised positions as rows of the source's store.
+    """For each supervised position of the pivot its partners as rows of the source's store, or None.
 
-    Args:
-        partners: The source's positions, with weights, for some of the pivot's.
-        positions: The pivot's supervised positions.
-        source_positions: The source's.
-        read: How many of the source's are in its store; a short context may have cut off the rest.
-
-    Returns:
-        For each position its rows and weights, or None; and how many have None, by cause: no partner, a partner
-        that is not supervised, or one that the source has not read.
+    The store has the first ``read`` supervised positions of the source; a short context may have cut off the rest.
+    Also returns how many positions have None, by cause.
     """
     row_of = {position: row for row, position in enumerate(source_positions.tolist())}
     mixtures: list[Mixture | None] = []

@@ -37,12 +37,7 @@ def coverage(
 ) -> str:
     """How much is mapped, the worst ids, and some examples.
 
-    Args:
-        made: The map.
-        source: The source's tokenizer.
-        pivot: The pivot's.
-        mass: float64 [ids], the probability of each id of the source in its store; with None all ids weigh the
-            same.
+    ``mass``, float64 [ids], weights the ids by their probability in the source's store; with None all are equal.
     """
     size = max(max(source.surfaces) + 1, len(made.mapped), 0 if mass is None else len(mass))
     distances = _distances(made, source, pivot, size)

@@ -109,13 +109,12 @@ def transfer(
     Args:
         pivot: The pivot's own row, P positions.
         source: The source's row.
-        partners: For each of the P positions, the source's rows that correspond to it, or None.
+        partners: For each of the P positions, the source's positions that correspond to it, or None.
         matrix: The vocabulary map.
 
     Returns:
-        The pivot's row with the source's distributions where there are partners; bool [P], where there are; and
-        the mapped distributions of these positions. The gold log-probability there is the source's, of its own
-        next token.
+        The pivot's row, with the source's distribution and gold log-probability at positions with partners; bool
+        [P], which these are; and their mapped distributions.
     """
     paired = np.array([mixture is not None for mixture in partners], bool)
     mixtures = [mixture for mixture in partners if mixture is not None]

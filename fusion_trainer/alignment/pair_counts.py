@@ -38,15 +38,7 @@ class Corpus:
 
 
 def count(blocks: Sequence[Block], source: Reader, pivot: Reader, contained: int | None) -> Corpus:
-    """Align the answers of some blocks and count the pairs of tokens.
-
-    Args:
-        blocks: Some blocks of the dialogues.
-        source: How the source reads them.
-        pivot: How the pivot reads them.
-        contained: None pairs tokens that begin at the same byte of an answer; otherwise warping at this cost
-            (``positions.CONTAINED``) pairs them.
-    """
+    """Align the answers of some blocks and count the pairs of tokens, as ``pairing.token_pairs`` finds them."""
     shape = max(source.tokenizer.surfaces) + 1, max(pivot.tokenizer.surfaces) + 1
     rows, columns, read = ([np.empty(0, np.int32)] for _ in range(3))
     for of_source, of_pivot in zip(read_blocks(source, blocks), read_blocks(pivot, blocks), strict=True):

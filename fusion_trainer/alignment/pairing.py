@@ -28,11 +28,8 @@ Indices = NDArray[np.intp]
 class Read:
     """A block as one model has read it.
 
-    Attributes:
-        tokens: Its tokens.
-        answers: The answers that are compared.
-        spans: The bytes at which the model is queried.
-        places: What each position predicts.
+    ``answers`` are those that are compared, ``spans`` the bytes at which the model is queried, and ``places`` what
+    each position predicts.
     """
 
     tokens: Tokens
@@ -144,10 +141,7 @@ def _joined(pairs: Sequence[Sequence[Indices]]) -> Pairs:
 def compared(pivot: Read, source: Read, rows: tuple[int, int]) -> tuple[list[int], list[int], int]:
     """The positions over which the two models' cross-entropies are compared: those that predict the same bytes.
 
-    Args:
-        pivot: A block as the pivot reads it.
-        source: The same block as the source reads it.
-        rows: How many of their positions are in their stores; a short context may have cut off the rest.
+    ``rows`` is how many of each model's positions are in its store; a short context may have cut off the rest.
 
     Returns:
         The pivot's positions, the source's, and the number of bytes that they predict; the end of an answer

@@ -33,13 +33,7 @@ def build_map(
 ) -> VocabularyMap:
     """A map by one of the methods; if the tokenizers agree, ids map to themselves whatever the method.
 
-    Args:
-        method: How.
-        source: The source's tokenizer.
-        pivot: The pivot's.
-        corpus: Counts over the data; called only for the methods that use them.
-        most: With ``statistics``: images kept per id.
-        ends: The ids that end a turn.
+    ``corpus`` counts over the data, and is called only for methods that need that. ``most`` is for ``statistics``.
 
     Raises:
         UserError: No token of text would have an image.
@@ -67,14 +61,7 @@ def build_map(
 
 @dataclass(frozen=True)
 class SavedMap:
-    """A map and its file.
-
-    Attributes:
-        path: The file.
-        map: The map.
-        identity: What the map was built from, by hash.
-        places: Where the two tokenizers were at that time.
-    """
+    """A map and its file; what it was built from, by hash; and where the two tokenizers were at that time."""
 
     path: Path
     map: VocabularyMap

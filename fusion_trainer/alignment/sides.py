@@ -70,9 +70,7 @@ class Sides:
 def open_sides(config: AlignConfig, checked: bool = False) -> Sides:
     """Open both stores, their dialogues and their tokenizers.
 
-    Args:
-        config: What to align.
-        checked: Whether another process has compared the stores with their hashes.
+    ``checked``: another process has compared the stores with their hashes.
 
     Raises:
         UserError: The stores are of different dialogues, one is already aligned, or a tokenizer has changed.

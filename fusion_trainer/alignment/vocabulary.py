@@ -60,12 +60,7 @@ Mixtures = Mapping[int, Mapping[int, float]]
 
 @dataclass(frozen=True)
 class Ends:
-    """Ids that end a turn.
-
-    Attributes:
-        source: The source's; its EOS if empty.
-        pivot: The pivot's id that they all stand for; its EOS if None.
-    """
+    """The source's ids that end a turn (if empty, its EOS), and the pivot's id for them all (if None, its EOS)."""
 
     source: tuple[int, ...] = ()
     pivot: int | None = None
@@ -73,12 +68,7 @@ class Ends:
 
 @dataclass(frozen=True)
 class VocabularyMap:
-    """A map of ids.
-
-    Attributes:
-        matrix: float32 [source ids, pivot ids]; each row sums to 1 or is empty.
-        method: The method that made it.
-    """
+    """float32 [source ids, pivot ids], each row sums to 1 or is empty; and the method that made the map."""
 
     matrix: csr_array
     method: str

@@ -46,15 +46,7 @@ LEAST = torch.finfo(torch.float16).min
 
 @dataclass(frozen=True)
 class Row:
-    """A block as the model reads it.
-
-    Attributes:
-        block: The block.
-        ids: int32 [tokens], as far as the model's context.
-        positions: int32 [positions], where the model is queried.
-        cut_tokens: Tokens beyond the context.
-        answers: Where the answers are, as in the store.
-    """
+    """A block as the model reads it: ids [tokens] as far as its context, and positions at which it is queried."""
 
     block: Block
     ids: NDArray[np.int32]

@@ -36,14 +36,8 @@ def show_row(
 ) -> str:
     """A row's top k, a line per position: the token that follows, its log-probability, and the k best tokens.
 
-    Args:
-        store: The store.
-        row: The row's number.
-        positions: The most positions shown.
-        dialogues: The folder the store was made from, by default the one beside the store. Without it the tokens
-            that follow are not known.
-        tokenizer: Where the model's tokenizer is, if it has moved.
-        code: Run code that the model's repository brings along.
+    ``dialogues`` is the folder the store was made from, by default the one beside the store; without it the tokens
+    that follow are not known. ``tokenizer`` is where the model's tokenizer is, if it has moved.
 
     Raises:
         UserError: The tokenizer or the dialogues are not those the store was made with.

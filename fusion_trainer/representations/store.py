@@ -4,16 +4,9 @@
     shard-00000.arrow   Arrow IPC file with one record batch, columns as in ``store_writer.schema``; memory-mapped
     …
 
-A row is a block of the dialogues, in their order. Its ``positions`` are the supervised ones, in the order of the
-text: position p of the tokenised block is there if the token after p is the assistant's
-(``tokenizer.supervised_positions``), and its distribution predicts that token. At k = 10 a position takes 44 bytes
-(64 if ids need 32 bits), a row about 40 more.
-
-``answers`` says where each answer's content and end lie in the text that the model has read: its turn, the first
-byte of the content, the byte after it, and the byte after the marker of its end.
-
-An aligned store has the same format, in the pivot's ids and positions, without ``answers`` and with six more
-columns (see ``Representation``).
+A row is a block of the dialogues, in their order. A position is in it if the next token is the assistant's, and
+its distribution predicts that token. An aligned store has the same format, in the pivot's ids and positions, and
+more columns (see ``Representation``). ``docs/formats.md`` describes every field.
 
 Each shard appears only when it is complete and depends only on its blocks. So an interrupted extraction resumes,
 and the finished store has the same bytes as one that was never interrupted."""
@@ -137,12 +130,9 @@ def wrong_size(folder: Path, shard: dict[str, Any]) -> str | None:
 
 
 class Shard:
-    """One mapped file, its columns as numpy arrays.
+    """One mapped file, its columns as numpy arrays: those with an entry per position, and per row.
 
-    Attributes:
-        offsets: Where the positions of each row begin, and the number of positions.
-        of_positions: The columns that have an entry for each position.
-        of_rows: The cross-entropies of an aligned store.
+    The positions of row n are those from ``offsets[n]`` to ``offsets[n + 1]``.
     """
 
     def __init__(self, path: Path, k: int) -> None:
@@ -173,11 +163,7 @@ class Shard:
 class RepresentationStore:
     """A finished store, memory-mapped; row n is block n of the dialogues.
 
-    A shard is compared with the manifest's hash when it is first read.
-
-    Args:
-        folder: The store.
-        checked: Whether all shards have been compared with their hashes already.
+    A shard is compared with the manifest's hash when it is first read, unless all are ``checked`` already.
 
     Raises:
         UserError: There is no finished store, or a shard is missing or has another size than the manifest says.

@@ -30,7 +30,6 @@ from varm_common.files import TEMPORARY, read_json, remove_abandoned, sha256_of,
 __all__ = ["StoreWriter", "demand_free"]
 
 ANSWERS = pa.list_(pa.list_(pa.int32(), 4))
-ALIGNED_COLUMNS = {"paired": pa.uint8(), "gold_bytes": pa.uint16()}
 FACTS = b"fusion_trainer"
 """Key of a shard's own facts in the metadata of its schema."""
 NAMES = ("model", "pivot", "pivot_revision", "jinja", "jinja_with_tools")
@@ -48,7 +47,7 @@ def schema(k: int, vocabulary: int, aligned: bool = False) -> pa.Schema:
         "logprobs": pa.list_(pa.field("item", pa.float16(), nullable=False), k),
         "tail": pa.float16(),
         "gold_logprob": pa.float16(),
-        **(ALIGNED_COLUMNS if aligned else {}),
+        **({"paired": pa.uint8(), "gold_bytes": pa.uint16()} if aligned else {}),
     }
     struct = pa.struct([pa.field(name, kind, nullable=False) for name, kind in position.items()])
     row = {
@@ -133,11 +132,8 @@ class StoreWriter:
     ) -> None:
         """Write a shard in the background, after the one before it.
 
-        Args:
-            shard: Its number.
-            rows: Its rows.
-            facts: What the manifest sums up over the shards.
-            answers: Where each row's answers are; not for an aligned store.
+        The manifest sums up ``facts`` over the shards. ``answers`` are the places of each row's answers, which an
+        aligned store does not have.
 
         Raises:
             UserError: The shard before this could not be written.
@@ -224,10 +220,7 @@ class StoreWriter:
 
 
 def demand_free(folder: Path) -> list[str]:
-    """Check that a store may be written to a folder.
-
-    Returns:
-        Which of manifest and plan are there already.
+    """Check that a store may be written to a folder; which of manifest and plan are there already.
 
     Raises:
         UserError: The folder holds something else.
