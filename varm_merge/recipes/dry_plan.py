@@ -43,7 +43,6 @@ class DryPlan:
     Attributes:
         problems: Why it would fail.
         remarks: What the user should know.
-        mixed: Whether mergekit refuses because the models have several architectures.
         lost: Tensors that the base model has and loads, and that the merge would lack.
         faults: Why the finished merge would not load as it is.
         architecture: The class of the output model.
@@ -52,11 +51,15 @@ class DryPlan:
 
     problems: list[Finding] = field(default_factory=list)
     remarks: list[Finding] = field(default_factory=list)
-    mixed: bool = False
     lost: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     architecture: str = ""
     outputs: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether mergekit refuses because the models have several architectures."""
+        return any("--allow-crimes" in problem.message for problem in self.problems)
 
 
 def dry_plan(
@@ -91,7 +94,6 @@ def dry_plan(
         try:
             plan = planning.new_plan(deepcopy(recipe), options, dry=True)  # mergekit changes the recipe
         except Exception as error:  # whatever mergekit raises would end the run
-            result.mixed = "--allow-crimes" in str(error)
             result.problems = list(_explained(error, models))
             return result
         result.architecture = plan.architecture

@@ -5,14 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import errors
 
 __all__ = ["TOKENIZER_FILES", "Hub", "near", "why_misread"]
 
@@ -39,10 +32,10 @@ class Hub:
 
     def why_not(self, error: Exception) -> str:
         """Why the Hub did not answer, and what to do."""
-        if isinstance(error, OfflineModeIsEnabled):
+        if isinstance(error, errors.OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set; unset it to ask the Hub"
         reason = (str(error).strip() or "no answer").splitlines()[0]
-        if isinstance(error, HfHubHTTPError):
+        if isinstance(error, errors.HfHubHTTPError):
             return reason  # it has answered, and may answer for the next model
         self.unreachable = f"{reason}; `varm-merge check --offline` looks at the recipe alone"
         return self.unreachable
@@ -55,7 +48,7 @@ class Hub:
         missing = f"no {what} folder `{path}`{near(path)}"
         try:
             cached = huggingface_hub.try_to_load_from_cache(path, wanted, cache_dir=cache_dir, revision=revision)
-        except HFValidationError:
+        except errors.HFValidationError:
             return missing
         if isinstance(cached, str):
             return None
@@ -65,7 +58,7 @@ class Hub:
             return f"{missing}, and the Hub could not be asked: {self.unreachable}"
         try:
             return _refusal(path, revision, wanted)
-        except RepositoryNotFoundError:
+        except errors.RepositoryNotFoundError:
             return f"{missing}, and no such model on the Hub (if it is private, run `hf auth login`)"
         except Exception as error:  # the HTTP client raises errors of many kinds
             return f"{missing}, and the Hub could not be asked: {self.why_not(error)}"
@@ -85,9 +78,9 @@ def _refusal(path: str, revision: str | None, wanted: str) -> str | None:
         info = api.model_info(path, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
         if info.gated:
             api.auth_check(path)  # everyone may see a gated model, and not everyone may download it
-    except GatedRepoError:
+    except errors.GatedRepoError:
         return f"`{path}` is gated: accept its conditions on the Hub, then run `hf auth login`"
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         return f"`{path}` has no revision `{revision}` on the Hub"
     if info.siblings is not None and all(file.rfilename != wanted for file in info.siblings):
         return f"`{path}` on the Hub has no {wanted}"

@@ -8,7 +8,6 @@ import jinja2
 import mergekit.merge
 from mergekit._data import chat_templates
 from mergekit.common import ModelPath, ModelReference
-from mergekit.config import MergeConfiguration
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from varm_merge.merging import adapters
@@ -19,7 +18,7 @@ from varm_merge.recipes import by_name, headers
 from varm_merge.recipes.dry_plan import dry_plan
 from varm_merge.recipes.locate import near, why_misread
 from varm_merge.recipes.recipe import Recipe
-from varm_merge.recipes.recipe_file import identity, model_names, one_spelling, tokenizers
+from varm_merge.recipes.recipe_file import model_names, tokenizers
 
 __all__ = ["check_models"]
 
@@ -94,9 +93,8 @@ def _why_no_tokenizer(recipe: Recipe, reference: ModelReference) -> str | None:
 
 def _headers(recipe: Recipe) -> None:
     """Read the headers of all models, the base model's first."""
-    config = one_spelling(MergeConfiguration.model_validate(recipe.content))
-    references = [family.base for family in recipe.families] + config.referenced_models()
-    for reference in dict.fromkeys(map(recipe.known, references)):
+    references = [family.base for family in recipe.families] + recipe.config.referenced_models()
+    for reference in dict.fromkeys(references):
         if reference.model.path in recipe.names:
             continue
         where, place = recipe.place_of(reference), recipe.place(reference)
@@ -131,7 +129,7 @@ def _headers(recipe: Recipe) -> None:
 
 def _chat_template(recipe: Recipe) -> None:
     """The chat template is valid, and there is a tokenizer to write it into."""
-    config = MergeConfiguration.model_validate(recipe.content)
+    config = recipe.config
     if not config.chat_template:
         return
     has_tokenizer = bool(config.tokenizer or config.tokenizer_source)
@@ -162,12 +160,10 @@ def _chat_template(recipe: Recipe) -> None:
 
 def _plan(recipe: Recipe) -> None:
     """Let mergekit plan the merge, and judge its plan."""
-    if recipe.names or not all(model.tensors for model in recipe.looked.models.values()):
+    models = recipe.looked.models
+    if recipe.names or not all(model.tensors for model in models.values()):
         return  # a model is the result of another recipe, or pickled on the Hub: its header is not known yet
-    config = one_spelling(MergeConfiguration.model_validate(recipe.content))
-    spelled = {identity(reference): reference for reference in config.referenced_models()}
-    models = {spelled.get(identity(reference), reference): m for reference, m in recipe.looked.models.items()}
-    plan = dry_plan(config, recipe.options, models, by_name=recipe.by_name)
+    plan = dry_plan(recipe.config, recipe.options, models, by_name=recipe.by_name)
     for finding in plan.problems:
         recipe.add(recipe.place_of(finding.model), finding.message)
     for finding in plan.remarks:
@@ -179,9 +175,10 @@ def _plan(recipe: Recipe) -> None:
         message = f"mergekit's definition of {plan.architecture} leaves out {patterns(plan.lost)} of"
         result = "the merge would load with random weights there"
         recipe.add_if_varm(("merge_method",), f"{message} `{next(iter(models))}`; {result}")
-    if (plan.lost or plan.problems) and not (recipe.by_name or any(by_name.obstacles(recipe.document))):
-        other = dry_plan(config, recipe.options, models, by_name=True)
-        if not (other.problems or other.faults or other.remarks or plan.mixed):
+    may_help = bool(plan.lost or plan.problems) and not recipe.by_name and not plan.is_mixed
+    if may_help and not any(by_name.obstacles(recipe.document)):
+        other = dry_plan(recipe.config, recipe.options, models, by_name=True)
+        if not (other.problems or other.faults or other.remarks):
             advice = by_name.next_step(recipe.document, models, recipe.path, recipe.out)
             recipe.add_if_varm(("merge_method",), advice)
     if not plan.problems:

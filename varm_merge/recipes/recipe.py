@@ -10,6 +10,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import MergeMethodSpec
 from mergekit.options import MergeOptions
+from pydantic import BaseModel
 
 from varm_merge.merging.lineage import Place
 from varm_merge.merging.method import SPEC
@@ -45,7 +46,7 @@ class Recipe:
     Attributes:
         kind: ``yaml``, ``multi`` or ``raw``: which of mergekit's programs reads it.
         names: Of all recipes in the same file; a model may be the result of one of them.
-        spellings: How the recipe spells each model first.
+        config: The recipe as mergekit reads it, with one spelling for each model; None if mergekit refuses it.
     """
 
     document: dict[str, Any]
@@ -61,7 +62,7 @@ class Recipe:
     problems: list[Problem] = field(default_factory=list)
     spec: MergeMethodSpec = SPEC
     families: list[Family] = field(default_factory=list)
-    spellings: dict[tuple[Any, ...], ModelReference] = field(default_factory=dict)
+    config: Any = None
 
     def add(self, path: TreePath, message: str) -> None:
         """Add a problem."""
@@ -95,20 +96,15 @@ class Recipe:
         return RawPyTorchMergeConfig  # type: ignore[no-any-return]
 
     def at(self, path: TreePath) -> Any:
-        """The value of a key or item."""
-        node: Any = self.document
+        """A part of ``config``."""
+        node: Any = self.config
         for part in path:
-            node = node[part]
+            node = getattr(node, str(part)) if isinstance(node, BaseModel) else node[part]
         return node
 
     def reference(self, value: Any) -> ModelReference:
         """A model as mergekit reads it: mergekit-pytorch takes the path of a file as it stands."""
         return ModelReference.model_validate({"model": {"path": value}} if self.kind == "raw" else value)
-
-    def known(self, value: Any) -> ModelReference:
-        """A model, spelled as the recipe spells it first."""
-        reference = self.reference(value)
-        return self.spellings.setdefault(identity(reference), reference)
 
     def place(self, reference: ModelReference) -> Place:
         """The folder or Hub id of a model."""

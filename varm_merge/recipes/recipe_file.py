@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
 from pydantic import BaseModel
 
 from varm_common.errors import UserError
@@ -112,7 +111,7 @@ def identity(reference: ModelReference) -> tuple[Any, ...]:
     return (*paths, reference.override_architecture)
 
 
-def one_spelling(config: MergeConfiguration) -> MergeConfiguration:
+def one_spelling(config: Any) -> Any:
     """The recipe with one path for each folder (the base model's, if it has one): mergekit compares paths."""
     known: dict[Any, ModelReference] = {}
 
@@ -126,8 +125,7 @@ def one_spelling(config: MergeConfiguration) -> MergeConfiguration:
         return [replaced(part) for part in value] if isinstance(value, list) else value
 
     replaced(config.base_model)
-    result: MergeConfiguration = replaced(config)
-    return result
+    return replaced(config)
 
 
 def overwritten(document: Mapping[str, Any], out: Path, raw: bool) -> Iterator[tuple[TreePath, str]]:

@@ -12,12 +12,13 @@ from typing import Any, get_args
 import pydantic
 from mergekit import merge_methods
 from mergekit.common import ModelReference
-from mergekit.config import ConditionalParameter
+from mergekit.config import ConditionalParameter, InputSliceDefinition
 from mergekit.merge_methods import BasePolicy, ParameterScope
 from mergekit.merge_methods.base import ParameterSpec
 
 from varm_merge.merging.method import SPEC
 from varm_merge.recipes.recipe import Family, Recipe
+from varm_merge.recipes.recipe_file import one_spelling
 from varm_merge.recipes.yaml_lines import DUPLICATE, KEY, nodes
 from varm_merge.recipes.yaml_lines import Path as TreePath
 
@@ -27,16 +28,6 @@ FLOATS = ("float16", "bfloat16", "float32", "float64")
 """The floating dtypes that mergekit takes."""
 CHECKED_FIRST = ("merge_method", "dtype", "out_dtype")
 """Keys that are judged before mergekit's definition of a recipe."""
-KINDS = {
-    "list_type": "a list",
-    "tuple_type": "a list of two",
-    "dict_type": "a mapping",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-}
-"""What is expected, by pydantic's name of the error."""
 
 
 def check_structure(recipe: Recipe) -> None:
@@ -54,9 +45,9 @@ def check_structure(recipe: Recipe) -> None:
     _dtypes(recipe)
     if _mergekit_accepts(recipe):
         for path, node, definition in nodes(recipe.document, recipe.definition):
-            key = "sources" if definition.__name__ == "OutputSliceDefinition" else "models"
-            if node.get(key) is not None:
-                _inputs(recipe, (*path, key), node[key], node.get("base_model") if key == "sources" else None)
+            for key in {"models", "sources"} & definition.model_fields.keys():
+                if node.get(key) is not None:
+                    _inputs(recipe, (*path, key))
 
 
 # Keys and parameters
@@ -133,22 +124,19 @@ def _unused_entries(recipe: Recipe, path: TreePath, name: str, entries: Sequence
 
 
 def _why_invalid(spec: ParameterSpec, value: Any) -> str | None:
-    choices = [choice for choice in get_args(spec.value_type) if isinstance(choice, str)]
-    if choices:
-        if value in choices:
-            return None
-        hint = _suggest(str(value), choices, list_known=False)
-        return f"`{spec.name}` is `{value}`, not one of {', '.join(choices)}{hint}"
-    own = spec in SPEC.parameters
+    is_misread = isinstance(value, bool) and spec.value_type is not bool and spec in SPEC.parameters
     try:
-        if isinstance(value, bool) and spec.value_type is not bool and own:
-            raise ValueError
-        spec.validate(value)
-    except ValueError:
-        limits = {"temperature": "a number > 0", "select_topk": "a number in (0, 1]"} if own else {}
-        kinds = {bool: "true or false", int: "a whole number"}
-        return f"`{spec.name}` is `{value}`, not {limits.get(spec.name) or kinds.get(spec.value_type, 'a number')}"
+        spec.validate(str(value) if is_misread else value)  # pydantic takes true for the number 1
+    except pydantic.ValidationError as error:
+        choices = [choice for choice in get_args(spec.value_type) if isinstance(choice, str)]
+        hint = _suggest(str(value), choices, list_known=False)
+        return f"`{spec.name}` is `{value}`, not {_expected(error.errors()[0]['msg'])}{hint}"
     return None
+
+
+def _expected(message: str) -> str:
+    """What pydantic expects, of its message "Input should be a valid number, unable to parse string"."""
+    return message.removeprefix("Input should be ").partition(", unable")[0]
 
 
 def _dtypes(recipe: Recipe) -> None:
@@ -172,9 +160,9 @@ def _suggest(word: str, known: Sequence[str], *, list_known: bool = True) -> str
 
 
 def _mergekit_accepts(recipe: Recipe) -> bool:
-    """Whether mergekit's definition of a recipe fits; if not, its errors are added as problems."""
+    """Let mergekit read the recipe; its errors are added as problems."""
     try:
-        recipe.definition.model_validate(recipe.content)
+        recipe.config = one_spelling(recipe.definition.model_validate(recipe.content))
     except pydantic.ValidationError as error:
         for detail in error.errors(include_url=False):
             path = tuple(detail["loc"])
@@ -189,34 +177,32 @@ def _mergekit_accepts(recipe: Recipe) -> bool:
         recipe.add((), str(error))
         return False
     for path, _, definition in nodes(recipe.document):
-        if definition.__name__ == "InputSliceDefinition":
+        if definition is InputSliceDefinition:
             _layer_range(recipe, (*path, "layer_range"))
     return True
 
 
 def _explained(path: TreePath, kind: str, message: str, value: Any) -> str:
     """An error of pydantic without the names of classes."""
-    where = ".".join(str(part) for part in path)
+    where = ".".join(map(str, path))
     if kind == "missing":
         return f"no `{path[-1]}`" + (f" in `{where.rpartition('.')[0]}`" if path[1:] else "")
+    expected = _expected(message)
     if kind.startswith(("model_", "dataclass_")):
         is_model = path[-1] in ("model", "base_model", "ModelReference")
         expected = "a model: a folder or the id of one on the Hub" if is_model else "a mapping"
-        return f"`{where}` is `{value}`, not {expected}"
-    if kind in KINDS:
-        return f"`{where}` is `{value}`, not {KINDS[kind]}"
-    return f"{where}: {message[0].lower()}{message[1:]}" if where else message
+    elif expected == message:
+        return f"{where}: {message[0].lower()}{message[1:]}" if where else message
+    return f"`{where}` is `{value}`, not {expected}"
 
 
 def _layer_range(recipe: Recipe, path: TreePath) -> None:
     """A ``layer_range`` is [first, end): two whole numbers that count from 0."""
-    span = recipe.at(path)
-    if not (
-        isinstance(span, list)
-        and len(span) == 2
-        and all(type(number) is int for number in span)
-        and 0 <= span[0] < span[1]
-    ):
+    span: Any = recipe.document
+    for part in path:
+        span = span[part]
+    is_pair = isinstance(span, list) and len(span) == 2 and all(type(number) is int for number in span)
+    if not (is_pair and 0 <= span[0] < span[1]):
         expected = "not [first, end): two whole numbers, the first from 0, the end above it"
         recipe.add_if_varm(path, f"`layer_range` is {span}, {expected}")
 
@@ -224,25 +210,24 @@ def _layer_range(recipe: Recipe, path: TreePath) -> None:
 # Models
 
 
-def _inputs(recipe: Recipe, path: TreePath, entries: Sequence[Mapping[str, Any]], slice_base: Any) -> None:
+def _inputs(recipe: Recipe, path: TreePath) -> None:
     """Check one list of models: their number, the base model, no model twice, every required parameter."""
-    spec, contract = recipe.spec, recipe.spec.contract
-    base = slice_base or recipe.document.get("base_model")
+    spec, contract, entries = recipe.spec, recipe.spec.contract, recipe.at(path)
+    base = getattr(recipe.at(path[:-1]), "base_model", None) or recipe.config.base_model
     if base is None and contract.base is BasePolicy.REQUIRED:
         needed = "the pivot that the targets were fine-tuned from" if spec is SPEC else "one"
         recipe.add(("merge_method",), f"no base_model: {spec.name} needs {needed}")
         return
-    models = [recipe.known(entry["model"]) for entry in entries]
-    pivot = None if base is None else recipe.known(base)
+    models = [recipe.reference(entry.model) for entry in entries]
+    pivot = None if base is None else recipe.reference(base)
     merged = models
     if path[-1] == "models" and pivot is not None and pivot not in models:
         merged = [*models, pivot]  # as mergekit does
-    _required_parameters(recipe, path, entries, merged, pivot)
+    _required_parameters(recipe, path, merged, pivot)
     for index, model in enumerate(models):
         if model in models[:index]:
             recipe.add((*path, index), f"{model} is listed twice")
-    ranges = [map(int, entry["layer_range"]) for entry in entries if path[-1] == "sources"]
-    if len({end - first for first, end in ranges}) > 1:
+    if path[-1] == "sources" and len({end - first for first, end in (entry.layer_range for entry in entries)}) > 1:
         recipe.add(path, "the layer_ranges of the sources have different lengths")
     has_base = pivot is not None and contract.base is not BasePolicy.IGNORED
     if spec is SPEC and not {*models} - {pivot}:
@@ -259,24 +244,21 @@ def _inputs(recipe: Recipe, path: TreePath, entries: Sequence[Mapping[str, Any]]
 
 
 def _required_parameters(
-    recipe: Recipe,
-    path: TreePath,
-    entries: Sequence[Mapping[str, Any]],
-    merged: Sequence[ModelReference],
-    pivot: ModelReference | None,
+    recipe: Recipe, path: TreePath, merged: Sequence[ModelReference], pivot: ModelReference | None
 ) -> None:
     """Every parameter without a default is given, for the whole merge or for each model."""
     above = [recipe.at(path[:depth]) for depth in range(len(path))]
-    shared = [mapping.get("parameters") or {} for mapping in above if isinstance(mapping, dict)]
+    shared = {name for mapping in above for name in getattr(mapping, "parameters", None) or ()}
+    own = [entry.parameters or {} for entry in recipe.at(path)]
     for parameter in recipe.spec.parameters:
         name = parameter.name
-        if not parameter.required or any(name in parameters for parameters in shared):
+        if not parameter.required or name in shared:
             continue
         if parameter.scope is ParameterScope.SHARED:
             recipe.add(path, f"{recipe.spec.name} needs the parameter `{name}`")
             continue
         for index, model in enumerate(merged):
-            own = (entries[index].get("parameters") or {}) if index < len(entries) else {}
-            if name not in own and (parameter.scope is ParameterScope.INPUT or model != pivot):
+            is_needed = parameter.scope is ParameterScope.INPUT or model != pivot
+            if is_needed and not (index < len(own) and name in own[index]):
                 reason = "; it is the base_model, and is merged as well" if model == pivot else ""
                 recipe.add((*path, index), f"{model} has no `{name}`, which {recipe.spec.name} needs{reason}")

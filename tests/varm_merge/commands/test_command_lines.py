@@ -59,6 +59,7 @@ def test_what_takes_long_can_be_quiet_or_verbose(program: str, words: list[str],
     assert words[-1] in short or {"-q", "--quiet", "-v", "--verbose"} <= flags
 
 
+@pytest.mark.slow
 def test_quiet_shows_no_progress(fusion: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY"):
         monkeypatch.setenv(name, "")  # the command's own settings end with the test
@@ -89,6 +90,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "typed", "completed"), [("varm-merge", "ins", "inspect"), ("fusion-trainer", "ext", "extract")]
 )

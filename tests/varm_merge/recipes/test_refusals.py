@@ -6,8 +6,8 @@ import re
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner, Result
+from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
 from mergekit.scripts.run_yaml import main as mergekit_yaml
-from programs import BIN, tree
+from programs import tree, wait_for
 from safetensors.torch import load_file, save_file
 from tiny_models import Family
 
@@ -78,8 +79,9 @@ def with_biases(family: Family, folder: Path, *indices: int) -> Family:
 BIASES = "`model.layers.*.self_attn.q_proj.bias` (2): 2 tensors"
 
 
+@pytest.mark.slow
 def test_tensors_of_the_pivot_that_no_definition_names_are_not_lost(
-    family: Callable[..., Family], tmp_path: Path
+    family: Callable[..., Family], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = with_biases(family("llama"), tmp_path, 0, 1, 2)
     text = runs.recipe(models, "dtype: float32", granularity="layer")
@@ -88,11 +90,19 @@ def test_tensors_of_the_pivot_that_no_definition_names_are_not_lost(
     check, _ = both(text, out)
     commands = [line.strip() for line in check.output.splitlines() if line.startswith("      ")]
     assert [command.split()[0] for command in commands] == ["varm-merge", "printf"]
+    programs = {"varm-merge": main, "mergekit-pytorch": mergekit_pytorch}
+    for program in programs:
+        (tmp_path / program).write_text('#!/bin/sh\nprintf "%s\\n" "$0" "$@"\n')
+        (tmp_path / program).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    monkeypatch.chdir(tmp_path)
     for number, command in enumerate(commands):  # the next steps work as they are printed
-        place = tmp_path / str(number)
-        place.mkdir()
-        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
-        subprocess.run(["bash", "-ec", command], cwd=place, check=True, env=environment, capture_output=True)
+        shell = subprocess.run(
+            ["bash", "-ec", command], check=True, env=environment, capture_output=True, text=True
+        )
+        program, *arguments = shell.stdout.splitlines()
+        done = CliRunner().invoke(programs[Path(program).name], arguments)
+        assert done.exit_code == 0, done.output
         written = load_file(out / "model.safetensors")
         assert written.keys() == load_file(models.pivot / "model.safetensors").keys()
         named = [target / "model.safetensors" if number else target for target in models.targets]
@@ -200,6 +210,7 @@ def loaded(folder: Path) -> tuple[transformers.PreTrainedModel, dict[str, Any]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spans", [[(0, 3)], [(0, 3), (1, 4)], [(1, 2), (0, 1), (2, 4)]], ids=str)
 @pytest.mark.parametrize("config", DEEP)
 def test_a_merge_has_the_layers_of_its_slices_and_a_config_that_tells_of_them(
@@ -224,6 +235,7 @@ def test_a_merge_has_the_layers_of_its_slices_and_a_config_that_tells_of_them(
         assert torch.equal(tensor, own_state[".".join(parts)]), name
 
 
+@pytest.mark.slow
 def test_layers_that_the_config_cannot_tell_of_are_refused(tmp_path: Path) -> None:
     """Every other layer of this model has experts, by number; in the slices two such layers are neighbours."""
     config = transformers.Llama4TextConfig(**SIZE, **MOE, intermediate_size_mlp=24, moe_layers=[1, 3])
@@ -232,6 +244,7 @@ def test_layers_that_the_config_cannot_tell_of_are_refused(tmp_path: Path) -> No
     refused(sliced(models, (0, 3), (1, 4)), tmp_path / "out", *told, line=4)
 
 
+@pytest.mark.slow
 def test_a_vocabulary_that_the_config_does_not_tell_of_is_refused(mistral: Family, tmp_path: Path) -> None:
     wide = tiny_models.save_family(tmp_path / "wide", "mistral", vocab_size=tiny_models.VOCABULARY + 2)
     text = runs.recipe(Family(wide.pivot, (wide.targets[0], mistral.targets[0])))
@@ -247,6 +260,7 @@ def test_a_vocabulary_that_the_config_does_not_tell_of_is_refused(mistral: Famil
     assert loaded(out)[1] == {}
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_leaves_a_tensor_behind_is_refused(tmp_path: Path) -> None:
     config = tiny_models.CONFIGS["bart"]()
     models = models_of(config, tmp_path, cls=transformers.AutoModelForSeq2SeqLM)
@@ -317,6 +331,7 @@ def test_by_names_a_target_of_another_layout_is_refused(
         assert told in " ".join(result.output.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_counters_keep_their_dtype_and_are_the_pivots(dtype: str, tmp_path: Path) -> None:
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
@@ -334,6 +349,7 @@ def test_counters_keep_their_dtype_and_are_the_pivots(dtype: str, tmp_path: Path
     assert all(tensor.dtype == torch.int64 and tensor.item() == 100001 for tensor in counters.values())
 
 
+@pytest.mark.slow
 def test_mergekit_pytorch_is_not_named_where_experts_are_packed(tmp_path: Path) -> None:
     """It knows no config, and so not which rows of the pack are of the gate."""
     experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8}
@@ -376,6 +392,7 @@ def int8(tensors: dict[str, torch.Tensor]) -> None:
 CODES = {"gptq": gptq, "fp8": fp8, "bitsandbytes": bnb, "int8": int8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [True, False], ids=["in the config", "not in the config"])
 @pytest.mark.parametrize("method", CODES)
 @pytest.mark.parametrize("which", ["all", "one"])
@@ -489,6 +506,7 @@ def test_an_adapter_in_the_output_is_not_left_to_be_loaded(mistral: Family, tmp_
     assert tree(out) == before
 
 
+@pytest.mark.slow
 def test_code_of_the_base_models_own_is_copied(mistral: Family, tmp_path: Path) -> None:
     paths = [shutil.copytree(path, tmp_path / path.name) for path in (mistral.pivot, *mistral.targets)]
     for path in paths:
@@ -523,35 +541,60 @@ def test_a_relative_folder_is_no_model_of_the_hub(
     assert "https://huggingface.co/models/" not in (tmp_path / "out" / "README.md").read_text()
 
 
-def big_recipe(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def big_recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A merge of some seconds, in many shards."""
     wide = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12}
-    models = tiny_models.save_family(folder / "big", "mistral", **wide)
-    (folder / "recipe.yaml").write_text(runs.recipe(models, granularity="layer"))
-    return folder / "recipe.yaml"
+    models = tiny_models.save_family(tmp_path_factory.mktemp("big"), "mistral", **wide)
+    return runs.recipe(models, granularity="layer")
 
 
+MERGES = """
+import json, os, signal, sys
+import torch, transformers
+from mergekit.scripts.run_yaml import main
+for line in sys.stdin:
+    if (merge := os.fork()) == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background shell
+        main(json.loads(line))
+    print(merge, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(merge, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def merges() -> Iterator[subprocess.Popen[str]]:
+    """mergekit-yaml as processes that begin at once: forks of one that has imported everything."""
+    with subprocess.Popen(
+        [sys.executable, "-c", MERGES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        yield server
+        assert server.stdin
+        server.stdin.close()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [False, True], ids=["new folder", "folder with files"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda one: one.name)
-def test_a_stopped_merge_leaves_what_was_there(number: signal.Signals, before: bool, tmp_path: Path) -> None:
-    recipe, out = big_recipe(tmp_path), tmp_path / "deep" / "er" / "out"
+def test_a_stopped_merge_leaves_what_was_there(
+    number: signal.Signals, before: bool, big_recipe: str, merges: "subprocess.Popen[str]", tmp_path: Path
+) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "deep" / "er" / "out"
+    recipe.write_text(big_recipe)
     if before:
         out.mkdir(parents=True)
         for name in ("model.safetensors", "notes.txt", "varm_weights.json"):
             (out / name).write_text("mine")
     kept = tree(tmp_path)
-    command = [BIN / "mergekit-yaml", recipe, out, "--quiet", "--out-shard-size", "100K"]
-    running = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    assert merges.stdin
+    assert merges.stdout
+    print(
+        json.dumps([str(recipe), str(out), "--quiet", "--out-shard-size", "100K"]), file=merges.stdin, flush=True
     )
-    while not any(out.glob(".*/*/model-2.safetensors")):
-        assert running.poll() is None, running.stderr and running.stderr.read()
-        time.sleep(0.001)
-    running.send_signal(number)
-    assert running.wait(60) != 0
+    process = int(merges.stdout.readline())
+    wait_for(lambda: any(out.glob(".*/*/model-2.safetensors")), process)
+    os.kill(process, number)
+    assert int(merges.stdout.readline()) != 0
     assert tree(tmp_path) == kept
     assert (tmp_path / "deep").exists() == before
 
@@ -559,6 +602,7 @@ def test_a_stopped_merge_leaves_what_was_there(number: signal.Signals, before: b
 # Numbers
 
 
+@pytest.mark.slow
 def test_a_result_beyond_its_dtype_names_tensor_and_line(mistral: Family, tmp_path: Path) -> None:
     paths = [shutil.copytree(path, tmp_path / path.name) for path in (mistral.pivot, *mistral.targets)]
     for path in paths:
@@ -650,6 +694,7 @@ def test_a_model_of_another_architecture_by_name_only_is_refused(mistral: Family
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lines", [[], ["tokenizer: {source: base}"]], ids=["copied", "made"])
 def test_a_chat_template_is_one_and_arrives(lines: list[str], mistral: Family, tmp_path: Path) -> None:
     pivot, out = shutil.copytree(mistral.pivot, tmp_path / "pivot"), tmp_path / "out"
@@ -705,6 +750,7 @@ def test_a_full_disk_is_a_sentence(mistral: Family, tmp_path: Path, monkeypatch:
 # Options
 
 
+@pytest.mark.slow
 def test_adapters_are_checked_inspected_and_merged(family: Callable[..., Family], tmp_path: Path) -> None:
     pivot = family("llama").pivot
     adapters = [tiny_models.save_adapter(pivot, tmp_path / f"lora{seed}", seed) for seed in (1, 2)]
@@ -766,6 +812,7 @@ UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", UNFIT)
 def test_an_adapter_that_does_not_fit_is_told_before_the_merge(
     fault: str, mistral: Family, tmp_path: Path
@@ -782,6 +829,7 @@ def test_an_adapter_that_does_not_fit_is_told_before_the_merge(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["adapter", "base"])
 def test_a_kept_merge_of_an_adapter_is_of_that_adapter_and_base(
     what: str, mistral: Family, tmp_path: Path
@@ -810,6 +858,7 @@ def test_a_kept_merge_of_an_adapter_is_of_that_adapter_and_base(
     assert "does not record its parents" in check.output
 
 
+@pytest.mark.slow
 def test_crimes_are_allowed_where_mergekit_allows_them(family: Callable[..., Family], tmp_path: Path) -> None:
     mistral, llama = family("mistral"), family("llama")
     shapes = {name: tensor.shape for name, tensor in load_file(mistral.pivot / "model.safetensors").items()}
@@ -839,6 +888,7 @@ def written(folder: Path, text: str) -> list[str]:
     return [str(folder / "filters.yaml")]
 
 
+@pytest.mark.slow
 def test_names_that_transformers_converts_are_no_problem(family: Callable[..., Family], tmp_path: Path) -> None:
     """A Mixtral of which one target is packed, as ``state_dict()`` has it."""
     models = family("mixtral")

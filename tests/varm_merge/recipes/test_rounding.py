@@ -48,6 +48,7 @@ def remarks(models: Family, folder: Path, *lines: str) -> tuple[str, str]:
     return check.stdout, "\n".join(json.loads(inspected.stdout)["remarks"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", ["", "self_attn"])
 @pytest.mark.parametrize(
     ("dtype", "lines", "pickled"),
@@ -78,6 +79,7 @@ def test_a_light_fine_tune_in_16_bits_is_remarked_on(
             assert float(line.split("%")[0].split()[-1]) == pytest.approx(100 * share, abs=3)
 
 
+@pytest.mark.slow
 def test_what_is_no_rounding_is_not_remarked_on(tmp_path: Path) -> None:
     for number, (step, pivot, target) in enumerate(
         (
@@ -97,6 +99,7 @@ def test_the_recipe_that_rounds_float32_targets_is_told_so(tmp_path: Path) -> No
         assert "`dtype: bfloat16` rounds it; merge with `dtype: float32` and `out_dtype: bfloat16`" in said
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.floats(-100, 100, width=32), st.floats(-100, 100, width=32)), min_size=1, max_size=40)
 )
