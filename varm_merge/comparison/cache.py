@@ -1,27 +1,33 @@
-"""The folder of a comparison: its lock, the results of finished steps, and the hashes of files."""
+"""The folder of a comparison: its lock, the results of finished steps, and the models in it."""
 
 import fcntl
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from varm_common.errors import UserError
-from varm_common.files import write_whole
+from varm_common.files import fingerprint, sha256_of, write_whole
 
-__all__ = ["RECIPE", "Hashes", "Steps", "demand_folder", "is_a_merge", "locked", "model_files", "remove"]
+__all__ = [
+    "RECIPE",
+    "Steps",
+    "content_of",
+    "demand_folder",
+    "is_a_merge",
+    "locked",
+    "model_files",
+    "remove",
+    "state_of",
+]
 
 MARKER = ".varm-merge-compare"
 MARK = "A comparison by varm-merge compare lies in this folder: it writes, replaces and removes files here.\n"
 """The content of the marker file, which is also the lock. Only a folder with this marker is written to."""
 MODEL_FILES = {".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".tiktoken", ".py"}
 """Suffixes of weights, configs, tokenizers and code; not of the README."""
-BLOCK_BYTES = 1 << 20
 RECIPE = "mergekit_config.yml"
 """The recipe in the folder of a merged model."""
 
@@ -105,51 +111,24 @@ class Steps:
             return {}
 
 
-class Hashes:
-    """SHA-256 of files, stored in the file ``path``. A file of the same size and time is not read again."""
+def state_of(files: Iterable[Path]) -> str:
+    """A fingerprint of files by name, size and time: it changes when one of them is written.
 
-    def __init__(self, path: Path, quiet: bool = True) -> None:
-        self.path, self.quiet = path, quiet
-        self.read: set[Path] = set()
-        """The files that this process has read."""
-        self._known: dict[str, list[Any]] = {}
-        with suppress(OSError, ValueError, TypeError):
-            self._known = dict(json.loads(path.read_text(encoding="utf-8")))
+    Raises:
+        UserError: One cannot be read.
+    """
+    try:
+        states = [
+            (file.name, status.st_size, status.st_mtime_ns) for file in sorted(files) if (status := file.stat())
+        ]
+    except OSError as error:
+        raise UserError(f"`{error.filename}` cannot be read: {error.strerror}") from error
+    return fingerprint(states)
 
-    def fingerprint(self, files: Iterable[Path]) -> str:
-        """SHA-256 over the names and contents of files.
 
-        Raises:
-            UserError: One cannot be read.
-        """
-        hashes, before = [], dict(self._known)
-        try:
-            for file in sorted(files):
-                status, key = file.stat(), str(file.resolve())
-                stamp = [status.st_size, status.st_mtime_ns]
-                if self._known.get(key, [])[:2] != stamp:
-                    self._known[key] = [*stamp, self._sha256(file)]
-                hashes.append([file.name, self._known[key][2]])
-        except OSError as error:
-            raise UserError(f"`{error.filename}` cannot be read: {error.strerror}") from error
-        if self._known != before:
-            write_whole(self.path, json.dumps(self._known, indent=1))
-        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-
-    def read_once(self, files: Iterable[Path]) -> None:
-        """Read the files that this process has not read yet, so that they are in the page cache."""
-        for file in files:
-            if file.resolve() not in self.read:
-                self._sha256(file)
-
-    def _sha256(self, file: Path) -> str:
-        digest = hashlib.sha256()
-        bar = {"desc": f"read {file.name}", "leave": False, "delay": 1, "disable": self.quiet}
-        with file.open("rb") as raw, tqdm.wrapattr(raw, "read", total=file.stat().st_size, **bar) as opened:
-            while block := opened.read(BLOCK_BYTES):
-                digest.update(block)
-        self.read.add(file.resolve())
-        return digest.hexdigest()
+def content_of(files: Iterable[Path]) -> str:
+    """A fingerprint of files by name and content."""
+    return fingerprint([(file.name, sha256_of(file)) for file in sorted(files)])
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -80,47 +80,38 @@ class Family:
         return (self.pivot, *self.targets)
 
 
-@dataclass(frozen=True)
-class _Published:
-    """Settings of a method, and who published them."""
-
-    parameters: Mapping[str, Any]
-    source: str
-
-
-PUBLISHED = {
-    "linear": _Published({"weight": 1.0}, "equal shares"),
-    "multislerp": _Published({"weight": 1.0}, "equal shares, without a base model"),
-    "nuslerp": _Published({"weight": 1.0}, "equal shares, without a base model"),
-    "slerp": _Published({"t": 0.5}, "halfway"),
-    "nearswap": _Published({"t": 0.0001}, "t of the merge it was published with (QuartetAnemoi-70B-t0.0001)"),
-    "task_arithmetic": _Published(
-        {"weight": 0.4}, "0.4 of each task vector, as Yadav et al. 2023 use it without validation"
+PUBLISHED: dict[str, tuple[dict[str, Any], str]] = {
+    "linear": ({"weight": 1.0}, "equal shares"),
+    "multislerp": ({"weight": 1.0}, "equal shares, without a base model"),
+    "nuslerp": ({"weight": 1.0}, "equal shares, without a base model"),
+    "slerp": ({"t": 0.5}, "halfway"),
+    "nearswap": ({"t": 0.0001}, "t of the merge it was published with (QuartetAnemoi-70B-t0.0001)"),
+    "task_arithmetic": (
+        {"weight": 0.4},
+        "0.4 of each task vector, as Yadav et al. 2023 use it without validation",
     ),
-    "ties": _Published(
-        {"weight": 1.0, "density": 0.2}, "the top 20 % of each task vector, λ = 1: Yadav et al. 2023"
-    ),
-    "sce": _Published({"select_topk": 0.1}, "the top 10 % of the elements: FuseChat-7B v2"),
+    "ties": ({"weight": 1.0, "density": 0.2}, "the top 20 % of each task vector, λ = 1: Yadav et al. 2023"),
+    "sce": ({"select_topk": 0.1}, "the top 10 % of the elements: FuseChat-7B v2"),
     **dict.fromkeys(
         ("dare_ties", "dare_linear"),
-        _Published(
+        (
             {"weight": 1.0, "density": 0.5, "normalize": True},
             "half of each task vector dropped, weights normalised: FuseChat-7B v1; equal shares",
         ),
     ),
     **dict.fromkeys(
         ("della", "della_linear"),
-        _Published({"weight": 1.0, "density": 0.5, "normalize": True}, "density as for DARE; equal shares"),
+        ({"weight": 1.0, "density": 0.5, "normalize": True}, "density as for DARE; equal shares"),
     ),
     **dict.fromkeys(
         ("breadcrumbs", "breadcrumbs_ties"),
-        _Published(
+        (
             {"weight": 1.0, "density": 0.9, "gamma": 0.01, "normalize": True},
             "density and gamma that mergekit's guide recommends; equal shares",
         ),
     ),
 }
-"""The parameters that the recipe of a method gets; the other methods get none."""
+"""The parameters that the recipe of a method gets, and who published them; the other methods get none."""
 WITHOUT_BASE = {"multislerp", "nuslerp"}
 """With a base model, these merge task vectors, which is another method."""
 INPUTS = {"merge_method", "base_model", "models", "slices", "modules", "parameters", "name"}
@@ -268,16 +259,17 @@ def _method_entry(method: str, base: str, models: Sequence[str], kept: Mapping[s
             f"one of {', '.join(get_args(Granularity))}"
         )
     content = {**_merged_models(known[name], base, models), **kept}
-    published = PUBLISHED.get(name, _Published({}, "mergekit's own defaults" if name != METHOD_NAME else ""))
-    parameters = {"granularity": granularity or "matrix"} if name == METHOD_NAME else dict(published.parameters)
+    parameters, source = PUBLISHED.get(name, ({}, "mergekit's own defaults"))
+    if name == METHOD_NAME:
+        parameters, source = {"granularity": granularity or "matrix"}, ""
     if parameters:
         content["parameters"] = parameters
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     path = folder / f"{_file_name(method)}.yaml"
-    if published.source:
-        text = f"# {method}: {published.source}.\n{text}"
+    if source:
+        text = f"# {method}: {source}.\n{text}"
     write_whole(path, text)
-    return Entry(_file_name(method), path, text, published.source)
+    return Entry(_file_name(method), path, text, source)
 
 
 def _merged_models(spec: MergeMethodSpec, base: str, models: Sequence[str]) -> dict[str, Any]:

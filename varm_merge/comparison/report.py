@@ -9,10 +9,10 @@ from varm_common.files import write_whole
 from varm_common.process_usage import table as markdown_table
 from varm_common.standard_errors import NOISE
 from varm_merge.comparison import columns, plots
-from varm_merge.comparison.columns import ALL, Column, Row, get
+from varm_merge.comparison.columns import ALL, Cell, Column, Row, get
 from varm_merge.inspection import page
 
-__all__ = ["Cell", "Table", "markdown", "problems", "tables", "terminal", "write_page", "write_report"]
+__all__ = ["Table", "markdown", "problems", "tables", "terminal", "write_page", "write_report"]
 
 MARKED = (
     "The best of a column is marked; a held-out score or a task's only if it differs from every other by more "
@@ -30,15 +30,6 @@ TO_TARGETS = (
     ),
 )
 """Name, title, note, format, and which end is better."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number as text, the number it is sorted by, and whether it is the best of its column."""
-
-    text: str
-    value: float | None
-    best: bool
 
 
 @dataclass(frozen=True)
@@ -69,11 +60,11 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
             "‖pivot‖. Sign agreement: of the elements that a target moved, the share that the merge moved in the "
             f"same direction; the mean over the targets. {MARKED}",
             [
-                *columns.cost_columns(rows),
+                *columns.costs(rows),
                 columns.to_pivot(),
                 columns.sign_agreement(),
                 *scores,
-                *columns.main_task_columns(rows),
+                *columns.task_measures(rows, main=True),
             ],
             rows,
         ),
@@ -106,7 +97,7 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
             "tasks",
             "Tasks, all metrics",
             f"By lm-evaluation-harness, ± its standard error. {MARKED}",
-            columns.task_columns(rows),
+            columns.task_measures(rows),
             rows,
         ),
     ]
@@ -114,16 +105,8 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
 
 
 def _table(name: str, title: str, note: str, shown: Sequence[Column], rows: Sequence[Row]) -> Table:
-    best = [column.best(rows) for column in shown]
-
-    def cells(row: Row) -> list[Cell]:
-        values = [column.value(row) for column in shown]
-        return [
-            Cell(column.shown(row), value, value is not None and value == top)
-            for column, value, top in zip(shown, values, best, strict=True)
-        ]
-
-    lines = [(row["name"], _role(row), cells(row)) for row in rows]
+    cells = list(zip(*(column.cells(rows) for column in shown), strict=True)) if shown else [()] * len(rows)
+    lines = [(row["name"], _role(row), list(own)) for row, own in zip(rows, cells, strict=True)]
     return Table(name, title, note, ["model", *(column.title for column in shown)], lines)
 
 
@@ -238,21 +221,20 @@ def write_page(report: Mapping[str, Any], path: Path) -> None:
 
 
 def _plots(rows: Sequence[Row]) -> list[plots.Plot]:
-    distance, loss = columns.to_pivot().value, columns.loss(ALL, "").value
+    distances, losses = columns.to_pivot().cells(rows), columns.loss(ALL, "").cells(rows)
     points = [
-        plots.Point(row["name"], row["role"], x, y)
-        for row in rows
-        if (x := distance(row)) is not None and (y := loss(row)) is not None
+        plots.Point(row["name"], row["role"], distance.value, loss.value)
+        for row, distance, loss in zip(rows, distances, losses, strict=True)
+        if distance.value is not None and loss.value is not None
     ]
     title = "Held-out loss against distance to the pivot"
     drawn = [plots.scatter(title, "distance to the pivot", "nats per byte", points)] if len(points) > 1 else []
-    costs = zip(("Time, s", "Peak anonymous memory, MiB"), columns.cost_columns(rows), strict=False)
-    for title, column in [*costs, *((column.title, column) for column in columns.main_task_columns(rows))]:
-        error = column.error or (lambda _row: None)
+    costs = zip(("Time, s", "Peak anonymous memory, MiB"), columns.costs(rows), strict=False)
+    for title, column in [*costs, *((column.title, column) for column in columns.task_measures(rows, main=True))]:
         bars = [
-            plots.Bar(row["name"], row["role"], value, error(row) or 0.0)
-            for row in rows
-            if (value := column.value(row)) is not None
+            plots.Bar(row["name"], row["role"], cell.value, cell.error or 0.0)
+            for row, cell in zip(rows, column.cells(rows), strict=True)
+            if cell.value is not None
         ]
         drawn.append(plots.bars(title, bars))
     return drawn

@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -18,11 +18,11 @@ from mergekit.common import ModelReference
 
 from varm_common.checkpoints import weight_files
 from varm_common.errors import UserError
-from varm_common.files import sync_tree
+from varm_common.files import sha256_of, sync_tree
 from varm_common.process_usage import MEMORY, CommandError, machine, measured
 from varm_common.tables import size
 from varm_common.versions import versions
-from varm_merge.comparison.cache import RECIPE, Hashes, Steps, is_a_merge, model_files, remove
+from varm_merge.comparison.cache import RECIPE, Steps, content_of, is_a_merge, model_files, remove, state_of
 from varm_merge.comparison.distances import distances, moved_layers
 from varm_merge.comparison.recipes import Entry, Family, short_names
 from varm_merge.comparison.scores import Scorers, differences, environment, text_config
@@ -67,7 +67,6 @@ class _Comparison:
         self.settings, self.command, self.out = settings, command, settings.out
         self.models, self.logs = self.out / "models", self.out / "logs"
         self.steps = Steps(self.out / "steps")
-        self.hashes = Hashes(self.out / "steps" / "contents.json", settings.quiet)
         self.scorers = Scorers(
             self.out / "work", settings.device, settings.trust_remote_code, settings.tasks is not None
         )
@@ -121,7 +120,7 @@ class _Comparison:
         inputs = {model: self._fingerprint(model) for model in entry.models}
         for model in entry.tokenizers:  # only its tokenizer is used, so nothing is downloaded here
             folder = Path(ModelReference.model_validate(model).model.path)
-            inputs[model] = self.hashes.fingerprint(model_files(folder)) if folder.is_dir() else model
+            inputs[model] = state_of(model_files(folder)) if folder.is_dir() else model
         options = self.settings.merge_options()
         recipe = recipe_fingerprint(entry.content)
         return {"recipe": recipe, "inputs": inputs, "options": options, "versions": versions()}
@@ -148,7 +147,7 @@ class _Comparison:
         folders = [self._folder(str(ModelReference(model=reference.model)))]
         if reference.lora and (adapter := Path(reference.lora.path)).is_dir():
             folders.append(adapter)
-        return self.hashes.fingerprint(file for folder in folders for file in model_files(folder))
+        return state_of(file for folder in folders for file in model_files(folder))
 
     # Before the first merge
 
@@ -160,7 +159,7 @@ class _Comparison:
             self._runs(row)
         rows = [row for row in self.inputs if row.fingerprint] + list(mergeable)
         missing = {kind for row in rows for kind in self._missing(row)}
-        known = {name: tasks.inputs(self.hashes, name) for name in tasks.names} if tasks else {}
+        known = {name: tasks.inputs(name) for name in tasks.names} if tasks else {}
         option = "--held-out"
         try:
             if held_out and "held-out" in missing:
@@ -188,26 +187,25 @@ class _Comparison:
             )
         if sizes:
             self._print(f"{len(due)} to merge; the models take about {size(needed)} in {self.models}")
-        files = [file for row in self.inputs if row.fingerprint for file in model_files(row.folder)]
-        self.hashes.read_once(file for file in files if file.suffix in (".safetensors", ".bin"))
+        self._print("reading the inputs")
+        for row in self.inputs:
+            for file in model_files(row.folder) if row.fingerprint else ():
+                sha256_of(file)
 
     # Merging
 
     def _runs(self, row: Row) -> dict[str, Any]:
-        """The runs of a merge so far, and the fingerprint of the model, which the row gets as well."""
-        record = self.steps.load("merge", row.file, row.inputs) or {"runs": [], "model": ""}
+        """The ``runs`` of a merge so far, the content of its ``model`` and the ``state`` of its files."""
+        record = self.steps.load("merge", row.file, row.inputs) or {"runs": [], "model": "", "state": ""}
         row.fingerprint = record["model"]
         return record
-
-    def _is_there(self, row: Row, fingerprint: str) -> bool:
-        return row.folder.is_dir() and self.hashes.fingerprint(model_files(row.folder)) == fingerprint
 
     def _is_due(self, row: Row, times: int) -> bool:
         """Whether a recipe has run less often, or its model is gone and still needed."""
         record = self._runs(row)
         if len(record["runs"]) < times:
             return True
-        if self._is_there(row, record["model"]):
+        if _is_there(row, record):
             return False
         return self.settings.keep or bool(self._missing(row))
 
@@ -230,12 +228,13 @@ class _Comparison:
             with log.open("a", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(f"$ {shlex.join(command)}\n")
             run = measured(command, log=log, environment=environment(None))
-            if not self._is_there(row, record["model"]):
+            if not _is_there(row, record):
                 (temporary / RECIPE).write_text(row.entry.text, encoding="utf-8")
                 sync_tree(temporary)
                 remove(row.folder)
                 temporary.rename(row.folder)
-                record["model"] = self.hashes.fingerprint(model_files(row.folder))
+                files = model_files(row.folder)
+                record |= {"model": content_of(files), "state": state_of(files)}
         except (CommandError, OSError) as error:
             self._fail(row, f"mergekit-yaml: {_reason(error)} ({log})")
             return
@@ -300,14 +299,14 @@ class _Comparison:
         for task in settings.tasks.names if settings.tasks else ():
             assert settings.tasks
             score = partial(self.scorers.task, settings.tasks, task, row.folder, log)
-            yield f"{TASK}{task}", {**about, **settings.tasks.inputs(self.hashes, task)}, score
+            yield f"{TASK}{task}", {**about, **settings.tasks.inputs(task)}, score
 
     def _log(self, row: Row) -> Path:
         return self.logs / f"{row.file}-evaluation.txt"
 
     def _text_inputs(self) -> dict[str, Any]:
         assert self.settings.held_out
-        return {"pivot": self.inputs[0].fingerprint, **self.settings.held_out.inputs(self.hashes)}
+        return {"pivot": self.inputs[0].fingerprint, **self.settings.held_out.inputs()}
 
     def _distances(self, row: Row) -> dict[str, Any]:
         pivot, *targets = self.inputs
@@ -350,6 +349,11 @@ class _Comparison:
     def _print(self, message: str) -> None:
         if not self.settings.quiet:
             click.echo(message, err=True)
+
+
+def _is_there(row: Row, record: Mapping[str, Any]) -> bool:
+    """Whether the model of a merge is there as it was written."""
+    return row.folder.is_dir() and state_of(model_files(row.folder)) == record.get("state")
 
 
 def _described(row: Row, rows: Sequence[Row]) -> dict[str, Any]:

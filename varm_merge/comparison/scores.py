@@ -16,7 +16,7 @@ from typing import Any
 from varm_common.forked import run_forked, run_module
 from varm_common.standard_errors import difference
 from varm_merge.comparison import tasks
-from varm_merge.comparison.cache import Hashes
+from varm_merge.comparison.cache import state_of
 from varm_merge.comparison.tasks import Tasks
 
 __all__ = ["HeldOut", "Scorers", "differences", "environment", "text_config"]
@@ -40,14 +40,14 @@ class HeldOut:
     data: tuple[str, ...]
     template: str | None = None
 
-    def inputs(self, hashes: Hashes) -> dict[str, Any]:
+    def inputs(self) -> dict[str, Any]:
         """What the prepared text depends on, besides the pivot."""
 
         def content(name: str) -> str:
             path = Path(name)
             if path.is_dir():
-                return hashes.fingerprint(file for file in path.rglob("*") if file.is_file())
-            return hashes.fingerprint([path]) if path.is_file() else name
+                return state_of(file for file in path.rglob("*") if file.is_file())
+            return state_of([path]) if path.is_file() else name
 
         return {
             "data": [content(name) for name in self.data],

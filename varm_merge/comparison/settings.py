@@ -13,21 +13,7 @@ __all__ = ["Row", "Settings"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How recipes are compared.
-
-    Attributes:
-        out: The folder of the report.
-        repeat: How many times each recipe is merged.
-        keep: Whether the merged models stay in the folder.
-        device: ``cpu`` or ``cuda``. By default mergekit's own for merges, and a GPU, if there is one, for scores.
-        seed: For methods that drop elements at random.
-        mergekit: More options of mergekit-yaml.
-        held_out: Text to score the models on.
-        tasks: Tasks of lm-evaluation-harness.
-        cache_dir: Where models from the Hub are stored.
-        trust_remote_code: Whether code of the model repositories may run.
-        quiet: Print no progress.
-    """
+    """How recipes are compared: the options of ``varm-merge compare``."""
 
     out: Path
     repeat: int = 1

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from varm_common.errors import UserError
-from varm_merge.comparison.cache import Hashes
+from varm_merge.comparison.cache import state_of
 
 __all__ = ["PRELOAD", "Tasks", "check", "evaluate", "measures"]
 
@@ -51,7 +51,7 @@ class Tasks:
         if any(find_spec(name) is None for name in ("lm_eval", "peft")):
             raise UserError("--tasks needs lm-evaluation-harness: pip install 'varm-merge[eval]'")
 
-    def inputs(self, hashes: Hashes, task: str) -> dict[str, Any]:
+    def inputs(self, task: str) -> dict[str, Any]:
         """What the scores of a task depend on, besides the model: settings, files, and the harness."""
         settings = {name: value for name, value in asdict(self).items() if name not in ("names", "include_path")}
         own_folder = Path(task).parent if task.endswith(".yaml") else None
@@ -63,7 +63,7 @@ class Tasks:
             harness = version(HARNESS)
         except PackageNotFoundError:
             harness = "not installed"
-        local = hashes.fingerprint(files) if files else None
+        local = state_of(files) if files else None
         return {"task": task, "local": local, "settings": settings, HARNESS: harness}
 
 

@@ -127,7 +127,7 @@ def stamps(folder: Path, *without: str) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files}
 
 
-REPORTS = ("report.json", "report.md", "report.html", ".varm-merge-compare", "contents.json")
+REPORTS = ("report.json", "report.md", "report.html", ".varm-merge-compare")
 
 
 # One comparison, of everything

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -33,7 +34,7 @@ from varm_common.errors import UserError
 from varm_common.files import write_whole
 from varm_common.process_usage import CommandError, Run, measured
 from varm_merge.cli import main
-from varm_merge.comparison.cache import Hashes, Steps, demand_folder, locked
+from varm_merge.comparison.cache import Steps, demand_folder, locked, state_of
 from varm_merge.comparison.distances import distances, moved_layers
 from varm_merge.comparison.recipes import Entry, check, entries, family, short_names
 from varm_merge.comparison.scores import Scorers
@@ -381,7 +382,7 @@ def test_a_tasks_fingerprint_covers_its_data_and_runs_none_of_its_code(tmp_path:
     (folder / "utils.py").write_text("raise SystemExit\n")
 
     def about() -> dict[str, Any]:
-        return Tasks(("mine",), folder).inputs(Hashes(tmp_path / "contents.json"), "mine")
+        return Tasks(("mine",), folder).inputs("mine")
 
     first = about()
     assert about() == first
@@ -417,7 +418,7 @@ def test_a_tasks_fingerprint_covers_includes_folders_and_patterns(
         Path(file).write_text("{}\n")
 
     def about(task: str) -> dict[str, Any]:
-        return Tasks((task,), Path("tasks")).inputs(Hashes(tmp_path / "contents.json"), task)
+        return Tasks((task,), Path("tasks")).inputs(task)
 
     first = [about("mine"), about("tasks/mine.yaml")]
     assert [about("mine"), about("tasks/mine.yaml")] == first
@@ -560,19 +561,22 @@ def test_a_record_counts_only_for_what_it_depends_on(tmp_path: Path) -> None:
         assert steps.load("merge", "a/b", {"recipe": "x", "inputs": ["1"]}) is None
 
 
-def test_contents_are_read_once_and_again_when_they_change(tmp_path: Path) -> None:
-    file, known = tmp_path / "a.bin", tmp_path / "known.json"
+def test_the_state_of_files_changes_when_one_is_written_or_renamed(tmp_path: Path) -> None:
+    file, other = tmp_path / "a.bin", tmp_path / "b.bin"
     file.write_bytes(b"one")
-    first = Hashes(known).fingerprint([file])
-    again = Hashes(known)
-    assert again.fingerprint([file]) == first
-    assert not again.read
+    other.write_bytes(b"other")
+    states = [state_of([file, other])]
+    assert state_of([other, file]) == states[0]
     file.write_bytes(b"two, longer")
-    assert Hashes(known).fingerprint([file]) != first
-    known.write_text("broken")
-    assert Hashes(known).fingerprint([file]) != first
+    states.append(state_of([file, other]))
+    status = file.stat()
+    file.write_bytes(b"another two")  # as long
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    states.append(state_of([file, other]))
+    states.append(state_of([file.rename(tmp_path / "c.bin"), other]))
+    assert len({*states}) == 4
     with pytest.raises(UserError, match="cannot be read: No such file"):
-        Hashes(known).fingerprint([tmp_path / "nowhere"])
+        state_of([tmp_path / "nowhere"])
 
 
 def test_a_full_disk_leaves_no_half_file(small_disk: Callable[[int], Path]) -> None:
