@@ -5,9 +5,8 @@ template's, what the mark replaces is the turn's. So no user can write a text th
 Usually one rendering with all turns marked finds all of them. Where the template does more to answers than trim
 them, each is found by renderings of its own. An answer whose place cannot be proven is refused, not guessed.
 
-An answer begins where the generation prompt ends: what stands between that and its content (the tag that opens
-its reasoning) the model has to write itself. It ends with the marker that follows it. Nothing after that marker
-belongs to it.
+An answer begins where the generation prompt ends: the model has to write everything between that and its content
+(the tag that opens its reasoning). It ends with the marker that follows it; nothing after that belongs to it.
 """
 
 import json
@@ -39,7 +38,7 @@ class FoundAnswer:
 
 
 class AnswerFinder:
-    """Finds the answers in one rendered conversation, and what of the conversation is not rendered.
+    """Finds the answers in one rendered conversation, and the parts of the conversation that are not rendered.
 
     Attributes:
         text: The rendering.
@@ -56,8 +55,8 @@ class AnswerFinder:
             messages: The conversation.
 
         Raises:
-            TemplateError: The template refuses the conversation, or writes more than the answer differently when
-                an answer changes.
+            TemplateError: The template refuses the conversation, or changes the text around an answer when the
+                answer changes.
         """
         self._apply, self._markers, self._messages = apply, markers, messages
         contents = "".join(message.content for message in messages)
@@ -84,7 +83,7 @@ class AnswerFinder:
         return self._apply(changed)
 
     def _marked(self, number: int) -> tuple[str, str, str]:
-        """The rendering with a mark in place of one content: what is before the mark, the mark, what is after."""
+        """The rendering with a mark in place of one content: what is before the mark, the mark, the rest."""
         return self._with(number, content=self._mark(number)).partition(self._mark(number))
 
     def _place_of(self, number: int) -> int | None:
@@ -109,7 +108,10 @@ class AnswerFinder:
     # Finding answers
 
     def _all_at_once(self) -> list[FoundAnswer] | None:
-        """All turns marked; None unless the text is the marked one with all contents, trimmed or not, put back."""
+        """One rendering with all turns marked.
+
+        None unless putting the contents back, trimmed or not, gives exactly the text.
+        """
         if any(m.role == "assistant" and (not m.content or m.extra) for m in self._messages):
             return None  # the template decides by more than the content
         marked = [replace(m, content=self._mark(number)) for number, m in enumerate(self._messages)]
@@ -135,7 +137,7 @@ class AnswerFinder:
         return found if position == len(self.text) else None
 
     def _one_by_one(self) -> Iterator[FoundAnswer]:
-        """One answer marked at a time: whatever stands where its mark stands is what became of it."""
+        """One rendering for each answer: the text in the place of its mark is the answer."""
         done = 0
         for number, message in enumerate(self._messages):
             if message.role != "assistant":
@@ -150,7 +152,7 @@ class AnswerFinder:
                 done = found.stop
 
     def _in_place_of_mark(self, number: int) -> FoundAnswer | None:
-        """The answer with nothing but content; None if the template leaves it out."""
+        """An answer without calls; None if the template leaves it out."""
         before, mark, after = self._marked(number)
         if not mark:
             return None
@@ -159,10 +161,8 @@ class AnswerFinder:
             start, stop = len(before), len(text) - len(after)
             if start >= stop:
                 return None
-            written = text[start:stop]
-            return FoundAnswer(
-                number, start, stop, _same(written, content, start) or _kept(written, content, start)
-            )
+            pieces = _same(text[start:stop], content, start) or _kept(text[start:stop], content, start)
+            return FoundAnswer(number, start, stop, pieces)
         found = self._around_what_remains(number)
         if found is None:
             raise TemplateError(
@@ -203,7 +203,7 @@ class AnswerFinder:
         return None
 
     def _with_calls(self, number: int) -> FoundAnswer | None:
-        """An answer with calls of tools: from the end of the prompt for it to the next marker of an end."""
+        """An answer with calls of tools: from the end of its generation prompt to the next marker of an end."""
         text, message = self.text, self._messages[number]
         before = self._apply(self._messages[:number], prompt=True)
         whole = self._apply(self._messages[: number + 1])
@@ -270,7 +270,7 @@ class AnswerFinder:
         return other if usable else ""
 
     def _opening(self, found: FoundAnswer) -> tuple[int, int]:
-        """Where an answer begins, text that it has to write before its content included; where its content does.
+        """Where an answer begins (with text that the model has to write first), and where its content begins.
 
         The content is neither in the generation prompt, nor in a token that swallows white space.
         """

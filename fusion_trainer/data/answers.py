@@ -29,9 +29,9 @@ class Answer:
 
     Attributes:
         turn: Which message of the conversation it is.
-        open: Where the assistant begins to write: after the generation prompt. What stands between this and the
-            content (a tag that opens the reasoning) is learnt, but compared with no other model.
-        pieces: Where the content stands, in order. There are several where the template puts something between.
+        open: Where the assistant begins to write: after the generation prompt. Text between this and the content
+            (a tag that opens the reasoning) is learnt, but not compared with other models.
+        pieces: Where the content is, in order. There are several if the template puts something between.
         mark: Where the marker of the answer's end begins, white space before it excluded.
         end: Where that marker ends; ``mark`` if there is none.
         closed: Whether the marker follows the whole content. Otherwise no other model's end corresponds to it.

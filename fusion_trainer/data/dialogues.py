@@ -2,8 +2,8 @@
 
 A row of ``blocks.arrow`` is a block: its text as the pivot reads it, where the answers are in it, and the turns
 themselves, which a source renders with its own template. The contents of the answers in these turns are what the
-pivot's template kept of them, so that every model reads the same bytes. The n-th row of every store stands for the
-n-th block.
+pivot's template kept of them, so that every model reads the same bytes. The n-th row of every store belongs to
+the n-th block.
 
     blocks.arrow    Arrow IPC file; a row is a block (``SCHEMA``)
     manifest.json   where the blocks come from, their fingerprint, the report

@@ -99,7 +99,7 @@ class Markers:
             self.last = self._marker_of_last(before_last, closing)
 
     def _marker_between(self, between: str, closing: str, header: str) -> str:
-        """The marker in what stands between an answer and the next turn of the user."""
+        """The marker in the text between an answer and the next turn of the user."""
         marker = self.token_ahead(between, closing)
         if marker is not None:
             return marker
@@ -108,7 +108,7 @@ class Markers:
         return common_start(between, closing).rstrip()
 
     def _marker_of_last(self, before: str, closing: str) -> str:
-        """The marker in what stands behind the last answer; the next header may stand there too."""
+        """The marker in the text after the last answer, which may also be the header of the next answer."""
         marker = self.token_ahead(closing, closing)
         if marker is not None:
             return marker

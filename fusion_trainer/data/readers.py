@@ -146,7 +146,7 @@ def source_reader(choice: str, tokenizer: TextTokenizer, chats: bool = True) -> 
     if choice == OWN and not tokenizer.tokenizer.chat_template:
         if chats:
             raise UserError(
-                f"{tokenizer.name} has no chat template to be queried in. Choose one with --source-template: "
+                f"{tokenizer.name} has no chat template for its queries. Choose one with --source-template: "
                 f"{', '.join(BUILT_IN)}, a Jinja file, or `pivot` to let it read the pivot's text"
             )
         return Reader(tokenizer, OWN)

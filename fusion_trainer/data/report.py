@@ -19,7 +19,7 @@ class Report:
         cut_turns: Answers cut because their exchange alone is longer than ``max_length``.
         cut_tokens: Tokens lost by that.
         open_turns: Turns left out because no answer follows them.
-        folded: Blocks whose system text stands before the first user turn: the template has no system turn.
+        folded: Blocks whose system text is put before the first user turn: the template has no system turn.
         left_out: What the template does not write: bytes by kind, and turns under ``<kind>, turns``.
         unused: Keys of the data that were not used.
         lengths: Blocks by length: upper bound (a power of two) → number.

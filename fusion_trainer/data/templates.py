@@ -134,7 +134,7 @@ class Template:
             bos=size(head),
             folded=bool(moved),
             left_out=finder.left_out(tools),
-            contents={one.turn + moved: finder.content_of(one) for one in finder.found if one.pieces},
+            contents={found.turn + moved: finder.content_of(found) for found in finder.found if found.pieces},
             silent=frozenset(turn + moved for turn in finder.silent),
         )
 

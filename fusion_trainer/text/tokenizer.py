@@ -61,7 +61,7 @@ def supervised_positions(tokens: Tokens, spans: Sequence[Span]) -> NDArray[np.in
 
     Returns:
         int32 [positions], ascending. The token after position p ends inside a span, and does not begin at its end.
-        The first token of a text is predicted only where a BOS stands before it.
+        The first token of a text is predicted only if there is a BOS before it.
     """
     if not spans or len(tokens) < 2:
         return np.empty(0, np.int32)

@@ -1,4 +1,4 @@
-"""Chat data of every format and container gives the same conversations; every bad row is told, by file and row."""
+"""Chat data of every format and container gives the same conversations; bad rows are reported by file and row."""
 
 import json
 from collections import Counter
@@ -103,6 +103,7 @@ def as_folder_of_parquet(path: Path, rows: list[Any]) -> Path:
 
 Writer = Callable[[Path, list[Any]], Path]
 CONTAINERS = (as_json, as_jsonl, as_parquet, as_folder, as_folder_of_splits, as_folder_of_parquet)
+FOLDERS_SLOW = [*CONTAINERS[:3], *(pytest.param(write, marks=pytest.mark.slow) for write in CONTAINERS[3:])]
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +130,7 @@ def refusal(*paths: Path) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("write", CONTAINERS)
+@pytest.mark.parametrize("write", FOLDERS_SLOW)
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_in_every_container_gives_the_same_conversations(
     name: str, write: Writer, tmp_path: Path
@@ -374,7 +375,7 @@ def test_keys_that_were_not_used_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ('{"data": [{"text": "Hello."}]}', "chats.json, line 1: missing keys: has 'data'"),
         ('{\n  "data": [\n    {"text": "Hello."}\n  ]\n}\n', "chats.json, row 1: missing keys: has 'data'"),
@@ -391,10 +392,10 @@ def test_keys_that_were_not_used_are_counted(tmp_path: Path) -> None:
         ("text\nHello.\nBye.\n", "chats.json, line 1: not JSON: Expecting value: line 1 column 1"),
     ],
 )
-def test_json_of_the_wrong_shape_is_a_sentence(content: str, told: str, tmp_path: Path) -> None:
+def test_json_of_the_wrong_shape_is_a_sentence(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "chats.json"
     path.write_text(content)
-    assert told in refusal(path)
+    assert message in refusal(path)
 
 
 def test_one_conversation_over_several_lines_is_one_row(tmp_path: Path) -> None:
@@ -577,7 +578,7 @@ def test_a_bad_row_is_named_with_file_and_row_and_reason(name: str, container: s
     assert "--bad-rows skip" in message
 
 
-def test_all_bad_rows_of_all_files_are_told_at_once(tmp_path: Path) -> None:
+def test_all_bad_rows_of_all_files_are_reported_at_once(tmp_path: Path) -> None:
     some = list(BAD_ROWS.values())[:9]
     first = as_jsonl(tmp_path / "first", [{"text": "Fine."}, *(row for row, _ in some)])
     second = as_json(tmp_path / "second", [{"text": "Fine."}, *(row for row, _ in some)])
@@ -589,7 +590,7 @@ def test_all_bad_rows_of_all_files_are_told_at_once(tmp_path: Path) -> None:
         assert f"2 rows of this kind, also second.json, row {number}\n" in message
 
 
-def test_one_kind_of_bad_row_is_told_once_with_a_count_and_three_examples(tmp_path: Path) -> None:
+def test_one_kind_of_bad_row_is_reported_once_with_a_count_and_three_examples(tmp_path: Path) -> None:
     fine = chat(("user", "Hi."), ("assistant", "Hello."))["messages"]
     robots = [{"messages": [*fine * n, {"role": "robot", "content": "x"}]} for n in range(40)]
     rows = [row for robot in robots for row in (robot, {"text": ""})]
@@ -657,14 +658,14 @@ def test_bad_rows_of_a_parquet_file_are_named_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
-def test_a_missing_file_is_told_with_what_lies_beside_it(suffix: str, tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_with_the_files_beside_it(suffix: str, tmp_path: Path) -> None:
     (tmp_path / f"chats{suffix}").touch()
     message = refusal(tmp_path / f"chat{suffix}")
     assert f"no file `{tmp_path / f'chat{suffix}'}`" in message
     assert f"chats{suffix}" in message
 
 
-def test_what_is_neither_file_nor_folder_nor_on_the_hub_is_told(tmp_path: Path) -> None:
+def test_what_is_neither_file_nor_folder_nor_on_the_hub_is_reported(tmp_path: Path) -> None:
     assert "nobody/no-such-dataset" in refusal(Path("nobody/no-such-dataset"))
     assert str(tmp_path / "nothing") in refusal(tmp_path / "nothing")
 

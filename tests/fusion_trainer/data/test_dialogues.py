@@ -87,6 +87,7 @@ def pivot_tokens(kind: str, text: str) -> int:
     return len(shared(kind, CHATML)(text).input_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_length", [96, 160, 4096])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_dialogue_is_split_between_turns_and_loses_no_answer(kind: str, max_length: int) -> None:
@@ -273,6 +274,19 @@ def test_every_conversation_that_the_template_refuses_is_named() -> None:
     assert len(list(work.blocks(conversations))) == 6
     assert work.report.dropped == {"the template refuses it": 2}
     assert work.report.conversations == 8
+
+
+def test_keys_are_counted_in_the_report_after_a_refused_dialogue_too() -> None:
+    work = preparation(max_length=64, skipped=Counter())
+    unused = work.report.unused  # where ``conversations`` counts
+    refuses = "{% if messages | length > 2 and messages | length < 8 %}{{ raise_exception('no') }}{% endif %}"
+    plain = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    work.template = Template("mine", refuses + plain, work.tokenizer.tokenizer)
+    fine = [dialogue(n, "Hi.", "Hello!") for n in range(3)]
+    assert len(list(work.blocks([dialogue(9, *["Again, please."] * 20), *fine]))) == 3
+    assert work.report.dropped == {"the template refuses it": 1}
+    unused["score"] += 1
+    assert work.report.unused == {"score": 1}
 
 
 @pytest.mark.parametrize("skip", [False, True])

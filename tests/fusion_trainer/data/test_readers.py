@@ -267,7 +267,7 @@ def test_a_store_says_where_each_answer_lies_and_in_which_template_it_was_querie
     assert store.manifest["folded"] == sum(number % 2 for number in range(len(CHATS)))
 
 
-def test_store_show_tells_what_a_source_reads_before_its_first_answer(world: Path) -> None:
+def test_store_show_prints_what_a_source_reads_before_its_first_answer(world: Path) -> None:
     result = CliRunner().invoke(main, ["store", "show", str(world / "stores" / "gemma"), "--row", "1"])
     assert result.exit_code == 0, result.output
     assert "read before the first answer: " in result.output

@@ -141,6 +141,7 @@ def check_mask(kind: str, name: str, special: bool, messages: Sequence[Message])
             assert decoded.endswith(MARKERS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("special", [False, True], ids=["plain", "special"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -399,14 +400,14 @@ def test_a_template_may_be_a_file_or_the_pivot_s_own(tmp_path: Path) -> None:
     assert find_template(None, tokenizer, "org/pivot").jinja == turns("default")
 
 
-def test_where_there_is_no_template_the_known_ones_are_told() -> None:
+def test_an_error_about_a_missing_template_names_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"no template `chatlm`: neither .* openchat, chatml, vicuna, mistral"):
         find_template("chatlm", shared("unigram"), "org/pivot")
     with pytest.raises(UserError, match=r"org/pivot has no chat template; choose one with --template: openchat"):
         find_template(None, shared("unigram"), "org/pivot")
 
 
-def test_a_fingerprint_tells_templates_apart_by_what_they_write() -> None:
+def test_templates_that_write_something_else_have_another_fingerprint() -> None:
     hashes = [find_template(name, shared("unigram"), "").sha256 for name in BUILT_IN]
     assert len(set(hashes)) == len(BUILT_IN)
     assert hashes == [find_template(name, shared("unigram"), "other").sha256 for name in BUILT_IN]

@@ -245,6 +245,7 @@ BOTH = [(name, of_bytes) for name in REWRITINGS for of_bytes in (True, False)]
 BOTH.remove(("put before", True))  # only SentencePiece's kind puts something before a text in this way
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "of_bytes"), BOTH)
 def test_a_position_stands_for_a_head_of_the_text_only_if_it_has_read_what_that_is_rewritten_to(
     name: str, of_bytes: bool
@@ -326,7 +327,7 @@ def test_a_saved_tokenizer_reads_as_before(kind: str, tmp_path: Path) -> None:
         assert one.ends.tolist() == other.ends.tolist()
 
 
-def test_a_fingerprint_tells_tokenizers_apart_by_what_they_do() -> None:
+def test_tokenizers_that_do_something_else_have_another_fingerprint() -> None:
     hashes = {TextTokenizer(shared(kind, special), "").sha256 for kind in KINDS for special in [(), SPECIAL]}
     assert len(hashes) == 6
     tokenizer = train("unigram")
