@@ -51,14 +51,9 @@ Answers = Iterator[tuple[Question, Choices | Failed]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How questions are answered.
+    """How questions are answered, by the options of ``varm-merge evaluate answers``; ``choices`` to each question.
 
-    Attributes:
-        name: The model's name in the file.
-        max_new_tokens: The longest answer.
-        choices: Answers to each question.
-        temperature: For all questions; None for FastChat's by category, and 0 for AlpacaEval.
-        seed: The seed of the sampling.
+    The temperature None means FastChat's by category, and 0 for AlpacaEval.
     """
 
     name: str
@@ -99,13 +94,7 @@ def write_answers(
 ) -> tuple[Outcome, Counter[str]]:
     """Write the answers that ``output`` lacks.
 
-    Args:
-        questions: All questions.
-        settings: How they are answered.
-        model: What identifies the model.
-        answer: Answers the questions whose ids are not in a container.
-        output: The file to write.
-        quiet: Whether to hide progress.
+    ``model`` identifies the model. ``answer`` answers the questions whose ids are not in its argument.
 
     Returns:
         The outcome, and how many of the new answers ended how (see ``Answer``).

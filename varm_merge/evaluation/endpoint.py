@@ -70,14 +70,7 @@ def estimated_tokens(messages: Messages) -> int:
 class Endpoint:
     """A model behind ``/chat/completions``; ``used`` is what the endpoint has counted.
 
-    Args:
-        url: The address without ``/chat/completions``.
-        model: Its name at the endpoint.
-        key_variable: The environment variable with the key; by default ``OPENAI_API_KEY`` for OpenAI only.
-        timeout: Seconds for one try.
-        max_retries: Tries after the first.
-        requests_per_minute: A limit for all tries.
-        tokens_per_minute: A limit for estimated prompts and the longest possible answers.
+    The arguments are the options of ``varm-merge evaluate judge``; ``key_variable`` names an environment variable.
 
     Raises:
         UserError: The URL is invalid, or the key or the openai package is missing.

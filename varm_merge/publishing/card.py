@@ -39,13 +39,9 @@ RENEWED = (*LICENSE, "base_model", "base_model_relation", "merge_method")
 
 @dataclass(frozen=True)
 class Parent:
-    """A model that was merged.
+    """A model that was merged: its name in the recipe, and its id on the Hub (None for a folder).
 
-    Attributes:
-        name: The model as the recipe names it.
-        role: ``pivot``, ``target``, ``model`` or ``adapter``.
-        hub_id: Its id on the Hub; None for a folder.
-        license: The ``license…`` entries of its card; empty if unknown.
+    ``role`` is ``pivot``, ``target``, ``model`` or ``adapter``. ``license`` has its card's ``license…`` entries.
     """
 
     name: str
@@ -139,13 +135,8 @@ def make(
 ) -> Card:
     """Write the card of a merge, with problems and remarks in ``findings``.
 
-    Args:
-        folder: The merged model. A README.md that a person wrote keeps its text and gets metadata.
-        name: The title.
-        parents: The merged models, the pivot first.
-        license_id: The user's choice; by default the licence that all parents share.
-        comparison: Markdown to include.
-        overwrite: Whether to replace a README.md that a person wrote.
+    A README.md that a person wrote keeps its text and gets metadata, unless ``overwrite`` is set. The licence is
+    ``license_id``, or the one that all parents share. ``comparison`` is Markdown to include.
 
     Raises:
         UserError: The folder has no recipe.

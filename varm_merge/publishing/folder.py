@@ -51,13 +51,9 @@ TEXT_LIMIT_BYTES = 200_000_000
 def look(
     folder: Path, findings: Findings, exclude: Sequence[str] = (), allow_pickle: bool = False
 ) -> tuple[dict[str, Path], dict[str, str]]:
-    """Check a folder before it is uploaded.
+    """Check a folder before it is uploaded, with problems and remarks in ``findings``.
 
-    Args:
-        folder: The merged model.
-        findings: Problems and remarks are added here.
-        exclude: Patterns of files to leave out, as for ``hf upload --exclude``.
-        allow_pickle: Whether files that run code when loaded may be uploaded.
+    ``exclude`` has patterns of files to leave out, as for ``hf upload --exclude``.
 
     Returns:
         The files to upload, by their path in the repository; and the files that stay here, with the reason.
