@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,11 @@ def run_forked(
     begin = log.stat().st_size
     variables = dict(os.environ if environment is None else environment)
     process = context.Process(target=_run, args=(function, arguments, str(log), variables))
-    process.start()
+    try:
+        process.start()
+    except (ConnectionError, EOFError):  # the fork server has been killed and is not gone yet
+        time.sleep(1)
+        process.start()
     try:
         process.join()
     except BaseException:

@@ -1,6 +1,6 @@
-"""Several merges of the same models side by side: cost, distances, scores.
+"""Merge the same models by several recipes, and report cost, distances and scores side by side.
 
-``recipes`` says what is compared. ``runner`` does it step by step and resumes after an interruption; ``cache``
-keeps finished steps. ``distances`` and ``scores`` measure a model, ``programs`` starts the programs that score.
-``report``, ``plots`` and ``pages/compare.html`` show the results.
+``recipes`` reads or writes the recipes. ``runner`` does every step once and resumes after an interruption;
+``cache`` stores the results of steps. ``distances``, ``scores`` and ``tasks`` measure a model. ``columns``,
+``report`` and ``plots`` show the results.
 """

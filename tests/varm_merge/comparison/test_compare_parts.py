@@ -152,7 +152,7 @@ def test_two_names_of_one_folder_are_one_model(tmp_path: Path, monkeypatch: pyte
     assert family(found).targets == ("a",)
 
 
-def test_models_are_told_apart_by_as_little_of_their_paths_as_is_enough() -> None:
+def test_models_are_named_by_the_fewest_last_parts_of_their_paths_that_differ() -> None:
     assert short_names(["x/a", "x/b/"]) == ["a", "b"]
     assert short_names(["x/a", "y/a", "b"]) == ["x/a", "y/a", "b"]
     assert short_names(["x/ties", "x/b"], taken=["ties"]) == ["x/ties", "x/b"]
@@ -168,9 +168,7 @@ def test_a_recipe_whose_name_could_be_no_folders_is_refused(name: str, tmp_path:
     assert not (out / "models").exists()
 
 
-def test_recipes_of_one_name_are_told_apart_by_their_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recipes_of_one_name_are_named_with_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "b").mkdir()
     monkeypatch.chdir(tmp_path / "b")
     paths = [entry(folder, "a", merge_method="linear") for folder in (tmp_path, tmp_path / "b")]
@@ -179,7 +177,7 @@ def test_recipes_of_one_name_are_told_apart_by_their_folders(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told", "code"),
+    ("arguments", "message", "code"),
     [
         ([], "nothing to compare: give recipes, or --methods with --base and --models", 1),
         (["--methods", "tiess", "--base", "p", "--models", "a"], "mergekit knows no method `tiess`", 1),
@@ -194,13 +192,15 @@ def test_recipes_of_one_name_are_told_apart_by_their_folders(
         (["--quiet", "--verbose"], "exclude each other", 2),
     ],
 )
-def test_what_cannot_be_begun_is_a_sentence(arguments: list[str], told: str, code: int, tmp_path: Path) -> None:
+def test_a_comparison_that_cannot_start_ends_in_a_sentence(
+    arguments: list[str], message: str, code: int, tmp_path: Path
+) -> None:
     done = CliRunner().invoke(main, ["compare", "--out", str(tmp_path / "out"), *arguments])
-    assert told in done.output
+    assert message in done.output
     assert done.exit_code == code
 
 
-def test_where_no_recipe_can_be_merged_each_is_told(tmp_path: Path) -> None:
+def test_if_no_recipe_can_be_merged_every_problem_is_listed(tmp_path: Path) -> None:
     bad, typo = tmp_path / "bad.yaml", tmp_path / "typo.yaml"
     bad.write_text("merge_method: [\n")
     typo.write_text("merge_method: tiess\nmodels: []\n")
@@ -284,7 +284,7 @@ def test_a_folder_of_the_users_among_the_models_stays(options: list[str], mergin
 
 
 @pytest.mark.parametrize(
-    ("told", "changed"),
+    ("named", "changed"),
     [
         ({"tokenizer_source": "{own}"}, "own/tokenizer.json"),
         ({"tokenizer": {"source": "{own}"}}, "own/tokenizer.json"),
@@ -299,7 +299,7 @@ def test_a_folder_of_the_users_among_the_models_stays(options: list[str], mergin
     ],
 )
 def test_a_merge_depends_on_every_model_that_its_recipe_names(
-    told: dict[str, Any], changed: str, merging: Merging, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    named: dict[str, Any], changed: str, merging: Merging, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("varm_merge.comparison.recipes.check_recipe", lambda *_, **__: [])
     pivot, target = (str(model) for model in (merging.members.pivot, merging.members.targets[0]))
@@ -307,7 +307,7 @@ def test_a_merge_depends_on_every_model_that_its_recipe_names(
     for name in ("tokenizer.json", "adapter_config.json"):
         (tmp_path / "own" / name).write_text("{}")
     shutil.copytree(merging.members.targets[1], tmp_path / "base")
-    text = json.dumps(told).replace("{pivot}", pivot)
+    text = json.dumps(named).replace("{pivot}", pivot)
     own = json.loads(text.replace("{own}", str(tmp_path / "own")).replace("{base}", str(tmp_path / "base")))
     if "slices" in own:
         own["slices"][0]["sources"] = [{"model": target, "layer_range": [0, 1]}]
@@ -326,7 +326,7 @@ def test_a_merge_depends_on_every_model_that_its_recipe_names(
 
 
 @pytest.mark.slow
-def test_another_seed_is_told_to_mergekit_and_merges_again(merging: Merging) -> None:
+def test_another_seed_is_given_to_mergekit_and_merges_again(merging: Merging) -> None:
     for seed, merges in (("0", 1), ("0", 0), ("7", 1), ("7", 0)):
         done = merging.compare("--seed", seed)
         assert len(merging.commands) == merges, done.output
@@ -391,7 +391,7 @@ def test_a_tasks_fingerprint_covers_its_data_and_runs_none_of_its_code(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("told", "changed"),
+    ("named", "changed"),
     [
         ({"include": "../base/common.yaml"}, "base/common.yaml"),
         ({"include": ["../base/common.yaml"]}, "base/utils.py"),
@@ -405,12 +405,12 @@ def test_a_tasks_fingerprint_covers_its_data_and_runs_none_of_its_code(tmp_path:
     ],
 )
 def test_a_tasks_fingerprint_covers_includes_folders_and_patterns(
-    told: dict[str, Any], changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    named: dict[str, Any], changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("tasks", "base", "data/deep"):
         Path(folder).mkdir(parents=True)
-    Path("tasks/mine.yaml").write_text(yaml.safe_dump({"task": "mine", **told}))
+    Path("tasks/mine.yaml").write_text(yaml.safe_dump({"task": "mine", **named}))
     Path("base/common.yaml").write_text("include: more.yaml\n")
     data = "dataset_kwargs: {data_files: {test: included.jsonl}}"
     Path("base/more.yaml").write_text(f"include: common.yaml\n{data}\n")  # in a circle
@@ -433,7 +433,7 @@ CHATS = [{"conversations": [{"from": "human", "value": "fox?"}, {"from": "gpt", 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fork_server")
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--held-out", "nosuch.jsonl"], "--held-out: no file `nosuch.jsonl`"),
         (["--held-out", "chats.jsonl", "--template", "chatmll"], "--held-out: .*`chatmll`"),
@@ -445,7 +445,7 @@ CHATS = [{"conversations": [{"from": "human", "value": "fox?"}, {"from": "gpt", 
     ],
 )
 def test_what_no_model_could_be_scored_on_ends_it_before_the_first_merge(
-    options: list[str], told: str, mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], message: str, mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_models.train_tokenizer(shutil.copytree(mistral.pivot, Path("pivot")), "the fox jumps over fox?")
@@ -457,7 +457,7 @@ def test_what_no_model_could_be_scored_on_ends_it_before_the_first_merge(
     done = CliRunner().invoke(main, command)
     assert done.exit_code == 1
     (error,) = [line for line in done.output.splitlines() if line.startswith("Error: ")]
-    assert re.match(f"Error: {told}", error)
+    assert re.match(f"Error: {message}", error)
     assert done.output.splitlines()[-1] == error
     assert "merging" not in done.output
     assert not Path("out/models").exists()
@@ -664,12 +664,12 @@ def test_a_module_runs_many_times_and_each_run_fails_alone(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_the_benchmarks_measure_by_the_package() -> None:
     folder = Path(__file__).parents[3] / "benchmarks"
-    told = "import measure, varm_common.process_usage as own; print(measure.measured is own.measured)"
-    done = subprocess.run([sys.executable, "-c", told], cwd=folder, capture_output=True, text=True)
+    code = "import measure, varm_common.process_usage as own; print(measure.measured is own.measured)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
 
 
 def test_the_help_has_an_example_for_each_use() -> None:
-    told = CliRunner().invoke(main, ["compare", "--help"]).output
+    text = CliRunner().invoke(main, ["compare", "--help"]).output
     for use in ("--methods varm,varm:layer", "--no-keep", "--tasks hellaswag,mine", "--repeat 5", "--json >"):
-        assert use in told
+        assert use in text

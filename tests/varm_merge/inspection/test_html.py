@@ -161,7 +161,7 @@ def test_a_line_is_broken_where_its_target_did_not_move(
     assert [re.sub(r"[\d. ]", "", line.get_attribute("d") or "") for line in lines] == ["MLLL", "MML", "MLLL"]
 
 
-def test_agreement_is_told_of_each_pair(found: Found, written: Callable[[Found], Path], visit: Visit) -> None:
+def test_the_agreement_of_each_pair_is_shown(found: Found, written: Callable[[Found], Path], visit: Visit) -> None:
     page = visit(written(found))
     cosine, conflicts = page.locator("table.matrix").all()
     names = [Path(target).name for target in found["targets"]]

@@ -29,7 +29,7 @@ GRANULARITIES = ["model", "layer", "module", "matrix", "parameter"]
 QUIET = MergeOptions(quiet=True)
 
 
-def told(text: str, folder: Path, granularities: tuple[str, ...] = ()) -> dict[str, Any]:
+def inspected(text: str, folder: Path, granularities: tuple[str, ...] = ()) -> dict[str, Any]:
     path = folder / "recipe.yaml"
     path.write_text(text)
     return inspect(path, QUIET, granularities)
@@ -57,7 +57,7 @@ def test_at_every_granularity_the_weights_are_those_of_the_merge(
     architecture: str, family: Callable[..., Family], tmp_path: Path
 ) -> None:
     members = family(architecture)
-    found = told(runs.recipe(members), tmp_path)
+    found = inspected(runs.recipe(members), tmp_path)
     assert found["base_model"] == str(members.pivot)
     assert found["targets"] == [str(target) for target in members.targets]
     assert list(found["units"]) == ["recipe", *GRANULARITIES]
@@ -82,14 +82,14 @@ def test_the_recipes_own_weights_are_those_of_its_merge(
     parameters: dict[str, Any], dtype: str, mistral: Family, tmp_path: Path
 ) -> None:
     text = runs.recipe(mistral, f"dtype: {dtype}", **parameters)
-    found = told(text, tmp_path, ("model",))
+    found = inspected(text, tmp_path, ("model",))
     assert list(found["units"]) == ["recipe", "model"]
     assert_those_of_the_merge(found["units"]["recipe"], runs.merge(text, tmp_path / "out"))
 
 
 def test_agreement_and_moves_are_those_of_the_task_vectors(family: Callable[..., Family], tmp_path: Path) -> None:
     members = family("llama", targets=3)
-    found = told(runs.recipe(members), tmp_path)
+    found = inspected(runs.recipe(members), tmp_path)
     pivot = runs.checkpoint(members.pivot)
     deltas = [{n: t - pivot[n] for n, t in runs.checkpoint(target).items()} for target in members.targets]
     for tensor in found["tensors"]:
@@ -137,7 +137,7 @@ def refused(path: Path) -> str:
     return str(error.value)
 
 
-def test_what_cannot_be_inspected_is_told(mistral: Family, tmp_path: Path) -> None:
+def test_what_cannot_be_inspected_is_reported(mistral: Family, tmp_path: Path) -> None:
     assert "has no varm_weights.json: it was not merged by varm" in refused(tmp_path)
     path = tmp_path / "varm_weights.json"
     path.write_text("{}")
@@ -171,7 +171,7 @@ def test_weights_of_a_merge_that_were_damaged_are_a_sentence(
     damage: dict[str, Any], mistral: Family, tmp_path: Path
 ) -> None:
     path = tmp_path / "varm_weights.json"
-    units = told(runs.recipe(mistral), tmp_path, ("model",))["units"]["model"]
+    units = inspected(runs.recipe(mistral), tmp_path, ("model",))["units"]["model"]
     whole = {"versions": {}, "recipe": {"sha256": "", "content": {}}, "base_model": "pivot", "units": units}
     whole["targets"] = [str(target) for target in mistral.targets]
     path.write_text(json.dumps(whole))
@@ -269,9 +269,9 @@ def test_the_picture_has_expert_2_above_expert_10() -> None:
     assert rows == ["mlp.experts.2.up_proj", "mlp.experts.10.up_proj"]
 
 
-def test_what_cannot_be_inspected_is_told_in_a_sentence(mistral: Family, tmp_path: Path) -> None:
+def test_the_command_reports_what_cannot_be_inspected_in_a_sentence(mistral: Family, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    for text, flags, told in (
+    for text, flags, message in (
         (
             runs.recipe(mistral),
             ["--device", "cudaa"],
@@ -281,12 +281,12 @@ def test_what_cannot_be_inspected_is_told_in_a_sentence(mistral: Family, tmp_pat
     ):
         recipe.write_text(text)
         done = CliRunner().invoke(main, ["inspect", str(recipe), *flags])
-        assert (done.exit_code, told in done.stderr) == (1, True), done.stderr
+        assert (done.exit_code, message in done.stderr) == (1, True), done.stderr
     done = CliRunner().invoke(main, ["inspect", str(mistral.pivot)])
     assert "has no varm_weights.json: it was not merged by varm" in done.stderr
 
 
-def test_a_granularity_is_told_once(mistral: Family, tmp_path: Path) -> None:
-    found = told(runs.recipe(mistral), tmp_path)
+def test_a_granularity_is_shown_once(mistral: Family, tmp_path: Path) -> None:
+    found = inspected(runs.recipe(mistral), tmp_path)
     titles = [title.partition(":")[0] for title, *_ in tables(found) if title.startswith("weights")]
     assert titles == [f"weights, {g}" + ", as the recipe says" * (g == "matrix") for g in GRANULARITIES]
