@@ -25,6 +25,7 @@ __all__ = [
     "one_or_more",
     "read_config",
     "read_yaml",
+    "unknown_setting",
 ]
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -314,11 +315,16 @@ def explained(kind: type[BaseModel], problem: Any) -> Iterator[tuple[str, str]]:
             meant = f"; did you mean `{near[0]}`?" if near else ""
             yield f"{name}.{key}", f"`{name}`: {problem['ctx']['of']} has no `{key}`{meant}"
     elif problem["type"] == "extra_forbidden":
-        near = get_close_matches(name, kind.model_fields, 1)
-        known = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(kind.model_fields)}"
-        yield name, f"unknown setting `{name}`; {known}"
+        yield name, unknown_setting(kind, name)
     elif problem["type"] == "missing":
         description = kind.model_fields[name].description
         yield "", f"`{name}` is not set (--{name.replace('_', '-')}): {description}"
     else:
         yield name, f"`{name}` cannot be {problem['input']!r}: {problem['msg']}"
+
+
+def unknown_setting(kind: type[BaseModel], name: str) -> str:
+    """The sentence about a setting that does not exist."""
+    near = get_close_matches(name, kind.model_fields, 1)
+    known = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(kind.model_fields)}"
+    return f"unknown setting `{name}`; {known}"

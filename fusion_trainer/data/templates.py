@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from fusion_trainer.config import BUILT_IN_TEMPLATES
 from fusion_trainer.data.answer_finder import AnswerFinder
 from fusion_trainer.data.answers import Answer, supervised_spans
 from fusion_trainer.data.conversations import Message
@@ -20,7 +21,7 @@ __all__ = ["BUILT_IN", "OWN", "PIVOT", "Rendered", "Template", "TemplateError", 
 FOLDER = Path(__file__).parent / "templates"
 OWN, PIVOT = "own", "pivot"
 """A source's own template; the pivot's rendering, which a source reads as plain text."""
-BUILT_IN = ("openchat", "chatml", "vicuna", "mistral", "llama-3", "zephyr")
+BUILT_IN = BUILT_IN_TEMPLATES
 TODAY = datetime(2024, 7, 26)
 """The date in templates that write one (Llama 3.1's own default), so that a text is always the same."""
 DIRECTIVES = "aAbBdefHIjmMpSyYZ"

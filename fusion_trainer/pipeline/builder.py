@@ -26,9 +26,9 @@ KNOWN_OTHERWISE = {
 
 
 class PipelineConfig(BaseModel):
-    """A whole fusion."""
+    """A whole fusion. ``read_pipeline`` reports unknown settings together with all other problems."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     work: Path
     """Folder of all results."""

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fusion_trainer.pipeline.stage import RECORD
 from varm_common.errors import UserError
 from varm_common.files import fingerprint, read_json, sha256_of, write_json, written_to
 
@@ -30,9 +31,13 @@ class Checksums:
             self.known[str(path.absolute())] = known
         return str(known[-1])
 
-    def of_files(self, folder: Path, paths: Iterable[Path]) -> str:
-        """One checksum of several files in a folder."""
-        return fingerprint([[path.relative_to(folder).as_posix(), self.of_file(path)] for path in sorted(paths)])
+    def identity(self, name: str, patterns: Iterable[str], otherwise: str) -> str:
+        """The checksum of a file, or of a folder's files that match ``patterns``; ``otherwise`` of neither."""
+        path = Path(name)
+        if not path.is_dir():
+            return self.of_file(path) if path.is_file() else otherwise
+        files = {file for pattern in patterns for file in path.glob(pattern) if file.is_file()} - {path / RECORD}
+        return fingerprint([[file.relative_to(path).as_posix(), self.of_file(file)] for file in sorted(files)])
 
     def changed(self, folder: Path, files: Mapping[str, str]) -> str | None:
         """The first of ``files`` that is missing or has another checksum."""

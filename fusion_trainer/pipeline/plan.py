@@ -22,6 +22,7 @@ from fusion_trainer.config import (
     TrainConfig,
     explained,
     read_yaml,
+    unknown_setting,
 )
 from fusion_trainer.pipeline.builder import Builder, PipelineConfig, Settings
 from fusion_trainer.pipeline.launch import accelerate_config
@@ -42,15 +43,10 @@ def read_pipeline(path: Path) -> tuple[PipelineConfig, list[Stage]]:
         UserError: Something in the file is wrong. Lists all problems with their lines and places in the file.
     """
     settings, lines = read_yaml(path)
-    unknown = settings.keys() - PipelineConfig.model_fields.keys()
-    problems = []
-    if unknown:
-        try:
-            PipelineConfig.model_validate(settings)
-        except ValidationError as error:
-            problems += [problem for problem in _places(error) if problem[0] in unknown]
+    known = PipelineConfig.model_fields
+    problems = [(str(name), unknown_setting(PipelineConfig, str(name))) for name in settings if name not in known]
     try:
-        config = PipelineConfig.model_validate({name: settings[name] for name in settings.keys() - unknown})
+        config = PipelineConfig.model_validate(settings)
     except ValidationError as error:
         problems += _places(error)
     else:

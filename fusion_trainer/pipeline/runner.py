@@ -18,8 +18,8 @@ import click
 
 from fusion_trainer.pipeline.checksums import Checksums
 from fusion_trainer.pipeline.processes import run_command
-from fusion_trainer.pipeline.stage import BEGUN, MODEL_FILES, Stage
-from fusion_trainer.pipeline.state import RECORD, State, begun_path, files_written, record_of, state_of
+from fusion_trainer.pipeline.stage import BEGUN, MODEL_FILES, RECORD, Stage
+from fusion_trainer.pipeline.state import State, begun_path, files_written, record_of, state_of
 from varm_common.errors import UserError, listed
 from varm_common.files import fingerprint, remove_abandoned, whole_file, write_json, written_to
 
@@ -88,28 +88,16 @@ class Runner:
         """The state of every stage, found only when its turn comes: earlier stages may have run by then."""
         results: dict[str, str] = {}
         for stage in self.stages:
-            models = {role: self._model(*model) for role, model in stage.models.items()}
-            files = {place: self._data(file) for place, file in stage.files.items()}
+            inputs = {
+                role: self.checksums.identity(model, MODEL_FILES, f"{model}@{revision or 'main'}")
+                for role, (model, revision) in stage.models.items()
+            }
+            inputs |= {place: self.checksums.identity(file, ["**/*"], file) for place, file in stage.files.items()}
             needs = {need: results[need] for need in stage.needs}
-            depends = {"settings": dict(stage.settings), "inputs": {**models, **files}, "stages": needs}
+            depends = {"settings": dict(stage.settings), "inputs": inputs, "stages": needs}
             state = state_of(stage, depends, self.checksums)
             yield state
             results[stage.title] = _result(stage, state.fingerprint)
-
-    def _model(self, model: str, revision: str | None) -> str:
-        """A model's identity: the content of a folder, or a Hub id with its revision."""
-        folder = Path(model)
-        if not folder.is_dir():
-            return f"{model}@{revision or 'main'}"
-        paths = {path for pattern in MODEL_FILES for path in folder.glob(pattern)}
-        return self.checksums.of_files(folder, paths - {folder / RECORD})
-
-    def _data(self, file: str) -> str:
-        """The identity of data: the content of a file or folder, or a Hub id."""
-        path = Path(file)
-        if path.is_dir():
-            return self.checksums.of_files(path, [inner for inner in path.rglob("*") if inner.is_file()])
-        return self.checksums.of_file(path) if path.is_file() else file
 
     def _prepare(self, stages: Sequence[Stage]) -> None:
         """Remove what a killed run was writing, and write the files that the commands read."""
@@ -155,23 +143,16 @@ class Runner:
         with written_to(self.work):
             descriptor = os.open(self.work / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            last = time.monotonic() + PATIENCE_S
-            while not _flock(descriptor):
-                if time.monotonic() > last:
-                    raise UserError(
-                        f"`{self.work}` is in use by another run, or by a stage that a killed run left"
-                    )
+            for _ in range(round(PATIENCE_S / 0.1)):
+                with suppress(BlockingIOError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
                 time.sleep(0.1)
+            else:
+                raise UserError(f"`{self.work}` is in use by another run, or by a stage of a killed run")
             yield descriptor
         finally:
             os.close(descriptor)
-
-
-def _flock(descriptor: int) -> bool:
-    with suppress(BlockingIOError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
 
 
 def _result(stage: Stage, mark: str) -> str:

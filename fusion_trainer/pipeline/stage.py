@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BEGUN", "KINDS", "MODEL_FILES", "Kind", "Stage"]
+__all__ = ["BEGUN", "KINDS", "MODEL_FILES", "RECORD", "Kind", "Stage"]
 
+RECORD = "stage.json"
+"""File in the folder of a finished stage."""
 BEGUN = "begun"
 """File in the folder of a merge that is not finished: mergekit itself leaves no sign that a folder is its own."""
 MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")

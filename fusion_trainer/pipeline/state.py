@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fusion_trainer.pipeline.checksums import Checksums, read_object
-from fusion_trainer.pipeline.stage import BEGUN, KINDS, Stage
+from fusion_trainer.pipeline.stage import BEGUN, KINDS, RECORD, Stage
 from varm_common.files import TEMPORARY, fingerprint
 
-__all__ = ["RECORD", "State", "begun_path", "files_written", "record_of", "state_of"]
+__all__ = ["State", "begun_path", "files_written", "record_of", "state_of"]
 
 RULES = 2
 """To be raised when results of earlier versions must not be used any more."""
-RECORD = "stage.json"
 
 
 @dataclass(frozen=True)

@@ -349,7 +349,7 @@ def test_a_launch_in_another_precision_or_by_more_processes_is_another_training(
         ({"train__load_in": "4bit"}, "train.load_in: needs `lora`"),
         (
             {"train__training__lr_scheduler_type": "cosin"},
-            "`lr_scheduler_type` cannot be 'cosin'; choose one of linear",
+            "`lr_scheduler_type` cannot be 'cosin': choose one of linear",
         ),
         ({"train__training__max_steps": "many"}, "`max_steps` cannot be 'many'"),
         ({"train__training__per_device_train_batch_size": 0}, "cannot be 0: it is at least 1"),

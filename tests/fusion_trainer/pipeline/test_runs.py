@@ -448,26 +448,14 @@ def test_a_pipeline_on_two_machines_trains_as_one_process_with_twice_the_batch(
     assert any(np.linalg.norm(other[name] - alone[name]) > 0.1 * moved[name] for name in pivot)
 
 
-def test_two_machines_extract_the_bytes_that_one_process_does(copy: Path, whole: Path) -> None:
-    """Started on each of them as a cluster would."""
+def test_two_machines_extract_the_bytes_that_one_process_does(programs: Programs, copy: Path, whole: Path) -> None:
+    """Each is started as a launcher would: its rank among the machines, the only process on its own."""
     store = copy / "work" / "stores" / "bytes"
     shutil.rmtree(store)
-    (copy / "two.yaml").write_text(yaml.safe_dump(TWO_MACHINES))
-    stage = [ROOT / "examples" / "slurm" / "stage.sh", "two.yaml", "-m", "fusion_trainer"]
-    cluster = {"NODES": "2", "HEAD": "127.0.0.1", "PORT": free_port(), "PATH": f"{BIN}:{os.environ['PATH']}"}
-    machines = [
-        subprocess.Popen(
-            [*stage, "extract", "work/configs/extract-bytes.yaml"],
-            cwd=copy,
-            env={**ENVIRONMENT, **cluster, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [machine.communicate()[0] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], said
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": "0"} for rank in range(2)]
+    code, said = programs.run(copy, "extract", "work/configs/extract-bytes.yaml", environments=ranks)
+    assert code == 0, said
     made = {path.name: path.read_bytes() for path in store.iterdir() if path.name != "manifest.json"}
     theirs = whole / "work" / "stores" / "bytes"
     assert len(made) > 2

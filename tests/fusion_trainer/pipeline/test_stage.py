@@ -106,7 +106,8 @@ def times(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Path:
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # most of the time of a small run
     return tmp_path / "work"
 
 
@@ -416,7 +417,6 @@ def test_whatever_happens_nothing_is_lost_that_no_stage_has_made(
         return int(rng.random() < 0.1)
 
     tick = fragile(put)
-    monkeypatch.setattr(os, "fsync", lambda _: None)
     monkeypatch.setattr(runner, "run_command", write)
     for name in ("write_json", "_delete", "whole_file"):
         monkeypatch.setattr(runner, name, fragile(getattr(runner, name)))
