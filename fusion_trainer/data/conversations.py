@@ -264,7 +264,9 @@ def _messages(name: str, row: Mapping[str, Any], unused: Counter[str]) -> tuple[
     else:
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
-            return _turns([*prompt, *completion], "prompt` + `completion", unused)
+            turns = _turns([*prompt, *completion], "prompt` + `completion", unused)
+            given = [replace(turn, learn=turn.learn and turn.role != "assistant") for turn in turns[: len(prompt)]]
+            return (*given, *turns[len(prompt) :])  # answers in a prompt are not learnt, as in TRL
         if not isinstance(prompt, str) or not isinstance(completion, str):
             both = f"`prompt` is a {type(prompt).__name__} and `completion` a {type(completion).__name__}"
             raise RowError(f"{both}; both must be strings, or both lists of messages")

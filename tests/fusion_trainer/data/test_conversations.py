@@ -43,7 +43,11 @@ FORMATS: dict[str, tuple[dict[str, Any], tuple[Message, ...], str | None]] = {
     ),
     "OpenAI": ({"messages": OPENAI}, DIALOGUE, None),
     "prompt and completion": ({"prompt": QUESTION, "completion": ANSWERS[0]}, EXCHANGE, None),
-    "lists of messages": ({"prompt": OPENAI[:4], "completion": OPENAI[4:]}, DIALOGUE, None),
+    "lists of messages": (
+        {"prompt": OPENAI[:4], "completion": OPENAI[4:]},
+        (*DIALOGUE[:2], Message("assistant", ANSWERS[0], learn=False), *DIALOGUE[3:]),
+        None,
+    ),
     "messages with ShareGPT keys": (
         {"messages": turns("from", "value", ("system", "human", "gpt"))},
         DIALOGUE,
