@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-import fusion_trainer.representations.extract as extraction
+import fusion_trainer.representations.extraction as extraction
 from fusion_trainer.alignment.align import align
 from fusion_trainer.alignment.saved_map import load_map
 from fusion_trainer.cli import main
@@ -31,7 +31,7 @@ from fusion_trainer.data.readers import Reader, source_reader
 from fusion_trainer.data.templates import Template
 from fusion_trainer.representations.extract import extract
 from fusion_trainer.representations.store import RepresentationStore
-from fusion_trainer.representations.topk_model import AskedModel
+from fusion_trainer.representations.topk_model import TopKModel
 from fusion_trainer.text.tokenizer import TextTokenizer, supervised_positions
 from varm_common.errors import UserError
 
@@ -471,18 +471,18 @@ def test_what_a_killed_extraction_has_done_of_a_shard_is_not_done_again(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Kept every few minutes: here after every batch."""
-    monkeypatch.setattr(extraction, "KEPT_EVERY", -1.0)
+    monkeypatch.setattr(extraction, "SAVED_EVERY", -1.0)
     whole = extract_store(world, "gemma", output=tmp_path / "whole", batch_tokens=100)
     asked: list[int] = []
-    plain = AskedModel.distributions
+    plain = TopKModel.distributions
 
-    def watched(self: AskedModel, ids_BL: Any, *others: Any) -> Any:
+    def watched(self: TopKModel, ids_BL: Any, *others: Any) -> Any:
         asked.append(len(ids_BL))
         if len(asked) == 5:
             raise KeyboardInterrupt
         return plain(self, ids_BL, *others)
 
-    monkeypatch.setattr(AskedModel, "distributions", watched)
+    monkeypatch.setattr(TopKModel, "distributions", watched)
     with pytest.raises(KeyboardInterrupt):
         extract_store(world, "gemma", output=tmp_path / "store", batch_tokens=100)
     (partial,) = (tmp_path / "store").glob("*.partial")
