@@ -18,7 +18,7 @@ __all__ = ["check"]
 @click.command()
 @click.argument("recipes", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@click.option("--offline", is_flag=True, help="Check the recipe alone, without its models; takes half a second.")
+@click.option("--offline", is_flag=True, help="Check the recipe alone, without its models.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),

@@ -35,14 +35,7 @@ def obstacles(document: Mapping[str, Any]) -> Iterator[tuple[TreePath, str]]:
 def next_step(
     document: Mapping[str, Any], models: Mapping[ModelReference, Model], path: Path | None, out: Path | None
 ) -> str:
-    """The commands that merge a recipe without ``obstacles`` by names, ready to be pasted.
-
-    Args:
-        document: The recipe.
-        models: The header of each of its models.
-        path: Its file.
-        out: Where the merge will be written.
-    """
+    """The commands that merge a recipe without ``obstacles`` by names into ``out``, ready to be pasted."""
     recipe, folder = shlex.quote(str(path or "recipe.yaml")), shlex.quote(str(out or "out"))
     lines = ["Merge the tensors by their names:", f"  varm-merge yaml --by-name {recipe} {folder}"]
     if (flat := _flat_recipe(document, models)) is not None:

@@ -26,13 +26,7 @@ OTHER_COPIES = 4.0
 
 
 def estimate(recipe: Mapping[str, Any], looked: Looked, cache_dir: str | None = None) -> dict[str, Any]:
-    """``looked.estimate``, and ``memory_bytes`` (anonymous, at the peak) and ``download_bytes``.
-
-    Args:
-        recipe: Without problems.
-        looked: The headers of its models.
-        cache_dir: Of models from the Hub.
-    """
+    """``looked.estimate``, and ``memory_bytes`` (anonymous, at the peak) and ``download_bytes``."""
     sizes = looked.estimate
     copies = COPIES.get(str(recipe.get("merge_method")), OTHER_COPIES)
     shard_bytes = min(sizes["written_bytes"], SHARD_BYTES)

@@ -101,7 +101,7 @@ def read_model(place: Place, hub: Hub | None = None) -> Model:
 
 def _tensors_on_the_hub(place: Place, hub: Hub) -> Tensors:
     if hub.unreachable:
-        raise ValueError(f"the Hub could not be asked: {hub.unreachable}")
+        raise ValueError(f"the Hub did not answer: {hub.unreachable}")
     try:
         api = huggingface_hub.HfApi()
         siblings = api.model_info(place.path, revision=place.revision).siblings or []
@@ -114,7 +114,7 @@ def _tensors_on_the_hub(place: Place, hub: Hub) -> Tensors:
     except ValueError:
         raise
     except Exception as error:  # the HTTP client raises errors of many kinds
-        raise ValueError(f"the Hub could not be asked: {hub.why_not(error)}") from error
+        raise ValueError(f"the Hub did not answer: {hub.why_not(error)}") from error
     return {
         name: (tuple(tensor.shape), str(tensor.dtype))
         for file in metadata.files_metadata.values()
@@ -193,15 +193,11 @@ def _vocabulary(folder: str) -> dict[int, str] | None:
 
 
 def estimate(models: Sequence[Model], outputs: Mapping[str, tuple[Sequence[int], int]]) -> dict[str, Any]:
-    """The size of a merge.
+    """``parameters``, ``read_bytes``, ``written_bytes`` and ``largest_tensor_bytes`` (in all models and output).
 
     Args:
         models: All models that are read.
         outputs: Shape and bytes of an element, for every tensor that is written.
-
-    Returns:
-        ``parameters``, ``read_bytes``, ``written_bytes``, and ``largest_tensor_bytes``: the largest tensor, for
-        every model and the output at once.
     """
     sizes = [(math.prod(shape), width) for shape, width in outputs.values()]
     largest = max((elements * width for elements, width in sizes), default=0)

@@ -33,7 +33,7 @@ class Hub:
     def why_not(self, error: Exception) -> str:
         """Why the Hub did not answer, and what to do."""
         if isinstance(error, errors.OfflineModeIsEnabled):
-            return "HF_HUB_OFFLINE is set; unset it to ask the Hub"
+            return "HF_HUB_OFFLINE is set; unset it to use the Hub"
         reason = (str(error).strip() or "no answer").splitlines()[0]
         if isinstance(error, errors.HfHubHTTPError):
             return reason  # it has answered, and may answer for the next model
@@ -53,15 +53,15 @@ class Hub:
         if isinstance(cached, str):
             return None
         if huggingface_hub.constants.HF_HUB_OFFLINE:
-            return f"{missing}, and it is not in the Hub cache (HF_HUB_OFFLINE is set: unset it to ask the Hub)"
+            return f"{missing}, and it is not in the Hub cache (HF_HUB_OFFLINE is set: unset it to use the Hub)"
         if self.unreachable:
-            return f"{missing}, and the Hub could not be asked: {self.unreachable}"
+            return f"{missing}, and the Hub did not answer: {self.unreachable}"
         try:
             return _refusal(path, revision, wanted)
         except errors.RepositoryNotFoundError:
             return f"{missing}, and no such model on the Hub (if it is private, run `hf auth login`)"
         except Exception as error:  # the HTTP client raises errors of many kinds
-            return f"{missing}, and the Hub could not be asked: {self.why_not(error)}"
+            return f"{missing}, and the Hub did not answer: {self.why_not(error)}"
 
     def why_no_tokenizer(self, path: str, revision: str | None, cache_dir: str | None) -> str | None:
         """Why no tokenizer could be loaded from the folder or Hub id ``path``."""

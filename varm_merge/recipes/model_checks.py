@@ -204,7 +204,7 @@ def _pivots(recipe: Recipe) -> None:
                     f"{FUSION} from the target if you know they fit",
                 )
         except (ValueError, OSError) as error:
-            recipe.add(path, f"whether the targets come from `{pivot.model.path}` cannot be told: {error}")
+            recipe.add(path, f"cannot check whether the targets come from `{pivot.model.path}`: {error}")
 
 
 def _token_ids(recipe: Recipe) -> None:

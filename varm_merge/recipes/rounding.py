@@ -84,12 +84,7 @@ def _ordered(values_C: Tensor) -> Tensor:
 
 @dataclass
 class Tally:
-    """Counts of each target over the tensors of a merge.
-
-    Attributes:
-        looked: The headers of the recipe's models.
-        counts: Of each target, by its name.
-    """
+    """Counts of each target, by its name, over the tensors of a merge."""
 
     looked: Looked
     counts: dict[str, Counts] = field(default_factory=dict)
@@ -133,12 +128,7 @@ class Tally:
 
 
 def remarks(text: str, looked: Looked) -> Iterator[Problem]:
-    """Remarks on targets of a recipe in which most deltas are rounding, by a sample of their tensors.
-
-    Args:
-        text: A recipe without problems.
-        looked: The headers of its models, the base model's first.
-    """
+    """Remarks on targets of a sound recipe in which most deltas are rounding, by a sample of their tensors."""
     recipe = yaml.safe_load(text)
     dtype = dtype_from_name(recipe.get("dtype"))
     if not looked.has_base:

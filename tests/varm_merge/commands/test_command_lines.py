@@ -33,9 +33,9 @@ EVERY = [pytest.param(program, *one, id=" ".join(one[0])) for program in PROGRAM
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_both_tell_their_version_and_exit_codes(program: str) -> None:
-    told = CliRunner().invoke(PROGRAMS[program], ["--version"], prog_name=program)
-    assert told.output.split() == [f"{program},", "version", __version__]
+def test_both_print_their_version_and_exit_codes(program: str) -> None:
+    result = CliRunner().invoke(PROGRAMS[program], ["--version"], prog_name=program)
+    assert result.output.split() == [f"{program},", "version", __version__]
     assert "Exit codes: 0" in CliRunner().invoke(PROGRAMS[program], ["-h"]).output
     assert CliRunner().invoke(PROGRAMS[program], ["no-such-command"]).exit_code == 2
 
@@ -45,9 +45,9 @@ def test_every_command_helps_with_an_example(program: str, words: list[str], com
     if words == ["yaml"]:  # hands --help on to mergekit-yaml
         assert "Example" in (command.help or "")
         return
-    told = CliRunner().invoke(PROGRAMS[program], [*words, "--help"], prog_name=program)
-    assert told.exit_code == 0
-    _, _, examples = told.output.partition("Example")
+    result = CliRunner().invoke(PROGRAMS[program], [*words, "--help"], prog_name=program)
+    assert result.exit_code == 0
+    _, _, examples = result.output.partition("Example")
     assert " ".join([program, *words]) in examples
     assert all(option.help for option in command.params if isinstance(option, click.Option))
 
@@ -109,7 +109,7 @@ def test_bash_completes_commands(program: str, typed: str, completed: str) -> No
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_other_shells_get_a_script_of_their_own(program: str, shell: str) -> None:
-    told = CliRunner().invoke(PROGRAMS[program], ["completion", shell], prog_name=program)
-    assert told.exit_code == 0
-    assert f"{shell}_complete" in told.output
-    assert program in told.output
+    result = CliRunner().invoke(PROGRAMS[program], ["completion", shell], prog_name=program)
+    assert result.exit_code == 0
+    assert f"{shell}_complete" in result.output
+    assert program in result.output

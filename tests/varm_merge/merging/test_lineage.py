@@ -297,7 +297,7 @@ def test_a_pivot_of_which_nothing_is_known_is_a_problem(told: Family, cache: Pat
         path.unlink()
     text = runs.recipe(Family(Path("org/pivot"), told.targets))
     ((_, message),) = problems(text, cache)
-    assert "the header of `org/pivot` cannot be read: the Hub could not be asked: " in message
+    assert "the header of `org/pivot` cannot be read: the Hub did not answer: " in message
 
 
 def test_mergekit_yaml_stops_before_it_writes(told: Family, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``varm-merge check`` of models on the Hub: over HTTP, headers only; and what a merge is said to take."""
+"""``varm-merge check`` of models on the Hub: over HTTP, headers only; and the estimated size of a merge."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
     return {"merge_method": "varm", "base_model": "org/pivot", "models": models, "dtype": "float32", **changes}
 
 
-def told(content: dict[str, Any], cache: Path, looked: Looked | None = None) -> list[str]:
+def messages_of(content: dict[str, Any], cache: Path, looked: Looked | None = None) -> list[str]:
     text = yaml.safe_dump(content, sort_keys=False)
     looked = looked if looked is not None else Looked()
     options = MergeOptions(transformers_cache=str(cache))
@@ -80,7 +80,7 @@ def told(content: dict[str, Any], cache: Path, looked: Looked | None = None) -> 
 
 def test_of_models_on_the_hub_only_headers_are_read(hub: Hub, tmp_path: Path, mistral: Family) -> None:
     looked = Looked()
-    assert told(recipe(), tmp_path / "c", looked) == []
+    assert messages_of(recipe(), tmp_path / "c", looked) == []
     assert hub.sent_bytes < 1_000_000  # of 15 million
     assert looked.estimate["read_bytes"] > 3 * LARGE_BYTES
     assert not list((tmp_path / "c").rglob("*.safetensors"))
@@ -97,52 +97,54 @@ def test_shards_and_revisions_on_the_hub_are_read(hub: Hub, tmp_path: Path, mist
     hub.repositories["org/one"].branches["small"] = [("shards", shards)]
     hub.add("org/pivot", files_of(mistral.pivot))
     looked = Looked()
-    found = told(recipe(models=[{"model": "org/one@small"}]), tmp_path / "c", looked)
+    found = messages_of(recipe(models=[{"model": "org/one@small"}]), tmp_path / "c", looked)
     assert found == []
     sizes = [model.bytes for model in looked.models.values()]
     assert sizes[0] == sizes[1]
     assert Place("org/one", "small", str(tmp_path / "c")).file("model.safetensors.index.json")
-    assert told(recipe(models=[{"model": "org/one@small"}]), tmp_path / "c") == []  # its shards are still away
-    (problem,) = told(recipe(models=[{"model": "org/one@smal"}]), tmp_path / "c")
+    assert (
+        messages_of(recipe(models=[{"model": "org/one@small"}]), tmp_path / "c") == []
+    )  # its shards are still away
+    (problem,) = messages_of(recipe(models=[{"model": "org/one@smal"}]), tmp_path / "c")
     assert problem == "4: `org/one` has no revision `smal` on the Hub"
 
 
-def test_models_that_do_not_fit_are_told_before_they_are_downloaded(
+def test_models_that_do_not_fit_are_reported_before_they_are_downloaded(
     hub: Hub, tmp_path: Path, mistral: Family
 ) -> None:
     files = files_of(mistral.targets[0])
     files["config.json"] = files["config.json"].replace(b"MistralForCausalLM", b"LlamaForCausalLM")
     hub.add("org/one", files)
-    (problem,) = told(recipe(), tmp_path / "c")
+    (problem,) = messages_of(recipe(), tmp_path / "c")
     assert problem.startswith("4: org/one is a LlamaForCausalLM, org/pivot a MistralForCausalLM: ")
 
 
-def test_missing_private_gated_and_empty_models_are_told_apart_and_at_once(hub: Hub, tmp_path: Path) -> None:
+def test_missing_private_gated_and_empty_models_are_distinguished_and_at_once(hub: Hub, tmp_path: Path) -> None:
     hub.repositories["org/one"].gated = True
     hub.add("org/empty", {"README.md": b"# Nothing"})
     content = recipe(models=[{"model": f"org/{name}"} for name in ("one", "nothing", "empty")])
-    problems = told(content, tmp_path / "c")
+    problems = messages_of(content, tmp_path / "c")
     assert problems[0] == "4: `org/one` is gated: accept its conditions on the Hub, then run `hf auth login`"
     assert problems[1].startswith("5: no model folder `org/nothing`, and no such model on the Hub")
     assert problems[2] == "6: `org/empty` on the Hub has no config.json"
     assert len(problems) == 3
     hub.faults = [Fault("GET", "/api/models/org/two", 9, 503)]
-    (problem,) = told(recipe(models=[{"model": "org/two"}]), tmp_path / "c")
-    assert problem.startswith("4: no model folder `org/two`, and the Hub could not be asked")
+    (problem,) = messages_of(recipe(models=[{"model": "org/two"}]), tmp_path / "c")
+    assert problem.startswith("4: no model folder `org/two`, and the Hub did not answer")
 
 
-def test_who_may_read_a_gated_model_is_not_told_of_it(
+def test_who_may_read_a_gated_model_is_not_refused(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.repositories["org/one"].gated = True
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert told(recipe(), tmp_path / "c") == []
+    assert messages_of(recipe(), tmp_path / "c") == []
 
 
 def test_a_fusion_json_that_the_hub_refuses_is_not_taken_for_none(hub: Hub, tmp_path: Path) -> None:
     hub.faults = [Fault("HEAD", "org/one/resolve/.*/fusion.json", 9, 403)]
-    (problem,) = told(recipe(), tmp_path / "c")
-    assert "whether the targets come from `org/pivot` cannot be told: " in problem
+    (problem,) = messages_of(recipe(), tmp_path / "c")
+    assert "cannot check whether the targets come from `org/pivot`: " in problem
     assert "\n" not in problem
 
 
@@ -168,7 +170,7 @@ def test_a_card_that_names_another_base_model_is_remarked(
     files = hub.repositories["org/one"].files()
     hub.add("org/one", {**files, "README.md": CARD.format(named).encode()})
     looked = Looked()
-    assert told(recipe(), tmp_path / "c", looked) == []
+    assert messages_of(recipe(), tmp_path / "c", looked) == []
     found = [f"{one.line}: {one.message}" for one in looked.remarks]
     assert bool(found) == remarked
     assert all(one.startswith("4: the card of `org/one` says that it comes from `") for one in found)
@@ -179,16 +181,16 @@ def test_the_card_of_a_folder_is_read_and_of_other_methods_not(mistral: Family, 
     (target / "README.md").write_text(CARD.format("other/base"))
     content = recipe(base_model=str(mistral.pivot), models=[{"model": str(target)}])
     looked = Looked()
-    assert told(content, tmp_path / "c", looked) == []
+    assert messages_of(content, tmp_path / "c", looked) == []
     (remark,) = looked.remarks
     assert "comes from `other/base`, and the base_model is" in remark.message
     looked = Looked()
     sound = {**content, "merge_method": "task_arithmetic", "parameters": {"weight": 1.0}}
-    assert told(sound, tmp_path / "c", looked) == []
+    assert messages_of(sound, tmp_path / "c", looked) == []
     assert looked.remarks == []
     (target / "README.md").write_text("---\nbase_model: [\n---\n")
     looked = Looked()
-    assert told(content, tmp_path / "c", looked) == []
+    assert messages_of(content, tmp_path / "c", looked) == []
     assert looked.remarks == []
 
 
@@ -202,7 +204,7 @@ def checked(path: Path, *options: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_what_has_to_be_downloaded_is_told(hub: Hub, tmp_path: Path) -> None:
+def test_what_has_to_be_downloaded_is_reported(hub: Hub, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe()))
     found = checked(path, "--cache-dir", str(tmp_path / "c"))["estimate"]
@@ -244,7 +246,7 @@ def test_a_place_that_cannot_be_written_is_a_problem(mistral: Family, tmp_path: 
             assert "✓" not in done.output
 
 
-def test_a_hub_that_refuses_is_asked_once_and_what_to_do_is_said(
+def test_a_hub_that_refuses_is_queried_once_and_what_to_do_is_printed(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
@@ -255,7 +257,7 @@ def test_a_hub_that_refuses_is_asked_once_and_what_to_do_is_said(
         "model_info",
         lambda *args, **kwargs: (asked.append(args[1]), api(*args, **kwargs))[1],
     )
-    problems = told(recipe(), tmp_path / "c")
+    problems = messages_of(recipe(), tmp_path / "c")
     assert len(problems) == 3
     assert all(
         "Connection refused; `varm-merge check --offline` looks at the recipe alone" in one for one in problems
@@ -268,8 +270,8 @@ def test_the_memory_is_near_what_a_merge_was_seen_to_take() -> None:
     largest = 32000 * 2048 * 2
     for method, seen_mib in (("varm", 594), ("task_arithmetic", 925), ("sce", 1557), ("ties", 2307)):
         copies = estimate.COPIES.get(method, estimate.OTHER_COPIES)
-        told_mib = (estimate.START_BYTES + 200e6 + copies * 4 * largest) / 2**20
-        assert told_mib == pytest.approx(seen_mib, rel=0.75)
+        estimated_mib = (estimate.START_BYTES + 200e6 + copies * 4 * largest) / 2**20
+        assert estimated_mib == pytest.approx(seen_mib, rel=0.75)
 
 
 def test_the_memory_is_the_start_the_shard_and_a_share_of_the_largest_tensor() -> None:

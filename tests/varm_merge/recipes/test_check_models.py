@@ -46,7 +46,7 @@ def recipe_of(method: str, family: Family) -> dict[str, Any]:
     return {**content, "parameters": required, "dtype": "float32"}
 
 
-def told(content: dict[str, Any], looked: Looked | None = None) -> list[str]:
+def messages_of(content: dict[str, Any], looked: Looked | None = None) -> list[str]:
     problems = check(yaml.safe_dump(content, sort_keys=False), every=True, looked=looked)
     return [f"{problem.line}: {problem.message}" for problem in problems]
 
@@ -57,7 +57,7 @@ METHODS = sorted(one.spec.name for one in registered_methods())
 @pytest.mark.parametrize("method", METHODS)
 def test_a_sound_recipe_of_any_method_is_sound_and_merges(method: str, mistral: Family, tmp_path: Path) -> None:
     looked, content = Looked(), recipe_of(method, mistral)
-    assert told(content, looked) == []
+    assert messages_of(content, looked) == []
     assert looked.remarks == []
     options = MergeOptions(quiet=True, copy_tokenizer=False)
     mergekit.merge.run_merge(MergeConfiguration.model_validate(content), str(tmp_path), options=options)
@@ -76,7 +76,7 @@ def mergekit_fails(content: dict[str, Any], out: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "varm"])
-def test_too_few_or_too_many_models_and_missing_parameters_are_what_mergekit_fails_of(
+def test_too_few_or_too_many_models_and_missing_parameters_are_what_mergekit_refuses(
     method: str, mistral: Family, tmp_path: Path
 ) -> None:
     """The same verdict as mergekit's own run, for every change of a sound recipe."""
@@ -90,7 +90,7 @@ def test_too_few_or_too_many_models_and_missing_parameters_are_what_mergekit_fai
     ]
     for number, change in enumerate(changes):
         content = {name: value for name, value in {**sound, **change}.items() if value is not None}
-        found = told(content)
+        found = messages_of(content)
         assert bool(found) == mergekit_fails(content, tmp_path / str(number)), (change, found)
 
 
@@ -130,7 +130,7 @@ def test_models_layers_and_filters_are_judged_as_mergekit_judges_them(
         ),
     ]
     for number, content in enumerate(changes):
-        found = told(content, Looked())
+        found = messages_of(content, Looked())
         assert bool(found) == mergekit_fails(content, tmp_path / str(number)), (content, found)
 
 
@@ -148,7 +148,7 @@ def test_tokens_come_from_models_that_are_there_and_are_compared(mistral: Family
     pivot, *targets = family
     sound = recipe_of("varm", Family(pivot, tuple(targets)))
     looked = Looked()
-    assert told(sound, looked) == []
+    assert messages_of(sound, looked) == []
     (remark,) = looked.remarks
     assert (remark.line, remark.message.startswith(f"3 ids stand for other tokens in {targets[1]} than")) == (
         4,
@@ -168,7 +168,7 @@ def test_tokens_come_from_models_that_are_there_and_are_compared(mistral: Family
         ({"tokenizer_source": "base"}, ""),
     ):
         looked = Looked()
-        problems = told(sound | change, looked)
+        problems = messages_of(sound | change, looked)
         assert [wrong in one for one in problems] == [True] * bool(wrong), problems
         assert looked.remarks == []
         if wrong:
@@ -189,7 +189,7 @@ dtype: blah
 """
 
 
-def test_everything_that_is_wrong_is_told_at_once(mistral: Family) -> None:
+def test_everything_that_is_wrong_is_reported_at_once(mistral: Family) -> None:
     text = WRONG.format(pivot=mistral.pivot, target=mistral.targets[0], other=mistral.targets[1])
     found = {f"{problem.line}: {problem.message}" for problem in check(text, every=True)}
     for expected in (
@@ -220,7 +220,7 @@ def test_everything_that_is_wrong_is_told_at_once(mistral: Family) -> None:
         ("merge_method: [\n", "not valid YAML"),
     ],
 )
-def test_what_is_no_recipe_is_told(text: str, problem: str) -> None:
+def test_what_is_no_recipe_is_reported(text: str, problem: str) -> None:
     assert any(problem in f"{one.line}: {one.message}" for one in check(text, every=True))
 
 
@@ -242,11 +242,13 @@ def test_slices_and_filters_of_any_method_are_read(mistral: Family) -> None:
         "slices": [{"sources": sources}],
         "dtype": "float32",
     }
-    assert told({**content, "parameters": parameters}, Looked()) == []
-    assert told({**content, "slices": [{"sources": sources, "parameters": parameters}]}, Looked()) == []
-    (problem,) = told(content)
+    assert messages_of({**content, "parameters": parameters}, Looked()) == []
+    assert messages_of({**content, "slices": [{"sources": sources, "parameters": parameters}]}, Looked()) == []
+    (problem,) = messages_of(content)
     assert problem.endswith("slerp needs the parameter `t`")
-    (problem,) = told({**content, "parameters": {"t": [{"filter": "mlp", "value": ["x", 1]}, {"value": 0.5}]}})
+    (problem,) = messages_of(
+        {**content, "parameters": {"t": [{"filter": "mlp", "value": ["x", 1]}, {"value": 0.5}]}}
+    )
     assert problem.endswith("`t` is `x`, not a valid number")
 
 
@@ -266,7 +268,7 @@ def changed(model: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
-def test_models_that_do_not_fit_are_told_apart_by_their_headers(mistral: Family, tmp_path: Path) -> None:
+def test_models_that_do_not_fit_are_distinguished_by_their_headers(mistral: Family, tmp_path: Path) -> None:
     target, other = mistral.targets
     narrow = changed(target, tmp_path / "narrow", lambda t: t.update({DOWN: t[DOWN][:, 1:].contiguous()}))
     short = changed(target, tmp_path / "short", lambda t: t.pop(DOWN), num_hidden_layers=1)
@@ -286,7 +288,7 @@ def test_models_that_do_not_fit_are_told_apart_by_their_headers(mistral: Family,
         content = recipe_of("varm", mistral)
         content["models"] = [{"model": str(other)}, {"model": str(folder)}]
         looked = Looked()
-        problems = told(content, looked)
+        problems = messages_of(content, looked)
         assert bool(problems) == bool(wrong), problems
         assert any(one.startswith("4: ") and wrong in one for one in problems) or not wrong, problems
         assert any(remarked in one.message for one in looked.remarks) or not remarked, looked.remarks
@@ -323,13 +325,13 @@ def test_slices_of_a_model_with_more_layers_and_buffers_nobody_reads_are_no_prob
     )
     sources = [{"model": str(one), "layer_range": [0, 2]} for one in (mistral.pivot, deeper)]
     content = {"merge_method": "varm", "base_model": str(mistral.pivot), "slices": [{"sources": sources}]}
-    assert told(content, Looked()) == []
+    assert messages_of(content, Looked()) == []
     options = MergeOptions(quiet=True, copy_tokenizer=False)
     mergekit.merge.run_merge(MergeConfiguration.model_validate(content), str(tmp_path / "out"), options=options)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     old = changed(mistral.pivot, tmp_path / "old", lambda t: t.update({name: torch.ones(4)}))
     content = recipe_of("varm", mistral) | {"base_model": str(old)}
-    assert told(content, Looked()) == []
+    assert messages_of(content, Looked()) == []
     assert not mergekit_fails(content, tmp_path / "of-old")
 
 
@@ -351,12 +353,12 @@ def test_a_damaged_file_and_a_missing_shard_are_named(mistral: Family, tmp_path:
             (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         content = recipe_of("linear", mistral)
         content["models"] = [{"model": str(mistral.targets[1])}, {"model": str(folder)}]
-        (problem,) = told(content, Looked())
+        (problem,) = messages_of(content, Looked())
         assert f"the weights of `{folder}` cannot be read: " in problem
         assert name == "cut" or "names `model-00002-of-00002.safetensors`, and that file is not there" in problem
 
 
-def test_a_model_in_the_hubs_cache_is_read_there_and_one_that_is_not_is_told(
+def test_a_model_in_the_hubs_cache_is_read_there_and_one_that_is_not_is_reported(
     mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the network."""

@@ -121,7 +121,7 @@ def test_a_recipe_needs_a_pivot_a_target_and_no_model_twice() -> None:
     assert the_problem(SOUND.replace("org/b", "org/a")) == (5, "org/a is listed twice")
 
 
-def test_what_is_no_model_is_told_once_and_without_the_names_of_classes() -> None:
+def test_what_is_no_model_is_reported_once_and_without_the_names_of_classes() -> None:
     expected = "not a model: a folder or the id of one on the Hub"
     assert problems(SOUND.replace("org/pivot", "5")) == [(2, f"`base_model` is `5`, {expected}")]
     assert problems(SOUND.replace("org/b", "[1]")) == [(5, f"`models.1.model` is `[1]`, {expected}")]
@@ -213,7 +213,7 @@ def test_all_missing_models_are_named_with_what_is_there_instead(
     ((line, message),) = [(p.line, p.message) for p in check(text.replace(near, mistral.targets[0].name))]
     assert line == 5
     assert message == (
-        "no model folder `org/b`, and it is not in the Hub cache (HF_HUB_OFFLINE is set: unset it to ask the Hub)"
+        "no model folder `org/b`, and it is not in the Hub cache (HF_HUB_OFFLINE is set: unset it to use the Hub)"
     )
 
 

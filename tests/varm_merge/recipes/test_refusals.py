@@ -44,12 +44,12 @@ def both(recipe: Path | str, out: Path, *flags: str) -> tuple[Result, Result]:
     return check, merge
 
 
-def refused(recipe: Path | str, out: Path, *told: str, line: int | None = None) -> None:
-    """Both refuse the recipe, and say ``told``."""
+def refused(recipe: Path | str, out: Path, *expected: str, line: int | None = None) -> None:
+    """Both refuse the recipe, and say ``expected``."""
     there = out.exists()
     check, merge = both(recipe, out)
     assert merge.exit_code == 1
-    for part in (*told, *([f"line {line}: "] if line else [])):
+    for part in (*expected, *([f"line {line}: "] if line else [])):
         assert part in check.output
         assert part in merge.output
     assert out.exists() == there
@@ -119,8 +119,10 @@ def test_tensors_that_only_targets_have_are_remarked_on(
     check, _ = both(runs.recipe(models, granularity="layer"), tmp_path / "out")
     assert check.exit_code == 0
     for index in having:
-        told = f"only `{models.targets[index - 1]}` has {BIASES}, not {models.pivot}: they are not in the merge"
-        assert told in check.output
+        expected = (
+            f"only `{models.targets[index - 1]}` has {BIASES}, not {models.pivot}: they are not in the merge"
+        )
+        assert expected in check.output
 
 
 def test_a_tensor_that_one_target_lacks_is_remarked_on(family: Callable[..., Family], tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ def test_by_names_means_whole_models_of_one_layout(mistral: Family, tmp_path: Pa
     sources = [{"model": str(one), "layer_range": [0, 2]} for one in (mistral.pivot, *mistral.targets)]
     sliced = {key: value for key, value in content.items() if key != "models"} | {"slices": [{"sources": sources}]}
     gradient = content | {"parameters": {"normalization": "softmax", "temperature": [1, 2]}}
-    for document, told in (
+    for document, expected in (
         (sliced, "`slices`: a merge by names takes whole models"),
         (gradient, "`temperature` is a gradient over layers, and a merge by names has none"),
     ):
@@ -158,7 +160,7 @@ def test_by_names_means_whole_models_of_one_layout(mistral: Family, tmp_path: Pa
         for command in (["check", "--by-name"], ["yaml", "--by-name"], ["inspect", "--by-name"]):
             out = [str(tmp_path / "out")] if command[0] == "yaml" else []
             result = CliRunner().invoke(main, [*command, str(recipe), *out])
-            assert (result.exit_code, told in result.output) == (1, True), result.output
+            assert (result.exit_code, expected in result.output) == (1, True), result.output
     assert not (tmp_path / "out").exists()
 
 
@@ -213,7 +215,7 @@ def loaded(folder: Path) -> tuple[transformers.PreTrainedModel, dict[str, Any]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("spans", [[(0, 3)], [(0, 3), (1, 4)], [(1, 2), (0, 1), (2, 4)]], ids=str)
 @pytest.mark.parametrize("config", DEEP)
-def test_a_merge_has_the_layers_of_its_slices_and_a_config_that_tells_of_them(
+def test_a_merge_has_the_layers_of_its_slices_and_a_config_that_lists_them(
     config: str, spans: list[tuple[int, int]], tmp_path: Path
 ) -> None:
     """mergekit knows the key of the depth for few architectures, and lists by layer (``layer_types``) for none."""
@@ -236,16 +238,16 @@ def test_a_merge_has_the_layers_of_its_slices_and_a_config_that_tells_of_them(
 
 
 @pytest.mark.slow
-def test_layers_that_the_config_cannot_tell_of_are_refused(tmp_path: Path) -> None:
+def test_layers_that_the_config_cannot_describe_are_refused(tmp_path: Path) -> None:
     """Every other layer of this model has experts, by number; in the slices two such layers are neighbours."""
     config = transformers.Llama4TextConfig(**SIZE, **MOE, intermediate_size_mlp=24, moe_layers=[1, 3])
     models = models_of(config, tmp_path)
-    told = ("layers.5.feed_forward.experts.down_proj", "transformers would drop them", "they would be random")
-    refused(sliced(models, (0, 3), (1, 4)), tmp_path / "out", *told, line=4)
+    expected = ("layers.5.feed_forward.experts.down_proj", "transformers would drop them", "they would be random")
+    refused(sliced(models, (0, 3), (1, 4)), tmp_path / "out", *expected, line=4)
 
 
 @pytest.mark.slow
-def test_a_vocabulary_that_the_config_does_not_tell_of_is_refused(mistral: Family, tmp_path: Path) -> None:
+def test_a_vocabulary_that_the_config_does_not_have_is_refused(mistral: Family, tmp_path: Path) -> None:
     wide = tiny_models.save_family(tmp_path / "wide", "mistral", vocab_size=tiny_models.VOCABULARY + 2)
     text = runs.recipe(Family(wide.pivot, (wide.targets[0], mistral.targets[0])))
     out, flag = tmp_path / "out", "--unsafe-truncate-embeddings"
@@ -308,7 +310,7 @@ def rewrite(folder: Path, **entries: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "change", "told"),
+    ("architecture", "change", "expected"),
     [
         ("mixtral", packed, "and in their place `model.layers.*.mlp.experts."),
         ("mistral", tied, "has no `lm_head.weight` of"),
@@ -318,7 +320,7 @@ def rewrite(folder: Path, **entries: Any) -> None:
 def test_by_names_a_target_of_another_layout_is_refused(
     architecture: str,
     change: Callable[[Path], None],
-    told: str,
+    expected: str,
     family: Callable[..., Family],
     tmp_path: Path,
 ) -> None:
@@ -328,7 +330,7 @@ def test_by_names_a_target_of_another_layout_is_refused(
     change(target)
     for result in by_name(Family(models.pivot, (target, models.targets[1])), tmp_path / "out"):
         assert result.exit_code == 1
-        assert told in " ".join(result.output.split())
+        assert expected in " ".join(result.output.split())
 
 
 @pytest.mark.slow
@@ -393,17 +395,17 @@ CODES = {"gptq": gptq, "fp8": fp8, "bitsandbytes": bnb, "int8": int8}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [True, False], ids=["in the config", "not in the config"])
+@pytest.mark.parametrize("expected", [True, False], ids=["in the config", "not in the config"])
 @pytest.mark.parametrize("method", CODES)
 @pytest.mark.parametrize("which", ["all", "one"])
 def test_codes_are_not_merged_as_weights(
-    which: str, method: str, told: bool, mistral: Family, tmp_path: Path
+    which: str, method: str, expected: bool, mistral: Family, tmp_path: Path
 ) -> None:
     paths = [shutil.copytree(path, tmp_path / path.name) for path in (mistral.pivot, *mistral.targets)]
     for path in paths if which == "all" else paths[-1:]:
         tiny_models.edit(path, CODES[method])
         config = json.loads((path / "config.json").read_text())
-        extra = {"quantization_config": {"quant_method": method}} if told else {}
+        extra = {"quantization_config": {"quant_method": method}} if expected else {}
         (path / "config.json").write_text(json.dumps({**config, **extra}))
     text = runs.recipe(Family(paths[0], tuple(paths[1:])), granularity="layer")
     refused(text, tmp_path / "out", "quantised", "Codes cannot be merged as weights")
@@ -426,7 +428,7 @@ def test_float64_is_no_code_and_whole_numbers_are_no_weights(mistral: Family, tm
     check, _ = both(runs.recipe(models), out)
     assert check.exit_code == 0, check.output
     runs.assert_merges(runs.read(out), models, runs.MATRIX)
-    for dtype, told in (
+    for dtype, expected in (
         (torch.int64, "has whole numbers (I64) as weights: `model.norm.weight`"),
         (torch.int16, "is quantised: `model.norm.weight`"),
         (torch.float8_e4m3fnuz, "is quantised: `model.norm.weight`"),
@@ -436,7 +438,7 @@ def test_float64_is_no_code_and_whole_numbers_are_no_weights(mistral: Family, tm
         shutil.rmtree(paths[1])
         shutil.copytree(mistral.targets[0], paths[1]).joinpath("model.safetensors").unlink()
         torch.save(tensors, paths[1] / "pytorch_model.bin")
-        refused(runs.recipe(models), tmp_path / "none", told, line=5)
+        refused(runs.recipe(models), tmp_path / "none", expected, line=5)
 
 
 # Folders
@@ -556,6 +558,7 @@ from mergekit.scripts.run_yaml import main
 for line in sys.stdin:
     if (merge := os.fork()) == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background shell
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored under nohup
         main(json.loads(line))
     print(merge, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(merge, 0)[1]), flush=True)
@@ -608,7 +611,7 @@ def test_a_result_beyond_its_dtype_names_tensor_and_line(mistral: Family, tmp_pa
     for path in paths:
         tiny_models.edit(path, lambda tensors: tensors[UP].view(-1)[:1].fill_(1e5))
     family, recipe = Family(paths[0], tuple(paths[1:])), tmp_path / "recipe.yaml"
-    for lines, told in (
+    for lines, expected in (
         (["dtype: float32", "out_dtype: float16"], f"line 8: the merged tensor `{UP}` has values beyond 65504"),
         (["out_dtype: float16"], f"line 7: the merged tensor `{UP}` has values beyond 65504"),
         (["dtype: float16"], "has values up to 100000, which do not fit into `dtype: float16`"),
@@ -616,7 +619,7 @@ def test_a_result_beyond_its_dtype_names_tensor_and_line(mistral: Family, tmp_pa
         for granularity in ("layer", "matrix", "parameter"):
             recipe.write_text(runs.recipe(family, *lines, granularity=granularity))
             merge = CliRunner().invoke(mergekit_yaml, [str(recipe), str(tmp_path / "out"), "--quiet"])
-            assert (merge.exit_code, told in merge.output) == (1, True), merge.output
+            assert (merge.exit_code, expected in merge.output) == (1, True), merge.output
             assert "damaged" not in merge.output
             assert not (tmp_path / "out").exists()
     recipe.write_text(runs.recipe(family, "dtype: float32", "out_dtype: bfloat16"))
@@ -662,7 +665,7 @@ def test_another_encoding_is_a_sentence(mistral: Family, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("", "no recipe"),
         ("- a\n- b\n", "no recipe"),
@@ -672,8 +675,8 @@ def test_another_encoding_is_a_sentence(mistral: Family, tmp_path: Path) -> None
         ("merge_method: !x varm\n", "not valid YAML"),
     ],
 )
-def test_what_is_nearly_a_recipe_is_a_sentence(text: str, told: str, tmp_path: Path) -> None:
-    refused(text, tmp_path / "out", told, line=1)
+def test_what_is_nearly_a_recipe_is_a_sentence(text: str, expected: str, tmp_path: Path) -> None:
+    refused(text, tmp_path / "out", expected, line=1)
 
 
 def test_a_source_needs_a_layer_range(mistral: Family, tmp_path: Path) -> None:
@@ -699,13 +702,13 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 def test_a_chat_template_is_one_and_arrives(lines: list[str], mistral: Family, tmp_path: Path) -> None:
     pivot, out = shutil.copytree(mistral.pivot, tmp_path / "pivot"), tmp_path / "out"
     models = Family(pivot, mistral.targets)
-    for template, told in (
+    for template, expected in (
         ("nonsense", "`chat_template` is `nonsense`, neither Jinja nor one of auto, alpaca"),
         ("/no/such/file.jinja", "neither Jinja nor one of"),
         ("{% for m in messages %}{{ m.content", "`chat_template` is no sound Jinja: "),
     ):
         tiny_models.train_tokenizer(pivot, "the cat sat on the mat")
-        refused(runs.recipe(models, f"chat_template: {json.dumps(template)}", *lines), out, told, line=7)
+        refused(runs.recipe(models, f"chat_template: {json.dumps(template)}", *lines), out, expected, line=7)
     for template, written in (("chatml", "<|im_start|>"), (TEMPLATE, TEMPLATE)):
         both(runs.recipe(models, f"chat_template: {json.dumps(template)}", *lines), out)
         assert written in str(transformers.AutoTokenizer.from_pretrained(out).chat_template)
@@ -716,7 +719,7 @@ def test_a_chat_template_needs_a_tokenizer(mistral: Family, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         ({"architectures": None}, "names no `architectures`"),
         ({"architectures": []}, "names no `architectures`"),
@@ -725,13 +728,13 @@ def test_a_chat_template_needs_a_tokenizer(mistral: Family, tmp_path: Path) -> N
     ],
 )
 def test_a_config_that_mergekit_cannot_plan_from_is_a_sentence(
-    change: dict[str, Any], told: str, mistral: Family, tmp_path: Path
+    change: dict[str, Any], expected: str, mistral: Family, tmp_path: Path
 ) -> None:
     paths = [shutil.copytree(path, tmp_path / path.name) for path in (mistral.pivot, *mistral.targets)]
     for path in paths:
         config = json.loads((path / "config.json").read_text())
         (path / "config.json").write_text(json.dumps({**config, **change}))
-    refused(runs.recipe(Family(paths[0], tuple(paths[1:]))), tmp_path / "out", told)
+    refused(runs.recipe(Family(paths[0], tuple(paths[1:]))), tmp_path / "out", expected)
 
 
 def test_a_full_disk_is_a_sentence(mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -814,7 +817,7 @@ UNFIT: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", UNFIT)
-def test_an_adapter_that_does_not_fit_is_told_before_the_merge(
+def test_an_adapter_that_does_not_fit_is_reported_before_the_merge(
     fault: str, mistral: Family, tmp_path: Path
 ) -> None:
     adapter = tiny_models.save_adapter(mistral.pivot, tmp_path / "lora", 1)

@@ -72,9 +72,9 @@ def test_a_light_fine_tune_in_16_bits_is_remarked_on(
     for path in (models.pivot, *models.targets) if pickled else ():
         torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
         (path / "model.safetensors").unlink()
-    for said in remarks(models, tmp_path, *lines):
+    for remark in remarks(models, tmp_path, *lines):
         for path in models.targets:
-            (line,) = [line for line in said.splitlines() if f"of {path}'s elements equal the pivot's" in line]
+            (line,) = [line for line in remark.splitlines() if f"of {path}'s elements equal the pivot's" in line]
             assert "its weights are mostly rounding; merge the float32 checkpoint" in line
             assert float(line.split("%")[0].split()[-1]) == pytest.approx(100 * share, abs=3)
 
@@ -93,10 +93,10 @@ def test_what_is_no_rounding_is_not_remarked_on(tmp_path: Path) -> None:
         assert "equal the pivot's" not in "".join(remarks(models, tmp_path))
 
 
-def test_the_recipe_that_rounds_float32_targets_is_told_so(tmp_path: Path) -> None:
+def test_the_recipe_that_rounds_float32_targets_is_reported_so(tmp_path: Path) -> None:
     models = saved(tmp_path / "m", 1e-4, torch.float32, torch.float32)
-    for said in remarks(models, tmp_path, "dtype: bfloat16"):
-        assert "`dtype: bfloat16` rounds it; merge with `dtype: float32` and `out_dtype: bfloat16`" in said
+    for remark in remarks(models, tmp_path, "dtype: bfloat16"):
+        assert "`dtype: bfloat16` rounds it; merge with `dtype: float32` and `out_dtype: bfloat16`" in remark
 
 
 @pytest.mark.slow
