@@ -54,6 +54,7 @@ __all__ = [
     "register",
     "selection_of",
     "tensor_statistics",
+    "units_of",
 ]
 
 METHOD_NAME = "varm"
@@ -338,33 +339,55 @@ def _form_units(
     groups: Sequence[TensorGroup], settings: Sequence[Settings], dtypes: Sequence[torch.dtype]
 ) -> list[Unit]:
     """The unit of each tensor of one call, measured where it can span tensors."""
-    layout = layout_of_names([str(group.metadata.name) for group in groups])
-    units: dict[tuple[str, str], Unit] = {}
-    settings_by_unit: dict[tuple[str, str], dict[str, Settings]] = {}
-    result = []
-    for group, own in zip(groups, settings, strict=True):
-        name, granularity = group.metadata.name, own.granularity
-        if granularity not in SPANNING:
-            result.append(Unit(str(name), granularity, layout=layout))
-            continue
-        if len(groups) == 1 or name is None:
-            raise UserError(
-                f"granularity `{granularity}` needs all tensors of the unit in one call, and varm was given "
-                f"{'a tensor without a name' if name is None else f'only `{name}`'}. Merge with "
-                "merge_state_dicts, or with mergekit-yaml (if this was mergekit-yaml, run `varm-merge doctor`), "
-                "or use granularity `matrix`."
-            )
-        unit_name = unit_of(name, granularity, block_of(name))
-        key = granularity, unit_name
-        result.append(units.setdefault(key, Unit(unit_name, granularity, UnitStatistics(), layout=layout)))
-        settings_by_unit.setdefault(key, {})[name] = own
-    for (_, unit_name), settings_by_tensor in settings_by_unit.items():
-        if message := conflict(unit_name, settings_by_tensor):
+    names = [group.metadata.name for group in groups]
+    layout = layout_of_names([str(name) for name in names])
+    spanning = {name: own for name, own in zip(names, settings, strict=True) if own.granularity in SPANNING}
+    if spanning and (len(groups) == 1 or None in spanning):
+        name, own = next(iter(spanning.items()))
+        raise UserError(
+            f"granularity `{own.granularity}` needs all tensors of the unit in one call, and varm was given "
+            f"{'a tensor without a name' if None in spanning else f'only `{name}`'}. Merge with "
+            "merge_state_dicts, or with mergekit-yaml (if this was mergekit-yaml, run `varm-merge doctor`), "
+            "or use granularity `matrix`."
+        )
+    units: dict[str, Unit] = {}
+    pools: dict[str, UnitStatistics] = {}
+    blocks = {name: block_of(name) for name in spanning}
+    for (granularity, unit_name), members in units_of(spanning, blocks).items():
+        pool = UnitStatistics()
+        unit = Unit(unit_name, granularity, pool, layout=layout)
+        units.update(dict.fromkeys(members, unit))
+        pools.update(dict.fromkeys(members, pool))
+    for group, own, dtype in zip(groups, settings, dtypes, strict=True):
+        if group.metadata.name in pools:
+            statistics = tensor_statistics(_narrowed(group, dtype), own, layout)
+            pools[group.metadata.name].merge(statistics)
+    return [
+        units.get(name) or Unit(str(name), own.granularity, layout=layout)
+        for name, own in zip(names, settings, strict=True)
+    ]
+
+
+def units_of(
+    settings: Mapping[str, Settings], blocks: Mapping[str, str | None]
+) -> dict[tuple[Granularity, str], list[str]]:
+    """The tensors of each unit, by its granularity and name.
+
+    Args:
+        settings: Of each tensor.
+        blocks: The transformer block of each tensor inside one.
+
+    Raises:
+        UserError: The tensors of one unit have settings that contradict each other.
+    """
+    units: dict[tuple[Granularity, str], list[str]] = {}
+    for name, own in settings.items():
+        unit = unit_of(name, own.granularity, blocks.get(name))
+        units.setdefault((own.granularity, unit), []).append(name)
+    for (_, unit), names in units.items():
+        if message := conflict(unit, {name: settings[name] for name in names}):
             raise UserError(message)
-    for group, own, unit, dtype in zip(groups, settings, result, dtypes, strict=True):
-        if unit.statistics is not None:
-            unit.statistics.merge(tensor_statistics(_narrowed(group, dtype), own, layout))
-    return result
+    return units
 
 
 def conflict(unit: str, settings_by_tensor: Mapping[str, Settings]) -> str | None:

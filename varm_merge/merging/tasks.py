@@ -15,6 +15,7 @@ would make planning O(N²)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ from tqdm import tqdm
 from varm_common.errors import UserError
 from varm_merge.merging import method
 from varm_merge.merging.experts import Layout
-from varm_merge.merging.method import DtypeError, NonFiniteError
+from varm_merge.merging.method import DtypeError, NonFiniteError, Unit
 from varm_merge.merging.weight_log import UnitRecord, WeightLog, natural_order
-from varm_merge.merging.weights import SPANNING, Granularity, Settings, UnitStatistics, unit_of
+from varm_merge.merging.weights import SPANNING, Settings, UnitStatistics
 
 __all__ = ["MeasureUnit", "MergeTensor", "settings_of", "tasks_with_units", "tensor_group"]
 
@@ -55,12 +56,10 @@ class MeasureUnit(_ByIdentity, Task[UnitStatistics], arbitrary_types_allowed=Tru
     ``device`` None means the default device of the thread that runs the task (one per GPU).
     """
 
-    unit: str
-    granularity: Granularity
+    unit: Unit
+    log: WeightLog
     merges: tuple[ExecuteMergeMethodTask, ...]
     label: str
-    layout: Layout
-    log: WeightLog
     device: str | None
     show_progress: bool
 
@@ -78,7 +77,7 @@ class MeasureUnit(_ByIdentity, Task[UnitStatistics], arbitrary_types_allowed=Tru
 
     def execute(self, tokenizer: Any = None) -> UnitStatistics:
         statistics, names = UnitStatistics(), []
-        for merge in tqdm(self.merges, desc=f"measure {self.unit}", disable=not self.show_progress):
+        for merge in tqdm(self.merges, desc=f"measure {self.unit.name}", disable=not self.show_progress):
             tensor_statistics = self._measure(merge, tokenizer)
             statistics.merge(tensor_statistics)
             if tensor_statistics.sums:
@@ -86,8 +85,8 @@ class MeasureUnit(_ByIdentity, Task[UnitStatistics], arbitrary_types_allowed=Tru
         if names:
             self.log.add(
                 UnitRecord(
-                    self.unit,
-                    self.granularity,
+                    self.unit.name,
+                    self.unit.granularity,
                     sorted(names, key=natural_order),
                     max(statistics.elements.values()),
                     statistics.means(),
@@ -102,20 +101,17 @@ class MeasureUnit(_ByIdentity, Task[UnitStatistics], arbitrary_types_allowed=Tru
         if group is None:
             return UnitStatistics()
         with _dtype_blamed(merge):
-            return method.tensor_statistics(group, settings_of(merge), self.layout)
+            return method.tensor_statistics(group, settings_of(merge), self.unit.layout)
 
 
 class MergeTensor(_ByIdentity, ExecuteMergeMethodTask, arbitrary_types_allowed=True):  # type: ignore[misc,call-arg]
-    """mergekit's task for one output tensor, with what ``varm`` must know of the tensor's unit.
+    """mergekit's task for one output tensor, with the tensor's unit.
 
     ``saved_dtype`` is the dtype that the tensor is written in, where mergekit's next task casts it.
     """
 
-    unit: str
-    granularity: Granularity
+    unit: Unit
     measure: MeasureUnit | None
-    log: WeightLog
-    layout: Layout
     saved_dtype: str | None
 
     def arguments(self) -> dict[str, Task[Any]]:
@@ -127,7 +123,7 @@ class MergeTensor(_ByIdentity, ExecuteMergeMethodTask, arbitrary_types_allowed=T
     ) -> torch.Tensor | None:
         self._refuse_lost(tensors)
         name = self.output_weight.name
-        unit = method.Unit(self.unit, self.granularity, statistics, self.log, self.layout)
+        unit = replace(self.unit, statistics=statistics)
         parameters = ImmutableMap({**dict(self.parameters.items()), method.UNIT: unit})
         bound = self.model_copy(update={"parameters": parameters})
         with _dtype_blamed(self):
@@ -226,20 +222,16 @@ def tasks_with_units(
         UserError: The tensors of one unit were given settings that contradict each other.
     """
     by_name = {task.output_weight.name: task for task in tasks}
-    units: dict[tuple[Granularity, str], list[str]] = {}
-    for name, task in by_name.items():
-        granularity = settings_of(task).granularity
-        units.setdefault((granularity, unit_of(name, granularity, blocks.get(name))), []).append(name)
+    settings = {name: settings_of(task) for name, task in by_name.items()}
     merges: dict[str, MergeTensor] = {}
-    for (granularity, unit), names in units.items():
-        if message := method.conflict(unit, {name: settings_of(by_name[name]) for name in names}):
-            raise UserError(message)
-        shared = {"unit": unit, "granularity": granularity, "log": log, "layout": layout}
+    for (granularity, unit_name), names in method.units_of(settings, blocks).items():
+        unit = Unit(unit_name, granularity, log=log, layout=layout)
         measure = None
         if granularity in SPANNING and len(names) > 1:
             labels = {name: _first_label(by_name[name].gather_tensors) for name in names}
             measure = MeasureUnit(
-                **shared,
+                unit=unit,
+                log=log,
                 merges=tuple(by_name[name] for name in sorted(names, key=lambda name: (labels[name], name))),
                 label=min(labels.values()),
                 device=None if options.multi_gpu else options.device,
@@ -248,7 +240,7 @@ def tasks_with_units(
         for name in names:
             fields = {field: getattr(by_name[name], field) for field in ExecuteMergeMethodTask.model_fields}
             saved_dtype = by_name[name].output_weight.force_dtype or out_dtype
-            merges[name] = MergeTensor(**fields, **shared, measure=measure, saved_dtype=saved_dtype)
+            merges[name] = MergeTensor(**fields, unit=unit, measure=measure, saved_dtype=saved_dtype)
     return [merges[task.output_weight.name] for task in tasks]
 
 

@@ -91,6 +91,7 @@ def assert_oracle(merged: runs.Merged, family: Family, model: str, **settings: f
         np.testing.assert_allclose(merged.weights(name), weights[name], rtol=1e-9, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", ["none", "all", "pivot", "target"])
 @pytest.mark.parametrize("name", MODELS)
 def test_each_matrix_of_each_expert_is_a_unit_however_it_is_stored(
@@ -103,6 +104,7 @@ def test_each_matrix_of_each_expert_is_a_unit_however_it_is_stored(
     assert max(spread) - min(spread) > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_sce_selects_within_one_experts_matrix(
     name: str, stored: Callable[[str, str], Family], tmp_path: Path
@@ -113,6 +115,7 @@ def test_sce_selects_within_one_experts_matrix(
     assert_oracle(merged, family, name, **sce)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["layer", "module"])
 @pytest.mark.parametrize("name", MODELS)
 def test_coarser_units_keep_the_experts_together(
@@ -166,6 +169,7 @@ def test_the_order_of_the_experts_does_not_matter(stored: Callable[[str, str], F
         assert one.weights(unit) == other.weights(twin)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_inspect_tells_the_weights_of_every_expert(
     name: str, stored: Callable[[str, str], Family], tmp_path: Path

@@ -337,6 +337,7 @@ def made(fusion: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_recipe_names_pivot_targets_and_what_they_were_fused_of(made: Path, fusion: World) -> None:
     pivot = fusion.folder / "pivot"
     result = recipe(made / "one", made / "other")
@@ -353,6 +354,7 @@ def test_the_recipe_names_pivot_targets_and_what_they_were_fused_of(made: Path, 
     assert problems(result.output) == []
 
 
+@pytest.mark.slow
 def test_the_recipe_may_be_of_another_granularity_and_dtype_and_in_a_file(made: Path, tmp_path: Path) -> None:
     out = tmp_path / "recipe.yaml"
     flags = ["--granularity", "layer", "--dtype", "bfloat16", "--out", out]
@@ -364,12 +366,14 @@ def test_the_recipe_may_be_of_another_granularity_and_dtype_and_in_a_file(made: 
     assert recipe(made / "one", "--granularity", "row").exit_code == 2
 
 
+@pytest.mark.slow
 def test_the_dtype_is_that_of_the_targets(made: Path, tmp_path: Path) -> None:
     target = shutil.copytree(made / "one", tmp_path / "one")
     AutoModelForCausalLM.from_pretrained(target, dtype="bfloat16").save_pretrained(target)
     assert "dtype: bfloat16\n" in recipe(target).output
 
 
+@pytest.mark.slow
 def test_folders_are_not_taken_for_models_of_the_hub(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,6 +387,7 @@ def test_folders_are_not_taken_for_models_of_the_hub(
         assert f"mergekit takes the `{name[1]}` in `targets/{name}` for a sign" in refused(f"targets/{name}")
 
 
+@pytest.mark.slow
 def test_targets_of_different_pivots_are_refused_with_both(made: Path, fusion: World) -> None:
     said = refused(made / "one", made / "foreign", made / "other")
     assert "these targets were trained from different pivots:" in said
@@ -391,6 +396,7 @@ def test_targets_of_different_pivots_are_refused_with_both(made: Path, fusion: W
         assert f"`{made / target}`: {pivot} (weights {told[:12]}…)" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["config", "tokenizer"])
 def test_a_pivot_of_the_same_weights_may_be_another(key: str, made: Path, tmp_path: Path) -> None:
     target = shutil.copytree(made / "other", tmp_path / "other")
@@ -400,6 +406,7 @@ def test_a_pivot_of_the_same_weights_may_be_another(key: str, made: Path, tmp_pa
     assert "these targets were trained from different pivots" in refused(made / "one", target)
 
 
+@pytest.mark.slow
 def test_what_is_no_finished_target_is_refused(made: Path, fusion: World, tmp_path: Path) -> None:
     assert f"`{made / 'begun'}` has no fusion.json yet: its training is not finished" in refused(
         made / "one", made / "begun"
@@ -414,6 +421,7 @@ def test_what_is_no_finished_target_is_refused(made: Path, fusion: World, tmp_pa
         assert f"`{target / 'fusion.json'}` is not what `fusion-trainer train` writes" in refused(target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("was", ["/models/gone", "gone", "models/gone"])
 def test_a_pivot_that_has_moved_is_named(was: str, made: Path, fusion: World, tmp_path: Path) -> None:
     """Or was named from another folder: a model of the Hub would have a commit."""
@@ -430,6 +438,7 @@ def test_a_pivot_that_has_moved_is_named(was: str, made: Path, fusion: World, tm
     assert "is not the pivot these targets were trained from: its weights differ" in said
 
 
+@pytest.mark.slow
 def test_a_pivot_of_the_hub_is_named_with_its_commit(
     made: Path, fusion: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,11 +25,12 @@ BLOCKS = {
     "qwen2": LLAMA_BLOCK,
     "t5": r"(encoder|decoder)\.block\.\d+",
 }
+ARCHITECTURES = [pytest.param(name, marks=[pytest.mark.slow] if name != "mistral" else []) for name in BLOCKS]
 SUBMODULES = {"t5": r"\.layer\.\d+\.\w+"}
 UNITS = {"model": runs.whole_model, "layer": runs.LAYER, "module": runs.MODULE, "matrix": runs.MATRIX}
 
 
-@pytest.mark.parametrize("architecture", BLOCKS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("granularity", ["model", "layer", "module"])
 def test_a_unit_is_the_model_or_a_block_or_a_module_of_a_block(
     architecture: str, granularity: str, family: Callable[..., Family], tmp_path: Path
