@@ -161,7 +161,7 @@ def check(entry: Entry, cache_dir: str | None) -> None:
     entry.problems = [f"line {problem.line}: {problem.message}" for problem in problems]
     if entry.method == "slerp":
         more = "; multislerp and karcher merge more than two"
-        entry.problems = [text + more if "merges exactly 2" in text else text for text in entry.problems]
+        entry.problems = [text + more if "requires exactly 2" in text else text for text in entry.problems]
 
 
 def sound(found: Sequence[Entry], cache_dir: str | None) -> list[Entry]:
