@@ -227,6 +227,7 @@ def save_target(pivot: Path, folder: Path, seed: int) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_command_of_a_document_runs(readers: dict[str, Reader], document: str) -> None:
     reader = readers["readme" if document == "README.md" else "docs"]

@@ -131,6 +131,7 @@ def test_texts_are_those_of_the_template_and_what_is_learned_is_the_answers() ->
     assert len(segmented) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", world.MODELS)
 def test_a_model_of_the_world_is_a_checkpoint_that_reads_its_own_tokens(name: str, tmp_path: Path) -> None:
     told = world.make_model(name, tmp_path / name, 2, 0)

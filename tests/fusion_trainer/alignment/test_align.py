@@ -304,6 +304,7 @@ def assert_verified(store: RepresentationStore) -> None:
     assert (result.exit_code, "nothing wrong" in result.output) == (0, True), result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("source", SOURCES)
 def test_aligned_by_bytes_every_position_is_what_text_and_map_say(
@@ -324,6 +325,7 @@ def test_aligned_by_bytes_every_position_is_what_text_and_map_say(
     assert 0.2 < paired / store.manifest["positions"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("source", SOURCES)
 def test_aligned_by_warping_every_position_is_what_the_papers_rules_say(
@@ -472,6 +474,7 @@ def test_cross_entropies_are_the_models_own_over_the_same_bytes(source: str, wor
         assert in_common(*both, CHATS[number])[2] == size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "context"), CONTEXTS.items())
 def test_of_a_source_that_reads_only_the_head_all_cross_entropies_are_of_the_head(
     source: str, context: int, world: Path, tmp_path: Path

@@ -101,6 +101,7 @@ def test_a_long_run_of_blanks_is_read_in_a_time_that_grows_with_its_length(name:
     assert tokens.ends[-1] == 60_003
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pivot", "source"), COUPLES)
 def test_pairs_have_read_the_same_bytes_and_no_such_pair_is_missed(pivot: str, source: str) -> None:
     p, s = kind(pivot), kind(source)

@@ -241,6 +241,7 @@ MARKS: list[tuple[dict[str, Any], bool]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [as_jsonl, as_parquet])
 @pytest.mark.parametrize(("mark", "learnt"), MARKS)
 def test_an_answer_that_is_marked_is_rendered_but_not_learnt(

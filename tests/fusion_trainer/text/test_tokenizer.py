@@ -255,6 +255,7 @@ def test_a_position_stands_for_a_head_of_the_text_only_if_it_has_read_what_that_
     assert sum(check_rewritten(name, of_bytes, text) for text in some) > 3 * len(some)
 
 
+@pytest.mark.slow
 @property_test
 @given(st.sampled_from(BOTH), rewritten)
 def test_a_position_stands_for_a_head_of_any_text_only_if_it_has_read_it(

@@ -367,6 +367,7 @@ def no_warning() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_checkpointing_of_the_layers_changes_no_bit(layout: str, reentrant: bool) -> None:

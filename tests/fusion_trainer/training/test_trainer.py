@@ -77,6 +77,7 @@ class Dense:
 # The loss, over all tokens of an update
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "accumulated"), [(4, 2), (2, 4), (1, 8)])
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
 def test_accumulated_batches_teach_what_one_batch_does(

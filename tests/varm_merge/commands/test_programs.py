@@ -70,6 +70,7 @@ def two_fake_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, set[typ
         yield worked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["model", "layer", "matrix"])
 def test_several_gpus_share_the_units(
     granularity: str, mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -84,6 +85,7 @@ def test_several_gpus_share_the_units(
     runs.assert_same_tensors(parallel, runs.merge(text, tmp_path / "serial"))
 
 
+@pytest.mark.slow
 def test_the_console_script_writes_the_same_bytes_in_another_process(family: Any, tmp_path: Path) -> None:
     """Bart, because mergekit infers its architecture from sets of names, whose order differs by process."""
     text = runs.recipe(family("bart"), granularity="layer")
@@ -118,6 +120,7 @@ assert not [name for name in sys.modules if "varm_merge" in name and name != "_v
 """
 
 
+@pytest.mark.slow
 def test_other_methods_write_the_same_bytes_without_the_plugin(mistral: Family, tmp_path: Path) -> None:
     for method, parameters in OTHER_METHODS.items():
         targets = mistral.targets[: 1 if method == "slerp" else 2]

@@ -88,6 +88,7 @@ def test_targets_that_tell_their_pivot_may_be_interpolated_without_it(mistral: F
     assert "was fine-tuned from" in foreign[0].problems[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(FITS[2]))
 def test_the_published_settings_merge_two_targets(
     method: str, family: Callable[..., Family], tmp_path: Path
@@ -264,6 +265,7 @@ def merging(mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--no-keep"]])
 def test_a_folder_of_the_users_among_the_models_stays(options: list[str], merging: Merging) -> None:
     with locked(merging.folder):
@@ -283,6 +285,7 @@ def test_a_folder_of_the_users_among_the_models_stays(options: list[str], mergin
     assert thesis.read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("named", "changed"),
     [

@@ -120,6 +120,7 @@ class Oracle:
 # What is answered
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "kind"),
     [

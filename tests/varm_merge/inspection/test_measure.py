@@ -67,6 +67,7 @@ def test_at_every_granularity_the_weights_are_those_of_the_merge(
     assert found["units"]["recipe"] == found["units"]["matrix"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parameters",
     [

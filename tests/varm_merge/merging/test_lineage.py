@@ -384,7 +384,9 @@ def test_folders_are_not_taken_for_models_of_the_hub(
     assert content["models"] == [{"model": "./targets/one"}]
     for name in ("a+b", "a@b"):
         shutil.copytree(made / "one", Path("targets") / name)
-        assert f"mergekit gives the `{name[1]}` in `targets/{name}` a meaning of its own" in refused(f"targets/{name}")
+        assert f"mergekit gives the `{name[1]}` in `targets/{name}` a meaning of its own" in refused(
+            f"targets/{name}"
+        )
 
 
 @pytest.mark.slow
@@ -412,7 +414,10 @@ def test_what_is_no_finished_target_is_refused(made: Path, fusion: World, tmp_pa
         made / "one", made / "begun"
     )
     said = refused(fusion.folder / "pivot")
-    assert f"`{fusion.folder / 'pivot'}` has no fusion.json; give folders that `fusion-trainer train` has written" in said
+    assert (
+        f"`{fusion.folder / 'pivot'}` has no fusion.json; give folders that `fusion-trainer train` has written"
+        in said
+    )
     assert f"`{tmp_path / 'nothing'}` has no fusion.json" in refused(tmp_path / "nothing")
     assert recipe().exit_code == 2
     target = shutil.copytree(made / "one", tmp_path / "one")

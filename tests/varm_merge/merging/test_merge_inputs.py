@@ -140,6 +140,7 @@ def in_vocabulary(
     return tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["model", "layer", "matrix"])
 @pytest.mark.parametrize("source", ["base", "union"])
 def test_vocabulary_tensors_are_measured_after_they_are_remapped(

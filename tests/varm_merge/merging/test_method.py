@@ -40,6 +40,7 @@ def test_a_state_dict_merges_like_the_formula(
     assert_merged_like_the_oracle(family(), granularity, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("erase_minority", [False, True])
 @pytest.mark.parametrize("select_topk", [0.001, 0.35, 1.0])
 @pytest.mark.parametrize("granularity", GRANULARITIES)

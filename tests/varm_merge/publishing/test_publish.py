@@ -208,6 +208,7 @@ def test_transient_failures_are_retried(fault: Fault, here: Hub, out: Path) -> N
     assert commits(here) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -465,6 +466,7 @@ def test_an_invalid_repository_name_is_reported(name: str, here: Hub, out: Path)
 # The card
 
 
+@pytest.mark.slow
 def test_the_card_shows_where_the_model_comes_from(here: Hub, out: Path) -> None:
     (out / "weights.png").unlink()
     push(out)
@@ -577,6 +579,7 @@ def test_a_card_that_was_edited_on_the_hub_is_kept(here: Hub, out: Path) -> None
     assert b"# The fused one" not in repository.files()["README.md"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "edited",
     [
@@ -690,6 +693,7 @@ WRONG: list[tuple[Callable[[Path], object], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damage", "message"), WRONG, ids=[message for _, message in WRONG])
 def test_unsuitable_files_are_reported_and_nothing_is_sent(
     damage: Callable[[Path], object], message: str, here: Hub, out: Path

@@ -54,6 +54,7 @@ def messages_of(content: dict[str, Any], looked: Looked | None = None) -> list[s
 METHODS = sorted(one.spec.name for one in registered_methods())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_sound_recipe_of_any_method_is_sound_and_merges(method: str, mistral: Family, tmp_path: Path) -> None:
     looked, content = Looked(), recipe_of(method, mistral)
