@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
+from threading import Event
 from typing import Any
 
 from tqdm import tqdm
@@ -28,11 +29,18 @@ def in_parallel(work: Callable[[Any], Any], jobs: Sequence[Any], threads: int) -
         Exception: Any error of a job but ``Failed``. Jobs that have not begun are dropped.
     """
 
+    is_over = Event()
+
     def attempt(job: Any) -> tuple[Any, Any]:
+        if is_over.is_set():
+            return job, Failed("not sent")
         try:
             return job, work(job)
         except Failed as failed:
             return job, failed
+        except BaseException:
+            is_over.set()  # at once, not when the main thread has its turn
+            raise
 
     with ThreadPool(threads) as pool:  # its threads are daemons, so Ctrl-C does not wait for an answer
         yield from pool.imap_unordered(attempt, jobs)
