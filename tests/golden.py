@@ -5,8 +5,8 @@
 
 Both sides get the same tiny models and chats and run the same public commands in one environment: a pipeline of
 three sources (ten steps of training), alignment by every map and both pairings, a merge at every granularity. All
-files that they write are compared, but for versions, times and file sizes in JSON and the cache of hashes
-(sums.json).
+files that they write are compared, but for versions, times and file sizes in JSON, the cache of hashes (sums.json),
+and the model cards: mergekit lists the models in a random order.
 """
 
 import argparse
@@ -78,7 +78,10 @@ def run(code: Path, folder: Path) -> None:
 def steady(value: Any) -> Any:
     """A JSON value without what differs between two runs of one commit."""
     if isinstance(value, dict):
-        return {key: steady(part) for key, part in value.items() if not VOLATILE.search(str(key).lower())}
+        kept = {
+            key: part for key, part in value.items() if not VOLATILE.search(key.lower()) and key != "README.md"
+        }
+        return {key: steady(part) for key, part in kept.items()}
     return [steady(part) for part in value] if isinstance(value, list) else value
 
 
@@ -91,6 +94,7 @@ def results(folder: Path) -> dict[str, str]:
             not path.is_file()
             or path.is_symlink()
             or path.suffix in (".log", ".lock", ".bin", ".pt", ".pth", ".md")
+            or path.name == "sums.json"
         ):
             continue
         content = path.read_bytes()
