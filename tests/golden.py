@@ -5,8 +5,8 @@
 
 Both sides get the same tiny models and chats and run the same public commands in one environment: a pipeline of
 three sources (ten steps of training), alignment by every map and both pairings, a merge at every granularity. All
-files that they write are compared, but for versions, times and file sizes in JSON, the cache of hashes (sums.json),
-and the model cards: mergekit lists the models in a random order.
+files that they write are compared, but for versions, times and file sizes in JSON, the cache of hashes (sums.json)
+and model cards, in which mergekit lists the models in a random order.
 """
 
 import argparse
