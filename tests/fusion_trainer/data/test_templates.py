@@ -244,6 +244,13 @@ def test_an_end_marker_after_which_the_last_turn_has_more_is_found_after_each() 
     assert last.startswith("2</s>")
 
 
+def test_the_last_answer_may_end_with_one_special_token_more() -> None:
+    jinja = turns("A: {{ m.content }}<|end|>{% if loop.last %}<|stop|>{% endif %}")
+    rendered = Template("mine", jinja, shared("sentencepiece_bpe", ("<|end|>", "<|stop|>"))).render(SHORT)
+    pieces = [rendered.text.encode()[start:stop].decode() for start, stop in rendered.spans]
+    assert pieces == ["Hello!<|end|>", "2<|end|><|stop|>"]
+
+
 def test_an_end_marker_is_found_however_many_words_it_has() -> None:
     assert supervised(turns("### A:\n{{ m.content }}\n### END\n\n"), SHORT) == ["Hello!\n### END", "2\n### END"]
 

@@ -15,7 +15,8 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner
-from mergekit.architecture import get_architecture_info
+from mergekit.architecture import ConfiguredModuleArchitecture, WeightInfo, get_architecture_info
+from mergekit.architecture.json_definitions import JsonLayerTemplates, JsonModuleArchDef, JsonModuleArchitecture
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.io.tasks import LoaderCache, LoadTensor
@@ -27,6 +28,7 @@ from tiny_models import Family
 
 from varm_common.errors import UserError
 from varm_merge.merging import method
+from varm_merge.merging.planning import planned_blocks
 from varm_merge.merging.tasks import MergeTensor
 
 UNITS = {"model": runs.whole_model, "layer": runs.LAYER, "module": runs.MODULE}
@@ -277,3 +279,25 @@ def test_v_shows_where_an_unexpected_error_was_raised(
         assert "was not merged: RuntimeError: something odd (-v shows where)" in result.output
         assert ("Traceback" in result.output) == shown
     assert not (tmp_path / "out").exists()
+
+
+def test_layers_whose_names_share_no_path_of_their_own_are_units_of_their_own(mistral: Family) -> None:
+    planner = new_planner(mistral, "layer")
+    planner._plan()
+    weights = [WeightInfo(name=f"model.{part}.${{layer_index}}.weight") for part in ("attention", "mlp")]
+    definition = JsonModuleArchDef(
+        model_type="",
+        architectures=[],
+        pre_weights=[],
+        layer_templates=JsonLayerTemplates(weights=weights),
+        post_weights=[],
+        num_layers_config_key="num_hidden_layers",
+    )
+    architecture = ConfiguredModuleArchitecture(
+        info=JsonModuleArchitecture(definition=definition), config=planner.out_model_config
+    )
+    planner._out_module_arch = lambda _module: architecture
+    blocks = planned_blocks(planner)
+    assert blocks["model.attention.0.weight"] == blocks["model.mlp.0.weight"]
+    assert blocks["model.attention.1.weight"] == blocks["model.mlp.1.weight"]
+    assert blocks["model.attention.0.weight"] != blocks["model.attention.1.weight"]
