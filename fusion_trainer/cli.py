@@ -226,13 +226,13 @@ def train(config: Path | None, **flags: Any) -> None:
     from accelerate import PartialState
 
     from fusion_trainer.config import TrainConfig, read_config
-    from fusion_trainer.training.rounding import rounding_told
+    from fusion_trainer.training.rounding import rounding_sentence
     from fusion_trainer.training.train import train as run_stage
 
     target = run_stage(read_config(TrainConfig, config, flags))
     if PartialState().is_main_process:
         click.echo(f"the target is in {target}")
-        if rounding := rounding_told(target):
+        if rounding := rounding_sentence(target):
             click.echo(rounding)
 
 
@@ -294,13 +294,13 @@ def write_recipe(
       fusion-trainer recipe targets/mixtral targets/solar --out recipe.yaml && mergekit-yaml recipe.yaml out/
     """
     from fusion_trainer.pipeline.merge_recipe import recipe
-    from varm_common.files import whole_file, written_to
+    from varm_common.files import atomic_file, written_to
 
     text = recipe(targets, pivot=pivot, granularity=granularity, dtype=dtype)
     if out is None:
         click.echo(text, nl=False)
         return
-    with written_to(out.parent), whole_file(out) as file:
+    with written_to(out.parent), atomic_file(out) as file:
         file.write(text.encode())
     click.echo(f"{out}: {len(targets)} targets; merge them with `mergekit-yaml {out} OUTPUT/`")
 

@@ -35,7 +35,6 @@ __all__ = [
     "fingerprint",
     "fingerprint_of",
     "read_header",
-    "some",
     "weight_files",
 ]
 

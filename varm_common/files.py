@@ -90,12 +90,6 @@ def _not_writable(path: Path, error: OSError) -> UserError:
     return UserError(f"`{path}` cannot be written: {error.strerror or error}")
 
 
-whole_file = atomic_file
-"""Earlier name."""
-write_whole = write_file
-"""Earlier name."""
-
-
 def demand_place(path: Path) -> None:
     """Check that a file can be written, before hours of work for it.
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from varm_common.errors import UserError, unlike
-from varm_common.files import fingerprint, remove_abandoned, whole_file, written_to
+from varm_common.files import atomic_file, fingerprint, remove_abandoned, written_to
 
 __all__ = ["damage", "load_arrays", "path_of", "save_arrays"]
 
@@ -41,7 +41,7 @@ def save_arrays(path: Path, kind: str, described: Mapping[str, Any], arrays: Map
     with written_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent, path.name)
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             file.write(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, head))
 
 

@@ -27,12 +27,12 @@ from fusion_trainer.data.blocks import NOT_IN_FINGERPRINT, SCHEMA, Block, Prepar
 from fusion_trainer.data.report import Report
 from varm_common.errors import UserError
 from varm_common.files import (
+    atomic_file,
     read_mapping,
     remove_abandoned,
     sha256_of,
     sync_folder,
     temporary_name,
-    whole_file,
     write_json,
     written_to,
 )
@@ -88,7 +88,7 @@ def write_dialogues(
 def _write_blocks(path: Path, blocks: Iterable[Block]) -> str:
     """Write ``blocks.arrow``, and return the fingerprint of its rows."""
     digest = hashlib.sha256()
-    with whole_file(path) as file, pa.ipc.new_file(file, SCHEMA) as writer:
+    with atomic_file(path) as file, pa.ipc.new_file(file, SCHEMA) as writer:
         iterator = iter(blocks)
         while rows := [block.as_row() for block in islice(iterator, ROWS_PER_BATCH)]:
             for row in rows:

@@ -21,7 +21,7 @@ from fusion_trainer.pipeline.processes import run_command
 from fusion_trainer.pipeline.stage import BEGUN, MODEL_FILES, RECORD, Stage
 from fusion_trainer.pipeline.state import State, begun_path, files_written, record_of, state_of
 from varm_common.errors import UserError, listed
-from varm_common.files import fingerprint, remove_abandoned, whole_file, write_json, written_to
+from varm_common.files import atomic_file, fingerprint, remove_abandoned, write_json, written_to
 
 __all__ = ["Runner"]
 
@@ -109,7 +109,7 @@ class Runner:
             if not path.is_file() or path.read_text(encoding="utf-8") != text:
                 with written_to(path.parent):
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    with whole_file(path) as file:
+                    with atomic_file(path) as file:
                         file.write(text.encode())
 
     def _make(self, state: State, lock: int) -> None:

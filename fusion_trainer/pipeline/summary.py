@@ -9,7 +9,7 @@ from fusion_trainer.pipeline.builder import PipelineConfig
 from fusion_trainer.pipeline.runner import Runner
 from fusion_trainer.pipeline.stage import Stage
 from fusion_trainer.pipeline.state import State
-from varm_common.files import read_json, whole_file, write_json, written_to
+from varm_common.files import atomic_file, read_json, write_json, written_to
 
 __all__ = ["as_records", "overview", "report"]
 
@@ -96,6 +96,6 @@ def report(runner: Runner) -> str:
     text = "\n\n".join(tables) + "\n"
     with written_to(runner.work):
         write_json(runner.work / "report.json", scores)
-        with whole_file(runner.work / "report.md") as file:
+        with atomic_file(runner.work / "report.md") as file:
             file.write(text.encode())
     return text

@@ -25,7 +25,15 @@ from fusion_trainer.representations.store import (
     wrong_size,
 )
 from varm_common.errors import UserError, unlike
-from varm_common.files import TEMPORARY, read_json, remove_abandoned, sha256_of, whole_file, write_json, written_to
+from varm_common.files import (
+    TEMPORARY,
+    atomic_file,
+    read_json,
+    remove_abandoned,
+    sha256_of,
+    write_json,
+    written_to,
+)
 
 __all__ = ["StoreWriter", "demand_free"]
 
@@ -177,7 +185,7 @@ class StoreWriter:
         ]
         facts = {"shard": shard, "first_row": self.first_rows[shard], **facts}
         columns = columns.with_metadata({FACTS: json.dumps(facts).encode()})
-        with whole_file(self.path(shard)) as file, pa.ipc.new_file(file, columns) as writer:
+        with atomic_file(self.path(shard)) as file, pa.ipc.new_file(file, columns) as writer:
             writer.write_batch(pa.record_batch(arrays, schema=columns))
         self.path(shard).with_suffix(".partial").unlink(missing_ok=True)
 

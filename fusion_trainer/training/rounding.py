@@ -66,10 +66,6 @@ def rounding_sentence(target: Path) -> str | None:
     return f"In {dtype}, the pivot's dtype, {share} would differ from the pivot; the target is written in float32."
 
 
-rounding_told = rounding_sentence
-"""Earlier name."""
-
-
 def _measured(pivot: Path, target: Path, trained: Mapping[str, Tensor]) -> dict[str, Any] | None:
     starts, ends = read_header(pivot), read_header(target)
     shapes = {name: shape for name, (shape, _) in ends.tensors.items()}

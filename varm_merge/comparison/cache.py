@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from varm_common.errors import UserError
-from varm_common.files import fingerprint, sha256_of, write_whole
+from varm_common.files import fingerprint, sha256_of, write_file
 
 __all__ = [
     "RECIPE",
@@ -100,7 +100,7 @@ class Steps:
 
     def save(self, kind: str, name: str, inputs: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         text = json.dumps({"about": inputs, "result": result}, indent=1, allow_nan=False)
-        write_whole(self.path(kind, name), text + "\n")
+        write_file(self.path(kind, name), text + "\n")
 
     def _saved(self, kind: str, name: str) -> dict[str, Any]:
         """``about`` and ``result``; empty if there is no such file or it is damaged."""

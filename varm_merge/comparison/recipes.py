@@ -12,7 +12,7 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods import BasePolicy, MergeMethodSpec
 
 from varm_common.errors import UserError, listed
-from varm_common.files import write_whole
+from varm_common.files import write_file
 from varm_merge.merging.method import METHOD_NAME
 from varm_merge.merging.weights import Granularity
 from varm_merge.recipes import recipe_file
@@ -268,7 +268,7 @@ def _method_entry(method: str, base: str, models: Sequence[str], kept: Mapping[s
     path = folder / f"{_file_name(method)}.yaml"
     if source:
         text = f"# {method}: {source}.\n{text}"
-    write_whole(path, text)
+    write_file(path, text)
     return Entry(_file_name(method), path, text, source)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from varm_common.files import write_whole
+from varm_common.files import write_file
 from varm_common.process_usage import table as markdown_table
 from varm_common.standard_errors import NOISE
 from varm_merge.comparison import columns, plots
@@ -197,8 +197,8 @@ def write_report(report: Mapping[str, Any], folder: Path, text: str) -> None:
     Raises:
         UserError: They cannot be written.
     """
-    write_whole(folder / "report.json", text)
-    write_whole(folder / "report.md", markdown(report))
+    write_file(folder / "report.json", text)
+    write_file(folder / "report.md", markdown(report))
     write_page(report, folder / "report.html")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from varm_common.errors import UserError, unlike
-from varm_common.files import write_whole, written_to
+from varm_common.files import write_file, written_to
 
 __all__ = ["Journal", "Lines"]
 
@@ -140,11 +140,11 @@ class Journal(Lines):
     def finish(self, content: str) -> None:
         """Write the output."""
         self._write_settings()
-        write_whole(self.output, content)
+        write_file(self.output, content)
         self.path.unlink(missing_ok=True)
         self.finished = True
 
     def _write_settings(self) -> None:
         if not self._settings.exists():
             settings = {"began": self.began, **self._about}
-            write_whole(self._settings, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+            write_file(self._settings, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from varm_common.errors import UserError
-from varm_common.files import write_whole
+from varm_common.files import write_file
 from varm_common.tables import short_names
 from varm_merge.inspection.grid import Grid, Unit, grid
 
@@ -60,4 +60,4 @@ def draw(found: Mapping[str, Any], granularity: str, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that matplotlib's font does not have
         figure.savefig(picture, dpi=120, format="png")
-    write_whole(path, picture.getvalue())
+    write_file(path, picture.getvalue())

@@ -23,7 +23,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from varm_common.files import write_whole
+from varm_common.files import write_file
 from varm_merge.version import __version__
 
 __all__ = ["render", "write"]
@@ -58,7 +58,7 @@ def write(path: Path, html: str) -> None:
     Raises:
         UserError: It cannot be written.
     """
-    write_whole(path, html.encode("utf-8", "replace"))  # a path may hold bytes that are no text
+    write_file(path, html.encode("utf-8", "replace"))  # a path may hold bytes that are no text
 
 
 def _json(value: Any) -> Markup:

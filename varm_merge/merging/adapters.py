@@ -16,7 +16,8 @@ import torch
 from mergekit.common import ModelReference, get_auto_cls
 from mergekit.options import MergeOptions
 
-from varm_common.checkpoints import content_sha256, file_tensors, fingerprint_of, some
+from varm_common.checkpoints import content_sha256, file_tensors, fingerprint_of
+from varm_common.errors import some
 from varm_merge.merging.lineage import Place, weights_fingerprint
 
 __all__ = ["merged_adapter", "stamp", "why_stale", "why_unfit"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from varm_common.files import whole_file
+from varm_common.files import atomic_file
 from varm_common.versions import versions
 
 __all__ = ["FILE_NAME", "UnitRecord", "WeightLog", "natural_order", "recipe_fingerprint"]
@@ -79,7 +79,7 @@ class WeightLog:
 
     def write(self, folder: Path) -> None:
         """Write the file into ``folder``, whole or not at all."""
-        with whole_file(folder / FILE_NAME) as file:
+        with atomic_file(folder / FILE_NAME) as file:
             file.writelines(part.encode() for part in json.JSONEncoder(indent=1).iterencode(self.as_json()))
 
 

@@ -15,7 +15,8 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
 from safetensors import SafetensorError
 
-from varm_common.checkpoints import PICKLED, Tensors, read_header, some
+from varm_common.checkpoints import PICKLED, Tensors, read_header
+from varm_common.errors import some
 from varm_merge.merging.lineage import Place, files_on_the_hub
 from varm_merge.recipes.locate import Hub
 

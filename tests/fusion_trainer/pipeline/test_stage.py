@@ -418,7 +418,7 @@ def test_whatever_happens_nothing_is_lost_that_no_stage_has_made(
 
     tick = fragile(put)
     monkeypatch.setattr(runner, "run_command", write)
-    for name in ("write_json", "_delete", "whole_file"):
+    for name in ("write_json", "_delete", "atomic_file"):
         monkeypatch.setattr(runner, name, fragile(getattr(runner, name)))
     monkeypatch.setattr(Path, "replace", fragile(Path.replace))
     made = refusals = stops = 0

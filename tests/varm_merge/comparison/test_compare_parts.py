@@ -31,7 +31,7 @@ from tiny_models import Family
 import varm_merge.merging.method  # noqa: F401  registers varm
 from varm_common import process_usage as measure
 from varm_common.errors import UserError
-from varm_common.files import write_whole
+from varm_common.files import write_file
 from varm_common.process_usage import CommandError, Run, measured
 from varm_merge.cli import main
 from varm_merge.comparison.cache import Steps, demand_folder, locked, state_of
@@ -584,9 +584,9 @@ def test_the_state_of_files_changes_when_one_is_written_or_renamed(tmp_path: Pat
 
 def test_a_full_disk_leaves_no_half_file(small_disk: Callable[[int], Path]) -> None:
     folder = small_disk(1 << 16)
-    write_whole(folder / "a.json", "old")
+    write_file(folder / "a.json", "old")
     with pytest.raises(UserError, match=r"a.json` cannot be written: No space left"):
-        write_whole(folder / "a.json", "x" * (1 << 20))
+        write_file(folder / "a.json", "x" * (1 << 20))
     assert [path.name for path in folder.iterdir()] == ["a.json"]
     assert (folder / "a.json").read_text() == "old"
 
