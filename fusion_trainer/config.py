@@ -4,14 +4,13 @@ A YAML file is checked completely before anything runs. Every problem is reporte
 """
 
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from varm_common.errors import UserError, listed
+from varm_common.errors import UserError, did_you_mean, listed
 
 __all__ = [
     "BUILT_IN_TEMPLATES",
@@ -59,7 +58,7 @@ def _arguments_of(name: str) -> AfterValidator:
     """Checks that a mapping holds arguments of the class ``name``."""
 
     def check(given: dict[str, Any] | None) -> dict[str, Any] | None:
-        from fusion_trainer.training.arguments import checked  # ast and difflib are not needed for --help
+        from fusion_trainer.training.arguments import checked  # ast is not needed for --help
 
         return None if given is None else checked(name, given)
 
@@ -311,9 +310,8 @@ def explained(kind: type[BaseModel], problem: Any) -> Iterator[tuple[str, str]]:
     if problem["type"] == "arguments":
         for key, message in problem["ctx"]["wrong"]:
             yield f"{name}.{key}", f"`{name}`: {message}"
-        for key, *near in problem["ctx"]["unknown"]:
-            meant = f"; did you mean `{near[0]}`?" if near else ""
-            yield f"{name}.{key}", f"`{name}`: {problem['ctx']['of']} has no `{key}`{meant}"
+        for key, hint in problem["ctx"]["unknown"]:
+            yield f"{name}.{key}", f"`{name}`: {problem['ctx']['of']} has no `{key}`{hint}"
     elif problem["type"] == "extra_forbidden":
         yield name, unknown_setting(kind, name)
     elif problem["type"] == "missing":
@@ -325,6 +323,4 @@ def explained(kind: type[BaseModel], problem: Any) -> Iterator[tuple[str, str]]:
 
 def unknown_setting(kind: type[BaseModel], name: str) -> str:
     """The sentence about a setting that does not exist."""
-    near = get_close_matches(name, kind.model_fields, 1)
-    known = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(kind.model_fields)}"
-    return f"unknown setting `{name}`; {known}"
+    return f"unknown setting `{name}`{did_you_mean(name, kind.model_fields, list_known=True)}"

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 import click
 
-__all__ = ["SHOWN", "UserError", "did_you_mean", "listed", "some", "unlike"]
+__all__ = ["SHOWN", "UserError", "closest", "did_you_mean", "listed", "some", "unlike"]
 
 SHOWN = 20
 """How many problems a message lists. The rest are counted."""
@@ -37,10 +37,19 @@ def some(names: Sequence[str]) -> str:
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``; did you mean `matrix`?`` for a misspelt word; empty if no known word is like it."""
-    similar = get_close_matches(word, list(known), 1)
-    return f"; did you mean `{similar[0]}`?" if similar else ""
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that a misspelt word was meant to be; None if none is like it."""
+    names = list(known)
+    swapped = [name for name in names if sorted(name) == sorted(word)]
+    return next(iter(swapped or get_close_matches(word, names, 1)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str], *, list_known: bool = False) -> str:
+    """``; did you mean `matrix`?`` for a misspelt word. If no known word is like it: empty, or a list of all."""
+    names = list(known)
+    if similar := closest(word, names):
+        return f"; did you mean `{similar}`?"
+    return f"; known are {', '.join(names)}" if list_known else ""
 
 
 def unlike(title: str, wanted: Mapping[str, object], found: Mapping[str, object]) -> str | None:

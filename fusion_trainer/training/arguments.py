@@ -6,13 +6,14 @@ Importing these libraries takes seconds. Names, types and choices are read from 
 import ast
 import functools
 from collections.abc import Iterator
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
+
+from varm_common.errors import did_you_mean
 
 __all__ = ["checked", "declared"]
 
@@ -59,7 +60,7 @@ def checked(name: str, given: dict[str, Any]) -> dict[str, Any]:
         PydanticCustomError: Arguments are unknown, or have a wrong type or value. Lists all of them.
     """
     types, enumerations = declared(name)
-    unknown = [(key, *get_close_matches(key, types, 1)) for key in given if key not in types]
+    unknown = [(key, did_you_mean(key, types)) for key in given if key not in types]
     wrong: list[tuple[str, str]] = []
     result: dict[str, Any] = {}
     for key, value in given.items():

@@ -1,6 +1,5 @@
 """The recipes that are compared: files of the user, and recipes written for merge methods."""
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.merge_methods import BasePolicy, MergeMethodSpec
 
-from varm_common.errors import UserError, listed
+from varm_common.errors import UserError, did_you_mean, listed
 from varm_common.files import write_file
 from varm_merge.merging.method import METHOD_NAME
 from varm_merge.merging.weights import Granularity
@@ -250,9 +249,8 @@ def _method_entry(method: str, base: str, models: Sequence[str], kept: Mapping[s
     name, _, granularity = method.partition(":")
     known = {registered.spec.name: registered.spec for registered in merge_methods.registered_methods()}
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        advice = f"did you mean `{close[0]}`?" if close else f"it knows {', '.join(sorted(known))}"
-        raise UserError(f"mergekit knows no method `{name}`; {advice}")
+        hint = did_you_mean(name, sorted(known), list_known=True)
+        raise UserError(f"mergekit knows no method `{name}`{hint}")
     if granularity and (name != METHOD_NAME or granularity not in get_args(Granularity)):
         raise UserError(
             f"`{method}` is no method: a granularity is given as varm:LEVEL, "

@@ -4,7 +4,6 @@ The harness takes seconds to read its 13 000 built-in task files. They are read 
 the user's own.
 """
 
-import difflib
 import glob
 import json
 import math
@@ -18,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from varm_common.errors import UserError
+from varm_common.errors import UserError, closest
 from varm_merge.comparison.cache import state_of
 
 __all__ = ["PRELOAD", "Tasks", "check", "evaluate", "measures"]
@@ -131,8 +130,8 @@ def check(tasks: Sequence[str], folder: Path | None) -> None:
     unknown = []
     for task in others:
         if task not in known:
-            close = difflib.get_close_matches(task, known, n=1)
-            unknown.append(f"`{task}`" + (f" (did you mean `{close[0]}`?)" if close else ""))
+            similar = closest(task, known)
+            unknown.append(f"`{task}`" + (f" (did you mean `{similar}`?)" if similar else ""))
     if unknown:
         sys.exit(f"Error: lm-evaluation-harness knows no task {', '.join(unknown)}")
 

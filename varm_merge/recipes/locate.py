@@ -1,11 +1,12 @@
 """Whether a model that a recipe names is there: as a folder, in the Hub's cache, or on the Hub."""
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import errors
+
+from varm_common.errors import closest
 
 __all__ = ["TOKENIZER_FILES", "Hub", "near", "why_misread"]
 
@@ -101,5 +102,5 @@ def near(path: str) -> str:
     """A hint at a similar name in the same folder."""
     parent, name = Path(path).parent, Path(path).name
     siblings = [entry.name for entry in parent.iterdir() if entry.name != name] if parent.is_dir() else []
-    close = difflib.get_close_matches(name, siblings, n=1)
-    return f" (did you mean `{parent / close[0]}`?)" if close else ""
+    similar = closest(name, siblings)
+    return f" (did you mean `{parent / similar}`?)" if similar else ""

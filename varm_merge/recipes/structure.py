@@ -4,7 +4,6 @@ mergekit ignores keys and parameters that it does not know: ``granularty: layer`
 and exits 0. Here they are problems.
 """
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
@@ -16,6 +15,7 @@ from mergekit.config import ConditionalParameter, InputSliceDefinition
 from mergekit.merge_methods import BasePolicy, ParameterScope
 from mergekit.merge_methods.base import ParameterSpec
 
+from varm_common.errors import did_you_mean
 from varm_merge.merging.method import SPEC
 from varm_merge.recipes.recipe import Family, Recipe
 from varm_merge.recipes.recipe_file import one_spelling
@@ -61,7 +61,7 @@ def _method(recipe: Recipe) -> None:
     elif method is None:
         recipe.add((), "no `merge_method`")
     else:
-        hint = _suggest(str(method).lower(), tuple(known))
+        hint = did_you_mean(str(method).lower(), known, list_known=True)
         recipe.add(("merge_method",), f"mergekit knows no method `{method}`{hint}")
 
 
@@ -70,7 +70,7 @@ def _unknown_keys(
 ) -> None:
     for key in node:
         if key not in known:
-            recipe.add((*path, key), f"unknown {what} `{key}`{_suggest(str(key), known)}")
+            recipe.add((*path, key), f"unknown {what} `{key}`{did_you_mean(str(key), known, list_known=True)}")
 
 
 def _parameters(recipe: Recipe, path: TreePath, parameters: Any, definition: str) -> None:
@@ -80,7 +80,7 @@ def _parameters(recipe: Recipe, path: TreePath, parameters: Any, definition: str
     for name, setting in parameters.items() if isinstance(parameters, dict) else ():
         where = (*path, name)
         if name not in specs:
-            hint = _suggest(str(name), tuple(specs)) if specs else "; it has none"
+            hint = did_you_mean(str(name), specs, list_known=True) if specs else "; it has none"
             recipe.add(where, f"unknown parameter `{name}` of {recipe.spec.name}{hint}")
         elif definition.startswith("Input") and specs[name].scope is ParameterScope.SHARED:
             message = f"`{name}` is a parameter of the whole merge: write it under the recipe's `parameters`"
@@ -129,7 +129,7 @@ def _why_invalid(spec: ParameterSpec, value: Any) -> str | None:
         spec.validate(str(value) if is_misread else value)  # pydantic takes true for the number 1
     except pydantic.ValidationError as error:
         choices = [choice for choice in get_args(spec.value_type) if isinstance(choice, str)]
-        hint = _suggest(str(value), choices, list_known=False)
+        hint = did_you_mean(str(value), choices)
         return f"`{spec.name}` is `{value}`, not {_expected(error.errors()[0]['msg'])}{hint}"
     return None
 
@@ -144,16 +144,8 @@ def _dtypes(recipe: Recipe) -> None:
         value = recipe.document.get(key)
         if value is not None and str(value).removeprefix("torch.") not in FLOATS:
             word = re.sub(r"^(b?)f(p?)(?=\d)", r"\1float", str(value).lower())  # bf16, fp32
-            hint = _suggest(word, FLOATS, list_known=False)
+            hint = did_you_mean(word, FLOATS)
             recipe.add((key,), f"`{key}` is `{value}`, not one of {', '.join(FLOATS)}{hint}")
-
-
-def _suggest(word: str, known: Sequence[str], *, list_known: bool = True) -> str:
-    swapped = [name for name in known if sorted(name) == sorted(word)]
-    close = swapped or difflib.get_close_matches(word, known, n=1)
-    if close:
-        return f"; did you mean `{close[0]}`?"
-    return f"; known are {', '.join(known)}" if list_known else ""
 
 
 # Structure

@@ -183,7 +183,7 @@ def test_recipes_of_one_name_are_named_with_their_folders(tmp_path: Path, monkey
         ([], "nothing to compare: give recipes, or --methods with --base and --models", 1),
         (["--methods", "tiess", "--base", "p", "--models", "a"], "mergekit knows no method `tiess`", 1),
         (["--methods", "linaer", "--base", "p", "--models", "a"], "no method `linaer`; did you mean `linear`?", 1),
-        (["--methods", "xyz", "--base", "p", "--models", "a"], "no method `xyz`; it knows arcee_fusion, ", 1),
+        (["--methods", "xyz", "--base", "p", "--models", "a"], "no method `xyz`; known are arcee_fusion, ", 1),
         (["--methods", "varm:layers", "--base", "p", "--models", "a"], "`varm:layers` is no method", 1),
         (["--methods", "ties", "--models", "a"], "--models needs --base", 1),
         (["--methods", "ties"], "--methods needs models", 1),
