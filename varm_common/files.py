@@ -1,18 +1,19 @@
 """Files that appear only when they are complete, JSON, SHA-256, and a lock."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import psutil
-from filelock import FileLock, Timeout
 
 from varm_common.errors import UserError
 
@@ -37,6 +38,8 @@ __all__ = [
 
 TEMPORARY = ".tmp"
 """Suffix of a file that is being written. Code that reads a folder ignores such files."""
+LOCK_POLL_S = 0.1
+"""How often a process that waits for a lock tries again."""
 
 
 @contextmanager
@@ -135,31 +138,49 @@ def written_to(folder: Path, then: str = "it resumes where it stopped") -> Itera
 
 
 @contextmanager
-def locked(path: Path, busy: str, patience_s: float = 0.0) -> Iterator[None]:
-    """Hold the lock file ``path``, so that one process at a time runs the block. A killed process frees its lock.
+def locked(path: Path, busy: str, patience_s: float = 0.0) -> Iterator[int | None]:
+    """Hold a lock on the file ``path``, so that one process at a time runs the block.
 
-    Where no lock file can be created (a read-only folder, a file system without locks), the block runs without
-    one.
+    A killed process frees its lock, unless a child process holds it too. Where no file can be created or locked (a
+    read-only folder, a file system without locks), the block runs without a lock.
 
     Args:
-        path: The lock file. It stays when the block ends.
-        busy: The error message when another process holds it.
+        path: The file. It is created if needed, its content is not changed, and it stays when the block ends.
+        busy: The error message when another process holds the lock.
         patience_s: How long to wait for the other process.
 
+    Yields:
+        The file's descriptor, None if there is none. A child process that inherits it holds the lock too.
+
     Raises:
-        UserError: Another process holds it.
+        UserError: Another process holds the lock.
     """
-    lock = FileLock(path, timeout=patience_s)
+    descriptor = None
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(busy) from error
-    except OSError:
-        pass
-    try:
-        yield
+        if descriptor is not None and not _is_free(descriptor, patience_s):
+            raise UserError(busy)
+        yield descriptor
     finally:
-        lock.release()
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _is_free(descriptor: int, patience_s: float) -> bool:
+    """Lock a file; false if another process holds the lock."""
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(LOCK_POLL_S)
+        except OSError:  # this file system has no locks
+            return True
+        else:
+            return True
 
 
 def temporary_name(path: Path) -> Path:
@@ -266,10 +287,11 @@ class HashCache:
             known = self._known[name] = [*stamp, sha256_of(path)]
         return str(known[-1])
 
-    def fingerprint(self, paths: Iterable[Path]) -> str:
-        """One SHA-256 for the names and contents of files, whatever their order."""
-        return fingerprint([[path.name, self.sha256(path)] for path in sorted(paths)])
-
     def save(self) -> None:
-        """Write the sums."""
-        write_json(self.path, self._known)
+        """Write the sums.
+
+        Raises:
+            UserError: The disk is full, or the folder cannot be written.
+        """
+        with written_to(self.path.parent):
+            write_json(self.path, self._known)

@@ -39,12 +39,12 @@ ENDS_WITH = "FUSION_TRAINER_ENDS_WITH"
 """Environment variable: the machine and the process number of the run that a command belongs to."""
 
 
-def run_command(command: Sequence[str], lock: int) -> int:
+def run_command(command: Sequence[str], lock: int | None = None) -> int:
     """Run a command to its end.
 
     Args:
         command: The program and its arguments.
-        lock: A file descriptor that stays open as long as the command runs.
+        lock: A file descriptor that stays open in the command as long as it runs.
 
     Returns:
         The exit code; the negative signal number if a signal ended the command.
@@ -57,7 +57,8 @@ def run_command(command: Sequence[str], lock: int) -> int:
         if list(command[: len(beginning)]) == beginning:
             return _forked(module, command[len(beginning) :], imports, environment)
     try:
-        return subprocess.run(command, env=os.environ | environment, pass_fds=(lock,), check=False).returncode
+        kept = () if lock is None else (lock,)
+        return subprocess.run(command, env=os.environ | environment, pass_fds=kept, check=False).returncode
     except OSError as error:
         raise UserError(f"`{command[0]}` cannot be started: {error.strerror}; see `launch`") from error
 

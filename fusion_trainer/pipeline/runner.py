@@ -5,12 +5,8 @@ loses its folder and runs again, and the reason is printed. Files that no stage 
 run stops instead.
 """
 
-import fcntl
-import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,7 @@ from fusion_trainer.pipeline.processes import run_command
 from fusion_trainer.pipeline.stage import BEGUN, MODEL_FILES, RECORD, Stage
 from fusion_trainer.pipeline.state import State, begun_path, files_written, record_of, state_of
 from varm_common.errors import UserError, listed
-from varm_common.files import atomic_file, fingerprint, remove_abandoned, write_json, written_to
+from varm_common.files import atomic_file, fingerprint, locked, remove_abandoned, write_json, written_to
 
 __all__ = ["Runner"]
 
@@ -71,7 +67,8 @@ class Runner:
         with written_to(self.work):
             self.work.mkdir(parents=True, exist_ok=True)
         run = []
-        with self._locked() as lock:
+        busy = f"`{self.work}` is in use by another run, or by a stage of a killed run"
+        with locked(self.work / LOCK, busy, PATIENCE_S) as lock:  # a stage that it runs holds the lock, too
             self._prepare(stages)
             chosen = (state for state in self._walk() if state.stage in stages)
             for number, state in enumerate(chosen, 1):
@@ -112,7 +109,7 @@ class Runner:
                     with atomic_file(path) as file:
                         file.write(text.encode())
 
-    def _make(self, state: State, lock: int) -> None:
+    def _make(self, state: State, lock: int | None) -> None:
         stage = state.stage
         if state.foreign:  # it was put there after the run started
             _refuse([f"`{state.foreign}`, in the way of {stage.title}"])
@@ -130,29 +127,12 @@ class Runner:
             ended = f"with exit code {code}" if code > 0 else f"by signal {-code}"
             next_step = "Fix the problem and run the same command again"
             raise UserError(f"{stage.title} ended {ended}; see its output above. {next_step}")
-        files = {name.as_posix(): self.checksums.of_file(stage.output / name) for name in files_written(stage)}
+        files = {name.as_posix(): self.checksums.sha256(stage.output / name) for name in files_written(stage)}
         if not files:
             raise UserError(f"{stage.title} wrote no result to `{stage.output}`")
         with written_to(stage.output):
             write_json(stage.output / RECORD, {"stage": stage.title, **record, "files": files})
             _remove_begun(stage)
-
-    @contextmanager
-    def _locked(self) -> Iterator[int]:
-        """Hold the work folder's lock. A command that a killed run has left behind holds it, too."""
-        with written_to(self.work):
-            descriptor = os.open(self.work / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            for _ in range(round(PATIENCE_S / 0.1)):
-                with suppress(BlockingIOError):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                time.sleep(0.1)
-            else:
-                raise UserError(f"`{self.work}` is in use by another run, or by a stage of a killed run")
-            yield descriptor
-        finally:
-            os.close(descriptor)
 
 
 def _result(stage: Stage, mark: str) -> str:

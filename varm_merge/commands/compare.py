@@ -75,7 +75,7 @@ def compare(
       varm-merge compare *.yaml --out report/ --repeat 5 --device cuda --json > numbers.json
     """
     from varm_common.errors import UserError
-    from varm_merge.comparison.cache import demand_folder, locked
+    from varm_merge.comparison.cache import demand_folder, exclusive
     from varm_merge.comparison.recipes import entries, family, sound
     from varm_merge.comparison.report import problems, terminal, write_report
     from varm_merge.comparison.runner import compare as run
@@ -95,7 +95,7 @@ def compare(
     options |= {"held_out": HeldOut(data, template) if data else None, "tasks": tasks if tasks.names else None}
     settings = Settings(out, quiet=quiet, **options)
     demand_folder(out)
-    with locked(out):
+    with exclusive(out):
         found = entries(recipes, methods, base, models, out / "recipes")
         merged = family(sound(found, settings.cache_dir), base)
         try:

@@ -1,6 +1,5 @@
 """The folder of a comparison: its lock, the results of finished steps, and the models in it."""
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from varm_common.errors import UserError
-from varm_common.files import fingerprint, sha256_of, write_file
+from varm_common.files import fingerprint, locked, sha256_of, write_file, written_to
 
 __all__ = [
     "RECIPE",
     "Steps",
     "content_of",
     "demand_folder",
+    "exclusive",
     "is_a_merge",
-    "locked",
     "model_files",
     "remove",
     "state_of",
@@ -33,27 +32,20 @@ RECIPE = "mergekit_config.yml"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[None]:
     """Make a folder that of a comparison, and keep other processes from comparing into it.
 
     Raises:
         UserError: Another process compares into it, or it cannot be written.
     """
-    try:
+    with written_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / MARKER).open("a", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"`{folder}` cannot be written: {error.strerror or error}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            message = f"another `varm-merge compare` works in `{folder}`; wait for it, or give another --out"
-            raise UserError(message) from error
+        (folder / MARKER).open("a").close()
+    busy = f"another `varm-merge compare` works in `{folder}`; wait for it, or give another --out"
+    with locked(folder / MARKER, busy):
         if not _is_marked(folder):
-            file.truncate(0)
-            file.write(MARK)
-            file.flush()
+            with written_to(folder):
+                (folder / MARKER).write_text(MARK, encoding="utf-8")  # in place: another file has another lock
         yield
 
 

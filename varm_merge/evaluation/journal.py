@@ -4,16 +4,16 @@
 they were made: the same command resumes, and a command with other settings is refused.
 """
 
-import fcntl
 import json
 import os
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 from varm_common.errors import UserError, unlike
-from varm_common.files import write_file, written_to
+from varm_common.files import locked, write_file, written_to
 
 __all__ = ["Journal", "Lines"]
 
@@ -35,13 +35,13 @@ class Lines:
     """
 
     def __init__(self, path: Path, check: Callable[[Sequence[Any], bytes], None]) -> None:
-        self.path = path
+        self.path, self._held = path, ExitStack()
         with written_to(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._created = not os.path.lexists(path)
-            self._file = path.open("a+b", buffering=0)
+            self._held.enter_context(locked(path, f"`{path}` is being written by another process"))
+            self._file = self._held.enter_context(path.open("a+b", buffering=0))
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._file.seek(0)
             content = self._file.read()
             self.rows, torn = self._parsed(content.split(b"\n"))
@@ -50,9 +50,6 @@ class Lines:
                 self._file.truncate(len(content) - torn)
                 if not torn and content and not content.endswith(b"\n"):
                     self._file.write(b"\n")
-        except BlockingIOError as error:
-            self._file.close()
-            raise UserError(f"`{path}` is being written by another process") from error
         except BaseException:
             self.close()
             raise
@@ -81,7 +78,7 @@ class Lines:
         """Let other processes write the file."""
         if self._created and not os.fstat(self._file.fileno()).st_size:
             self.path.unlink(missing_ok=True)
-        self._file.close()
+        self._held.close()
 
     def __enter__(self: Self) -> Self:
         return self

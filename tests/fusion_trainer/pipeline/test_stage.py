@@ -19,10 +19,11 @@ import psutil
 import pytest
 from programs import wait_for
 
-from fusion_trainer.pipeline import checksums, processes, runner, state
+from fusion_trainer.pipeline import processes, runner, state
 from fusion_trainer.pipeline.processes import run_command
 from fusion_trainer.pipeline.runner import Runner
 from fusion_trainer.pipeline.stage import Stage
+from varm_common import files
 from varm_common.errors import UserError
 
 FIRST = {
@@ -241,8 +242,8 @@ def test_a_broken_stage_is_noticed_and_made_again_alone(how: str, work: Path) ->
 def test_files_are_read_again_only_when_size_or_time_say_so(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(pipeline(work))
     read: list[str] = []
-    sha256_of = checksums.sha256_of
-    monkeypatch.setattr(checksums, "sha256_of", lambda path: read.append(path.name) or sha256_of(path))
+    sha256_of = files.sha256_of
+    monkeypatch.setattr(files, "sha256_of", lambda path: read.append(path.name) or sha256_of(path))
     run(pipeline(work))
     assert read == []
     os.utime(result(work, "align a"))

@@ -34,7 +34,7 @@ from varm_common.errors import UserError
 from varm_common.files import write_file
 from varm_common.process_usage import CommandError, Run, measured
 from varm_merge.cli import main
-from varm_merge.comparison.cache import Steps, demand_folder, locked, state_of
+from varm_merge.comparison.cache import Steps, demand_folder, exclusive, state_of
 from varm_merge.comparison.distances import distances, moved_layers
 from varm_merge.comparison.recipes import Entry, check, entries, family, short_names
 from varm_merge.comparison.scores import Scorers
@@ -229,7 +229,7 @@ def test_only_the_marker_with_its_text_makes_a_folder_a_comparisons(marker: str,
     (tmp_path / marker).unlink()
     (tmp_path / ".varm-merge-compare").touch()  # as if killed before it was written
     demand_folder(tmp_path)
-    with locked(tmp_path):
+    with exclusive(tmp_path):
         pass
     (tmp_path / "report.json").touch()
     demand_folder(tmp_path)
@@ -268,7 +268,7 @@ def merging(mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--no-keep"]])
 def test_a_folder_of_the_users_among_the_models_stays(options: list[str], merging: Merging) -> None:
-    with locked(merging.folder):
+    with exclusive(merging.folder):
         thesis = merging.folder / "models" / "linear" / "thesis.md"
     thesis.parent.mkdir(parents=True)
     thesis.write_text("mine")
@@ -360,12 +360,12 @@ def test_a_disk_without_room_for_the_models_ends_it_before_the_first_merge(
 
 def test_two_comparisons_do_not_write_into_one_folder(tmp_path: Path) -> None:
     with (
-        locked(tmp_path),
+        exclusive(tmp_path),
         pytest.raises(UserError, match="another `varm-merge compare` works in"),
-        locked(tmp_path),
+        exclusive(tmp_path),
     ):
         pass
-    with locked(tmp_path):
+    with exclusive(tmp_path):
         pass
 
 
