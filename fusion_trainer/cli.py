@@ -331,7 +331,7 @@ def show_map(file: Path, store_folder: Path | None, trust_remote_code: bool, **m
     from fusion_trainer.alignment.saved_map import load_map
     from fusion_trainer.representations.store import RepresentationStore
     from fusion_trainer.representations.store_tokenizer import tokenizer_at
-    from varm_common.errors import unlike
+    from varm_common.errors import demand_same
 
     saved = load_map(file)
     readers = {}
@@ -340,8 +340,7 @@ def show_map(file: Path, store_folder: Path | None, trust_remote_code: bool, **m
         readers[side] = tokenizer_at(moved_to[side] or name, other, trust_remote_code)
     wanted = {side: reader.sha256 for side, reader in readers.items()}
     found = {side: saved.identity[side] for side in wanted}
-    if difference := unlike(f"`{file}` is a map of other tokenizers:", wanted, found):
-        raise UserError(difference)
+    demand_same(f"`{file}` is a map of other tokenizers:", wanted, found)
     mass = None
     if store_folder:
         mass = mass_by_id(RepresentationStore(store_folder).demand(tokenizer=found["source"]))

@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 import click
 
-__all__ = ["SHOWN", "UserError", "closest", "did_you_mean", "listed", "some", "unlike"]
+__all__ = ["SHOWN", "UserError", "closest", "demand_same", "did_you_mean", "listed", "some"]
 
 SHOWN = 20
 """How many problems a message lists. The rest are counted."""
@@ -52,11 +52,16 @@ def did_you_mean(word: str, known: Iterable[str], *, list_known: bool = False) -
     return f"; known are {', '.join(names)}" if list_known else ""
 
 
-def unlike(title: str, wanted: Mapping[str, object], found: Mapping[str, object]) -> str | None:
-    """A table of the keys whose values differ, both values side by side; None if all agree."""
+def demand_same(title: str, wanted: Mapping[str, object], found: Mapping[str, object], remedy: str = "") -> None:
+    """Check that two mappings agree.
+
+    Raises:
+        UserError: They differ. It has the title, a table of the keys that differ with both values, and the remedy.
+    """
     keys = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     if not keys:
-        return None
+        return
     rows = [("", "wanted", "found"), *((key, str(wanted.get(key)), str(found.get(key))) for key in keys)]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return title + "".join(f"\n  {a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows)
+    table = "".join(f"\n  {a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows)
+    raise UserError(title + table + (f"\n{remedy}" if remedy else ""))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from varm_common.errors import UserError, unlike
+from varm_common.errors import UserError, demand_same
 from varm_common.files import read_mapping, write_json
 
 __all__ = ["Record"]
@@ -42,10 +42,8 @@ class Record:
             raise UserError(
                 f"`{self.path}` is damaged ({type(error).__name__}: {error}).\n{self.remedy}."
             ) from error
-        if difference := unlike(
-            f"`{self.path}` was made with other settings:", self.compared(self.identity), earlier
-        ):
-            raise UserError(f"{difference}\n{self.remedy}.")
+        title = f"`{self.path}` was made with other settings:"
+        demand_same(title, self.compared(self.identity), earlier, f"{self.remedy}.")
         return content
 
     def write(self, **results: Any) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from varm_common.errors import UserError, unlike
+from varm_common.errors import UserError, demand_same
 from varm_common.files import atomic_file, fingerprint, remove_abandoned, written_to
 
 __all__ = ["damage", "load_arrays", "path_of", "save_arrays"]
@@ -64,10 +64,9 @@ def load_arrays(path: Path, kind: str, identity: Mapping[str, Any] | None = None
         raise UserError(
             f"`{path}` is damaged: its content has changed since it was written. Remove it; it will be made again"
         )
-    if identity is not None and (
-        difference := unlike(f"`{path}` is a {kind} of something else:", dict(identity), described["identity"])
-    ):
-        raise UserError(f"{difference}\nRemove that file.")
+    if identity is not None:
+        title = f"`{path}` is a {kind} of something else:"
+        demand_same(title, identity, described["identity"], "Remove that file.")
     return described, arrays
 
 

@@ -15,7 +15,7 @@ from fusion_trainer.data.sources import open_source
 from fusion_trainer.data.templates import find_template
 from fusion_trainer.text.tokenizer import load_tokenizer
 from varm_common.console import is_quiet
-from varm_common.errors import UserError, unlike
+from varm_common.errors import demand_same
 from varm_common.files import fingerprint
 from varm_common.models import local_folder
 
@@ -57,8 +57,8 @@ def prepare(config: PrepareConfig, beside: Path, *, quiet: bool = False) -> Dial
         with tqdm(rows, unit=" conversations", unit_scale=True, disable=hidden, desc="dialogues") as bar:
             write_dialogues(path, preparation.blocks(bar), preparation, request)
     dialogues = Dialogues(path)
-    if difference := unlike(f"`{path}` holds other dialogues:", request, dialogues.manifest["request"]):
-        raise UserError(f"{difference}\nGive another --dialogues folder, or remove that one.")
+    remedy = "Give another --dialogues folder, or remove that one."
+    demand_same(f"`{path}` holds other dialogues:", request, dialogues.manifest["request"], remedy)
     if not quiet:
         click.echo(f"{dialogues.folder}\n{dialogues.report}")
     return dialogues

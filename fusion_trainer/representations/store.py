@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from varm_common.errors import UserError, unlike
+from varm_common.errors import UserError, demand_same
 from varm_common.files import read_json, sha256_of
 
 __all__ = [
@@ -229,8 +229,7 @@ class RepresentationStore:
             UserError: It has others; the message shows both.
         """
         found = {key: self.identity.get(key) for key in wanted}
-        if difference := unlike(f"the store `{self.folder}` does not fit:", wanted, found):
-            raise UserError(difference)
+        demand_same(f"the store `{self.folder}` does not fit:", wanted, found)
         return self
 
     def __len__(self) -> int:

@@ -24,7 +24,7 @@ from fusion_trainer.representations.store import (
     plan_in,
     wrong_size,
 )
-from varm_common.errors import UserError, unlike
+from varm_common.errors import UserError, demand_same
 from varm_common.files import (
     TEMPORARY,
     atomic_file,
@@ -106,8 +106,8 @@ class StoreWriter:
             plan = plan_in(self.folder / name)
             found = plan["identity"]
             wanted = {**self.identity, **{name: found.get(name) for name in NAMES if name in self.identity}}
-            if difference := unlike(f"`{self.folder}` is a store of something else:", wanted, found):
-                raise UserError(f"{difference}\nGive another --output, or remove that folder.")
+            title = f"`{self.folder}` is a store of something else:"
+            demand_same(title, wanted, found, "Give another --output, or remove that folder.")
             self.identity = found
             new = [environment for environment in self.made_with if environment not in plan["made_with"]]
             self.made_with = [*plan["made_with"], *new]

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
-from varm_common.errors import UserError, unlike
+from varm_common.errors import UserError, demand_same
 from varm_common.files import locked, write_file, written_to
 
 __all__ = ["Journal", "Lines"]
@@ -122,11 +122,8 @@ class Journal(Lines):
             self.began = float(earlier.pop("began"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"`{self._settings}` is not from this program; give another --output") from error
-        if difference := unlike(f"`{self.output}` was begun with other settings:", self._about, earlier):
-            raise UserError(
-                f"{difference}\nGive another --output, or remove `{self._settings}` and the files beside it to "
-                "start over."
-            )
+        remedy = f"Give another --output, or remove `{self._settings}` and the files beside it to start over."
+        demand_same(f"`{self.output}` was begun with other settings:", self._about, earlier, remedy)
 
     def keep(self, key: Hashable, record: Any) -> None:
         """Add a record; it is on the disk when this returns."""
