@@ -24,6 +24,7 @@ from varm_common.errors import UserError, listed
 from varm_common.files import sha256_of
 
 __all__ = [
+    "CAUSED_BY_ARGUMENTS",
     "Inputs",
     "fixed_settings",
     "identity_of",
@@ -35,6 +36,8 @@ __all__ = [
 ]
 
 FORMAT, VERSION = "fusion-trainer target", 1
+CAUSED_BY_ARGUMENTS = (ValueError, TypeError, ImportError, OSError)
+"""What the libraries raise about an argument while a training starts. Any other error keeps its traceback."""
 
 
 @dataclass
@@ -66,7 +69,8 @@ def open_inputs(config: TrainConfig) -> Inputs:
     own = {"remove_unused_columns": False, "label_names": ["labels"]}
     try:
         arguments = TrainingArguments(**{**defaults, **_public_arguments(config), **own})
-    except Exception as error:
+        arguments.get_process_log_level()  # a wrong log_level is a KeyError here
+    except Exception as error:  # only transformers' code has run
         raise unusable(config, error) from error
     _demand_processes(arguments)
     if problems := [*argument_problems(arguments), *_problems(config, arguments)]:

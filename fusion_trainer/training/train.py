@@ -22,6 +22,7 @@ from fusion_trainer.representations.store import ALIGNED, RepresentationStore
 from fusion_trainer.training.batches import Collator, FusionData, TokenFile, pack, write_tokens
 from fusion_trainer.training.fusion import Rule
 from fusion_trainer.training.inputs import (
+    CAUSED_BY_ARGUMENTS,
     Inputs,
     identity_of,
     load_pivot,
@@ -138,6 +139,8 @@ def _learn(config: TrainConfig, trainer: FusionTrainer, last: str | None) -> Non
             raise UserError(f"the training stopped: {reason_of(error)}. Run the same command again") from error
         if last is not None:
             raise UserError(f"the training cannot resume from `{last}`: {reason_of(error)}. {REMOVE}") from error
+        if not isinstance(error, CAUSED_BY_ARGUMENTS):
+            raise
         raise unusable(config, error) from error
 
 
@@ -178,7 +181,7 @@ def _trainer(inputs: Inputs, tokens: Path) -> FusionTrainer:
         )
     except UserError:
         raise
-    except Exception as error:
+    except CAUSED_BY_ARGUMENTS as error:
         raise unusable(config, error) from error
 
 
@@ -197,7 +200,7 @@ def _with_adapters(model: Any, config: TrainConfig) -> Any:
     set_seed(config.training.get("seed", TrainingArguments.seed))  # new adapters are random
     try:
         return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **(config.lora or {})}))
-    except Exception as error:
+    except Exception as error:  # only peft's code has run
         raise UserError(f"{place_of_setting(config, 'lora')}`lora` cannot be used: {reason_of(error)}") from error
 
 

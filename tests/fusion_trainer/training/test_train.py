@@ -722,6 +722,17 @@ def test_arguments_that_only_the_first_step_finds_wrong_end_in_a_sentence(
     assert not (tmp_path / "target" / "fusion.json").exists()
 
 
+def test_an_error_that_no_argument_causes_keeps_its_traceback(
+    fusion: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(*_: object, **__: object) -> None:
+        raise KeyError("gold")
+
+    monkeypatch.setattr(FusionTrainer, "compute_loss", faulty)
+    with pytest.raises(KeyError, match="gold"):
+        train(fusion.config(tmp_path / "target", **CLM))
+
+
 def test_a_wrong_argument_is_reported_with_its_line(fusion: World, tmp_path: Path) -> None:
     """That of the argument where it is known, else that of ``training``."""
     for arguments, place in (({"eval_on_start": True}, 7), ({"adam_beta1": 2.0}, 5), ({"data_seed": "x"}, 5)):
