@@ -11,6 +11,7 @@ from varm_common.files import fingerprint, read_mapping, sha256_of
 __all__ = [
     "TOKENIZER_FILES",
     "config_fingerprint",
+    "is_path",
     "load_causal_lm",
     "local_folder",
     "resolved_dtype",
@@ -48,8 +49,13 @@ def local_folder(
     return folder, commit
 
 
+def is_path(model: str) -> bool:
+    """Whether the name of a model can only be that of a folder, not a Hub id."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1
+
+
 def _downloaded(model: str, revision: str | None, weights: bool, code: bool) -> Path:
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if is_path(model):
         raise UserError(f"no model folder `{model}`")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fusion_trainer.config import NOT_OF_THE_RESULT, explained, one_or_more
 from fusion_trainer.pipeline.launch import beginning, division
 from fusion_trainer.pipeline.stage import Stage
+from varm_common.models import is_path
 
 __all__ = ["Builder", "PipelineConfig", "Settings"]
 
@@ -91,8 +92,8 @@ class Builder:
 
     def check_model(self, where: str, model: str) -> None:
         """A model that is a path has to exist, unless it is in the work folder, where a stage may write it."""
-        is_path = model.startswith((".", "/", "~")) or model.count("/") != 1
-        if is_path and not Path(model).is_relative_to(self.work) and not Path(model).is_dir():
+        is_folder = is_path(model) or "/" not in model
+        if is_folder and not Path(model).is_relative_to(self.work) and not Path(model).is_dir():
             self.wrong(where, f"no model folder `{model}`")
 
     def data_files(self, where: str, data: list[str]) -> dict[str, str]:

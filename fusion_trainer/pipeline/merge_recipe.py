@@ -13,7 +13,7 @@ import yaml
 
 from varm_common.errors import UserError, listed
 from varm_common.files import read_json
-from varm_common.models import weights_fingerprint
+from varm_common.models import is_path, weights_fingerprint
 
 __all__ = ["recipe"]
 
@@ -84,7 +84,7 @@ def _reference(pivot: dict[str, Any], moved: str | None) -> str:
             raise UserError(f"`{place}` is not the pivot these targets were trained from: its weights differ")
         return _path(Path(place))
     was_a_folder = moved is None and not pivot.get("revision")
-    if was_a_folder or place.startswith((".", "/", "~")) or place.count("/") > 1:
+    if was_a_folder or is_path(place):
         raise UserError(f"the pivot's folder `{place}` does not exist; give its place with --pivot")
     return f"{place}@{pivot['revision']}" if pivot.get("revision") and moved is None else place
 
