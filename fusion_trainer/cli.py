@@ -294,14 +294,13 @@ def write_recipe(
       fusion-trainer recipe targets/mixtral targets/solar --out recipe.yaml && mergekit-yaml recipe.yaml out/
     """
     from fusion_trainer.pipeline.merge_recipe import recipe
-    from varm_common.files import atomic_file, written_to
+    from varm_common.files import write_file
 
     text = recipe(targets, pivot=pivot, granularity=granularity, dtype=dtype)
     if out is None:
         click.echo(text, nl=False)
         return
-    with written_to(out.parent), atomic_file(out) as file:
-        file.write(text.encode())
+    write_file(out, text)
     click.echo(f"{out}: {len(targets)} targets; merge them with `mergekit-yaml {out} OUTPUT/`")
 
 

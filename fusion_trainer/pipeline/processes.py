@@ -8,7 +8,6 @@ import gc
 import importlib
 import os
 import platform
-import runpy
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from varm_common.errors import UserError
+from varm_common.forked import run_module
 
 __all__ = ["MERGEKIT", "OWN", "end_with_the_run", "output_of", "run_command"]
 
@@ -115,8 +115,7 @@ def _run_module(module: str, arguments: Sequence[str], environment: dict[str, st
     """Do as ``python -m module arguments``."""
     os.environ |= environment
     end_with_the_run()
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    run_module(module, *arguments)
 
 
 def _end_with(process: int) -> None:
