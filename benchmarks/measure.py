@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from statistics import median
 
-from varm_common.process_usage import CommandError, Run, machine, measured, spread, table
+from varm_common.process_usage import CommandError, Run, machine, measured, spread
+from varm_common.tables import markdown as table
 
 __all__ = ["CommandError", "Run", "machine", "measured", "spread", "table", "verdict"]
 

@@ -37,7 +37,6 @@ __all__ = [
     "measured",
     "outcome",
     "spread",
-    "table",
 ]
 
 LINUX = sys.platform == "linux"
@@ -162,13 +161,6 @@ def last_lines(output: IO[Any], begin: int) -> str:
 def spread(values: Sequence[float], digits: int = 2) -> str:
     """Median [min – max]."""
     return f"{median(values):.{digits}f} [{min(values):.{digits}f} – {max(values):.{digits}f}]"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it also reads well in a terminal."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = (header, tuple("-" * width for width in widths), *rows)
-    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
 def machine() -> str:

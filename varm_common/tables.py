@@ -1,12 +1,11 @@
-"""Tables for the terminal: by rich on a terminal, as plain columns in a pipe or file."""
+"""Tables: by rich on a terminal, as plain columns in a pipe or file, as Markdown in a report."""
 
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import click
 
-__all__ = ["short_names", "show", "size"]
+__all__ = ["markdown", "short_names", "show", "size"]
 
 
 def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -24,6 +23,13 @@ def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> No
         click.echo("  ".join([first.ljust(widths[0]), *cells]).rstrip())
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it also reads well in a terminal."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = (header, tuple("-" * width for width in widths), *rows)
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
 def size(number: float) -> str:
     """A number of bytes with a unit: ``1.5 GB``."""
     value = float(number)
@@ -34,10 +40,15 @@ def size(number: float) -> str:
     return f"{value:.3g} TB"
 
 
-def short_names(targets: Sequence[str]) -> list[str]:
-    """The last parts of the targets' paths, if they differ; else the whole paths."""
-    short = [Path(target).name for target in targets]
-    return short if len(set(short)) == len(short) else list(targets)
+def short_names(models: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
+    """For each model the fewest last parts of its path that differ from those of the others and from ``taken``."""
+    used = set(taken)
+    parts = [model.rstrip("/").split("/") for model in models]
+    for count in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-count:]) for part in parts]
+        if len(set(names)) == len(names) and not used.intersection(names):
+            return names
+    return list(models)
 
 
 def _show_on_terminal(title: str, lines: Sequence[Sequence[str]]) -> None:

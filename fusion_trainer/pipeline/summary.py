@@ -9,7 +9,8 @@ from fusion_trainer.pipeline.builder import PipelineConfig
 from fusion_trainer.pipeline.runner import Runner
 from fusion_trainer.pipeline.stage import Stage
 from fusion_trainer.pipeline.state import State
-from varm_common.files import atomic_file, read_json, write_json, written_to
+from varm_common.files import read_json, write_file, write_json, written_to
+from varm_common.tables import markdown
 
 __all__ = ["as_records", "overview", "report"]
 
@@ -88,14 +89,13 @@ def report(runner: Runner) -> str:
     groups = list(dict.fromkeys(group for scored in scores.values() for group in scored))
     tables = []
     for title, key, form in TABLES:
-        lines = [["model", *groups], ["---"] * (len(groups) + 1)]
-        for name, scored in scores.items():
-            cells = [format(scored[group][key], form) if group in scored else "–" for group in groups]
-            lines.append([name, *cells])
-        tables.append(f"### {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        rows = [
+            [name, *(format(scored[group][key], form) if group in scored else "–" for group in groups)]
+            for name, scored in scores.items()
+        ]
+        tables.append(f"### {title}\n\n{markdown(['model', *groups], rows)}")
     text = "\n\n".join(tables) + "\n"
     with written_to(runner.work):
         write_json(runner.work / "report.json", scores)
-        with atomic_file(runner.work / "report.md") as file:
-            file.write(text.encode())
+    write_file(runner.work / "report.md", text)
     return text

@@ -1,6 +1,6 @@
 """The recipes that are compared: files of the user, and recipes written for merge methods."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -12,13 +12,14 @@ from mergekit.merge_methods import BasePolicy, MergeMethodSpec
 
 from varm_common.errors import UserError, did_you_mean, listed
 from varm_common.files import write_file
+from varm_common.tables import short_names
 from varm_merge.merging.method import METHOD_NAME
 from varm_merge.merging.weights import Granularity
 from varm_merge.recipes import recipe_file
 from varm_merge.recipes.check import check as check_recipe
 from varm_merge.recipes.problems import Looked
 
-__all__ = ["PUBLISHED", "Entry", "Family", "check", "entries", "family", "short_names", "sound"]
+__all__ = ["PUBLISHED", "Entry", "Family", "check", "entries", "family", "sound"]
 
 
 @dataclass
@@ -204,17 +205,6 @@ def family(found: Sequence[Entry], base: str | None = None) -> Family:
     if not targets:
         raise UserError("the recipes merge no model beside the pivot")
     return Family(base, tuple(targets.values()))
-
-
-def short_names(models: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
-    """For each model the fewest last parts of its path that differ from those of the others and from ``taken``."""
-    used = set(taken)
-    parts = [model.rstrip("/").split("/") for model in models]
-    for count in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(part[-count:]) for part in parts]
-        if len(set(names)) == len(names) and not used.intersection(names):
-            return names
-    return list(models)
 
 
 def _read(path: Path) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from varm_common.files import write_file
-from varm_common.process_usage import table as markdown_table
 from varm_common.standard_errors import NOISE
+from varm_common.tables import markdown as markdown_table
 from varm_merge.comparison import columns, plots
 from varm_merge.comparison.columns import ALL, Cell, Column, Row, get
 from varm_merge.inspection import page

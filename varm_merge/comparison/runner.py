@@ -20,11 +20,11 @@ from varm_common.checkpoints import weight_files
 from varm_common.errors import UserError
 from varm_common.files import sha256_of, sync_tree
 from varm_common.process_usage import MEMORY, CommandError, machine, measured
-from varm_common.tables import size
+from varm_common.tables import short_names, size
 from varm_common.versions import versions
 from varm_merge.comparison.cache import RECIPE, Steps, content_of, is_a_merge, model_files, remove, state_of
 from varm_merge.comparison.distances import distances, moved_layers
-from varm_merge.comparison.recipes import Entry, Family, short_names
+from varm_merge.comparison.recipes import Entry, Family
 from varm_merge.comparison.scores import Scorers, differences, environment, text_config
 from varm_merge.comparison.settings import Row, Settings
 from varm_merge.merging.lineage import Place

@@ -33,10 +33,11 @@ from varm_common import process_usage as measure
 from varm_common.errors import UserError
 from varm_common.files import write_file
 from varm_common.process_usage import CommandError, Run, measured
+from varm_common.tables import short_names
 from varm_merge.cli import main
 from varm_merge.comparison.cache import Steps, demand_folder, exclusive, state_of
 from varm_merge.comparison.distances import distances, moved_layers
-from varm_merge.comparison.recipes import Entry, check, entries, family, short_names
+from varm_merge.comparison.recipes import Entry, check, entries, family
 from varm_merge.comparison.scores import Scorers
 from varm_merge.comparison.tasks import Tasks
 from varm_merge.merging.lineage import Place, weights_fingerprint
