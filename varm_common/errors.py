@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 import click
 
-__all__ = ["SHOWN", "UserError", "closest", "demand_same", "did_you_mean", "listed", "some"]
+__all__ = ["SHOWN", "UserError", "closest", "demand_same", "did_you_mean", "listed", "reason_of", "some"]
 
 SHOWN = 20
 """How many problems a message lists. The rest are counted."""
@@ -35,6 +35,12 @@ def some(names: Sequence[str]) -> str:
     """The first three names of a list, and how many more there are."""
     shown = ", ".join(f"`{name}`" for name in names[:3])
     return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def reason_of(error: Exception) -> str:
+    """The error on one line. Its type is added where its text may be a bare key or value."""
+    text = " ".join(str(error).split()) or "no reason given"
+    return text if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: {text}"
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:

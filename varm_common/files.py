@@ -26,6 +26,7 @@ __all__ = [
     "locked",
     "read_json",
     "read_mapping",
+    "read_text",
     "remove_abandoned",
     "sha256_of",
     "sync_folder",
@@ -219,6 +220,18 @@ def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as indented UTF-8 JSON by ``atomic_file``."""
     with atomic_file(path) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 text file, without a byte order mark.
+
+    Raises:
+        UserError: It cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_json(path: Path) -> Any:

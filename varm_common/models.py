@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from varm_common import checkpoints
-from varm_common.errors import UserError
+from varm_common.errors import UserError, reason_of, some
 from varm_common.files import fingerprint, read_mapping, sha256_of
 
 __all__ = [
@@ -124,7 +124,7 @@ def resolved_dtype(folder: Path, dtype: str, code: bool = False) -> str:
     try:
         own = AutoConfig.from_pretrained(folder, trust_remote_code=code).dtype
     except Exception as error:
-        raise UserError(f"`{folder / 'config.json'}` cannot be used: {_reason(error)}") from error
+        raise UserError(f"`{folder / 'config.json'}` cannot be used: {reason_of(error)}") from error
     return str(own).removeprefix("torch.") if own is not None else dtype
 
 
@@ -166,7 +166,7 @@ def load_causal_lm(
             f"{name} does not fit into the GPU's memory; try --device-map auto or --load-in 8bit"
         ) from error
     except Exception as error:  # transformers checks few values of a config before it uses them
-        raise UserError(f"{name} cannot be loaded as a causal language model: {_reason(error)}") from error
+        raise UserError(f"{name} cannot be loaded as a causal language model: {reason_of(error)}") from error
     finally:
         if bars:
             logging.enable_progress_bar()
@@ -176,20 +176,13 @@ def load_causal_lm(
     return model.eval()
 
 
-def _reason(error: Exception) -> str:
-    """The error on one line. Its type is added where its text may be a bare key or value."""
-    text = " ".join(str(error).split()) or "no reason given"
-    return text if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {text}"
-
-
 def _demand_all_weights(model: Any, name: str, info: dict[str, Any]) -> None:
     if mismatched := info.get("mismatched_keys"):
         raise UserError(f"{name}: weights of other shapes than its config says: {next(iter(mismatched))}")
     if missing := sorted(info["missing_keys"]):
         no_head = any("lm_head" in key or "embed_out" in key for key in missing)
         what = "no lm head" if no_head else "not all weights"
-        shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
-        raise UserError(f"{name} has {what}: its files lack {shown}; give a causal language model")
+        raise UserError(f"{name} has {what}: its files lack {some(missing)}; give a causal language model")
     if model.get_output_embeddings() is None:
         raise UserError(f"{name} ({type(model).__name__}) has no lm head; give a causal language model")
 

@@ -24,7 +24,7 @@ from fusion_trainer.representations.store import (
     plan_in,
     wrong_size,
 )
-from varm_common.errors import UserError, demand_same
+from varm_common.errors import UserError, demand_same, some
 from varm_common.files import (
     TEMPORARY,
     atomic_file,
@@ -239,6 +239,5 @@ def demand_free(folder: Path) -> list[str]:
         content = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     known = [name for name in (MANIFEST, PLAN) if name in content]
     if content and not known and not all(name.endswith(TEMPORARY) for name in content):
-        some = ", ".join(sorted(content)[:3])
-        raise UserError(f"`{folder}` holds something else ({some}); give a new folder")
+        raise UserError(f"`{folder}` holds something else ({some(sorted(content))}); give a new folder")
     return known

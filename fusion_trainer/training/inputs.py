@@ -20,7 +20,7 @@ from fusion_trainer.text.tokenizer import TextTokenizer, load_tokenizer
 from fusion_trainer.training.trainer import argument_problems
 from varm_common import models
 from varm_common.checkpoints import read_header
-from varm_common.errors import UserError, listed
+from varm_common.errors import UserError, listed, reason_of
 from varm_common.files import sha256_of
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "load_pivot",
     "open_inputs",
     "place_of_setting",
-    "reason_of",
     "unusable",
 ]
 
@@ -140,12 +139,6 @@ def place_of_setting(config: TrainConfig, name: str) -> str:
     places: Mapping[str, str] = getattr(config, "_places", {})
     place = places.get(name) or places.get(name.partition(".")[0])
     return f"{place}: " if place else ""
-
-
-def reason_of(error: Exception) -> str:
-    """The error on one line. Its type is added where its text may be a bare key or value."""
-    text = " ".join(str(error).split()) or "no reason given"
-    return text if isinstance(error, (OSError, ValueError, ImportError)) else f"{type(error).__name__}: {text}"
 
 
 def _output_dtype(config: TrainConfig, folder: Path) -> str:

@@ -18,7 +18,7 @@ from fusion_trainer.training.inputs import Inputs, fixed_settings, load_pivot
 from fusion_trainer.training.rounding import rounding, stored_tensor
 from fusion_trainer.training.trainer import WRITING, FusionTrainer, last_checkpoint, when_run_again
 from varm_common.checkpoints import read_header
-from varm_common.errors import UserError
+from varm_common.errors import UserError, some
 from varm_common.files import TEMPORARY, locked, sync_folder, sync_tree, write_json, written_to
 from varm_common.models import TOKENIZER_FILES
 from varm_common.record import Record
@@ -47,7 +47,7 @@ def demand_free(output: Path, identity: dict[str, Any]) -> None:
     known = next((path for name in (FUSION, PLAN) if (path := output / name).is_file()), None)
     content = sorted(path.name for path in output.iterdir() if path.suffix != TEMPORARY)
     if known is None and content:
-        raise UserError(f"`{output}` holds something else ({', '.join(content[:3])}); give a new output_dir")
+        raise UserError(f"`{output}` holds something else ({some(content)}); give a new output_dir")
     if known is not None:
         is_trained = known.name == FUSION or last_checkpoint(output) is not None
         compared = fixed_settings if is_trained else _nothing

@@ -28,13 +28,12 @@ from fusion_trainer.training.inputs import (
     load_pivot,
     open_inputs,
     place_of_setting,
-    reason_of,
     unusable,
 )
 from fusion_trainer.training.target import FUSION, PLAN, demand_free, exclusive, finish_training, reserve_space
 from fusion_trainer.training.trainer import FusionTrainer, last_checkpoint
 from varm_common.checkpoints import file_tensors
-from varm_common.errors import UserError, listed
+from varm_common.errors import UserError, listed, reason_of
 from varm_common.files import read_mapping, write_json, written_to
 
 __all__ = ["train"]

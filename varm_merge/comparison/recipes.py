@@ -11,7 +11,7 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods import BasePolicy, MergeMethodSpec
 
 from varm_common.errors import UserError, did_you_mean, listed
-from varm_common.files import write_file
+from varm_common.files import read_text, write_file
 from varm_common.tables import short_names
 from varm_merge.merging.method import METHOD_NAME
 from varm_merge.merging.weights import Granularity
@@ -133,7 +133,7 @@ def entries(
     Raises:
         UserError: A file cannot be read, two recipes have one name, a method is unknown, or it has no models.
     """
-    found = [Entry(name, path, _read(path)) for name, path in zip(_stems(recipes), recipes, strict=True)]
+    found = [Entry(name, path, read_text(path)) for name, path in zip(_stems(recipes), recipes, strict=True)]
     if methods:
         kept: dict[str, Any] = {}
         if not models:
@@ -205,13 +205,6 @@ def family(found: Sequence[Entry], base: str | None = None) -> Family:
     if not targets:
         raise UserError("the recipes merge no model beside the pivot")
     return Family(base, tuple(targets.values()))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _stems(recipes: Sequence[Path]) -> list[str]:

@@ -20,11 +20,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from varm_common.errors import UserError
-from varm_common.files import fingerprint
+from varm_common.files import fingerprint, read_text
 from varm_merge.evaluation.collect import Judging
 from varm_merge.evaluation.endpoint import Reply
 from varm_merge.evaluation.journal import Journal
-from varm_merge.evaluation.questions import checked, read_text, refuse
+from varm_merge.evaluation.questions import checked, refuse
 from varm_merge.version import __version__
 
 __all__ = ["EQUAL", "Pair", "annotations", "pairs", "preference", "read_prompt"]

@@ -20,10 +20,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from varm_common.errors import UserError
-from varm_common.files import fingerprint, sha256_of
+from varm_common.files import fingerprint, read_text, sha256_of
 from varm_common.models import load_causal_lm, local_folder, weights_fingerprint
 from varm_merge.evaluation.answers import Answer, Answers, Chat, Prompt, Settings
-from varm_merge.evaluation.questions import Question, read_text
+from varm_merge.evaluation.questions import Question
 
 __all__ = ["LocalModel", "Sampler", "answer_locally"]
 

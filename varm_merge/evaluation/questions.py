@@ -13,9 +13,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, ValidationError
 
 from varm_common.errors import UserError, listed
-from varm_common.files import fingerprint
+from varm_common.files import fingerprint, read_text
 
-__all__ = ["Question", "Questions", "checked", "problems_of", "read_questions", "read_text", "refuse", "rows_of"]
+__all__ = ["Question", "Questions", "checked", "problems_of", "read_questions", "refuse", "rows_of"]
 
 
 class MTBenchQuestion(BaseModel, strict=True):
@@ -54,14 +54,6 @@ class Questions:
     def sha256(self) -> str:
         """A hash of ids, categories and turns; other keys of the rows do not matter."""
         return fingerprint([[question.id, question.category, question.turns] for question in self.questions])
-
-
-def read_text(path: Path) -> str:
-    """Read a text file in UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def rows_of(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -20,6 +20,7 @@ from mergekit.card import CARD_TEMPLATE
 from mergekit.config import MergeConfiguration
 
 from varm_common.errors import UserError
+from varm_common.files import read_text
 from varm_merge.merging import weight_log
 
 __all__ = ["Card", "Findings", "Parent", "is_generated", "make", "only_renews", "parents_of", "read_recipe"]
@@ -257,10 +258,7 @@ def read_comparison(path: Path) -> str:
     Raises:
         UserError: It is not readable text.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"`{path}` cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    text = read_text(path)
     lines, in_code = [], False
     for line in re.sub(r"\A\s*# .*", "", text).strip().splitlines():
         in_code ^= line.lstrip().startswith("```")

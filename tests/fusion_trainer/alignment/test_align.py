@@ -952,5 +952,5 @@ def test_an_output_that_holds_something_else_is_refused(world: Path, tmp_path: P
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     message = refused("align", settings_of(world, "unigram", tmp_path / "full"))
-    assert "holds something else (thesis.txt)" in message
+    assert "holds something else (`thesis.txt`)" in message
     assert content(tmp_path / "full") == {"thesis.txt": b"mine"}

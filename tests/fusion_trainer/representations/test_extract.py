@@ -601,7 +601,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows(
 def test_an_output_folder_that_holds_something_else(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
-    assert "holds something else (thesis.tex)" in refused(output=f"{tmp_path}/mine")
+    assert "holds something else (`thesis.tex`)" in refused(output=f"{tmp_path}/mine")
     assert content(tmp_path / "mine") == {"thesis.tex": b"mine"}
 
 
