@@ -39,7 +39,7 @@ ENDS_WITH = "FUSION_TRAINER_ENDS_WITH"
 """Environment variable: the machine and the process number of the run that a command belongs to."""
 
 
-def run_command(command: Sequence[str], lock: int | None = None) -> int:
+def run_command(command: Sequence[str], lock: int | None) -> int:
     """Run a command to its end.
 
     Args:

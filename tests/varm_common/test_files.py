@@ -78,6 +78,16 @@ def test_a_lock_keeps_other_processes_out_until_its_holder_is_killed(tmp_path: P
         pass
 
 
+def test_a_locked_file_keeps_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text("finished\n")
+    with locked(path, "busy") as descriptor:
+        assert descriptor is not None
+        with pytest.raises(UserError, match="busy"), locked(path, "busy"):
+            pytest.fail("locked twice")
+    assert path.read_text() == "finished\n"
+
+
 def test_a_folder_that_takes_no_lock_does_not_stop_the_work(tmp_path: Path) -> None:
     with locked(tmp_path / "nowhere" / "lock", "busy"):
         pass
@@ -104,6 +114,8 @@ def test_a_file_is_hashed_again_only_when_it_has_changed(tmp_path: Path, monkeyp
 def test_a_misspelt_word_is_recognised() -> None:
     assert did_you_mean("matrx", ["layer", "matrix"]) == "; did you mean `matrix`?"
     assert did_you_mean("colour", ["layer", "matrix"]) == ""
+    assert did_you_mean("colour", ["layer", "matrix"], list_known=True) == "; known are layer, matrix"
+    assert did_you_mean("vram", ["sram", "varm"]) == "; did you mean `varm`?"  # the same letters
 
 
 def test_a_place_that_takes_no_file_is_known_beforehand(small_disk: Callable[[int], Path]) -> None:
