@@ -92,8 +92,7 @@ class Builder:
 
     def check_model(self, where: str, model: str) -> None:
         """A model that is a path has to exist, unless it is in the work folder, where a stage may write it."""
-        is_folder = is_path(model) or "/" not in model
-        if is_folder and not Path(model).is_relative_to(self.work) and not Path(model).is_dir():
+        if is_path(model) and not Path(model).is_relative_to(self.work) and not Path(model).is_dir():
             self.wrong(where, f"no model folder `{model}`")
 
     def data_files(self, where: str, data: list[str]) -> dict[str, str]:

@@ -475,6 +475,12 @@ METHODS = {
 }
 
 
+def test_a_pivot_of_the_hub_may_have_a_name_without_an_organisation(folder: Path) -> None:
+    """The Hub's oldest models have such names."""
+    extract = next(stage for stage in plan(folder, pivot="gpt2") if stage.kind == "extract")
+    assert extract.models["model"] == ("gpt2", None)
+
+
 def test_mergekit_takes_the_recipes_that_are_written(folder: Path) -> None:
     merges = {name: {"merge_method": name, **own} for name, own in METHODS.items()}
     merges["absolute"] = {
