@@ -46,7 +46,7 @@ def row(world: Path, source: str, positions: str, method: str) -> tuple[str, ...
     paired = re.search(r"^paired .* (\S+%)$", output, re.M)
     vocabulary = re.search(r"^vocabulary mapped .*\((\S+)\)", output, re.M)
     probability = re.search(r"^probability mapped +(\S+)", output, re.M)
-    without = re.search(r"ids without image (\S+?),", output)
+    without = re.search(r"of ids without an image (\S+?),", output)
     found = [match[1] for match in (paired, vocabulary, probability, without) if match]
     assert len(found) == 4, output
     return source, positions, method, *found

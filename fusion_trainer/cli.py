@@ -50,7 +50,7 @@ class StageCommand(click.Command):
 def _options(fields: "dict[str, FieldInfo]") -> Iterator[click.Option]:
     for name, field in fields.items():
         shown = field.description or ""
-        if not field.is_required() and field.default is not None:
+        if not field.is_required() and field.default not in (None, []):
             shown += f"  [default: {field.default}]"
         flag = "--" + name.replace("_", "-")
         options: dict[str, Any] = {"help": shown}
@@ -86,7 +86,7 @@ def _mapping(
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="varm-merge", prog_name="fusion-trainer")
 def main() -> None:
-    """Fuse chat LLMs: train targets from a pivot, source models and chat data, ready to be merged with VaRM.
+    """Fuse chat LLMs: train targets from a pivot, sources and chat data. VaRM can then merge the targets.
 
     `run` executes a whole pipeline from one file. The other commands run single stages or inspect their results.
 
@@ -102,8 +102,10 @@ main.add_command(completion("fusion-trainer"))
 
 @main.command()
 @click.argument("pipeline", type=PATH)
-@click.option("--dry-run", is_flag=True, help="Print every stage, its state and an estimate; run nothing.")
-@click.option("--until", type=click.Choice(list(KINDS)), help="Stop after stages of this kind.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print every stage, whether it has to run, and an estimate. Run nothing."
+)
+@click.option("--until", type=click.Choice(list(KINDS)), help="Stop after the stages of this kind.")
 @click.option("--only", metavar="TARGET", help="Run only this target and the stages it needs.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print the stages as JSON.")
 @talks()
@@ -122,7 +124,7 @@ def run(pipeline: Path, dry_run: bool, until: str | None, only: str | None, as_j
     from fusion_trainer.pipeline.summary import as_records, overview, report
 
     if as_json and not dry_run:
-        raise click.UsageError("--json goes with --dry-run")
+        raise click.UsageError("--json needs --dry-run")
     config, stages = read_pipeline(pipeline)
     wanted = chosen(stages, until, only)
     runner = Runner(config.work, stages)
@@ -143,8 +145,8 @@ def run(pipeline: Path, dry_run: bool, until: str | None, only: str | None, as_j
 def prepare(config: Path | None, **flags: Any) -> None:
     """Render the chat data with a chat template and split it into blocks.
 
-    `extract` also does this if it has not been done. Settings come from the YAML file CONFIG, from flags, or both;
-    flags win.
+    `extract` does the same if the folder of dialogues does not exist yet. Settings come from the YAML file CONFIG,
+    from options, or both; options take precedence.
 
     \b
     Example:
@@ -160,10 +162,10 @@ def prepare(config: Path | None, **flags: Any) -> None:
 @main.command(cls=StageCommand, settings="ExtractConfig")
 @talks()
 def extract(config: Path | None, **flags: Any) -> None:
-    """Store a model's top-k next-token distributions at every token of the assistant.
+    """Store a model's top-k next-token distributions at every assistant token.
 
-    Settings come from the YAML file CONFIG, from flags, or both; flags win. If interrupted, run the same command
-    again. With several GPUs: `accelerate launch -m fusion_trainer extract …`.
+    Settings come from the YAML file CONFIG, from options, or both; options take precedence. If interrupted, run
+    the same command again. With several GPUs: `accelerate launch -m fusion_trainer extract …`.
 
     \b
     Example:
@@ -185,7 +187,7 @@ def extract(config: Path | None, **flags: Any) -> None:
             f"{store.bytes / max(1, positions):.1f} bytes each, {time.monotonic() - start:.0f} s"
         )
         if cut := store.manifest["cut_tokens"]:
-            click.echo(f"{cut:,} tokens lie beyond the model's context and have no distribution")
+            click.echo(f"{cut:,} tokens are beyond the model's context length and have no distribution")
         for line in template_notes(store.manifest):
             click.echo(line)
 
@@ -195,8 +197,8 @@ def extract(config: Path | None, **flags: Any) -> None:
 def align(config: Path | None, **flags: Any) -> None:
     """Map a source's store to the pivot's positions and vocabulary.
 
-    Settings come from the YAML file CONFIG, from flags, or both; flags win. If interrupted, run the same command
-    again.
+    Settings come from the YAML file CONFIG, from options, or both; options take precedence. If interrupted, run
+    the same command again.
 
     \b
     Example:
@@ -215,9 +217,9 @@ def align(config: Path | None, **flags: Any) -> None:
 def train(config: Path | None, **flags: Any) -> None:
     """Fine-tune the pivot on the fused distributions; the result is a target.
 
-    Settings come from the YAML file CONFIG, from flags, or both; flags win. If interrupted, run the same command
-    again: it resumes from the last complete checkpoint. With several GPUs: `accelerate launch --config_file …
-    -m fusion_trainer train …`.
+    Settings come from the YAML file CONFIG, from options, or both; options take precedence. If interrupted, run
+    the same command again: it resumes from the last complete checkpoint. With several GPUs: `accelerate launch
+    --config_file … -m fusion_trainer train …`.
 
     \b
     Example:
@@ -240,11 +242,11 @@ def train(config: Path | None, **flags: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the content of the scores file.")
 @talks()
 def evaluate(config: Path | None, as_json: bool, **flags: Any) -> None:
-    """Score models on held-out dialogues: nats per byte and exact matches, by group of conversations.
+    """Score models on held-out dialogues, by group of conversations: loss in nats per byte, and exact matches.
 
-    Several models take several --model and as many --output, in the same order.
+    To score several models, give --model several times, and one --output for each, in the same order.
 
-    Settings come from the YAML file CONFIG, from flags, or both; flags win.
+    Settings come from the YAML file CONFIG, from options, or both; options take precedence.
 
     \b
     Example:
@@ -281,7 +283,7 @@ def evaluate(config: Path | None, as_json: bool, **flags: Any) -> None:
     type=click.Choice(GRANULARITIES),
     default="matrix",
     show_default=True,
-    help="Which tensors share one weight per target.",
+    help="Which tensors share one merge weight per target.",
 )
 @click.option("--dtype", help="Dtype of the merged model. Default: the targets'.")
 def write_recipe(
@@ -316,7 +318,10 @@ def vocab_map() -> None:
 @click.option("--pivot", help="Folder or Hub id of the pivot's tokenizer, if the pivot has moved.")
 @click.option("--pivot-revision", help="Branch, tag or commit of --pivot.")
 @click.option(
-    "--store", "store_folder", type=PATH, help="The source's store: weight ids by their probability in it."
+    "--store",
+    "store_folder",
+    type=PATH,
+    help="The source's store: each id then counts as much as its probability in the store.",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model repositories.")
 def show_map(file: Path, store_folder: Path | None, trust_remote_code: bool, **moved_to: str | None) -> None:
@@ -338,11 +343,11 @@ def show_map(file: Path, store_folder: Path | None, trust_remote_code: bool, **m
         other = moved_to[f"{side}_revision"] or (None if moved_to[side] else revision)
         readers[side] = tokenizer_at(moved_to[side] or name, other, trust_remote_code)
     wanted = {side: reader.sha256 for side, reader in readers.items()}
-    found = {side: saved.identity[side] for side in wanted}
-    demand_same(f"`{file}` is a map of other tokenizers:", wanted, found)
+    in_map = {side: saved.identity[side] for side in wanted}
+    demand_same(f"`{file}` was made for other tokenizers:", wanted, in_map)
     mass = None
     if store_folder:
-        mass = mass_by_id(RepresentationStore(store_folder).demand(tokenizer=found["source"]))
+        mass = mass_by_id(RepresentationStore(store_folder).demand(tokenizer=in_map["source"]))
     click.echo(coverage(saved.map, readers["source"], readers["pivot"], mass))
 
 
@@ -354,7 +359,7 @@ def store() -> None:
 @store.command()
 @click.argument("folder", type=PATH)
 def verify(folder: Path) -> None:
-    """Check the store in FOLDER, and the dialogues, token files and maps beside it.
+    """Check the store in FOLDER, and the dialogues, token files and maps next to it.
 
     Checksums, NaN and value ranges are checked. Exit code 1 if there is a problem.
 
@@ -369,7 +374,7 @@ def verify(folder: Path) -> None:
     problems = list(all_problems(opened))
     if problems:
         raise UserError(f"the store `{folder}` has {len(problems)} problems:{listed(problems)}")
-    click.echo(f"{folder}: {len(opened.manifest['shards'])} shards, {len(opened):,} rows, nothing wrong")
+    click.echo(f"{folder}: {len(opened.manifest['shards'])} shards, {len(opened):,} rows, no problems")
 
 
 @store.command()

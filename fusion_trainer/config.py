@@ -86,7 +86,7 @@ class PrepareConfig(Settings):
     data_split: str = "train"
     """Split of a dataset folder or Hub dataset."""
     bad_rows: Literal["error", "skip"] = "error"
-    """Stop if rows cannot be used, or skip and count them."""
+    """If rows cannot be used: stop, or skip and count them."""
     pivot: str
     """Folder or Hub id of the pivot; its tokenizer and chat template are used."""
     pivot_revision: str | None = None
@@ -97,11 +97,11 @@ class PrepareConfig(Settings):
         "Default: the pivot's.",
     )
     max_length: int = Field(2048, ge=16)
-    """Maximum length of a block, in tokens of the pivot."""
+    """Maximum length of a block (a conversation, or a part of a long one), in pivot tokens."""
     packing: bool = True
     """For plain text: put several short documents into one block."""
     dialogues: Path | None = None
-    """Folder of the prepared dialogues, shared by all models. Default: beside the output."""
+    """Folder of the prepared dialogues, shared by all models. Default: next to the output."""
     trust_remote_code: TrustRemoteCode = False
 
 
@@ -115,8 +115,8 @@ class ExtractConfig(PrepareConfig):
     output: Path
     """Folder of the store to write."""
     source_template: str = "own"
-    """Chat template in which a source is queried: own, pivot (the source reads the pivot's rendering as plain
-    text, as in the papers), a built-in name or a Jinja file."""
+    """Chat template in which a source is queried: own (the source's), pivot (the source reads the pivot's
+    rendering as plain text, as in the papers), the name of a built-in template, or a Jinja file."""
     top_k: int = Field(10, ge=1, le=1024)
     """Number of probabilities kept per position."""
     dtype: Dtype = "auto"
@@ -126,9 +126,9 @@ class ExtractConfig(PrepareConfig):
     batch_tokens: int = Field(16384, ge=1)
     """Maximum size of a batch, in tokens with padding."""
     shard_tokens: int = Field(262144, ge=1)
-    """Size of a shard of the store, in tokens of the pivot."""
+    """Size of a shard of the store, in pivot tokens."""
     device_map: str | None = None
-    """accelerate's device map, for a model larger than one GPU: auto."""
+    """accelerate's device map. Set auto for a model that is larger than one GPU."""
     load_in: Quantisation | None = None
     """Quantise the model with bitsandbytes (install the extra `quant`)."""
 
@@ -139,24 +139,25 @@ class AlignConfig(Settings):
     source_store: Path
     """Folder of the source's store."""
     pivot_store: Path
-    """Folder of the pivot's store, over the same dialogues."""
+    """Folder of the pivot's store, extracted from the same dialogues."""
     output: Path
     """Folder of the aligned store to write."""
     dialogues: Path | None = None
-    """Folder of the prepared dialogues. Default: beside the pivot's store."""
+    """Folder of the prepared dialogues. Default: next to the pivot's store."""
     positions: Literal["boundary", "dtw"] = "boundary"
-    """Which positions correspond: those where both models have read the same bytes, or those that dynamic time
-    warping pairs, as in the papers."""
+    """How positions are paired. boundary: where both models have read the same bytes; dtw: by dynamic time
+    warping, as in the papers."""
     dtw_cost: Literal["fusechat", "fusechat_v2", "fusellm"] = "fusechat"
-    """For dtw: cost when one token contains the other. fusechat: 0.1; fusechat_v2, fusellm: 1."""
+    """For dtw: cost of pairing two tokens if one contains the other. fusechat: 0.1; fusechat_v2, fusellm: 1."""
     map: Literal["exact", "min_edit_distance", "statistics", "statistics_published", "prefix"] = "prefix"
     """How ids of the source are mapped to ids of the pivot."""
     most: int = Field(0, ge=0)
-    """For statistics: map an id to this many of the most frequent ids. 0: to the nearest."""
+    """For statistics: map an id to this many of the pivot's ids that it was paired with most often. 0: only to the
+    nearest."""
     unpaired: Literal["pivot", "gold"] = "pivot"
-    """For positions without a partner: use the pivot's distribution, or give the next token 1."""
+    """For unpaired positions: use the pivot's distribution, or give the next token probability 1."""
     maps: Path | None = None
-    """Folder of vocabulary maps and counts. Default: beside the output."""
+    """Folder of vocabulary maps and counts. Default: next to the output."""
     pivot_tokenizer: str | None = None
     """Folder or Hub id of the pivot's tokenizer, if the pivot has moved."""
     source_tokenizer: str | None = None
@@ -174,33 +175,34 @@ class TrainConfig(Settings):
     pivot_revision: str | None = None
     """Branch, tag or commit of the pivot."""
     aligned_stores: Annotated[list[Path], BeforeValidator(one_or_more)] = []
-    """Aligned stores of the sources: one for a pairwise target, several for Multi."""
+    """Aligned stores of the sources: one for a pairwise target, several to fuse all of them into one target
+    (Multi)."""
     pivot_store: Path | None = None
     """The pivot's store, if the pivot takes part in the fusion."""
     dialogues: Path | None = None
-    """Folder of the prepared dialogues. Default: beside the stores."""
+    """Folder of the prepared dialogues. Default: next to the stores."""
     fusion: Literal["min_ce", "avg_ce"] = "min_ce"
-    """Fused distribution: that of the model with the lowest cross-entropy, or the weighted mean."""
+    """Fused distribution. min_ce: that of the model with the lowest cross-entropy; avg_ce: the weighted mean."""
     compare: Literal["conversation", "token"] = "conversation"
-    """Compare cross-entropies by conversation or by token."""
+    """Compare the cross-entropies of whole conversations, or of each token."""
     unit: Literal["token", "byte"] = "byte"
-    """Compare cross-entropies per byte, fair between tokenizers, or per token, as in the papers."""
+    """Compare cross-entropies per byte, which does not depend on the tokenizer, or per token, as in the papers."""
     temperature: float = Field(1.0, gt=0)
-    """Temperature of the distributions to fuse."""
+    """Temperature applied to the distributions before they are fused."""
     tail: Literal["renormalise", "bucket"] = "renormalise"
-    """Drop the probability outside the top k, or keep it as one outcome."""
+    """Probability outside the top k. renormalise: dropped; bucket: kept as one more outcome."""
     clm_weight: float = Field(0.9, ge=0, le=1)
-    """λ in λ·CLM + (1−λ)·fusion. 1: CLM alone."""
+    """λ in the loss λ·CLM + (1−λ)·fusion. 1: CLM (causal language modelling) alone."""
     clm_weight_schedule: Literal["constant", "hard_and_decay", "soft"] = "constant"
-    """Keep λ constant, let it grow to 1, or set it to 1 − exp(−CE) of the fused distribution."""
+    """constant: keep λ; hard_and_decay: let λ grow to 1; soft: λ = 1 − exp(−CE) of the fused distribution."""
     held_out: float = Field(0.0, ge=0, lt=1)
     """Share of the conversations held out for the evaluation loss."""
     packing: bool = False
-    """Put several blocks into one row; attention stays inside each block."""
+    """Put several blocks into one row; attention does not cross blocks."""
     dtype: Dtype = "float32"
     """Dtype of the weights in training. For mixed precision set bf16 in `training`."""
     output_dtype: Dtype = "float32"
-    """Dtype of the target. auto: the pivot's. 16 bits round most of a light fine-tune away."""
+    """Dtype of the target. auto: the pivot's. 16 bits would round away most of a light fine-tune."""
     attention: str | None = None
     """transformers' attn_implementation, for example sdpa."""
     load_in: Quantisation | None = None
@@ -224,7 +226,7 @@ class EvaluateConfig(Settings):
     dialogues: Path
     """Folder of prepared held-out dialogues, the same for all models."""
     output: Path | list[Path]
-    """JSON file of the scores to write, one for each model."""
+    """JSON file for the scores, one for each model."""
     dtype: Dtype = "auto"
     """Dtype of the weights. auto: the checkpoint's."""
     attention: str | None = None

@@ -1,1 +1,1 @@
-"""What ``varm_merge`` and ``fusion_trainer`` share; it imports neither."""
+"""Code that ``varm_merge`` and ``fusion_trainer`` share; it imports neither."""

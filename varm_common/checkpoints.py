@@ -138,8 +138,9 @@ def weight_files(folder: Path) -> WeightFiles:
     if "adapter_config.json" in names:
         base = _entry(folder / "adapter_config.json", "base_model_name_or_path")
         chosen.problems.append(
-            f"an adapter lies beside {some(chosen.names)}: transformers loads it on `{base}`, mergekit loads the "
-            "weights without it. Keep the adapter in its own folder; to merge with it, name `model+adapter`"
+            f"an adapter is in the same folder as {some(chosen.names)}: transformers loads it on `{base}`, "
+            "mergekit loads the weights without it. Keep the adapter in its own folder; to merge with it, name "
+            "`model+adapter`"
         )
     return chosen
 
@@ -231,7 +232,7 @@ def _unpickled(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         nested = ": they lie under `state_dict`" if isinstance(content, dict) and "state_dict" in content else ""
         raise ValueError(
-            f"`{path.name}` is no flat mapping of names to tensors{nested}. "
+            f"`{path.name}` is not a flat mapping of names to tensors{nested}. "
             "Load it with torch.load(weights_only=True) and save its tensors as safetensors"
         )
     if sparse := [name for name, value in content.items() if value.layout != torch.strided]:

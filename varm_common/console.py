@@ -30,11 +30,11 @@ def talks(*, libraries: bool = True) -> Callable[[Command], Command]:
         wants_quiet = "quiet" in inspect.signature(command).parameters
 
         @click.option("-q", "--quiet", is_flag=True, help="Hide progress.")
-        @click.option("-v", "--verbose", is_flag=True, help="Print what the libraries report, on stderr.")
+        @click.option("-v", "--verbose", is_flag=True, help="Print the messages of the libraries on stderr.")
         @functools.wraps(command)
         def talking(*arguments: Any, quiet: bool, verbose: bool, **options: Any) -> None:
             if quiet and verbose:
-                raise click.UsageError("--quiet and --verbose exclude each other")
+                raise click.UsageError("give --quiet or --verbose, not both")
             if quiet:
                 os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
             if quiet or verbose or not libraries:

@@ -58,16 +58,16 @@ def did_you_mean(word: str, known: Iterable[str], *, list_known: bool = False) -
     return f"; known are {', '.join(names)}" if list_known else ""
 
 
-def demand_same(title: str, wanted: Mapping[str, object], found: Mapping[str, object], remedy: str = "") -> None:
+def demand_same(title: str, wanted: Mapping[str, object], actual: Mapping[str, object], remedy: str = "") -> None:
     """Check that two mappings agree.
 
     Raises:
         UserError: They differ. It has the title, a table of the keys that differ with both values, and the remedy.
     """
-    keys = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+    keys = [key for key in {**wanted, **actual} if wanted.get(key) != actual.get(key)]
     if not keys:
         return
-    rows = [("", "wanted", "found"), *((key, str(wanted.get(key)), str(found.get(key))) for key in keys)]
+    rows = [("", "wanted", "found"), *((key, str(wanted.get(key)), str(actual.get(key))) for key in keys)]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     table = "".join(f"\n  {a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows)
     raise UserError(title + table + (f"\n{remedy}" if remedy else ""))

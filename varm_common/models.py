@@ -68,7 +68,7 @@ def _downloaded(model: str, revision: str | None, weights: bool, code: bool) -> 
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         at = f" at revision {revision}" if revision else ""
         reason = str(error).strip() or type(error).__name__
-        raise UserError(f"`{model}`{at} is no folder, and the Hub gave: {reason}") from error
+        raise UserError(f"`{model}`{at} is not a folder, and the Hub replied: {reason}") from error
 
 
 def weight_files(folder: Path, name: str | None = None) -> list[Path]:
@@ -178,7 +178,7 @@ def load_causal_lm(
 
 def _demand_all_weights(model: Any, name: str, info: dict[str, Any]) -> None:
     if mismatched := info.get("mismatched_keys"):
-        raise UserError(f"{name}: weights of other shapes than its config says: {next(iter(mismatched))}")
+        raise UserError(f"{name}: the shapes of its weights do not match its config: {next(iter(mismatched))}")
     if missing := sorted(info["missing_keys"]):
         no_head = any("lm_head" in key or "embed_out" in key for key in missing)
         what = "no lm head" if no_head else "not all weights"

@@ -148,7 +148,7 @@ def dies_with_parent() -> None:
 def outcome(code: int) -> str:
     """How a process ended, by its exit code, negative after a signal."""
     if code < 0:
-        return f"was ended by signal {-code}" + (" (killed; was memory short?)" if code == -9 else "")
+        return f"was ended by signal {-code}" + (" (killed, perhaps because memory ran out)" if code == -9 else "")
     return f"exited {code}"
 
 

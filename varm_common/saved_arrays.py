@@ -55,23 +55,24 @@ def load_arrays(path: Path, kind: str, identity: Mapping[str, Any] | None = None
         with safe_open(path, "numpy") as file:
             described = json.loads((file.metadata() or {})[KEY])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found, sha256 = str(described["format"]), str(described["sha256"])
+        stored_kind, sha256 = str(described["format"]), str(described["sha256"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"`{path}` is not a {kind}: {error or type(error).__name__}") from error
-    if found != kind:
-        raise UserError(f"`{path}` is not a {kind} but a {found}")
+    if stored_kind != kind:
+        raise UserError(f"`{path}` is not a {kind} but a {stored_kind}")
     if sha256 != _sha256(arrays):
         raise UserError(
-            f"`{path}` is damaged: its content has changed since it was written. Remove it; it will be made again"
+            f"`{path}` is damaged: its content has changed since it was written. Remove it, and it will "
+            "be written again"
         )
     if identity is not None:
-        title = f"`{path}` is a {kind} of something else:"
+        title = f"`{path}` is a {kind} that was made from other inputs:"
         demand_same(title, identity, described["identity"], "Remove that file.")
     return described, arrays
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a file of ``save_arrays``; None if nothing is, or if another program wrote it."""
+    """The problem of a file of ``save_arrays``; None if it has none, or if another program wrote it."""
     try:
         with safe_open(path, "numpy") as file:
             described = (file.metadata() or {}).get(KEY)

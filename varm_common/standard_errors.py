@@ -25,9 +25,9 @@ def standard_error(score: Sums) -> float | None:
     return _spread(_residuals(score))
 
 
-def difference(one: Sums, other: Sums) -> tuple[float, float | None]:
+def difference(first: Sums, second: Sums) -> tuple[float, float | None]:
     """The first score minus the second, and its standard error. Both have the same conversations in one order."""
-    return _ratio(one) - _ratio(other), _spread(_residuals(one) - _residuals(other))
+    return _ratio(first) - _ratio(second), _spread(_residuals(first) - _residuals(second))
 
 
 def _ratio(score: Sums) -> float:

@@ -40,12 +40,12 @@ class Program(click.Group):
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="varm-merge")
 def main() -> None:
-    """Merge LLMs by Variation Ratio Merge (VaRM) in mergekit.
+    """Merge LLMs with mergekit and the merge method Variation Ratio Merge (VaRM).
 
     To merge, write `merge_method: varm` in a recipe and run `mergekit-yaml recipe.yaml out/`. The commands below
     check, inspect, compare, evaluate and publish merges.
 
-    Exit codes: 0 success; 1 a problem was found and printed, or Ctrl-C; 2 bad usage.
+    Exit codes: 0: success. 1: a problem was found and printed, or Ctrl-C was pressed. 2: bad usage.
     """
 
 

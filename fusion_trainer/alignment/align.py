@@ -196,8 +196,8 @@ def _report(manifest: dict[str, Any]) -> str:
     )
     boundary = manifest["identity"]["positions"] == "boundary"
     causes = {
-        "no_partner": "no common boundary" if boundary else "no token fits by rule",
-        "not_supervised": "partner not supervised",
+        "no_partner": "no common boundary" if boundary else "no token fits by dtw's rules",
+        "not_supervised": "paired position not supervised",
         "not_read": "beyond the context",
     }
     lines = [
@@ -209,10 +209,10 @@ def _report(manifest: dict[str, Any]) -> str:
         for name, cause in causes.items()
     ]
     lines += [
-        f"of a paired position's mass mapped {mass:.2%}, ids without image {unmapped:.2%}, beyond the k kept "
-        f"{beyond:.2%}, the source's tail {tail:.2%}",
+        f"probability at paired positions: mapped {mass:.2%}, of ids without an image {unmapped:.2%}, outside the "
+        f"k entries kept {beyond:.2%}, the source's tail {tail:.2%}",
         f"ends of answers         {ends:>12,}  paired {ends_paired:,} ({_share(ends_paired, ends):.2%}); "
-        f"the pivot's end gets {_share(manifest['ends_ppm'] / 1e6, ends_paired):.2%} there",
+        f"the pivot's end token gets {_share(manifest['ends_ppm'] / 1e6, ends_paired):.2%} there",
         f"source better in blocks {by_byte:>12,}  of {compared:,} per byte ({_share(by_byte, compared):.1%}); per "
         f"token {by_token:,} ({_share(by_token, compared):.1%})",
     ]

@@ -53,8 +53,8 @@ def build_map(
             made = vocabulary.statistics(both, corpus().pairs, most)
     if set(np.flatnonzero(made.mapped).tolist()) <= source.special | both.ends.keys():
         raise UserError(
-            f"no token of {source.name} has an image among those of {pivot.name} by `{method}`: are these the "
-            "tokenizers the stores were made with?"
+            f"the map `{method}` maps no token of {source.name} to a token of {pivot.name}; check that these are "
+            "the tokenizers that the stores were made with"
         )
     return made
 

@@ -82,7 +82,8 @@ def open_sides(config: AlignConfig, checked: bool = False) -> Sides:
     dialogues = Dialogues(config.dialogues) if config.dialogues else Dialogues.beside(pivot_store.folder, data)
     if dialogues is None:
         raise UserError(
-            f"no dialogues of the store `{pivot_store.folder}` lie beside it; name them with --dialogues"
+            f"the dialogues of the store `{pivot_store.folder}` are not next to it; give their folder "
+            "with --dialogues"
         )
     pivot_store.demand(data=dialogues.fingerprint)
     for store in (pivot_store, source_store):
@@ -90,7 +91,7 @@ def open_sides(config: AlignConfig, checked: bool = False) -> Sides:
             raise UserError(f"the store `{store.folder}` is already aligned; give the source's own store")
     if pivot_store.identity["reading"] != DIALOGUES:
         raise UserError(
-            f"the store `{pivot_store.folder}` is not the pivot's: its model was queried in a template of its own"
+            f"`{pivot_store.folder}` is not a store of the pivot: its model was queried in its own chat template"
         )
     pivot = tokenizer_of(pivot_store, config.pivot_tokenizer, config.trust_remote_code)
     source = tokenizer_of(source_store, config.source_tokenizer, config.trust_remote_code)

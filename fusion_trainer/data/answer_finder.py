@@ -63,7 +63,7 @@ class AnswerFinder:
         self._edge = next(chr(point) for point in range(0xE000, 0xF8FF) if chr(point) not in contents)
         self.text = apply(messages)
         at_once = self._all_at_once()
-        self.found = list(self._one_by_one()) if at_once is None else at_once
+        self.found_answers = list(self._one_by_one()) if at_once is None else at_once
         self._all_written = at_once is not None
         self.silent = frozenset(
             number
@@ -122,7 +122,7 @@ class AnswerFinder:
         numbers = [int(number) for number in parts[::2]]
         if sorted(numbers) != list(range(len(marked))) or not self.text.startswith(head):
             return None
-        found, position = [], len(head)
+        answers, position = [], len(head)
         for number, following in zip(numbers, parts[1::2], strict=True):
             content = self._messages[number].content
             for written in (content, content.strip(), content.lstrip(), content.rstrip()):
@@ -132,9 +132,9 @@ class AnswerFinder:
                 return None
             stop = position + len(written)
             if self._messages[number].role == "assistant":
-                found.append(FoundAnswer(number, position, stop, ((position, stop, content.find(written)),)))
+                answers.append(FoundAnswer(number, position, stop, ((position, stop, content.find(written)),)))
             position = stop + len(following)
-        return found if position == len(self.text) else None
+        return answers if position == len(self.text) else None
 
     def _one_by_one(self) -> Iterator[FoundAnswer]:
         """One rendering for each answer: the text in the place of its mark is the answer."""
@@ -142,14 +142,14 @@ class AnswerFinder:
         for number, message in enumerate(self._messages):
             if message.role != "assistant":
                 continue
-            found = None
+            answer = None
             if message.extra.get("tool_calls") or not message.content:
-                found = self._with_calls(number)
-            if found is None and message.content:
-                found = self._in_place_of_mark(number)
-            if found is not None and done <= found.start < found.stop:
-                yield found
-                done = found.stop
+                answer = self._with_calls(number)
+            if answer is None and message.content:
+                answer = self._in_place_of_mark(number)
+            if answer is not None and done <= answer.start < answer.stop:
+                yield answer
+                done = answer.stop
 
     def _in_place_of_mark(self, number: int) -> FoundAnswer | None:
         """An answer without calls; None if the template leaves it out."""
@@ -163,12 +163,12 @@ class AnswerFinder:
                 return None
             pieces = _same(text[start:stop], content, start) or _kept(text[start:stop], content, start)
             return FoundAnswer(number, start, stop, pieces)
-        found = self._around_what_remains(number)
-        if found is None:
+        answer = self._around_what_remains(number)
+        if answer is None:
             raise TemplateError(
                 f"changes the text around turn {number + 1} when that turn changes: its answer cannot be located"
             )
-        return found
+        return answer
 
     def _around_what_remains(self, number: int) -> FoundAnswer | None:
         """The part of an answer that is kept by a template that takes it apart (Qwen3: its reasoning).
@@ -233,63 +233,63 @@ class AnswerFinder:
         """The answers to be learnt. Places count characters; where in the content a piece begins counts bytes."""
         nothing = FoundAnswer(len(self._messages), len(self.text), len(self.text))
         return [
-            self._answer(found, self.text[found.stop : following.start])
-            for found, following in pairwise([*self.found, nothing])
-            if self._messages[found.turn].learn
+            self._answer(answer, self.text[answer.stop : following.start])
+            for answer, following in pairwise([*self.found_answers, nothing])
+            if self._messages[answer.turn].learn
         ]
 
-    def _answer(self, found: FoundAnswer, following: str) -> Answer:
-        content = self._messages[found.turn].content
-        opened, start = self._opening(found)
+    def _answer(self, answer: FoundAnswer, following: str) -> Answer:
+        content = self._messages[answer.turn].content
+        opened, start = self._opening(answer)
         pieces = tuple(
             (max(a, start), b, len(content[: at + max(0, start - a)].encode()))
-            for a, b, at in found.pieces
+            for a, b, at in answer.pieces
             if b > start
         )
-        whole = bool(pieces) and not self.text[pieces[-1][1] : found.stop].strip()
-        marker = self._marker_after(found, following)
+        whole = bool(pieces) and not self.text[pieces[-1][1] : answer.stop].strip()
+        marker = self._marker_after(answer, following)
         tokens = self._markers.tokens_in(marker)
-        end = found.stop + len(marker)
+        end = answer.stop + len(marker)
         mark = end - len(tokens[-1] if tokens else marker.lstrip())
         if tokens and tokens[-1] in self._markers.take_space_after:
             end = self._after_space(end)
-        return Answer(found.turn, min(opened, mark), pieces, mark, end, whole and bool(marker))
+        return Answer(answer.turn, min(opened, mark), pieces, mark, end, whole and bool(marker))
 
-    def _marker_after(self, found: FoundAnswer, following: str) -> str:
+    def _marker_after(self, answer: FoundAnswer, following: str) -> str:
         markers = self._markers
         usual = [markers.between, markers.last]
-        if found.turn == len(self._messages) - 1:
+        if answer.turn == len(self._messages) - 1:
             usual.reverse()
         for marker in usual:
             if marker and following.startswith(marker):
                 return marker
         other = markers.token_ahead(following) or ""
-        names = _names(self._messages[found.turn].extra.get("tool_calls"))
-        written = self.text[found.start : found.stop]
+        names = _names(self._messages[answer.turn].extra.get("tool_calls"))
+        written = self.text[answer.start : answer.stop]
         usable = all(name in written for name in names) if names else other.strip() in markers.special
         return other if usable else ""
 
-    def _opening(self, found: FoundAnswer) -> tuple[int, int]:
+    def _opening(self, answer: FoundAnswer) -> tuple[int, int]:
         """Where an answer begins (with text that the model has to write first), and where its content begins.
 
         The content is neither in the generation prompt, nor in a token that swallows white space.
         """
-        text, start = self.text, found.start
+        text, start = self.text, answer.start
         header = text[:start].rstrip()
         if any(header.endswith(token) for token in self._markers.take_space_after):
-            start = min(self._after_space(start), found.stop)
-        if not self._markers.prompt or text.endswith(self._markers.prompt, 0, found.start):
+            start = min(self._after_space(start), answer.stop)
+        if not self._markers.prompt or text.endswith(self._markers.prompt, 0, answer.start):
             return start, start
         try:
-            before = self._apply(self._messages[: found.turn], prompt=True)
+            before = self._apply(self._messages[: answer.turn], prompt=True)
         except TemplateError:
             return start, start
         prompted = len(before)
-        if not text.startswith(before) or prompted > found.stop:
+        if not text.startswith(before) or prompted > answer.stop:
             return start, start
-        if prompted > found.start:
+        if prompted > answer.start:
             return prompted, prompted
-        return (prompted if text[prompted : found.start].strip() else start), start
+        return (prompted if text[prompted : answer.start].strip() else start), start
 
     def _after_space(self, place: int) -> int:
         return len(self.text) - len(self.text[place:].lstrip())
@@ -308,9 +308,9 @@ class AnswerFinder:
         return dict(missing)
 
     def _losses(self) -> Iterator[tuple[str, int]]:
-        found = {answer.turn: answer for answer in self.found}
+        by_turn = {answer.turn: answer for answer in self.found_answers}
         for number, message in enumerate(self._messages):
-            answer = found.get(number)
+            answer = by_turn.get(number)
             if message.role == "assistant":
                 yield from self._lost_of_answer(message, answer, number)
             elif not self._all_written and not self._writes(number):
@@ -337,7 +337,7 @@ class AnswerFinder:
             yield "answers", size
 
     def content_of(self, answer: FoundAnswer) -> str:
-        """What is left of an answer's content."""
+        """The part of an answer's content that is rendered."""
         return "".join(self.text[start:stop] for start, stop, _ in answer.pieces)
 
 

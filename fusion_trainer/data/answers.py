@@ -78,7 +78,7 @@ def comparable_spans(answers: Sequence[Answer]) -> tuple[Span, ...]:
 
 @dataclass(frozen=True)
 class Places:
-    """What each position of a tokenised text predicts.
+    """The prediction target of each position of a tokenised text.
 
     Attributes:
         turn: int32 [positions], the answer's turn; −1 if the next token belongs to no answer.

@@ -151,7 +151,7 @@ class Preparation:
         if 2 * report.kept <= report.conversations:
             reasons = "; ".join(f"{number} {reason}" for reason, number in report.dropped.most_common())
             raise UserError(
-                f"only {report.kept} of {report.conversations} conversations can be learned from: {reasons}"
+                f"only {report.kept} of {report.conversations} conversations can be learnt from: {reasons}"
             )
 
     def _block(

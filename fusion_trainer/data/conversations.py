@@ -43,10 +43,10 @@ TURN_KEYS = {*ROLE_KEYS, *CONTENT_KEYS, *CALL_KEYS, *REASONING_KEYS, *LEARNT_IF,
 
 PREFERENCES = ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag", "label")
 REFUSED = dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "only text can be used")
-REFUSED |= dict.fromkeys(PREFERENCES, "preferences are not used: give the answers to learn as `messages`")
+REFUSED |= dict.fromkeys(PREFERENCES, "preferences cannot be used; give the answers to learn as `messages`")
 REFUSED |= {
-    "mask": "it does not say whether 1 is learnt or left out: write `train`, true or false",
-    "train_detail": "an answer is learnt as a whole or not at all: write `train`, true or false",
+    "mask": "it is unclear whether 1 means learnt or left out; use `train` with true or false",
+    "train_detail": "an answer is learnt as a whole or not at all; use `train` with true or false",
 }
 BAD_ROW = "not a usable row"
 MOST_PROBLEMS, EXAMPLES = 1000, 3
@@ -91,7 +91,7 @@ class Conversation:
 
 
 class RowError(Exception):
-    """What is wrong with one row, without saying where it is."""
+    """The problem of one row, without its place."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,9 @@ def _learnt(keys: Mapping[str, Any], what: str) -> bool:
     marks = {key: keys[key] for key in LEARNT_IF if keys.get(key) is not None}
     for key, value in marks.items():
         if value not in (0, 1):
-            raise RowError(f"`{key}` of {what} is {value!r:.40}: an answer can be learnt (1) or not (0)")
+            raise RowError(
+                f"`{key}` of {what} is {value!r:.40}, but can only be 1 (the answer is learnt) or 0 (it is not)"
+            )
     learnt = {value == LEARNT_IF[key] for key, value in marks.items()}
     if len(learnt) > 1:
         raise RowError(f"`{'` and `'.join(marks)}` of {what} contradict each other")
@@ -375,7 +377,7 @@ def _string(value: Any, what: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise RowError(f"{what} is no Unicode text: {error}") from error
+        raise RowError(f"{what} is not valid Unicode text: {error}") from error
     return str(value)
 
 

@@ -1,4 +1,4 @@
-"""What a chat template writes around answers: the generation prompt, and the marker that ends an answer.
+"""The text that a chat template writes around answers: the generation prompt, and the marker that ends an answer.
 
 Both are found by rendering two exchanges of made-up words, so no list of known markers is needed.
 """

@@ -58,7 +58,12 @@ def prepare(config: PrepareConfig, beside: Path, *, quiet: bool = False) -> Dial
             write_dialogues(path, preparation.blocks(bar), preparation, request)
     dialogues = Dialogues(path)
     remedy = "Give another --dialogues folder, or remove that one."
-    demand_same(f"`{path}` holds other dialogues:", request, dialogues.manifest["request"], remedy)
+    demand_same(
+        f"`{path}` holds dialogues that were made with other settings:",
+        request,
+        dialogues.manifest["request"],
+        remedy,
+    )
     if not quiet:
         click.echo(f"{dialogues.folder}\n{dialogues.report}")
     return dialogues

@@ -122,12 +122,12 @@ def template_notes(counts: Mapping[str, Any]) -> Iterator[str]:
         counts: A store's manifest.
     """
     if refused := counts.get("refused"):
-        yield f"{refused:,} blocks are refused by the source's template: it has no distributions there"
+        yield f"the source's template refuses {refused:,} blocks: the store has no distributions for them"
     if folded := counts.get("folded"):
-        yield f"{folded:,} system turns are before the first user turn: the source's template has none"
+        yield f"{folded:,} system turns were put before the first user turn: the source's template refuses them"
     left_out = {name.removeprefix(LEFT_OUT): counts[name] for name in counts if name.startswith(LEFT_OUT)}
     for kind, size, turns in left_out_by_kind(left_out):
-        yield f"{size:,} bytes of {kind} in {turns:,} turns are left out by the source's template"
+        yield f"the source's template leaves out {size:,} bytes of {kind} in {turns:,} turns"
 
 
 def source_reader(choice: str, tokenizer: TextTokenizer, chats: bool = True) -> Reader:
@@ -146,7 +146,7 @@ def source_reader(choice: str, tokenizer: TextTokenizer, chats: bool = True) -> 
     if choice == OWN and not tokenizer.tokenizer.chat_template:
         if chats:
             raise UserError(
-                f"{tokenizer.name} has no chat template for its queries. Choose one with --source-template: "
+                f"{tokenizer.name} has no chat template. Choose one with --source-template: "
                 f"{', '.join(BUILT_IN)}, a Jinja file, or `pivot` to let it read the pivot's text"
             )
         return Reader(tokenizer, OWN)
@@ -161,7 +161,10 @@ def reader_of_store(identity: Mapping[str, Any], tokenizer: TextTokenizer) -> Re
     templates = identity["jinja"], tokenizer.tokenizer, identity.get("jinja_with_tools")
     template = Template(f"of {tokenizer.name}", *templates)
     if template.sha256 != identity["reading"]:
-        raise UserError(f"the store of {tokenizer.name} names another template than it was made with")
+        raise UserError(
+            f"the manifest of {tokenizer.name}'s store is damaged: its template does not match its "
+            "hash; extract again"
+        )
     return Reader(tokenizer, OWN, template)
 
 

@@ -12,7 +12,7 @@ COUNTERS = ("dropped", "left_out", "unused")
 
 @dataclass
 class Report:
-    """What happened to the data. All numbers of tokens are the pivot's.
+    """Counts of what was kept, cut and left out. Tokens are counted with the pivot's tokenizer.
 
     Attributes:
         dropped: Conversations left out, by reason.
@@ -61,7 +61,9 @@ class Report:
             *(("dropped", number, reason) for reason, number in sorted(self.dropped.items())),
         ]
         if self.folded:
-            columns.append(("system turns", self.folded, "put before the first user turn: the template has none"))
+            columns.append(
+                ("system turns", self.folded, "put before the first user turn, because the template refuses them")
+            )
         for kind, size, turns in left_out_by_kind(self.left_out):
             what = f"bytes of {kind} in {turns:,} turns, left out by the template"
             columns.append(("not rendered", size, what))

@@ -30,7 +30,7 @@ def open_source(data: str, *, name: str | None = None, split: str = "train") -> 
     path = Path(data)
     if path.suffix in (".json", ".jsonl", ".parquet") and not path.is_file():
         there = sorted(other.name for other in path.parent.glob(f"*{path.suffix}"))
-        beside = f"; beside it are {', '.join(there[:5])}" if there else ""
+        beside = f"; the folder has {', '.join(there[:5])}" if there else ""
         raise UserError(f"no file `{path}`{beside}")
     if path.suffix in (".json", ".jsonl"):
         return Source(sha256_of(path), lambda: _json_rows(path))
@@ -81,7 +81,13 @@ def _load(path: Path, name: str | None, split: str) -> Any:
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(str(path), name, split=split)
     except failures as error:
-        kind = "folder" if path.is_dir() else "file" if path.exists() else "Hub dataset, and no file or folder"
+        kind = (
+            "folder"
+            if path.is_dir()
+            else "file"
+            if path.exists()
+            else "Hub dataset (there is no such file or folder)"
+        )
         raise UserError(f"cannot read the {kind} `{path}`: {error or type(error).__name__}") from error
 
 

@@ -135,7 +135,7 @@ class Template:
             bos=size(head),
             folded=bool(moved),
             left_out=finder.left_out(tools),
-            contents={found.turn + moved: finder.content_of(found) for found in finder.found if found.pieces},
+            contents={own.turn + moved: finder.content_of(own) for own in finder.found_answers if own.pieces},
             silent=frozenset(turn + moved for turn in finder.silent),
         )
 

@@ -82,7 +82,7 @@ class Builder:
         """The texts of a setting that is a text, a list of texts, or missing."""
         texts = [] if value is None else one_or_more(value)
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            self.wrong(where, f"is {value!r}, neither a text nor a list of texts")
+            self.wrong(where, f"is {value!r}, but must be a text or a list of texts")
             return []
         return texts
 

@@ -36,15 +36,15 @@ def beginning(launch: str | None) -> list[str]:
 
 def division(launch: str | None) -> dict[str, Any]:
     """The settings of a launch that change a target: the precision, and the number of processes."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for word, following in pairwise([*_words(launch or ""), ""]):
         if word.endswith(ACCELERATE):
             with suppress(OSError, yaml.YAMLError, AttributeError):  # a missing file is reported elsewhere
                 content = yaml.safe_load(Path(word).read_text(encoding="utf-8"))
-                found |= {name: content.get(name) for name in ("num_processes", "mixed_precision")}
+                settings |= {name: content.get(name) for name in ("num_processes", "mixed_precision")}
         elif named := re.search(r"(num_processes|mixed_precision)(=.*)?$", word, re.IGNORECASE):
-            found[named[1].lower()] = (named[2] or following).lstrip("=")
-    return found
+            settings[named[1].lower()] = (named[2] or following).lstrip("=")
+    return settings
 
 
 def _words(command: str) -> list[str]:

@@ -43,7 +43,9 @@ def recipe(
         lines = [
             f"`{target}`: {each['model']} (weights {each['weights'][:12]}…)" for target, each in pivots.items()
         ]
-        raise UserError(f"these targets were trained from different pivots:{listed(lines)}\nMerge them apart.")
+        raise UserError(
+            f"these targets were trained from different pivots:{listed(lines)}\nMerge them separately."
+        )
     config = read_json(targets[0] / "config.json")
     content = {
         "merge_method": "varm",
@@ -64,8 +66,10 @@ def recipe(
 def _fusion(target: Path) -> dict[str, Any]:
     path = target / FUSION
     if not path.is_file():
-        begun = " yet: its training is not finished" if (target / "training.json").is_file() else ""
-        raise UserError(f"`{target}` has no {FUSION}{begun}; give folders that `fusion-trainer train` has written")
+        unfinished = " yet: its training is not finished" if (target / "training.json").is_file() else ""
+        raise UserError(
+            f"`{target}` has no {FUSION}{unfinished}; give folders that `fusion-trainer train` has written"
+        )
     try:
         fusion = dict(read_json(path))
         needed = [fusion["pivot"][name] for name in (*IDENTITY, "model")]
@@ -81,11 +85,11 @@ def _reference(pivot: dict[str, Any], moved: str | None) -> str:
     place = moved or pivot["model"]
     if Path(place).is_dir():
         if weights_fingerprint(Path(place), place) != pivot["weights"]:
-            raise UserError(f"`{place}` is not the pivot these targets were trained from: its weights differ")
+            raise UserError(f"`{place}` is not the pivot that these targets were trained from: its weights differ")
         return _path(Path(place))
     was_a_folder = moved is None and not pivot.get("revision")
     if was_a_folder or is_path(place):
-        raise UserError(f"the pivot's folder `{place}` does not exist; give its place with --pivot")
+        raise UserError(f"the pivot's folder `{place}` does not exist; give its new folder with --pivot")
     return f"{place}@{pivot['revision']}" if pivot.get("revision") and moved is None else place
 
 

@@ -63,7 +63,7 @@ def _targets(builder: Builder, name: str, given: Settings, targets: list[str], p
     if not merged:
         builder.wrong(f"{where}.targets", "there is no target to merge")
     if method in BETWEEN_TWO and len(merged) != 2:
-        builder.wrong(where, f"{method} is between two targets, not {len(merged)}; name them in `targets`")
+        builder.wrong(where, f"{method} merges exactly two targets, not {len(merged)}; name two in `targets`")
     return merged
 
 
@@ -118,7 +118,7 @@ def _check_options(builder: Builder) -> None:
     try:
         main.make_context("mergekit-yaml", ["recipe.yaml", "out", *builder.config.merge_options])
     except click.ClickException as error:
-        builder.wrong("merge_options", f"mergekit-yaml does not take them: {error.format_message()}")
+        builder.wrong("merge_options", f"mergekit-yaml does not accept them: {error.format_message()}")
     except click.exceptions.Exit:
         builder.wrong("merge_options", "with these options mergekit-yaml does not merge")
 

@@ -249,7 +249,7 @@ def _add_trainings(builder: Builder, names: list[str]) -> tuple[list[str], list[
         settings = builder.settings(TrainConfig, own, ours, ("train", config.train), (where, special))
         if isinstance(settings, TrainConfig):
             if not sources and settings.clm_weight < 1:
-                builder.wrong(where, "names no `sources`; for CLM alone set `clm_weight: 1`")
+                builder.wrong(where, "has no `sources`; for CLM alone set `clm_weight: 1`")
             if settings.load_in and settings.lora is None:
                 builder.wrong(f"{where}.load_in", "needs `lora`: quantised weights themselves cannot be trained")
         builder.add("train", target, output, settings, needs, {"pivot": builder.pivot})

@@ -64,7 +64,7 @@ def run_command(command: Sequence[str], lock: int | None) -> int:
 
 
 def output_of(command: Sequence[str]) -> str:
-    """What a program that is installed beside this one prints.
+    """The output of a program that is installed next to this one.
 
     Raises:
         UserError: The program is missing, printed nothing, or ended with an exit code other than 0 and 1.

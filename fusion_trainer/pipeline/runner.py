@@ -23,7 +23,7 @@ __all__ = ["Runner"]
 
 LOCK = "lock"
 OWN_FILES = ("sums.json", "report.md", "report.json")
-"""What a run writes beside the stages."""
+"""Files that a run writes besides those of its stages."""
 WITH_TIMES = {"fusion.json", "README.md", "mergekit_config.yml"}
 """Files with dates or paths: later stages do not run again if only these change."""
 PATIENCE_S = 15.0
@@ -46,10 +46,12 @@ class Runner:
         """The state of each of ``stages``.
 
         Raises:
-            UserError: There are files in the way that no stage has written.
+            UserError: A stage would write where there are files that no stage has written.
         """
         states = [state for state in self._walk() if state.stage in stages]
-        foreign = [f"`{state.foreign}`, in the way of {state.stage.title}" for state in states if state.foreign]
+        foreign = [
+            f"`{state.foreign}`, where {state.stage.title} would write" for state in states if state.foreign
+        ]
         if not (self.work / LOCK).is_file():  # nothing was ever run here
             own = [self.work / name for name in OWN_FILES]
             own += [path for stage in self.stages for path in stage.inputs]
@@ -61,7 +63,8 @@ class Runner:
         """Run those of ``stages`` that are not up to date, and return their titles.
 
         Raises:
-            UserError: A stage failed, files are in the way, or another run uses the folder.
+            UserError: A stage failed, its folder has files that no stage has written, or another run uses the work
+                folder.
         """
         self.states(stages)
         with written_to(self.work):
@@ -112,7 +115,7 @@ class Runner:
     def _make(self, state: State, lock: int | None) -> None:
         stage = state.stage
         if state.foreign:  # it was put there after the run started
-            _refuse([f"`{state.foreign}`, in the way of {stage.title}"])
+            _refuse([f"`{state.foreign}`, where {stage.title} would write"])
         self.checksums.save()
         record: dict[str, Any] = {"fingerprint": state.fingerprint, "depends": state.depends}
         with written_to(stage.output.parent):
@@ -147,7 +150,8 @@ def _result(stage: Stage, mark: str) -> str:
 def _refuse(foreign: Sequence[str]) -> None:
     if foreign:
         raise UserError(
-            f"no stage of this pipeline has written:{listed(foreign)}\nMove it away, or set another `work`."
+            f"these files were not written by this pipeline:{listed(foreign)}\nMove them away, or set another "
+            "`work`."
         )
 
 

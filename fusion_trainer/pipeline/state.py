@@ -48,21 +48,21 @@ class State:
 def state_of(stage: Stage, depends: dict[str, Any], checksums: Checksums) -> State:
     """Compare what a stage depends on now with the records of what it depended on before."""
     mark = fingerprint([RULES, stage.kind, depends])
-    record, begun = record_of(stage), read_object(begun_path(stage))
+    record, started = record_of(stage), read_object(begun_path(stage))
     if record.get("fingerprint") == mark:
         changed = checksums.changed(stage.output, record["files"])
         if changed is None:
             return State(stage, depends, mark, "up to date", made=True)
         reason = f"runs again: `{stage.output / changed}` was changed or removed"
-    elif begun.get("fingerprint") == mark:
+    elif started.get("fingerprint") == mark:
         reason = "resumes"
         if stage.kind != "merge":  # mergekit starts from the beginning
             return State(stage, depends, mark, reason, resumes=True)
-    elif before := record or begun:
+    elif before := record or started:
         reason = f"runs again: {_difference(before.get('depends', {}), depends)}"
     else:
         reason = "not run yet"
-    return State(stage, depends, mark, reason, foreign=_foreign(stage, record, begun))
+    return State(stage, depends, mark, reason, foreign=_foreign(stage, record, started))
 
 
 def record_of(stage: Stage) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def files_written(stage: Stage) -> list[Path]:
     return [name for name in names if name != Path(RECORD)]
 
 
-def _foreign(stage: Stage, record: Mapping[str, Any], begun: Mapping[str, Any]) -> Path | None:
+def _foreign(stage: Stage, record: Mapping[str, Any], started: Mapping[str, Any]) -> Path | None:
     """A file in the folder of a stage that the stage has not written."""
     if not stage.output.is_dir():
         return stage.output if stage.output.exists() else None
@@ -90,11 +90,11 @@ def _foreign(stage: Stage, record: Mapping[str, Any], begun: Mapping[str, Any]) 
     own: tuple[str, ...] = ()
     if record:
         own = (RECORD, *kind.later)
-    elif begun and any(_matches(name, kind.first) for name in names):
+    elif started and any(_matches(name, kind.first) for name in names):
         own = (RECORD, BEGUN, *kind.writes)
     for name in names:
         is_own = name.as_posix() in record.get("files", {}) or _matches(name, own)
-        if not is_own and not ((record or begun) and _is_temporary(name, kind.temporary)):
+        if not is_own and not ((record or started) and _is_temporary(name, kind.temporary)):
             return stage.output / name
     return None
 
@@ -128,7 +128,7 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
                 how = "is new" if key not in old else "is gone" if key not in new else "has changed"
                 changes.append(f"{key} {how}")
     more = f"; and {len(changes) - 4} more" if len(changes) > 4 else ""
-    return "; ".join(changes[:4]) + more or "the rules of this version differ"
+    return "; ".join(changes[:4]) + more or "this version computes this stage differently"
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a pipeline will do, with estimates, and the scores of its models as tables."""
+"""The stages that a pipeline will run, with estimates, and the scores of its models as tables."""
 
 import math
 from collections.abc import Sequence

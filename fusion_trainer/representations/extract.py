@@ -96,7 +96,7 @@ def _reader(config: ExtractConfig, dialogues: Dialogues, tokenizer: TextTokenize
 def store_identity(
     config: ExtractConfig, dialogues: Dialogues, reader: Reader, folder: Path, commit: str | None
 ) -> dict[str, Any]:
-    """What the store is made from."""
+    """Everything that the content of the store depends on."""
     tokenizer = reader.tokenizer
     return {
         "model": config.model,
@@ -118,7 +118,7 @@ def store_identity(
 
 
 def _environment(device: torch.device) -> dict[str, str]:
-    """What the store is made with; it affects rounding only."""
+    """The devices and versions used; they affect rounding only."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     packages = ("torch", "transformers", "tokenizers", "varm-merge")
     return {"device": name, **{package: version(package) for package in packages}}

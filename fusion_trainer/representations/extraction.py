@@ -116,7 +116,7 @@ class Extraction:
             trust_remote_code=config.trust_remote_code,
         )
         self.context = context_length(model)
-        with _out_of_memory(f"{config.model} leaves no memory to run in; try --device-map auto"):
+        with _out_of_memory(f"{config.model} leaves no GPU memory for a batch; try --device-map auto"):
             self.model = TopKModel(model, reader.tokenizer.vocabulary)
         self.id_dtype: Any = id_dtype(writer.identity["vocabulary"])
 
@@ -155,7 +155,7 @@ class Extraction:
             if len(ids) and int(ids.max()) >= self.model.rows:
                 raise UserError(
                     f"{block.source}: token {int(ids.max())} of the tokenizer of {self.config.model} has no row "
-                    f"in the model, which has {self.model.rows}: tokenizer and weights do not belong together"
+                    f"in the model, which has {self.model.rows}: the tokenizer does not belong to these weights"
                 )
             positions = supervised_positions(tokens, reading.spans)
             answers = [
@@ -204,7 +204,7 @@ class Extraction:
             [place * length + row.positions.astype(np.int64) for place, row in enumerate(batch)]
         )
         gold_S = ids_BL.ravel()[positions_S + 1]
-        alone = ", and as it is one block alone, --max-length" if len(batch) == 1 else ""
+        alone = " and, because the batch is a single block, --max-length" if len(batch) == 1 else ""
         message = (
             f"out of memory on {self.model.device} with a batch of {len(batch)} × {length} tokens; lower "
             f"--batch-tokens (now {self.config.batch_tokens}){alone}, and run the same command again"

@@ -15,7 +15,7 @@ __all__ = ["show_manifest", "show_row"]
 
 
 def show_manifest(store: RepresentationStore) -> str:
-    """What the store was made from and how large it is, a line each."""
+    """The store's inputs and its size, one line each."""
     sizes = {key: value for key, value in store.manifest.items() if isinstance(value, int)}
     sizes |= {"shards": len(store.manifest["shards"]), "bytes": store.bytes}
     facts: dict[str, Any] = {**store.identity, **sizes}
@@ -43,9 +43,11 @@ def show_row(
         UserError: The tokenizer or the dialogues are not those the store was made with.
     """
     reader = tokenizer_of(store, tokenizer, code)
-    found = store[row]
-    golds = ["?"] * len(found)
-    head = f"\nrow {row}: conversation {found.conversation!r}, block {found.block}, {len(found)} supervised tokens"
+    stored = store[row]
+    golds = ["?"] * len(stored)
+    head = (
+        f"\nrow {row}: conversation {stored.conversation!r}, block {stored.block}, {len(stored)} supervised tokens"
+    )
     if (prepared := _dialogues(store, dialogues)) is not None:
         how = Reader(reader, DIALOGUES) if store.aligned else reader_of_store(store.identity, reader)
         reading = how.read(prepared[row])
@@ -56,16 +58,16 @@ def show_row(
         bos = "".join(reader.tokenizer.convert_ids_to_tokens(reader.prefix))
         head += f"\nread before the first answer: {bos + before.removeprefix(bos)!r}\n{reading.text}\n"
     lines = [head, f"{'next token':16} {'log p':>7}  {'tail':>6}  top {store.k}"]
-    for number in range(min(positions, len(found))):
-        shares = np.exp(found.logprobs[number].astype(np.float32))
+    for number in range(min(positions, len(stored))):
+        shares = np.exp(stored.logprobs[number].astype(np.float32))
         best = "  ".join(
             f"{_shown(reader, int(token))} {share:.3f}"
-            for token, share in zip(found.ids[number], shares, strict=True)
+            for token, share in zip(stored.ids[number], shares, strict=True)
         )
-        gold, tail = float(found.gold_logprob[number]), float(found.tail[number])
+        gold, tail = float(stored.gold_logprob[number]), float(stored.tail[number])
         lines.append(f"{golds[number]:16} {gold:7.3f}  {tail:6.4f}  {best}")
-    if len(found) > positions:
-        lines.append(f"… {len(found) - positions} more; --positions shows them")
+    if len(stored) > positions:
+        lines.append(f"… {len(stored) - positions} more; --positions shows them")
     return "\n".join(lines)
 
 

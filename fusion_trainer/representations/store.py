@@ -111,16 +111,16 @@ def plan_in(path: Path) -> dict[str, Any]:
         UserError: The file is not a store's.
     """
     try:
-        found = read_json(path)
-        return {"identity": dict(found["identity"]), "made_with": list(found["made_with"])}
+        content = read_json(path)
+        return {"identity": dict(content["identity"]), "made_with": list(content["made_with"])}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"`{path.parent}` holds something else: its {path.name} is not a store's; give a new folder"
+            f"`{path.parent}` is not a store: its {path.name} has another format; give a new folder"
         ) from error
 
 
 def wrong_size(folder: Path, shard: dict[str, Any]) -> str | None:
-    """What is wrong with a shard's file if it is missing or has another size than the manifest says."""
+    """The problem, if a shard's file is missing or does not have the size in the manifest."""
     path = folder / shard["file"]
     if not path.is_file():
         return f"{path.name} is missing"
@@ -179,8 +179,8 @@ class RepresentationStore:
         problems = [problem for shard in self.manifest["shards"] if (problem := wrong_size(self.folder, shard))]
         if problems:
             raise UserError(
-                f"the store `{self.folder}` is damaged: {'; '.join(problems)}.\nRun the command that made it "
-                "again: it makes only what is missing."
+                f"the store `{self.folder}` is damaged: {'; '.join(problems)}.\nRun the command that wrote it "
+                "again: it writes only what is missing."
             )
 
     def __reduce__(self) -> tuple[type["RepresentationStore"], tuple[Path, bool]]:
@@ -188,7 +188,7 @@ class RepresentationStore:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the store was made from: model, tokenizer, template and data by hash, k, dtype, versions."""
+        """Inputs of the store: model, tokenizer, template and data by hash, k, dtype, versions."""
         return dict(self.manifest["identity"])
 
     @property
@@ -217,9 +217,9 @@ class RepresentationStore:
         damaged = [shard["file"] for shard in shards if sha256_of(self.folder / shard["file"]) != shard["sha256"]]
         if damaged:
             raise UserError(
-                f"the store `{self.folder}` is damaged: {', '.join(damaged)} does not have the SHA-256 of the "
-                "manifest.\nRemove what is damaged and run the command that made the store: it makes only what is "
-                "missing."
+                f"the store `{self.folder}` is damaged: the SHA-256 in its manifest does not match that of "
+                f"{', '.join(damaged)}.\nRemove what is damaged and run the command that wrote the store again: "
+                "it writes only what is missing."
             )
 
     def demand(self, **wanted: object) -> "RepresentationStore":
@@ -228,8 +228,8 @@ class RepresentationStore:
         Raises:
             UserError: It has others; the message shows both.
         """
-        found = {key: self.identity.get(key) for key in wanted}
-        demand_same(f"the store `{self.folder}` does not fit:", wanted, found)
+        actual = {key: self.identity.get(key) for key in wanted}
+        demand_same(f"the store `{self.folder}` does not match what is needed:", wanted, actual)
         return self
 
     def __len__(self) -> int:
@@ -264,7 +264,7 @@ class RepresentationStore:
         for described in self.manifest["shards"]:
             path = self.folder / described["file"]
             if sha256_of(path) != described["sha256"]:
-                yield f"{path.name}: its SHA-256 is not the manifest's; remove it and run its command again"
+                yield f"{path.name}: its SHA-256 does not match the manifest; remove it and write the store again"
             try:
                 shard = Shard(path, self.k)
             except (pa.ArrowException, OSError, KeyError, ValueError) as error:
@@ -277,9 +277,9 @@ class RepresentationStore:
         ids = columns["ids"]
         logprobs, tail, gold = (columns[name].astype(np.float32) for name in ("logprobs", "tail", "gold_logprob"))
         counts = {"rows": len(shard.blocks), "positions": len(tail)}
-        for key, found in counts.items():
-            if found != described[key]:
-                yield f"{found} {key}, not {described[key]}"
+        for key, count in counts.items():
+            if count != described[key]:
+                yield f"{count} {key}, not {described[key]}"
         if counts["rows"] + 1 != len(shard.offsets) or shard.offsets[-1] != len(tail):
             yield "its rows do not cover its positions"
             return

@@ -104,11 +104,11 @@ class StoreWriter:
         """
         for name in demand_free(self.folder):
             plan = plan_in(self.folder / name)
-            found = plan["identity"]
-            wanted = {**self.identity, **{name: found.get(name) for name in NAMES if name in self.identity}}
-            title = f"`{self.folder}` is a store of something else:"
-            demand_same(title, wanted, found, "Give another --output, or remove that folder.")
-            self.identity = found
+            identity = plan["identity"]
+            wanted = {**self.identity, **{name: identity.get(name) for name in NAMES if name in self.identity}}
+            title = f"`{self.folder}` is a store with other settings:"
+            demand_same(title, wanted, identity, "Give another --output, or remove that folder.")
+            self.identity = identity
             new = [environment for environment in self.made_with if environment not in plan["made_with"]]
             self.made_with = [*plan["made_with"], *new]
         with written_to(self.folder):
@@ -239,5 +239,5 @@ def demand_free(folder: Path) -> list[str]:
         content = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     known = [name for name in (MANIFEST, PLAN) if name in content]
     if content and not known and not all(name.endswith(TEMPORARY) for name in content):
-        raise UserError(f"`{folder}` holds something else ({some(sorted(content))}); give a new folder")
+        raise UserError(f"`{folder}` holds other files ({some(sorted(content))}); give a new folder")
     return known

@@ -23,7 +23,7 @@ def all_problems(store: RepresentationStore) -> Iterator[str]:
             yield str(error)
         for path in sorted(dialogues.folder.glob("tokens-*-*.arrow")):
             if not sha256_of(path).startswith(path.stem.rpartition("-")[2][:DIGITS]):
-                yield f"{path}: its content has changed since it was written; remove it, it will be made again"
+                yield f"{path}: its content has changed since it was written; remove it, and it is written again"
     folder = store.folder.resolve().parent
     for path in sorted((*folder.glob("*.safetensors"), *folder.parent.glob("maps/*.safetensors"))):
         if problem := damage(path):

@@ -80,7 +80,7 @@ class TextTokenizer:
     def __init__(self, tokenizer: Any, name: str) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(
-                f"the tokenizer of {name} ({type(tokenizer).__name__}) does not tell which characters a token "
+                f"the tokenizer of {name} ({type(tokenizer).__name__}) does not report which characters a token "
                 "covers; convert it to a tokenizer.json (save it once with a transformers that has its fast class)"
             )
         self.tokenizer = tokenizer
@@ -241,7 +241,7 @@ def _steps(normaliser: dict[str, Any] | None) -> list[dict[str, Any]]:
     if normaliser is None:
         return []
     if normaliser["type"] == "Sequence":
-        return [step for one in normaliser["normalizers"] for step in _steps(one)]
+        return [step for part in normaliser["normalizers"] for step in _steps(part)]
     return [normaliser]
 
 

@@ -168,10 +168,10 @@ class FusionData(Dataset[list[Example]]):
             return Example(block, tokens, None)
         counts = [len(row) for row in rows]
         if min(counts) != max(counts) or max(counts) > len(tokens.positions):
-            found = ", ".join(f"`{s.folder}` {count}" for s, count in zip(self.stores, counts, strict=True))
+            in_stores = ", ".join(f"`{s.folder}` {count}" for s, count in zip(self.stores, counts, strict=True))
             raise UserError(
-                f"block {block} has {len(tokens.positions)} supervised positions, but in the stores {found}: they "
-                "were made from other dialogues or with another tokenizer; extract and align again"
+                f"block {block} has {len(tokens.positions)} supervised positions, but in the stores {in_stores}: "
+                "they were made from other dialogues or with another tokenizer; extract and align again"
             )
         known = tokens.gold_bytes[: counts[0]]
         size = tokens.bytes if counts[0] == len(tokens.positions) else int(known.sum())
@@ -209,7 +209,7 @@ class Collator:
     """
 
     padding: int  # the id that fills a row up; it is never learned
-    packed: bool = False  # rows hold several blocks, told apart by position_ids
+    packed: bool = False  # rows hold several blocks, separated by position_ids
     flat: bool = False  # all rows in one, as attention kernels for packed sequences need it
     tail: bool = False  # the rest of the fused distribution is one more outcome
 

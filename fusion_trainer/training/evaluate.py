@@ -173,8 +173,8 @@ def _row_sums(split: SplitModel, rows: list[TokenRow], context: int | None) -> I
     known = split.model.get_input_embeddings().weight.shape[0]
     if (unknown := int(batch["input_ids"].max())) >= known:
         raise UserError(
-            f"token {unknown} of the tokenizer has no row in the model, which has {known}: tokenizer and "
-            "weights do not belong together"
+            f"token {unknown} of the tokenizer has no row in the model, which has {known}: the tokenizer "
+            "does not belong to these weights"
         )
     nats, hits = _scored(split, {name: tensor.to(split.device) for name, tensor in batch.items()})
     of_item = batch["of_item"].numpy()
@@ -240,10 +240,10 @@ def _groups(scored: Mapping[str, Sums], model: str) -> dict[str, dict[str, float
     for name in sorted(scored, key=_group):
         if _group(name) != ALL:
             groups.setdefault(_group(name), []).append(scored[name])
-    found = {name: _scores(own) for name, own in groups.items() if any(sums.bytes for sums in own)}
-    if ALL not in found:
+    scores = {name: _scores(own) for name, own in groups.items() if any(sums.bytes for sums in own)}
+    if ALL not in scores:
         raise UserError(f"there is nothing to score: no token of an answer lies within the context of `{model}`")
-    return found
+    return scores
 
 
 def _scores(conversations: list[Sums]) -> dict[str, float | None]:

@@ -93,7 +93,7 @@ def _public_arguments(config: TrainConfig) -> dict[str, Any]:
 def _problems(config: TrainConfig, arguments: TrainingArguments) -> Iterator[str]:
     """Arguments that do not fit the rest of the config or the machine, or train nothing."""
     if config.training.get("output_dir") is None:
-        yield "`training` names no output_dir, the folder of the target"
+        yield "`training` has no output_dir; set it to the folder of the target"
     if config.load_in and config.lora is None:
         yield f"`load_in: {config.load_in}` needs `lora`: quantised weights themselves cannot be trained"
     for name in ("eval_strategy", "eval_on_start"):
@@ -159,14 +159,14 @@ def _stores(config: TrainConfig, tokenizer: TextTokenizer) -> list[Representatio
         return []
     aligned = [RepresentationStore(folder) for folder in config.aligned_stores]
     if not aligned:
-        raise UserError("`aligned_stores` names no store to fuse; for CLM alone set `clm_weight: 1`")
+        raise UserError("`aligned_stores` has no store to fuse; for CLM alone set `clm_weight: 1`")
     if len({folder.resolve() for folder in config.aligned_stores}) < len(aligned):
         raise UserError("`aligned_stores` names a store twice")
     for store in aligned:
         if store.identity.get("kind") != ALIGNED:
             raise UserError(
                 f"the store `{store.folder}` is not aligned to the pivot; run `fusion-trainer align` and give "
-                "what it makes"
+                "its output"
             )
     if config.pivot_store is None:
         raise UserError("`pivot_store` is not set: the pivot's own distributions take part in the fusion")
@@ -191,7 +191,7 @@ def _dialogues(config: TrainConfig, stores: Sequence[RepresentationStore]) -> Di
     for store in stores or map(RepresentationStore, folders):  # CLM alone still uses their dialogues
         if (beside := Dialogues.beside(store.folder, store.identity["data"])) is not None:
             return beside
-    raise UserError("no dialogues lie beside the stores; name them with `dialogues`")
+    raise UserError("the dialogues are not next to the stores; set `dialogues` to their folder")
 
 
 def load_pivot(inputs: Inputs, dtype: str, load_in: str | None) -> Any:
@@ -213,7 +213,7 @@ def load_pivot(inputs: Inputs, dtype: str, load_in: str | None) -> Any:
 
 
 def identity_of(inputs: Inputs) -> dict[str, Any]:
-    """What the target depends on; the same for every part of one training.
+    """Everything that the target depends on; the same for every part of one training run.
 
     Raises:
         UserError: The pivot's store was made from another pivot.

@@ -36,7 +36,7 @@ class Terms(NamedTuple):
 
 
 class Targets(SimpleNamespace):
-    """What the supervised positions of a batch learn from; built with keywords.
+    """The labels of a batch's supervised positions; built with keywords.
 
     It is no dataclass and no mapping, so that mixed precision leaves its tensors alone.
     """

@@ -48,20 +48,20 @@ def rounding(pivot: Path, target: Path, trained: Mapping[str, Tensor]) -> dict[s
     try:
         return _measured(pivot, target, trained)
     except Exception as error:
-        logger.warning("it cannot be measured how much of the training 16 bits keep: %s", error)
+        logger.warning("cannot measure how much of the training survives in 16 bits: %s", error)
         return None
 
 
 def rounding_sentence(target: Path) -> str | None:
     """The rounding in a finished target's ``fusion.json``, as a sentence; None if there is none."""
-    found = read_json(target / "fusion.json").get("rounding")
-    if not found:
+    rounding = read_json(target / "fusion.json").get("rounding")
+    if not rounding:
         return None
-    dtype, share = found["dtype"], f"{found['share']:.1%} of the elements in the tensors that training moved"
-    if found["written"] != "float32":
-        rest = "" if found["trained_in_dtype"] else "; `output_dtype: float32` keeps the rest"
+    dtype, share = rounding["dtype"], f"{rounding['share']:.1%} of the elements in the tensors that training moved"
+    if rounding["written"] != "float32":
+        rest = "" if rounding["trained_in_dtype"] else "; `output_dtype: float32` keeps the rest"
         return f"The target is written in {dtype}: {share} differ from the pivot. This is all that is left{rest}."
-    if found["trained_in_dtype"]:
+    if rounding["trained_in_dtype"]:
         return f"The trained weights are {dtype} values, so float32 keeps no more: {share} differ from the pivot."
     return f"In {dtype}, the pivot's dtype, {share} would differ from the pivot; the target is written in float32."
 
@@ -71,7 +71,9 @@ def _measured(pivot: Path, target: Path, trained: Mapping[str, Tensor]) -> dict[
     shapes = {name: shape for name, (shape, _) in ends.tensors.items()}
     common = [name for name, (shape, _) in starts.tensors.items() if shapes.get(name) == shape]
     if not common:
-        problems = "; ".join(starts.problems) or f"`{pivot}` and `{target}` have no tensor of one name and shape"
+        problems = (
+            "; ".join(starts.problems) or f"`{pivot}` and `{target}` have no tensor with the same name and shape"
+        )
         raise ValueError(problems)
     elements: Counter[torch.dtype] = Counter()
     kept, exact, written = 0, True, torch.float32

@@ -47,7 +47,7 @@ def demand_free(output: Path, identity: dict[str, Any]) -> None:
     known = next((path for name in (FUSION, PLAN) if (path := output / name).is_file()), None)
     content = sorted(path.name for path in output.iterdir() if path.suffix != TEMPORARY)
     if known is None and content:
-        raise UserError(f"`{output}` holds something else ({some(content)}); give a new output_dir")
+        raise UserError(f"`{output}` holds other files ({some(content)}); give a new output_dir")
     if known is not None:
         is_trained = known.name == FUSION or last_checkpoint(output) is not None
         compared = fixed_settings if is_trained else _nothing
@@ -55,7 +55,7 @@ def demand_free(output: Path, identity: dict[str, Any]) -> None:
 
 
 def _nothing(_: Mapping[str, Any]) -> dict[str, Any]:
-    """What must agree before anything is trained: other settings are fine."""
+    """The empty part of a record: before training starts, all settings may differ."""
     return {}
 
 
@@ -68,7 +68,7 @@ def exclusive(output: Path) -> Iterator[None]:
     """
     with written_to(output):
         output.mkdir(parents=True, exist_ok=True)
-    busy = f"another training is at work in `{output}`; give another output_dir, or wait"
+    busy = f"another training run is writing to `{output}`; give another output_dir, or wait"
     with locked(output / LOCK, busy):
         for name in (WRITING, RESULT):
             shutil.rmtree(output / name, ignore_errors=True)

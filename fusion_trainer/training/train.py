@@ -70,9 +70,11 @@ def train(config: TrainConfig) -> Path:
 def _progress(inputs: Inputs) -> tuple[bool, str | None]:
     """Whether the target is finished, and the checkpoint to resume from; the same in all processes."""
     wanted = inputs.config.training.get("resume_from_checkpoint")
-    last = str(found) if (found := last_checkpoint(inputs.output)) else None
+    last = str(checkpoint) if (checkpoint := last_checkpoint(inputs.output)) else None
     if wanted is False and last:
-        raise UserError(f"resume_from_checkpoint is false, and there is `{last}`; remove it to begin again")
+        raise UserError(
+            f"resume_from_checkpoint is false, but the checkpoint `{last}` exists; remove it to start over"
+        )
     if isinstance(wanted, str):
         if not Path(wanted).is_dir():
             place = place_of_setting(inputs.config, "training.resume_from_checkpoint")

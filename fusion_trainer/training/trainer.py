@@ -337,7 +337,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def when_run_again(folder: Path) -> str:
-    """What the same command does after an error, to end a message with."""
+    """The last part of an error message: the effect of running the same command again."""
     last = last_checkpoint(folder)
     return f"it resumes from `{last}`" if last else "it trains again, since there is no checkpoint (save_strategy)"
 
@@ -362,8 +362,7 @@ def _demand_usable(split: SplitModel, packed: bool) -> None:
     name = type(split.model).__name__
     if not split.trial()[1]:
         raise UserError(
-            f"{name} does not give its logits from its layers' output alone; models like it cannot be trained "
-            "here yet"
+            f"{name} does not give its logits from its layers' output alone; such models cannot be trained here"
         )
     if packed and not _keeps_apart(split):
         raise UserError(
@@ -401,7 +400,7 @@ def argument_problems(args: TrainingArguments) -> list[str]:
         ),
         (args.prediction_loss_only, "prediction_loss_only would leave out the metrics; leave it false"),
         (args.use_liger_kernel, "use_liger_kernel would replace the fusion loss by its own; leave it false"),
-        (args.auto_find_batch_size, "auto_find_batch_size would begin again with other batches; set the size"),
+        (args.auto_find_batch_size, "auto_find_batch_size would restart with other batches; set the batch size"),
         (args.ignore_data_skip, "ignore_data_skip would train on rows that were seen before; leave it false"),
         (
             args.batch_eval_metrics,

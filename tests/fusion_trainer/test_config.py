@@ -170,7 +170,7 @@ def test_every_setting_has_a_flag_with_its_help(command: str, kind: type[BaseMod
     for name, field in kind.model_fields.items():
         (option,) = (option for option in shown if option.split()[0] == name.replace("_", "-"))
         assert " ".join(str(field.description).split()) in option
-        if not field.is_required() and field.default is not None:
+        if not field.is_required() and field.default not in (None, []):
             assert f"[default: {field.default}]" in option
 
 

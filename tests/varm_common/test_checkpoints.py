@@ -104,7 +104,9 @@ FAULTS: dict[str, Callable[[Path], object]] = {
         (f / INDEX).write_text("\ufeff" + (f / INDEX).read_text()),
     ],
     "transformers reads `other.safetensors`": lambda f: other_weights(f),
-    "an adapter lies beside `model.safetensors`": lambda f: (f / "adapter_config.json").write_text("{}"),
+    "an adapter is in the same folder as `model.safetensors`": lambda f: (f / "adapter_config.json").write_text(
+        "{}"
+    ),
     "is cut off or damaged": lambda f: (f / "model.safetensors").write_bytes(b"\0" * 64),
 }
 
@@ -145,8 +147,8 @@ class Code:
     ("content", "reason"),
     [
         (lambda tensors: {"state_dict": tensors}, "they lie under `state_dict`"),
-        (lambda tensors: {"epoch": 3, **tensors}, "is no flat mapping of names to tensors"),
-        (lambda tensors: [*tensors.values()], "is no flat mapping of names to tensors"),
+        (lambda tensors: {"epoch": 3, **tensors}, "is not a flat mapping of names to tensors"),
+        (lambda tensors: [*tensors.values()], "is not a flat mapping of names to tensors"),
         (lambda tensors: {name: tensor.to_sparse() for name, tensor in tensors.items()}, "has sparse tensors"),
         (lambda tensors: {**tensors, "x": Code()}, "cannot be read without running code of its own"),
     ],

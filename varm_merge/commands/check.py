@@ -18,11 +18,11 @@ __all__ = ["check"]
 @click.command()
 @click.argument("recipes", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@click.option("--offline", is_flag=True, help="Check the recipe alone, without its models.")
+@click.option("--offline", is_flag=True, help="Check only the recipe; read no model and use no network.")
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Where the merge will be written: is there room?",
+    help="Folder where the merge will be written; checks its free space.",
 )
 @talks(libraries=False)
 @by_name_flag
@@ -30,12 +30,12 @@ __all__ = ["check"]
 def check(
     recipes: tuple[Path, ...], as_json: bool, offline: bool, out: Path | None, by_name: bool, options: Any
 ) -> None:
-    """Find every problem of recipes of any merge method, before weights are read or downloaded.
+    """Check recipes of any merge method, before model weights are read or downloaded.
 
     mergekit plans the merge from the configs and the headers of the weight files (for a model on the Hub, by HTTP
     ranges). transformers then shows whether the result would load. Memory, disk space and downloads are estimated.
     For targets in 16 bits, a sample of the weights is read to see how much of the fine-tune survived rounding.
-    Exit code 0 if all recipes can be merged (with --out: and written there), else 1.
+    Exit code 0 if all recipes can be merged (with --out: and the results can be written there), else 1.
 
     \b
     Examples:

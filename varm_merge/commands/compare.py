@@ -16,55 +16,76 @@ __all__ = ["compare"]
 
 def _listed(_context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
     """Comma-separated, given once or several times."""
-    return tuple(dict.fromkeys(name.strip() for one in given for name in one.split(",") if name.strip()))
+    return tuple(dict.fromkeys(name.strip() for argument in given for name in argument.split(",") if name.strip()))
 
 
 @click.command()
 @click.argument("recipes", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the report.")
-@click.option("--methods", multiple=True, callback=_listed, help="Merge methods, comma-separated; varm:LEVEL too.")
-@click.option("--base", help="The pivot, for --methods or if the recipes do not tell it.")
+@click.option(
+    "--methods",
+    multiple=True,
+    callback=_listed,
+    help="Merge methods, comma-separated; varm:GRANULARITY is VaRM at that granularity.",
+)
+@click.option("--base", help="The pivot, for --methods or if the recipes do not name it.")
 @click.option(
     "--models", multiple=True, callback=_listed, help="Targets for --methods, comma-separated or repeated."
 )
 @click.option("--held-out", multiple=True, help="Chats or text to score on: JSONL, Parquet or a Hub id.")
-@click.option("--template", help="Chat template for --held-out; default the pivot's.")
+@click.option("--template", help="Chat template for --held-out. Default: the pivot's.")
 @click.option("--tasks", multiple=True, callback=_listed, help="Tasks of lm-evaluation-harness, comma-separated.")
 @click.option(
     "--include-path",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Your task files.",
+    help="Folder with your own task files, for --tasks.",
 )
-@click.option("--num-fewshot", type=click.IntRange(min=0), help="For --tasks; default each task's.")
 @click.option(
-    "--limit", type=click.FloatRange(min=0, min_open=True), help="For --tasks: a number of questions, or a share."
+    "--num-fewshot",
+    type=click.IntRange(min=0),
+    help="For --tasks: few-shot examples per question. Default: each task's own number.",
 )
-@click.option("--batch-size", default="8", show_default=True, help="For --tasks; auto lets the harness choose.")
+@click.option(
+    "--limit",
+    type=click.FloatRange(min=0, min_open=True),
+    help="For --tasks: maximum number of questions, or a share of them if below 1.",
+)
+@click.option(
+    "--batch-size", default="8", show_default=True, help="For --tasks: batch size; auto lets the harness choose."
+)
 @click.option("--chat", is_flag=True, help="Use the models' chat templates for --tasks.")
-@click.option("--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Merges of each recipe.")
-@click.option("--keep/--no-keep", default=True, show_default=True, help="Leave the merged models in OUT/models.")
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="How often each recipe is merged; times are medians.",
+)
+@click.option("--keep/--no-keep", default=True, show_default=True, help="Keep the merged models, in OUT/models.")
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
     help="Default: cpu for merges, a GPU for scores if there is one.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="For methods that drop elements at random.")
-@click.option("--mergekit", default="", help="More options of mergekit-yaml, such as '--lazy-unpickle'.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Random seed, for methods that drop elements at random."
+)
+@click.option("--mergekit", default="", help="Options to pass to mergekit-yaml, such as '--lazy-unpickle'.")
 @click.option("--cache-dir", type=click.Path(file_okay=False), help="Where models from the Hub are stored.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that the model repositories bring along.")
-@click.option("--json", "as_json", is_flag=True, help="Print report.json.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the models.")
+@click.option("--json", "as_json", is_flag=True, help="Print the content of report.json.")
 @talks(libraries=False)
 def compare(
     recipes: tuple[Path, ...], out: Path, methods: tuple[str, ...], as_json: bool, quiet: bool, **options: Any
 ) -> None:
-    """Merge the same models by several RECIPES or --methods, and report them side by side.
+    """Merge the same models by several RECIPES or --methods, and compare the merged models in one report.
 
-    mergekit-yaml runs each merge in a process of its own. report.md, report.json and report.html show time, peak
-    anonymous memory, and distances to the pivot and the targets; with --held-out and --tasks also scores. If
+    A separate mergekit-yaml process runs each merge. report.md, report.json and report.html show time, peak
+    anonymous memory, and distances to the pivot and the targets; with --held-out or --tasks also scores. If
     interrupted, run the same command again: finished steps are kept. --no-keep removes each merged model after it
-    was measured. With one recipe and no --models, --methods merges the recipe's models. Each method has its
-    published settings. Exit code 1 if a recipe could not be merged or measured; it is reported, and the rest
-    still run. Held-out data or a task that cannot be used ends the comparison before the first merge.
+    was measured. With one recipe and no --models, --methods merges the recipe's models. Methods from --methods use
+    their published settings. Exit code 1 if a recipe could not be merged or measured; it is reported, and the rest
+    still run. If the held-out data or a task cannot be used, the comparison stops before the first merge.
 
     \b
     Examples:
@@ -88,18 +109,18 @@ def compare(
     task_options = ("tasks", "include_path", "num_fewshot", "limit", "batch_size", "chat")
     tasks = Tasks(*(options.pop(name) for name in task_options))
     if template and not data:
-        raise click.UsageError("--template goes with --held-out")
+        raise click.UsageError("--template needs --held-out")
     if models and not methods:
-        raise click.UsageError("--models goes with --methods")
+        raise click.UsageError("--models needs --methods")
     options["mergekit"] = tuple(shlex.split(options["mergekit"]))
     options |= {"held_out": HeldOut(data, template) if data else None, "tasks": tasks if tasks.names else None}
     settings = Settings(out, quiet=quiet, **options)
     demand_folder(out)
     with exclusive(out):
-        found = entries(recipes, methods, base, models, out / "recipes")
-        merged = family(sound(found, settings.cache_dir), base)
+        all_entries = entries(recipes, methods, base, models, out / "recipes")
+        merged = family(sound(all_entries, settings.cache_dir), base)
         try:
-            report = run(found, merged, settings, shlex.join(["varm-merge", *sys.argv[1:]]))
+            report = run(all_entries, merged, settings, shlex.join(["varm-merge", *sys.argv[1:]]))
         except OSError as error:  # a file that was there when the comparison started
             raise UserError(f"`{error.filename}`: {error.strerror or error}") from error
         text = json.dumps(report, indent=1, allow_nan=False) + "\n"

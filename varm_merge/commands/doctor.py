@@ -31,9 +31,9 @@ print(json.dumps(report))
 
 @click.command()
 def doctor() -> None:
-    """Does stock mergekit-yaml know `varm` in this environment?
+    """Check whether mergekit-yaml knows `varm` in this environment.
 
-    Exit code 0 if it does. Otherwise what to do is printed, and the exit code is 1.
+    Exit code 0 if it does. Otherwise the cause and the next step are printed, and the exit code is 1.
 
     \b
     Example:

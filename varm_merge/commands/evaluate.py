@@ -44,9 +44,9 @@ flag = partial(click.option, is_flag=True)
 def evaluate() -> None:
     """Answer MT-Bench and AlpacaEval 2, have the answers judged, show the results.
 
-    The files are those of FastChat's llm_judge and of alpaca_eval, so each step can also be done by them. If a
-    step is interrupted, run the same command again. Exit codes: 0: complete. 1: something is missing or wrong; it
-    was printed. 2: bad usage.
+    The file formats are those of FastChat's llm_judge and of alpaca_eval, so you can also run any step with these
+    programs. If a step is interrupted, run the same command again. Exit codes: 0: all answers or judgments exist.
+    1: some are missing or a problem was found, and printed. 2: bad usage.
 
     \b
     Examples:
@@ -80,26 +80,34 @@ def through_endpoint(prefix: str) -> Callable[[Command], Command]:
         "Environment variable with the endpoint's key.  [default: OPENAI_API_KEY for api.openai.com; no other "
         "endpoint is sent a key]"
     )
-    retries_help = "Tries after the first, after timeouts, 429, 5xx and broken replies."
+    retries_help = "How often a request is repeated after a timeout, status 429 or 5xx, or a broken reply."
     return with_options(
         option(f"--{prefix}key-env", "key_variable", metavar="NAME", help=key_help),
-        option("--timeout", type=POSITIVE, default=120, help="Seconds for one try."),
+        option("--timeout", type=POSITIVE, default=120, help="Seconds that one request may take."),
         option("--max-retries", type=click.IntRange(min=0), default=8, help=retries_help),
-        option("--concurrency", type=COUNT, default=4, help="Requests at a time."),
-        option("--requests-per-minute", type=POSITIVE, help="Limit for all tries."),
-        option("--tokens-per-minute", type=POSITIVE, help="Limit for estimated prompts and the longest answers."),
+        option("--concurrency", type=COUNT, default=4, help="Number of requests at the same time."),
+        option(
+            "--requests-per-minute",
+            type=POSITIVE,
+            help="Maximum number of requests per minute, repeated ones included.",
+        ),
+        option(
+            "--tokens-per-minute",
+            type=POSITIVE,
+            help="Maximum number of tokens per minute: estimated prompt plus longest possible answer.",
+        ),
     )
 
 
 OPENAI = "https://api.openai.com/v1"
 with_json = flag("--json", "as_json", help="Print the result as JSON.")
 with_judge = with_options(
-    option("--judge", "judge_model", required=True, help="The judge's name at the endpoint."),
-    option("--judge-url", "url", default=OPENAI, help="The endpoint, without /chat/completions."),
+    option("--judge", "judge_model", required=True, help="Name of the judge model at the endpoint."),
+    option("--judge-url", "url", default=OPENAI, help="URL of the endpoint, without /chat/completions."),
     through_endpoint("judge-"),
     option("--price-in", type=click.FloatRange(min=0), help="Dollars per million prompt tokens."),
     option("--price-out", type=click.FloatRange(min=0), help="Dollars per million answer tokens."),
-    flag("--yes", "-y", help="Start without asking."),
+    flag("--yes", "-y", help="Start without asking for confirmation."),
     flag("--dry-run", help="Estimate the cost and send nothing."),
     with_json,
     talks(libraries=False),
@@ -110,26 +118,40 @@ with_judge = with_options(
 @evaluate.command()
 @click.argument("model")
 @option("--questions", required=True, type=READ, help="MT-Bench's question.jsonl or AlpacaEval's JSON.")
-@option("--output", "-o", required=True, type=WRITTEN, help="The file of answers.")
-@option("--name", help="The model's name in the file.  [default: the last part of MODEL]")
-@option("--max-new-tokens", type=COUNT, default=1024, help="Longest answer.")
+@option("--output", "-o", required=True, type=WRITTEN, help="File of answers to write.")
+@option("--name", help="Name of the model in the file.  [default: the last part of MODEL]")
+@option("--max-new-tokens", type=COUNT, default=1024, help="Maximum length of an answer, in tokens.")
 @option(
-    "--num-choices", type=COUNT, default=1, help="Answers to each question of MT-Bench; judges read the first."
+    "--num-choices",
+    type=COUNT,
+    default=1,
+    help="Number of answers to each question of MT-Bench; judges read only the first.",
 )
-@option("--temperature", type=click.FloatRange(min=0), help="[default: FastChat's by category; 0 for AlpacaEval]")
+@option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    help="Sampling temperature.  [default: FastChat's by category; 0 for AlpacaEval]",
+)
 @option("--seed", type=int, default=0, help="Seed of the sampling.")
-@option("--batch-size", type=COUNT, default=16, help="Answers at a time; halved when memory runs out.")
+@option(
+    "--batch-size",
+    type=COUNT,
+    default=16,
+    help="Number of answers generated at the same time; halved when memory runs out.",
+)
 @option("--device", default="auto", help="cpu, cuda:1, …; auto: all accelerators.")
 @option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     default="auto",
-    help="Dtype of the weights; auto: the stored one.",
+    help="Dtype of the weights. auto: the checkpoint's.",
 )
 @option("--chat-template", type=READ, help="A Jinja file that replaces the model's template.")
 @option("--revision", help="Revision of a model on the Hub.")
 @flag("--trust-remote-code", help="Run code that comes with the model.")
-@option("--url", help="Query MODEL at an OpenAI-compatible endpoint (vLLM, …), without /chat/completions.")
+@option(
+    "--url", help="Query MODEL at this OpenAI-compatible endpoint (vLLM, …); the URL without /chat/completions."
+)
 @through_endpoint("")
 @with_json
 @talks(libraries=False)
@@ -147,13 +169,14 @@ def answers(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Answer the questions of MT-Bench or AlpacaEval; the file of questions decides which.
+    """Answer the questions of MT-Bench or of AlpacaEval, depending on the file of --questions.
 
-    MODEL is a folder, a Hub id, or with --url a model's name at the endpoint. Its own chat template is used, and a
-    second turn follows its own first answer. Samples use FastChat's temperatures, and top-k (default 50) and top-p
-    of the generation config. They depend on seed, question and turn, not on the batch. If a run is interrupted,
-    run the same command again; OUTPUT appears with the last answer. OUTPUT.settings.json describes the model and
-    the settings; a run with others is refused.
+    MODEL is a folder, a Hub id, or with --url a model's name at the endpoint. The model's own chat template is
+    used, and the second turn of a question continues from the model's first answer. Sampling uses FastChat's
+    temperatures, and top-k (default 50) and top-p from the generation config. A sampled answer depends on seed,
+    question and turn, not on the batch. If a run is interrupted, run the same command again; OUTPUT appears when
+    all answers are complete. OUTPUT.settings.json records the model and the settings; a run with different ones is
+    refused.
 
     \b
     Examples:
@@ -212,7 +235,13 @@ def _refuse_unused(names: tuple[str, ...], why: str) -> None:
 @option("--questions", required=True, type=READ, help="MT-Bench's question.jsonl.")
 @option("--prompts", required=True, type=READ, help="FastChat's judge_prompts.jsonl.")
 @option("--references", type=READ, help="Reference answers, FastChat's reference_answer/….jsonl.")
-@option("--output", "-o", required=True, type=WRITTEN, help="The file of judgments; it may hold others.")
+@option(
+    "--output",
+    "-o",
+    required=True,
+    type=WRITTEN,
+    help="File of judgments to write; new judgments are added to existing ones.",
+)
 @with_judge
 def judge_mt_bench(
     answers: tuple[Path, ...],
@@ -225,10 +254,10 @@ def judge_mt_bench(
 ) -> None:
     """Rate each turn of each answer from 1 to 10 (single-answer grading), at temperature 0.
 
-    ANSWERS are files of answers, one for each model, named after it. The judge of math, reasoning and coding is
-    shown a reference answer. OUTPUT has FastChat's keys and grows line by line; judgments in it are not requested
-    again. As with FastChat, a judgment without [[rating]] (or [rating]) is kept with the score -1 and does not
-    count in averages. Remove its line to have it judged again.
+    ANSWERS are files of answers, one for each model; the file's name is the model's name. For math, reasoning and
+    coding, the judge is shown a reference answer. OUTPUT has FastChat's keys and grows line by line; judgments in
+    it are not requested again. As with FastChat, a judgment without [[rating]] (or [rating]) is kept with the
+    score -1 and does not count in averages. Remove its line to have it judged again.
 
     \b
     Examples:
@@ -249,19 +278,19 @@ def judge_mt_bench(
 
 @judge.command("alpaca-eval")
 @click.argument("outputs", type=READ)
-@option("--reference-outputs", required=True, type=READ, help="The outputs to compare with.")
+@option("--reference-outputs", required=True, type=READ, help="File of the outputs to compare with.")
 @option("--prompt", required=True, type=READ, help="alpaca_eval's alpaca_eval_clf.txt.")
-@option("--output", "-o", required=True, type=WRITTEN, help="The file of annotations.")
-@option("--seed", type=int, default=0, help="Decides which output is shown first.")
+@option("--output", "-o", required=True, type=WRITTEN, help="File of annotations to write.")
+@option("--seed", type=int, default=0, help="Seed of the random order in which the judge sees the two outputs.")
 @with_judge
 def judge_alpaca_eval(
     outputs: Path, reference_outputs: Path, prompt: Path, output: Path, seed: int, quiet: bool, **options: Any
 ) -> None:
-    """Compare a model's outputs with reference outputs, weighted by how sure the judge is (AlpacaEval 2).
+    """Compare a model's outputs with reference outputs, weighted by the judge's confidence (AlpacaEval 2).
 
     The judge must return log-probabilities. OUTPUT is alpaca_eval's annotations.json; `evaluate results` shows its
-    win rate and standard error. The length-controlled win rate needs data that alpaca_eval downloads. alpaca_eval
-    computes it from OUTPUT, if that has all 805 instructions in their order:
+    win rate and standard error. The length-controlled win rate needs data that alpaca_eval downloads. If OUTPUT
+    has all 805 instructions in their order, alpaca_eval computes it:
 
     \b
       python -c "import pandas, alpaca_eval.metrics as metrics; \\
@@ -297,7 +326,7 @@ def _judge(
 ) -> None:
     """Print the estimated cost, have the judgments made, print what they cost."""
     if (price_in is None) != (price_out is None):
-        raise click.UsageError("--price-in and --price-out go together")
+        raise click.UsageError("give both --price-in and --price-out, or neither")
 
     def price(usage: "Usage") -> float:
         return (usage.prompt_tokens * (price_in or 0) + usage.completion_tokens * (price_out or 0)) / 1e6
@@ -361,10 +390,10 @@ def _show_end(outcome: "Outcome", output: Path) -> None:
 @evaluate.command()
 @click.argument("files", nargs=-1, required=True, type=READ)
 @option("--questions", type=READ, help="MT-Bench's question.jsonl, for the categories.")
-@option("--baseline", help="A model of MT-Bench to compare the others with, in percent.")
+@option("--baseline", help="For MT-Bench: the model to compare the others with, in percent.")
 @with_json
 def results(files: tuple[Path, ...], questions: Path | None, baseline: str | None, as_json: bool) -> None:
-    """Show judgments: MT-Bench by category and turn, as in the papers, or the win rates of AlpacaEval.
+    """Show the results of judgments: MT-Bench by category and turn, as in the papers, or AlpacaEval's win rates.
 
     FILES are judgments of MT-Bench, or annotations of AlpacaEval, one file for each model. Files that FastChat and
     alpaca_eval wrote work as well.

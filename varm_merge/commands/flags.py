@@ -15,13 +15,15 @@ FLAGS = ("cache_dir", "lora_merge_cache", "trust_remote_code", "allow_crimes", "
 def merge_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command these flags; it receives ``options``, mergekit's ``MergeOptions``, in place of them."""
 
-    @click.option("--cache-dir", type=click.Path(file_okay=False), help="Of models from the Hub.")
+    @click.option("--cache-dir", type=click.Path(file_okay=False), help="Where models from the Hub are stored.")
     @click.option(
         "--lora-merge-cache", type=click.Path(file_okay=False), help="Where mergekit keeps merged LoRA adapters."
     )
     @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the models.")
-    @click.option("--allow-crimes", is_flag=True, help="Mix architectures.")
-    @click.option("--unsafe-truncate-embeddings", is_flag=True, help="Cut vocabularies to the smallest.")
+    @click.option("--allow-crimes", is_flag=True, help="Allow models of different architectures in one merge.")
+    @click.option(
+        "--unsafe-truncate-embeddings", is_flag=True, help="Cut all vocabularies to the size of the smallest."
+    )
     @functools.wraps(command)
     def with_options(*arguments: Any, **values: Any) -> None:
         if values.get("offline"):
@@ -40,5 +42,7 @@ def merge_flags(command: Callable[..., None]) -> Callable[..., None]:
 def by_name_flag(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command ``--by-name``."""
     return click.option(
-        "--by-name", is_flag=True, help="Merge tensors by their names, as `varm-merge yaml --by-name` does."
+        "--by-name",
+        is_flag=True,
+        help="Match tensors by name, as `varm-merge yaml --by-name` does.",
     )(command)

@@ -21,18 +21,18 @@ __all__ = ["inspect"]
     "granularities",
     multiple=True,
     type=click.Choice(get_args(Granularity)),
-    help="Show this one beside the recipe's own; repeat for more. Default: all five.",
+    help="Granularity to show in addition to the recipe's own; may be repeated. Default: all five.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @click.option(
     "--html",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write everything as one page that needs no network.",
+    help="Write everything as one page that works offline.",
 )
 @click.option(
     "--png",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw the weights at the last --granularity, or at the recipe's own.",
+    help="Draw the merge weights at the last --granularity, or at the recipe's own.",
 )
 @click.option(
     "--top",
@@ -41,7 +41,7 @@ __all__ = ["inspect"]
     show_default=True,
     help="How many of the most and least moved tensors to list.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where tensors are measured.")
+@click.option("--device", default="cpu", show_default=True, help="Device on which tensors are measured.")
 @talks(libraries=False)
 @by_name_flag
 @merge_flags
@@ -57,10 +57,10 @@ def inspect(
     options: Any,
     quiet: bool,
 ) -> None:
-    """Show the weights that a `varm` recipe would give, without merging.
+    """Show the merge weights that a `varm` recipe would give, without merging.
 
-    RECIPE is a recipe, or a model that was merged by varm (its folder or varm_weights.json). Exit code 1 if the
-    recipe cannot be merged.
+    RECIPE is a recipe, or the result of a merge by varm: the model's folder, or its varm_weights.json. Exit code 1
+    if the recipe cannot be merged.
 
     \b
     Examples:
@@ -78,15 +78,15 @@ def inspect(
     for path in filter(None, (html, png)):  # found out before hours of measuring
         demand_place(path)
     options = options.model_copy(update={"device": device, "quiet": quiet})
-    found = measure.inspect(recipe, options, granularities, by_name=by_name)
+    inspection = measure.inspect(recipe, options, granularities, by_name=by_name)
     if png is not None:
-        heatmap.draw(found, granularities[-1] if granularities else measure.RECIPE, png)
+        heatmap.draw(inspection, granularities[-1] if granularities else measure.RECIPE, png)
     if html is not None:
-        inspection_page.draw(found, html)
+        inspection_page.draw(inspection, html)
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        click.echo(json.dumps(inspection, indent=1))
         return
-    for table in tables(found, top):
+    for table in tables(inspection, top):
         show(*table)
-    for remark in found.get("remarks", ()):
+    for remark in inspection.get("remarks", ()):
         click.secho(f"! {remark}", fg="yellow", err=True)

@@ -19,7 +19,9 @@ __all__ = ["push"]
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("repository")
-@click.option("--public", is_flag=True, help="Create a public repository; the default is a private one.")
+@click.option(
+    "--public", is_flag=True, help="If the repository does not exist, create it as public. Default: private."
+)
 @click.option("--license", "license_id", help="Licence of the merge, if its parents have different ones.")
 @click.option(
     "--comparison",
@@ -32,11 +34,11 @@ __all__ = ["push"]
 @click.option("--revision", help="Branch to push to; it is created if it does not exist.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
 @click.option("--message", default="Upload a merge by varm-merge", show_default=True, help="Commit message.")
-@click.option("--dry-run", is_flag=True, help="Show files and card, and send nothing; needs no token.")
+@click.option("--dry-run", is_flag=True, help="Show the files and the card, and send nothing. Needs no token.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @talks(libraries=False)
 def push(folder: Path, repository: str, dry_run: bool, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Publish a merged model with a model card: recipe, parents, weights, how to reproduce it.
+    """Publish a merged model with a model card: recipe, parents, merge weights, commands to reproduce it.
 
     REPOSITORY is user/name on the Hub; if it does not exist, it is created as private. FOLDER is checked before
     anything is uploaded, and does not change. All files arrive in one commit. If a push is interrupted, run the

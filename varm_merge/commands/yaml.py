@@ -10,13 +10,13 @@ AS_MERGEKIT_YAML = {"ignore_unknown_options": True, "allow_interspersed_args": F
 
 
 @click.command("yaml", context_settings=AS_MERGEKIT_YAML)
-@click.option("--by-name", is_flag=True, help="Merge the tensors of the base model by their names.")
+@click.option("--by-name", is_flag=True, help="Match the tensors of the base model by name.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def yaml_command(by_name: bool, arguments: tuple[str, ...]) -> None:
-    """Run mergekit-yaml with `varm` registered by import.
+    """Run mergekit-yaml with `varm`, without the start-up file of Python.
 
-    For environments where start-up files are forbidden. Takes the arguments of mergekit-yaml, and --by-name: then
-    the tensors of the base model are merged by their names, whatever mergekit knows of its architecture.
+    Use it where such start-up files are forbidden. It takes the arguments of mergekit-yaml, and --by-name: the
+    tensors of the base model are then matched by name, without mergekit's definition of the architecture.
 
     \b
     Examples:

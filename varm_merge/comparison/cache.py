@@ -41,7 +41,7 @@ def exclusive(folder: Path) -> Iterator[None]:
     with written_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARKER).open("a").close()
-    busy = f"another `varm-merge compare` works in `{folder}`; wait for it, or give another --out"
+    busy = f"another `varm-merge compare` is running in `{folder}`; wait for it, or give another --out"
     with locked(folder / MARKER, busy):
         if not _is_marked(folder):
             with written_to(folder):

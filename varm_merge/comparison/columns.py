@@ -155,20 +155,20 @@ def loss_minus_pivot(pivot: str, group: str) -> Column:
 
 def task_measures(rows: Sequence[Row], main: bool = False) -> list[Column]:
     """Every metric of every task; the ``main`` ones are the first of each group as a whole, or of each task."""
-    found: dict[tuple[str, str, str], Mapping[str, Any]] = {}
+    by_metric: dict[tuple[str, str, str], Mapping[str, Any]] = {}
     for row in rows:
         for task, measures in row["tasks"].items():
             for measure in measures:
-                found.setdefault((task, measure["task"], measure["metric"]), measure)
-    keys = list(found)
+                by_metric.setdefault((task, measure["task"], measure["metric"]), measure)
+    keys = list(by_metric)
     if main:
-        groups = {key[0] for key in keys if found[key]["group"]}
+        groups = {key[0] for key in keys if by_metric[key]["group"]}
         first: dict[tuple[str, str], tuple[str, str, str]] = {}
         for key in keys:
-            if found[key]["group"] or key[0] not in groups:
+            if by_metric[key]["group"] or key[0] not in groups:
                 first.setdefault(key[:2], key)
         keys = list(first.values())
-    return [_measure(*key, found[key]["higher_is_better"]) for key in keys]
+    return [_measure(*key, by_metric[key]["higher_is_better"]) for key in keys]
 
 
 def _measure(task: str, subtask: str, metric: str, higher_is_better: bool) -> Column:
@@ -180,9 +180,9 @@ def _measure(task: str, subtask: str, metric: str, higher_is_better: bool) -> Co
 
     def differ(row: Row, other: Row) -> bool:
         """Not paired: the harness gives one error for each model."""
-        one, two = cell(row), cell(other)
-        if one.value is None or two.value is None or one.error is None or two.error is None:
+        first, second = cell(row), cell(other)
+        if first.value is None or second.value is None or first.error is None or second.error is None:
             return False
-        return abs(one.value - two.value) > NOISE * math.hypot(one.error, two.error)
+        return abs(first.value - second.value) > NOISE * math.hypot(first.error, second.error)
 
     return Column(f"{subtask}, {metric}", cell, "max" if higher_is_better else "min", differ)

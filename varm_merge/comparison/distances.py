@@ -74,7 +74,7 @@ def _compare(loaders: Sequence[LazyTensorLoader], targets: Sequence[str], quiet:
         models, pairs = models + own_models, pairs + own_pairs
         tensors, elements = tensors + 1, elements + loaded[0].numel()
     if not tensors:
-        raise UserError("no tensor has one name and one shape in the merged model, the pivot and the targets")
+        raise UserError("no tensor has the same name and shape in the merged model, the pivot and the targets")
     pivot_size, delta_size = (math.sqrt(square) for square in models)
     return {
         "pivot": _ratio(delta_size, pivot_size),
@@ -126,7 +126,7 @@ def moved_layers(recipe: Mapping[str, Any], layers: int | None) -> str | None:
         for part in slices or ():
             ranges = [source["layer_range"] for source in part["sources"]]
             if any(first != place for first, _ in ranges):
-                return f"its slices put other layers where the pivot has layer {place}"
+                return f"its slices do not have the pivot's layer {place} in its place"
             place += ranges[0][1] - ranges[0][0]
         if slices and output is recipe and layers is not None and place != layers:
             return f"it has {place} layers, the pivot {layers}"

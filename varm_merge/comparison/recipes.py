@@ -133,24 +133,24 @@ def entries(
     Raises:
         UserError: A file cannot be read, two recipes have one name, a method is unknown, or it has no models.
     """
-    found = [Entry(name, path, read_text(path)) for name, path in zip(_stems(recipes), recipes, strict=True)]
+    all_entries = [Entry(name, path, read_text(path)) for name, path in zip(_stems(recipes), recipes, strict=True)]
     if methods:
         kept: dict[str, Any] = {}
         if not models:
-            if len(found) != 1:
+            if len(all_entries) != 1:
                 raise UserError("--methods needs models: name them with --base and --models, or give one recipe")
-            kept = {key: value for key, value in found[0].content.items() if key not in INPUTS}
-            own = family(found, base)
+            kept = {key: value for key, value in all_entries[0].content.items() if key not in INPUTS}
+            own = family(all_entries, base)
             base, models = own.pivot, own.targets
         elif base is None:
             raise UserError("--models needs --base: the pivot that the models were fine-tuned from")
-        found += [_method_entry(method, base, models, kept, folder) for method in dict.fromkeys(methods)]
-    names = [entry.name for entry in found]
+        all_entries += [_method_entry(method, base, models, kept, folder) for method in dict.fromkeys(methods)]
+    names = [entry.name for entry in all_entries]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"more than one recipe is called `{twice[0]}`; rename one of the files")
-    if not found:
+    if not all_entries:
         raise UserError("nothing to compare: give recipes, or --methods with --base and --models")
-    return found
+    return all_entries
 
 
 def check(entry: Entry, cache_dir: str | None) -> None:
@@ -164,22 +164,22 @@ def check(entry: Entry, cache_dir: str | None) -> None:
         entry.problems = [text + more if "requires exactly 2" in text else text for text in entry.problems]
 
 
-def sound(found: Sequence[Entry], cache_dir: str | None) -> list[Entry]:
+def sound(entries: Sequence[Entry], cache_dir: str | None) -> list[Entry]:
     """Check all entries, and return those that can be merged.
 
     Raises:
         UserError: None can.
     """
-    for entry in found:
+    for entry in entries:
         check(entry, cache_dir)
-    mergeable = [entry for entry in found if not entry.problems]
+    mergeable = [entry for entry in entries if not entry.problems]
     if not mergeable:
-        problems = [f"{entry.name}: {problem}" for entry in found for problem in entry.problems]
+        problems = [f"{entry.name}: {problem}" for entry in entries for problem in entry.problems]
         raise UserError(f"no recipe can be merged:{listed(problems)}")
     return mergeable
 
 
-def family(found: Sequence[Entry], base: str | None = None) -> Family:
+def family(entries: Sequence[Entry], base: str | None = None) -> Family:
     """The pivot and all targets of some recipes.
 
     The pivot is ``base``, or else the only base_model that is not itself among the models of its recipe (a SLERP
@@ -189,21 +189,21 @@ def family(found: Sequence[Entry], base: str | None = None) -> Family:
         UserError: There is no pivot or more than one, or there is no target.
     """
     if base is None:
-        named = [(_named(entry.content.get("base_model")), list(_models(entry.content))) for entry in found]
+        named = [(_named(entry.content.get("base_model")), list(_models(entry.content))) for entry in entries]
         bases = [name for name, _ in named if name is not None]
         outside = [name for name, models in named if name is not None and name not in models]
         candidates = list(dict.fromkeys(outside or bases))
         if len(candidates) != 1:
             several = f"the pivot is one of {', '.join(candidates[:-1])} or {candidates[-1]}" if candidates else ""
             reason = several or "the recipes name no base_model"
-            raise UserError(f"{reason}: say with --base which model the targets were fine-tuned from")
+            raise UserError(f"{reason}: give the model that the targets were fine-tuned from with --base")
         base = candidates[0]
     targets: dict[Any, str] = {}
-    for model in (model for entry in found for model in _models(entry.content)):
+    for model in (model for entry in entries for model in _models(entry.content)):
         targets.setdefault(_identity(model), model)
     targets.pop(_identity(base), None)
     if not targets:
-        raise UserError("the recipes merge no model beside the pivot")
+        raise UserError("the recipes merge no model besides the pivot")
     return Family(base, tuple(targets.values()))
 
 
@@ -218,8 +218,8 @@ def _stems(recipes: Sequence[Path]) -> list[str]:
     for recipe, path, name in zip(recipes, whole, names, strict=True):
         if not name or name.startswith(".") or path.name.startswith(".") or "\\" in name:
             raise UserError(
-                f"the recipe `{recipe}` would be called `{path.name}`, which can be no folder of a merged model; "
-                "rename the file so that its name begins with no dot and holds no backslash"
+                f"the recipe `{recipe}` would be called `{path.name}`, which cannot be the folder of a merged "
+                "model; rename the file so that its name has no dot at the start and no backslash"
             )
     return names
 
@@ -236,7 +236,7 @@ def _method_entry(method: str, base: str, models: Sequence[str], kept: Mapping[s
         raise UserError(f"mergekit knows no method `{name}`{hint}")
     if granularity and (name != METHOD_NAME or granularity not in get_args(Granularity)):
         raise UserError(
-            f"`{method}` is no method: a granularity is given as varm:LEVEL, "
+            f"`{method}` is not a method: a granularity is given as varm:LEVEL, "
             f"one of {', '.join(get_args(Granularity))}"
         )
     content = {**_merged_models(known[name], base, models), **kept}

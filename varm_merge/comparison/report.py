@@ -88,8 +88,8 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
         _table(
             "held-out-difference",
             "Held-out loss less the pivot's, nats per byte",
-            "Below 0 is better. ± is the standard error over conversations, of the two models' differences on the "
-            f"same ones. Less than {NOISE:g} standard errors is noise.",
+            "Below 0 is better. ± is the standard error of the difference, from the two models' losses on "
+            f"the same conversations. Less than {NOISE:g} standard errors is noise.",
             [columns.loss_minus_pivot(pivot, group) for pivot in pivots for group in groups],
             [row for row in rows if row["role"] != "pivot" and row["held_out"]],
         ),
@@ -119,7 +119,7 @@ def _memory(report: Mapping[str, Any]) -> str:
 
 
 def problems(report: Mapping[str, Any]) -> list[str]:
-    """What went wrong, a sentence each."""
+    """Problems of the comparison, one sentence each."""
     return [f"{row['name']}: {problem}" for row in report["rows"] for problem in row["problems"]]
 
 

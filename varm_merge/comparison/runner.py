@@ -129,7 +129,7 @@ class _Comparison:
         """The folder of a model; from the Hub it is downloaded."""
         reference = ModelReference.model_validate(model)
         if reference.lora is not None:
-            raise UserError(f"{model} is an adapter on a model; it is merged, but not measured by itself")
+            raise UserError(f"{model} is a model with an adapter; it is merged, but not measured by itself")
         place = Place(reference.model.path, reference.model.revision, self.settings.cache_dir)
         folder = place.folder()
         if folder is not None and weight_files(folder).names:

@@ -41,7 +41,7 @@ class HeldOut:
     template: str | None = None
 
     def inputs(self) -> dict[str, Any]:
-        """What the prepared text depends on, besides the pivot."""
+        """Everything that the prepared text depends on, besides the pivot."""
 
         def content(name: str) -> str:
             path = Path(name)

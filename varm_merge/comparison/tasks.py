@@ -51,7 +51,7 @@ class Tasks:
             raise UserError("--tasks needs lm-evaluation-harness: pip install 'varm-merge[eval]'")
 
     def inputs(self, task: str) -> dict[str, Any]:
-        """What the scores of a task depend on, besides the model: settings, files, and the harness."""
+        """Everything that the scores of a task depend on, besides the model: settings, files, and the harness."""
         settings = {name: value for name, value in asdict(self).items() if name not in ("names", "include_path")}
         own_folder = Path(task).parent if task.endswith(".yaml") else None
         folders = [folder for folder in (self.include_path, own_folder) if folder]
@@ -148,7 +148,7 @@ def evaluate(
     is_file = task.endswith(".yaml")
     if not is_file and task not in manager.all_subtasks:
         manager = TaskManager(include_path=tasks.include_path)
-    found = simple_evaluate(
+    results = simple_evaluate(
         model="hf",
         model_args={"pretrained": str(model), "trust_remote_code": trust_remote_code},
         tasks=[str(Path(task).absolute()) if is_file else task],
@@ -160,9 +160,9 @@ def evaluate(
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         log_samples=True,
     )
-    if any(_has_nan(sample["resps"]) for samples in found["samples"].values() for sample in samples):
+    if any(_has_nan(sample["resps"]) for samples in results["samples"].values() for sample in samples):
         sys.exit("Error: the model gives NaN as likelihoods: its weights or its arithmetic are not finite")
-    output.write_text(json.dumps({name: found.get(name) for name in RESULTS}, default=str), encoding="utf-8")
+    output.write_text(json.dumps({name: results.get(name) for name in RESULTS}, default=str), encoding="utf-8")
 
 
 def _has_nan(responses: Any) -> bool:
@@ -172,15 +172,15 @@ def _has_nan(responses: Any) -> bool:
     return isinstance(responses, float) and math.isnan(responses)
 
 
-def measures(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def measures(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Each metric of each task in the harness's results.
 
     Raises:
         UserError: A number is not finite.
     """
-    groups = found.get("groups") or {}
-    for task, metrics in {**found["results"], **groups}.items():
-        higher_is_better = found.get("higher_is_better", {}).get(task) or {}
+    groups = results.get("groups") or {}
+    for task, metrics in {**results["results"], **groups}.items():
+        higher_is_better = results.get("higher_is_better", {}).get(task) or {}
         for name, value in metrics.items():
             metric, comma, which = name.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
@@ -194,6 +194,6 @@ def measures(found: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 "value": value,
                 "standard_error": error if isinstance(error, (int, float)) and math.isfinite(error) else None,
                 "higher_is_better": bool(higher_is_better.get(metric, True)),
-                "samples": (found.get("n-samples", {}).get(task) or {}).get("effective"),
+                "samples": (results.get("n-samples", {}).get(task) or {}).get("effective"),
                 "group": task in groups,
             }

@@ -24,7 +24,7 @@ NO_KEY = "none"
 """The key that is sent to an endpoint that needs none."""
 NO_KEY_SENT = (
     f"\nNo key was sent: {OPENAI_KEY} is only used for {OPENAI_HOST}. Name the variable with this endpoint's key "
-    "by --judge-key-env, or by --key-env for answers."
+    "with --judge-key-env, or with --key-env for answers."
 )
 NEW_LIMIT = "max_completion_tokens"
 """OpenAI's newer models take this in place of ``max_tokens``, and say so."""
@@ -168,7 +168,7 @@ class Endpoint:
                 return self.ask(messages, max_tokens, **settings)
             if error.status_code in (401, 403, 404) or error.code == "insufficient_quota":
                 hint = NO_KEY_SENT if error.status_code == 401 and not self._key else ""
-                raise UserError(f"{self.url} takes no request for `{self.model}`: {reason}{hint}") from None
+                raise UserError(f"{self.url} accepts no request for `{self.model}`: {reason}{hint}") from None
             raise Failed("the replies have no text" if error.status_code == BROKEN_REPLY else reason) from None
         except openai.APIError as error:
             raise Failed(self._without_key(str(error))) from None

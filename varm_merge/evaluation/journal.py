@@ -123,7 +123,7 @@ class Journal(Lines):
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"`{self._settings}` is not from this program; give another --output") from error
         remedy = f"Give another --output, or remove `{self._settings}` and the files beside it to start over."
-        demand_same(f"`{self.output}` was begun with other settings:", self._about, earlier, remedy)
+        demand_same(f"`{self.output}` was started with other settings:", self._about, earlier, remedy)
 
     def keep(self, key: Hashable, record: Any) -> None:
         """Add a record; it is on the disk when this returns."""

@@ -68,7 +68,7 @@ class LocalModel:
         if chat_template is not None:
             self.tokenizer.chat_template = read_text(chat_template)
         if not self.tokenizer.chat_template:
-            raise UserError(f"`{name}` has no chat template; give one by --chat-template FILE")
+            raise UserError(f"`{name}` has no chat template; give one with --chat-template FILE")
 
     @contextmanager
     def _loading(self, what: str) -> Iterator[None]:

@@ -72,7 +72,7 @@ class Game:
     text: str
 
     def key(self, judge: str) -> tuple[Any, ...]:
-        """What identifies its judgment in FastChat's file."""
+        """The values that identify its judgment in FastChat's file."""
         return self.model, self.question_id, self.turn, judge, self.prompt
 
     @property
@@ -101,7 +101,10 @@ def games(questions: Questions, answers: Sequence[Path], prompts: Path, referenc
     """
     models = Counter(path.stem for path in answers)
     if twice := [name for name, count in models.items() if count > 1]:
-        raise UserError(f"several files of answers have the name {', '.join(twice)}; models are named by it")
+        raise UserError(
+            f"several files of answers are called {', '.join(twice)}; rename them, because the file's "
+            "name is the model's name"
+        )
     if questions.benchmark != "MT-Bench":
         raise UserError("these are AlpacaEval's questions; use `evaluate judge alpaca-eval`")
     templates = _read_templates(prompts)
@@ -109,7 +112,7 @@ def games(questions: Questions, answers: Sequence[Path], prompts: Path, referenc
     if with_reference and references is None:
         raise UserError(
             f"{len(with_reference)} questions of math, reasoning or coding need reference answers: give them "
-            "by --references FILE"
+            "with --references FILE"
         )
     known = _read_complete(references, with_reference) if references else {}
     shown = {question.id: known[question.id] for question in with_reference}
@@ -183,7 +186,7 @@ def judgments(games: Sequence[Game], judge: str, output: Path) -> Iterator[Judgi
         if other := Counter(game.model for game, row in judged if row.get("user_prompt") != game.text):
             counts = ", ".join(f"{count} of `{model}`" for model, count in other.items())
             raise UserError(
-                f"`{output}` has judgments of other answers, or by other prompts: {counts}. Give another "
+                f"`{output}` has judgments of other answers, or with other prompts: {counts}. Give another "
                 "--output, or remove those lines."
             )
         scores.update((game.key(judge), row["score"]) for game, row in judged)

@@ -73,7 +73,7 @@ def mt_bench(judgments: Sequence[Path], questions: Path | None, baseline: str | 
     }
     judges = sorted({judge for *_, judge in latest})
     if len(judges) > 1:
-        raise UserError(f"the judgments are of several judges: {', '.join(judges)}; show one at a time")
+        raise UserError(f"the judgments come from several judges: {', '.join(judges)}; show one at a time")
     category = {item.id: item.category for item in read_questions(questions).questions} if questions else {}
     if unknown := sorted({str(id_) for _, id_, *_ in latest if category and id_ not in category}):
         raise UserError(f"`{questions}` has no question {', '.join(unknown[:5])}, which was judged")
@@ -185,7 +185,7 @@ def _cell(model: Mapping[str, Any], group: str) -> str:
 
 
 def remarks(results: Mapping[str, Any]) -> Iterator[str]:
-    """What a reader has to know about the numbers."""
+    """Sentences that a reader of the numbers has to know."""
     models = results["models"]
     compared = {"judge": "judges", "reference": "reference outputs", "n_total": "numbers of pairs"}
     if results["benchmark"] == "MT-Bench":

@@ -26,11 +26,11 @@ def weights(places: Grid, units: Sequence[Unit], target: str) -> NDArray[np.floa
     return values_RC
 
 
-def draw(found: Mapping[str, Any], granularity: str, path: Path) -> None:
+def draw(inspection: Mapping[str, Any], granularity: str, path: Path) -> None:
     """Write the weights of all targets at a granularity as a PNG.
 
     Args:
-        found: The result of ``measure.inspect``.
+        inspection: The result of ``measure.inspect``.
         granularity: One of its ``units``.
         path: The file of the picture.
 
@@ -41,8 +41,8 @@ def draw(found: Mapping[str, Any], granularity: str, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError("a picture needs matplotlib: pip install 'varm-merge[plots]'") from error
-    targets = found["targets"]
-    units = [unit for unit in found["units"][granularity] if unit["targets"]]
+    targets = inspection["targets"]
+    units = [unit for unit in inspection["units"][granularity] if unit["targets"]]
     places = grid([units])
     columns = [block.rpartition(".")[2] for block in places.columns]
     columns += ["–"] if any(column < 0 for _, column in places.cells.values()) else []

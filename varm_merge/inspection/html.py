@@ -27,44 +27,45 @@ MEANINGS = {
 """The unit of each granularity."""
 
 
-def draw(found: Mapping[str, Any], path: Path) -> None:
+def draw(inspection: Mapping[str, Any], path: Path) -> None:
     """Write the page.
 
     Args:
-        found: The result of ``measure.inspect``, for a recipe or for a finished merge.
+        inspection: The result of ``measure.inspect``, for a recipe or for a finished merge.
         path: The file of the page.
 
     Raises:
         UserError: It cannot be written.
     """
-    targets: list[str] = found["targets"]
+    targets: list[str] = inspection["targets"]
     names, even = short_names(targets), 1 / len(targets)
-    labels = {key: _label(key, units) for key, units in found["units"].items()}
-    weights = [_weights(unit) for units in found["units"].values() for unit in units if unit["targets"]]
+    labels = {key: _label(key, units) for key, units in inspection["units"].items()}
+    weights = [_weights(unit) for units in inspection["units"].values() for unit in units if unit["targets"]]
     every = [weight for own in weights for weight in own] or [0.0, 1.0]
-    depth = _depth(found.get("tensors", []), targets)
-    recipe = Path(found["recipe"]["path"])
+    depth = _depth(inspection.get("tensors", []), targets)
+    recipe = Path(inspection["recipe"]["path"])
     html = page.render(
         "inspection.html",
-        found=found,
+        found=inspection,
         name=recipe.resolve().parent.name if recipe.name == FILE_NAME else recipe.name,
-        recipe=yaml.safe_dump(found["recipe"]["content"], sort_keys=False, allow_unicode=True),
+        recipe=yaml.safe_dump(inspection["recipe"]["content"], sort_keys=False, allow_unicode=True),
         names=names,
         granularities=labels,
         bounds=(max(min(every) - 0.02, 0.0), max(every) + 0.02),
-        own=[_unit_row(unit, targets) for unit in found["units"][RECIPE]],
-        remarks=list(_remarks(found, targets)),
-        effects=[_effect(labels[key], key, units, targets, names) for key, units in found["units"].items()],
+        own=[_unit_row(unit, targets) for unit in inspection["units"][RECIPE]],
+        remarks=list(_remarks(inspection, targets)),
+        effects=[_effect(labels[key], key, units, targets, names) for key, units in inspection["units"].items()],
         tensors=sorted(
-            (_tensor_row(tensor, targets) for tensor in found.get("tensors", [])), key=lambda row: -row["greatest"]
+            (_tensor_row(tensor, targets) for tensor in inspection.get("tensors", [])),
+            key=lambda row: -row["greatest"],
         ),
         depth=depth,
-        agreement=_agreement(found["agreement"], targets, names) if found.get("agreement") else None,
+        agreement=_agreement(inspection["agreement"], targets, names) if inspection.get("agreement") else None,
         data={
             "targets": names,
             "even": even,
             "span": max((abs(weight - 1 / len(own)) for own in weights for weight in own), default=0.0),
-            **_maps(found["units"], targets),
+            **_maps(inspection["units"], targets),
             "labels": labels,
             "depth": depth,
         },
@@ -122,14 +123,14 @@ def _unit_row(unit: Unit, targets: Sequence[str]) -> dict[str, Any]:
     return {"unit": unit["unit"], "elements": unit["elements"], "weights": weights, "remark": remark}
 
 
-def _remarks(found: Mapping[str, Any], targets: Sequence[str]) -> Iterable[str]:
-    """What a reader must know before believing the colours."""
-    for key, units in found["units"].items():
+def _remarks(inspection: Mapping[str, Any], targets: Sequence[str]) -> Iterable[str]:
+    """Sentences that a reader must know before believing the colours."""
+    for key, units in inspection["units"].items():
         where = "The recipe" if key == RECIPE else f"Granularity {key}"
         wrong = [unit["problem"] for unit in units if "problem" in unit]
         if wrong:
             yield f"{where}: {_counted(wrong)} cannot be merged. {wrong[0]}"
-    own = found["units"][RECIPE]
+    own = inspection["units"][RECIPE]
     if still := [unit["unit"] for unit in own if not unit.get("moved", True)]:
         yield f"No target moved {_counted(still)} ({_some(still)}): the pivot is kept there."
     if fewer := [unit["unit"] for unit in own if "problem" not in unit and len(unit["targets"]) < len(targets)]:
@@ -147,7 +148,7 @@ def _some(names: Sequence[str]) -> str:
 def _effect(
     label: str, key: str, units: Sequence[Unit], targets: Sequence[str], names: Sequence[str]
 ) -> dict[str, Any]:
-    """What a granularity would do, in numbers and words."""
+    """The effect of a granularity, in numbers and words."""
     sound = [unit for unit in units if unit["targets"]]
     elements = sum(unit["elements"] for unit in sound)
     apart = sum(

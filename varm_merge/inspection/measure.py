@@ -155,7 +155,7 @@ def _finished_merge(path: Path, granularities: Sequence[str]) -> dict[str, Any]:
             "units": {RECIPE: log["units"]},
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"`{path}` is no {FILE_NAME} of a merge by varm: {error!r}") from error
+        raise UserError(f"`{path}` is not the {FILE_NAME} of a merge by varm: {error!r}") from error
 
 
 def _demand_units(units: Sequence[Mapping[str, Any]], targets: Sequence[str]) -> None:
@@ -275,12 +275,12 @@ def _agreement(measured: Iterable[_Measured], targets: Sequence[Hashable]) -> di
         for pair, numbers in zip(itertools.combinations(part.targets, 2), columns, strict=True):
             sums[frozenset(pair)] += numbers
     pairs = []
-    for one, other in itertools.combinations(targets, 2):
-        product, moved, opposite = map(float, sums[frozenset((one, other))])
-        size = math.sqrt(squares[one]) * math.sqrt(squares[other])
+    for first, second in itertools.combinations(targets, 2):
+        product, moved, opposite = map(float, sums[frozenset((first, second))])
+        size = math.sqrt(squares[first]) * math.sqrt(squares[second])
         pairs.append(
             {
-                "targets": [str(one), str(other)],
+                "targets": [str(first), str(second)],
                 "cosine": product / size if size else 0.0,
                 "sign_conflicts": opposite / moved if moved else 0.0,
             }

@@ -13,19 +13,19 @@ __all__ = ["tables"]
 Table = tuple[str, list[str], list[list[str]]]
 """Title, header, rows."""
 MANY_UNITS = 24
-"""Of more units only the least, median and greatest weights are shown."""
+"""If there are more units, only the least, median and greatest weights are shown."""
 
 
-def tables(found: Mapping[str, Any], top: int = 5) -> Iterator[Table]:
+def tables(inspection: Mapping[str, Any], top: int = 5) -> Iterator[Table]:
     """The tables, one after the other.
 
     Args:
-        found: The result of ``measure.inspect``.
+        inspection: The result of ``measure.inspect``.
         top: How many of the most and of the least moved tensors are listed.
     """
-    targets: list[str] = found["targets"]
+    targets: list[str] = inspection["targets"]
     names = short_names(targets)
-    if agreement := found.get("agreement"):
+    if agreement := inspection.get("agreement"):
         distances = [f"{agreement['relative_distance'][target]:.3g}" for target in targets]
         yield "‖Δ‖ / ‖pivot‖", ["", *names], [["all tensors", *distances]]
         pairs = []
@@ -33,10 +33,10 @@ def tables(found: Mapping[str, Any], top: int = 5) -> Iterator[Table]:
             both = " – ".join(names[targets.index(target)] for target in pair["targets"])
             pairs.append([both, f"{pair['cosine']:.3f}", f"{pair['sign_conflicts']:.1%}"])
         yield "agreement", ["targets", "cosine", "sign conflicts"], pairs
-    own = list(dict.fromkeys(unit["granularity"] for unit in found["units"][RECIPE]))
-    for granularity, units in found["units"].items():
-        if granularity == RECIPE and len(found["units"]) > 1:
-            if len(own) == 1 and own[0] in found["units"]:
+    own = list(dict.fromkeys(unit["granularity"] for unit in inspection["units"][RECIPE]))
+    for granularity, units in inspection["units"].items():
+        if granularity == RECIPE and len(inspection["units"]) > 1:
+            if len(own) == 1 and own[0] in inspection["units"]:
                 continue  # it has a table under its own name
             granularity = f"{RECIPE} ({', '.join(own)})"
         elif own == [granularity]:
@@ -46,7 +46,7 @@ def tables(found: Mapping[str, Any], top: int = 5) -> Iterator[Table]:
         else:
             rows = [[unit["unit"], *_weights(unit, targets)] for unit in units]
             yield f"weights, {granularity}", ["unit", *names], rows
-    if ranked := sorted(found.get("tensors", []), key=_greatest_move, reverse=True):
+    if ranked := sorted(inspection.get("tensors", []), key=_greatest_move, reverse=True):
         for which, shown in (("most", ranked[:top]), ("least", ranked[top:][-top:] if top else [])):
             rows = [[tensor["tensor"], *_moves(tensor, targets)] for tensor in shown]
             yield f"{which} moved, mean squared delta", ["tensor", *names], rows

@@ -49,7 +49,9 @@ def why_stale(reference: ModelReference, folder: Path, cache_dir: str | None) ->
     if recorded == _parents(reference, cache_dir):
         return None
     why = "was made from another version of it" if recorded else f"does not record its parents (no {STAMP})"
-    return f"`{folder}` keeps a merge of `{reference}`, and {why}: remove that folder, and it is made again"
+    return (
+        f"`{folder}` keeps a merge of `{reference}`, and {why}: remove that folder, and it will be written again"
+    )
 
 
 def _parents(reference: ModelReference, cache_dir: str | None) -> dict[str, str]:
@@ -94,7 +96,7 @@ def why_unfit(reference: ModelReference, options: MergeOptions) -> str | None:
 
 
 def _try_to_load(reference: ModelReference, folder: Path, options: MergeOptions, kind: str) -> str | None:
-    """What is wrong with the adapter in ``folder``, as the rest of a sentence."""
+    """The problem of the adapter in ``folder``, as the rest of a sentence."""
     import peft
 
     not_mergeable = f"is a {kind} adapter, which cannot be merged into weights: choose a LoRA adapter"

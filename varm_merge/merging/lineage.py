@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 
 from varm_common.checkpoints import WeightFiles, choose_weight_files, fingerprint, fingerprint_of, weight_files
 
-__all__ = ["FUSION", "Place", "base_models_told", "files_on_the_hub", "foreign_targets", "weights_fingerprint"]
+__all__ = ["FUSION", "Place", "base_models_named", "files_on_the_hub", "foreign_targets", "weights_fingerprint"]
 
 FUSION = "fusion.json"
 CARD = "README.md"
@@ -94,7 +94,7 @@ def foreign_targets(pivot: Place, targets: Sequence[Place]) -> Iterator[tuple[in
             yield number, model
 
 
-def base_models_told(place: Place) -> list[str]:
+def base_models_named(place: Place) -> list[str]:
     """The base models that a model's card names in its metadata; empty if it names none that can be read."""
     try:
         path = place.file(CARD)

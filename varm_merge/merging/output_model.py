@@ -24,7 +24,7 @@ NOT_BY_LAYER = ("architectures", "token_id", "token_ids")
 
 @dataclass
 class Outcome:
-    """What is wrong with a finished merge.
+    """Problems of a finished merge.
 
     Attributes:
         lost: Tensors that the base model has and loads, and that the merge would lack.
@@ -147,7 +147,7 @@ def judge(
         if lacking := [name for name in missing if numberless(name) in written]:
             outcome.faults.append(
                 f"the merge would lack {patterns(lacking)}, which a {architecture} with its config has: they "
-                "would be random. Take slices with the base's number and kinds of layers"
+                "would get random values. Take slices with the base's number and kinds of layers"
             )
     elif missing:
         ignored = {numberless(name) for name in before.unexpected}
@@ -162,7 +162,7 @@ def _other_shapes(before: Loaded, after: Loaded) -> list[str]:
     name, (given, wanted) = next(iter(wrong.items()))
     more = f" ({len(wrong)} tensors are like this)" if len(wrong) > 1 else ""
     return [
-        f"`{name}` of the merge would have the shape {[*given]}, and its config asks for {[*wanted]}{more}: "
+        f"`{name}` of the merge would have the shape {[*given]}, but its config needs {[*wanted]}{more}: "
         "transformers would not load it. Choose a base_model and a `tokenizer` with vocabularies of one size"
     ]
 

@@ -293,7 +293,7 @@ def _weights(folder: Path, findings: Findings) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        findings.problems.append(f"`{weight_log.FILE_NAME}` does not hold the weights of a merge: {error!r}")
+        findings.problems.append(f"`{weight_log.FILE_NAME}` does not hold the merge weights of a merge: {error!r}")
         return {}
     return {**log, "rows": rows, "granularity": " and ".join(granularities)}
 

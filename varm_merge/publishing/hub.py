@@ -43,7 +43,7 @@ TOKENS = re.compile(
 
 @dataclass(frozen=True)
 class Change:
-    """What a push does with a file; ``state`` is ``new``, ``changed``, ``same``, ``kept`` or ``removed``."""
+    """The change of a file by a push; ``state`` is ``new``, ``changed``, ``same``, ``kept`` or ``removed``."""
 
     path: str
     size: int
@@ -245,4 +245,4 @@ def _advice(repository: str, error: errors.HfHubHTTPError) -> str:
         status = 404
     if status >= 500:
         return f"the Hub failed with status {status} for `{repository}`: {AGAIN}"
-    return ADVICE.get(status, f"the Hub answered {status} for `{{0}}`").format(repository)
+    return ADVICE.get(status, f"the Hub replied with status {status} for `{{0}}`").format(repository)

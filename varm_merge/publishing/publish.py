@@ -45,7 +45,7 @@ class Options:
 
 @dataclass
 class Plan(Findings):
-    """What a push would do; while it has problems, nothing is sent.
+    """The plan of a push. If it has problems, nothing is sent.
 
     ``left_out`` says why files of the folder are not uploaded. ``remote`` is None if the Hub did not answer.
     """

@@ -1,4 +1,4 @@
-"""What a merge needs on this machine: memory by a formula, space on the disk, downloads."""
+"""The cost of a merge on this machine: memory by a formula, disk space, downloads."""
 
 import os
 import shutil

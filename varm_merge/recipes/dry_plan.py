@@ -38,7 +38,7 @@ Tensors = dict[ModelReference, torch.Tensor]
 
 @dataclass
 class DryPlan:
-    """What a merge would do.
+    """The plan of a merge, made without weights.
 
     Attributes:
         problems: Why it would fail.
@@ -163,14 +163,14 @@ def _outputs(plan: planning.Plan, loaders: Loaders, result: DryPlan) -> dict[str
         if output is not None:
             outputs[weight.name] = output
     for model, names in lacking.items():
-        message = f"`{model}` has no {patterns(names)}, which mergekit needs of a {plan.architecture}"
+        message = f"`{model}` has no {patterns(names)}, which mergekit requires for {plan.architecture}"
         result.problems.append(Finding(message, model))
     for first, *others in errors.values():
         more = f" ({len(others) + 1} tensors like this one)" if others else ""
         result.problems.append(Finding(first.message + more, first.model))
     for model, loader in loaders.items():
         if merged := [name for name in loader.lacking if name in outputs]:
-            message = f"`{model}` has no {patterns(merged)}: merged of the other models alone"
+            message = f"`{model}` has no {patterns(merged)}: merged from the other models only"
             result.remarks.append(Finding(message, model))
     return outputs
 
@@ -274,11 +274,11 @@ def _explained(error: Exception, models: Mapping[ModelReference, Model]) -> Iter
     for model, header in models.items():
         names, base_names = _classes(model, header), _classes(base, base_header)
         if "--allow-crimes" in message and names != base_names:
-            advice = "mergekit merges models of one architecture (--allow-crimes tries it all the same)"
+            advice = "mergekit merges models of one architecture (--allow-crimes tries it anyway)"
             yield Finding(f"{model} is a {names[0]}, {base} a {base_names[0]}: {advice}", model)
         elif "same number of layers" in message and header.layers != base_header.layers:
             depths = f"{model} has {header.layers} layers, {base} {base_header.layers}"
-            yield Finding(f"{depths}: merge `slices` of them", model)
+            yield Finding(f"{depths}: merge them by `slices`", model)
         elif len(names) != 1 or not names[0]:
             count = len(names) if names[0] else "no"
             advice = "and mergekit needs one: name the class there"

@@ -164,7 +164,9 @@ def other_dtypes(base: Model, other: Model) -> str | None:
     if ours == theirs or not ours or not theirs:
         return None
     dtypes = " and ".join("/".join(sorted(dtypes)) for dtypes in (theirs, ours))
-    return f"{other.name} and {base.name} have the dtypes {dtypes}; `dtype` says in which they meet"
+    return (
+        f"{other.name} and {base.name} have the dtypes {dtypes}; set `dtype`, the dtype in which they are merged"
+    )
 
 
 def is_buffer(name: str) -> bool:

@@ -38,7 +38,7 @@ class Hub:
         reason = (str(error).strip() or "no answer").splitlines()[0]
         if isinstance(error, errors.HfHubHTTPError):
             return reason  # it has answered, and may answer for the next model
-        self.unreachable = f"{reason}; `varm-merge check --offline` looks at the recipe alone"
+        self.unreachable = f"{reason}; `varm-merge check --offline` checks only the recipe"
         return self.unreachable
 
     def why_missing(self, path: str, revision: str | None, wanted: str, cache_dir: str | None) -> str | None:
@@ -67,8 +67,8 @@ class Hub:
     def why_no_tokenizer(self, path: str, revision: str | None, cache_dir: str | None) -> str | None:
         """Why no tokenizer could be loaded from the folder or Hub id ``path``."""
         if Path(path).is_dir():
-            found = any((Path(path) / name).is_file() for name in TOKENIZER_FILES)
-            return None if found else f"the folder `{path}` has no tokenizer"
+            has_tokenizer = any((Path(path) / name).is_file() for name in TOKENIZER_FILES)
+            return None if has_tokenizer else f"the folder `{path}` has no tokenizer"
         return self.why_missing(path, revision, TOKENIZER_FILES[0], cache_dir)
 
 

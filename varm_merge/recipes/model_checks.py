@@ -11,7 +11,7 @@ from mergekit.common import ModelPath, ModelReference
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from varm_merge.merging import adapters
-from varm_merge.merging.lineage import FUSION, Place, base_models_told, foreign_targets
+from varm_merge.merging.lineage import FUSION, Place, base_models_named, foreign_targets
 from varm_merge.merging.loading import patterns
 from varm_merge.merging.method import SPEC
 from varm_merge.recipes import by_name, headers
@@ -147,7 +147,7 @@ def _chat_template(recipe: Recipe) -> None:
         # without a tokenizer of its own the merge gets a copy of the base model's, and mergekit does not raise
         (recipe.add if has_tokenizer else recipe.add_if_varm)(where, message)
     except jinja2.TemplateSyntaxError as error:
-        message = f"`chat_template` is no sound Jinja: {error.message} (line {error.lineno} of it)"
+        message = f"`chat_template` is not valid Jinja: {error.message} (line {error.lineno} of the template)"
         recipe.add_if_varm(where, message)
     else:
         if not has_tokenizer and (reason := _why_no_tokenizer(recipe, reference)):
@@ -217,8 +217,8 @@ def _token_ids(recipe: Recipe) -> None:
                 ids = "id stands" if number == 1 else "ids stand"
                 recipe.remark(
                     (*path, index),
-                    f"{number} {ids} for other tokens in {reference} than in {base}: rows of different tokens are "
-                    "merged; `tokenizer:` puts them in one order",
+                    f"{number} {ids} for other tokens in {reference} than in {base}: the embeddings of different "
+                    "tokens would be merged; set `tokenizer:` to give all models the same order of tokens",
                 )
 
 
@@ -232,12 +232,12 @@ def _cards(recipe: Recipe) -> None:
             place = recipe.place(model)
             if model == pivot or model.model.path in recipe.names or place.file(FUSION) is not None:
                 continue
-            named = base_models_told(place)
+            named = base_models_named(place)
             if named and _last_part(pivot.model.path) not in map(_last_part, named):
                 bases = ", ".join(f"`{name}`" for name in named)
                 recipe.remark(
                     (*path, index),
-                    f"the card of `{model}` says that it comes from {bases}, and the base_model is `{pivot}`: "
+                    f"the card of `{model}` names {bases} as its base model, but the base_model is `{pivot}`: "
                     "varm needs the model that the target was fine-tuned from",
                 )
 

@@ -1,4 +1,4 @@
-"""What a planned merge would lack: other layouts, tensors that only some models have, heads that become tied."""
+"""Losses of a planned merge: other layouts, tensors that only some models have, heads that become tied."""
 
 import re
 from collections.abc import Iterator
@@ -57,7 +57,9 @@ def only_some(loaders: Loaders) -> Iterator[Finding]:
     for model in others:
         extra = [name for name in loaders[model].unused() if name not in loaders[base].model.tensors]
         if extra:
-            message = f"only `{model}` has {patterns(extra)}, not {base}: they are not in the merge"
+            message = (
+                f"`{model}` has {patterns(extra)}, which {base} does not have: they are left out of the merge"
+            )
             yield Finding(message, model)
 
 
@@ -69,8 +71,8 @@ def untied(out_config: Any, loaders: Loaders, options: MergeOptions) -> Iterator
         heads = [name for name in loader.model.tensors if name.endswith(HEADS)]
         if heads and not _is_tied(model.config(trust_remote_code=options.trust_remote_code)):
             yield Finding(
-                f"`{model}` has a head of its own, {patterns(heads)}, and the merge ties it to the embeddings as "
-                "the base does: that head is lost",
+                f"`{model}` has a head of its own, {patterns(heads)}, but the merge ties the head to the "
+                "embeddings as the base model does: the head of this model is lost",
                 model,
             )
 

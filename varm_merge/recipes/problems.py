@@ -1,4 +1,4 @@
-"""What the check of a recipe finds: problems, remarks, and the headers of its models."""
+"""Results of the check of a recipe: problems, remarks, and the headers of its models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class Problem:
 
 @dataclass
 class Looked:
-    """What the check learns beside the problems.
+    """Results of the check other than the problems.
 
     Attributes:
         models: The header of each model, the base model's first.

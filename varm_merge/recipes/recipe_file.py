@@ -43,7 +43,7 @@ def read(path: Path) -> str:
         raise UserError(f"`{path}` cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        message = f"the byte 0x{content[error.start]:02x} is no UTF-8: save the recipe as UTF-8"
+        message = f"the byte 0x{content[error.start]:02x} is not UTF-8: save the recipe as UTF-8"
         refuse([Problem(message, line)], path, "cannot be read")
         raise AssertionError from error
 
@@ -135,7 +135,7 @@ def overwritten(document: Mapping[str, Any], out: Path, raw: bool) -> Iterator[t
         for name in [value] if raw else [part.split("@")[0] for part in value.split("+")]:
             model = Path(name).resolve()
             if Path(name).exists() and (target in (model, *model.parents) or model in target.parents):
-                yield path, f"the merge would be written to `{out}`, where `{name}` lies: name another folder"
+                yield path, f"the merge would be written to `{out}`, where `{name}` is: name another folder"
                 continue
             for file in Path(name).iterdir() if Path(name).is_dir() else ():
                 if file.is_symlink() and target in file.resolve().parents:

@@ -58,7 +58,7 @@ class Counts:
 
 
 def compared(pivot: Tensor, target: Tensor) -> Counts:
-    """Count the elements of a tensor that equal the pivot's or lie beside them, in the target's dtype.
+    """Count the elements of a tensor that equal the pivot's or are one rounding step away, in the target's dtype.
 
     Args:
         pivot: Of any floating dtype.

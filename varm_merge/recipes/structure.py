@@ -35,7 +35,7 @@ def check_structure(recipe: Recipe) -> None:
     _method(recipe)
     for path in recipe.lines:
         if path and path[-1] == DUPLICATE:
-            recipe.add(path, f"`{path[-2]}` is written twice; YAML would keep the last")
+            recipe.add(path, f"`{path[-2]}` is written twice; YAML would keep only the last")
     for path, node, definition in nodes(recipe.document, recipe.definition):
         known = tuple(definition.model_fields)
         if not path and recipe.kind == "multi":
@@ -135,7 +135,7 @@ def _why_invalid(spec: ParameterSpec, value: Any) -> str | None:
 
 
 def _expected(message: str) -> str:
-    """What pydantic expects, of its message "Input should be a valid number, unable to parse string"."""
+    """The expected value in a message such as "Input should be a valid number, unable to parse string"."""
     return message.removeprefix("Input should be ").partition(", unable")[0]
 
 

@@ -23,7 +23,7 @@ KEY = {
     "OutputModuleDefinition": "key of a module",
     "TokenizerConfig": "key of the tokenizer",
 }
-"""What a message calls the keys of each definition; the mappings of other definitions are not visited."""
+"""The name of each definition's keys in messages; the mappings of other definitions are not visited."""
 DUPLICATE = "<duplicate>"
 """Last part of the path of a key that is written a second time."""
 

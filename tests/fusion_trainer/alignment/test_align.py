@@ -301,7 +301,7 @@ def the_map(folder: Path, store: RepresentationStore, source: str) -> np.ndarray
 def assert_verified(store: RepresentationStore) -> None:
     assert list(store.problems()) == []
     result = CliRunner().invoke(main, ["store", "verify", str(store.folder)])
-    assert (result.exit_code, "nothing wrong" in result.output) == (0, True), result.output
+    assert (result.exit_code, "no problems" in result.output) == (0, True), result.output
 
 
 @pytest.mark.slow
@@ -516,11 +516,11 @@ def test_the_report_adds_up(source: str, positions: str, world: Path, tmp_path: 
     assert manifest["paired"] == paired
     causes = {name: manifest[name] for name in ("no_partner", "not_supervised", "not_read")}
     assert paired + sum(causes.values()) == manifest["positions"]
-    alone = "no common boundary" if positions == "boundary" else "no token fits by rule"
+    alone = "no common boundary" if positions == "boundary" else "no token fits by dtw's rules"
     lines = {line.split("  ")[0].strip() or line.strip().split("  ")[0]: line for line in report.splitlines()}
     causes_shown = {
         alone: "no_partner",
-        "partner not supervised": "not_supervised",
+        "paired position not supervised": "not_supervised",
         "beyond the context": "not_read",
     }
     shown = {
@@ -828,7 +828,7 @@ def test_stores_of_different_data_are_refused(world: Path, tmp_path: Path) -> No
     other = tiny_sources.write_sharegpt(tmp_path / "other.jsonl", CHATS[:3])
     store = extract_store(world, "unigram", tmp_path / "other", data=[str(other)])
     message = refused("align", settings_of(world, "unigram", tmp_path / "out", source_store=store.folder))
-    assert "does not fit" in message
+    assert "does not match what is needed" in message
     assert "data" in message
     assert store.identity["data"] in message
     assert RepresentationStore(world / "stores" / "pivot").identity["data"] in message
@@ -839,7 +839,7 @@ def test_stores_of_different_data_are_refused(world: Path, tmp_path: Path) -> No
 def test_another_tokenizer_than_the_stores_is_refused(side: str, world: Path, tmp_path: Path) -> None:
     changed = {f"{side}_tokenizer": world / "gemma"}
     message = refused("align", settings_of(world, "unigram", tmp_path / "out", **changed))
-    assert "does not fit" in message
+    assert "does not match what is needed" in message
     assert "tokenizer" in message
     assert SOURCES["gemma"].reader.sha256 in message
     assert not (tmp_path / "out").exists()
@@ -849,7 +849,7 @@ def test_a_tokenizer_without_offsets_is_refused(world: Path, tmp_path: Path) -> 
     ByT5Tokenizer().save_pretrained(tmp_path / "byt5")
     changed = {"source_tokenizer": tmp_path / "byt5"}
     message = refused("align", settings_of(world, "unigram", tmp_path / "out", **changed))
-    assert "does not tell which characters a token covers" in message
+    assert "does not report which characters a token covers" in message
     assert "tokenizer.json" in message
 
 
@@ -857,17 +857,17 @@ def test_a_map_of_other_tokenizers_is_refused(world: Path, tmp_path: Path) -> No
     aligned(world, "bytes", tmp_path / "aligned", maps=None)
     (path,) = tmp_path.glob("vocab-map-*.safetensors")
     message = refused(f"vocab-map show {path}", {"source": world / "unigram", "pivot": world / "pivot"})
-    assert "map of other tokenizers" in message
+    assert "was made for other tokenizers" in message
     assert SOURCES["unigram"].reader.sha256 in message
     assert SOURCES["bytes"].reader.sha256 in message
     aligned(world, "unigram", tmp_path / "second", maps=None)
     (other,) = set(tmp_path.glob("vocab-map-*.safetensors")) - {path}
     shutil.copy(path, other)
     message = refused("align", settings_of(world, "unigram", tmp_path / "third", maps=tmp_path))
-    assert "is a fusion-trainer vocabulary map, version 2 of something else" in message
+    assert "is a fusion-trainer vocabulary map, version 2 that was made from other inputs" in message
     assert str(other) in message
     store = {"source": world / "bytes", "pivot": world / "pivot", "store": world / "stores" / "unigram"}
-    assert "does not fit" in refused(f"vocab-map show {path}", store)
+    assert "does not match what is needed" in refused(f"vocab-map show {path}", store)
     assert "is not a fusion-trainer vocabulary map" in refused(f"vocab-map show {world / 'chats.jsonl'}", store)
 
 
@@ -879,9 +879,7 @@ def test_vocabularies_without_a_common_token_are_refused(world: Path, tmp_path: 
     extract_store(world, str(tmp_path / "strange"), tmp_path / "store", top_k=2)
     changed = {"source_store": tmp_path / "store", "dialogues": dialogues(world)}
     message = refused("align", settings_of(world, "", tmp_path / "out", map="exact", **changed))
-    assert (
-        f"no token of {tmp_path / 'strange'} has an image among those of {world / 'pivot'} by `exact`" in message
-    )
+    assert f"the map `exact` maps no token of {tmp_path / 'strange'} to a token of {world / 'pivot'}" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -915,7 +913,7 @@ def test_an_aligned_store_of_an_older_version_is_refused_finished_and_unfinished
     assert "version" in refused("align", settings_of(world, "unigram", store.folder))
     (store.folder / "manifest.json").rename(store.folder / "extraction.json")
     (store.folder / "shard-00001.arrow").unlink()
-    assert "is a store of something else" in refused("align", settings_of(world, "unigram", store.folder))
+    assert "is a store with other settings" in refused("align", settings_of(world, "unigram", store.folder))
 
 
 @pytest.mark.parametrize("side", ["source_store", "pivot_store"])
@@ -931,20 +929,20 @@ def test_dialogues_that_are_not_beside_the_store_must_be_named_and_others_are_re
 ) -> None:
     pivot = shutil.copytree(world / "stores" / "pivot", tmp_path / "alone" / "pivot")
     settings = settings_of(world, "unigram", tmp_path / "out", pivot_store=pivot)
-    assert "name them with --dialogues" in refused("align", settings)
+    assert "give their folder with --dialogues" in refused("align", settings)
     assert run("align", {**settings, "dialogues": dialogues(world)}).exit_code == 0
     other = tiny_sources.write_sharegpt(tmp_path / "other.jsonl", CHATS[:3])
     extract_store(world, "unigram", tmp_path / "else" / "store", data=[str(other)])
     (wrong,) = (tmp_path / "else").glob("dialogues-*")
     message = refused("align", {**settings, "output": tmp_path / "again", "dialogues": wrong})
-    assert "does not fit" in message
+    assert "does not match what is needed" in message
 
 
 def test_an_output_that_holds_something_else_is_refused(world: Path, tmp_path: Path) -> None:
     aligned(world, "unigram", tmp_path / "aligned")
     before = content(tmp_path / "aligned")
     message = refused("align", settings_of(world, "unigram", tmp_path / "aligned", map="exact"))
-    assert "is a store of something else" in message
+    assert "is a store with other settings" in message
     assert "map" in message
     message = refused("align", settings_of(world, "bytes", tmp_path / "aligned"))
     assert "source_store" in message
@@ -952,5 +950,5 @@ def test_an_output_that_holds_something_else_is_refused(world: Path, tmp_path: P
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     message = refused("align", settings_of(world, "unigram", tmp_path / "full"))
-    assert "holds something else (`thesis.txt`)" in message
+    assert "holds other files (`thesis.txt`)" in message
     assert content(tmp_path / "full") == {"thesis.txt": b"mine"}

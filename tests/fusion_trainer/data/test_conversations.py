@@ -474,7 +474,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "two contents": (with_answer(value="Bye."), "`content` and `value` of turn 2 contradict each other"),
     "half a weight": (
         with_answer(weight=0.5),
-        "`weight` of turn 2 is 0.5: an answer can be learnt (1) or not (0)",
+        "`weight` of turn 2 is 0.5, but can only be 1 (the answer is learnt) or 0 (it is not)",
     ),
     "a negative weight": (with_answer(weight=-1), "`weight` of turn 2 is -1"),
     "a weight in a string": (with_answer(weight="0"), "`weight` of turn 2 is '0'"),
@@ -486,7 +486,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
         "`weight` and `train` of turn 2 contradict each other",
     ),
     "marks of opposite sense": (with_answer(loss=True, masked=True), "`loss` and `masked` of turn 2 contradict"),
-    "a mask that may mean either": (with_answer(mask=True), "turn 2 has `mask`: it does not say whether"),
+    "a mask that may mean either": (with_answer(mask=True), "turn 2 has `mask`: it is unclear whether"),
     "parts of an answer": (with_answer(train_detail=[{"begin_offset": 0}]), "turn 2 has `train_detail`"),
     "reasoning that differs": (
         with_answer(reasoning="a", thinking="b"),
@@ -565,7 +565,7 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
         {"instruction": "a", "output": "b", "history": [["a"]]},
         "`history` is not a list of pairs",
     ),
-    "half a surrogate pair": ({"prompt": "Hi.", "completion": "\ud83d"}, "`completion` is no Unicode text"),
+    "half a surrogate pair": ({"prompt": "Hi.", "completion": "\ud83d"}, "`completion` is not valid Unicode text"),
 }
 
 

@@ -240,7 +240,7 @@ def test_data_of_which_most_teaches_nothing_is_an_error() -> None:
     fine = [dialogue(n, "Hi.", "Hello!") for n in range(3)]
     unanswered = [dialogue(n, last="Hi?") for n in range(10, 16)]
     assert len(prepared([*fine, *unanswered[:2]])) == 3
-    with pytest.raises(UserError, match="only 3 of 9 conversations can be learned from: 6 no answer in it"):
+    with pytest.raises(UserError, match="only 3 of 9 conversations can be learnt from: 6 no answer in it"):
         prepared([*fine, *unanswered])
     with pytest.raises(UserError, match="the data is empty"):
         prepared([])
@@ -252,7 +252,7 @@ def test_bad_rows_that_were_skipped_count_as_conversations_that_teach_nothing() 
     assert len(list(work.blocks(fine))) == 3
     assert work.report.dropped == {BAD_ROW: 2}
     assert (work.report.conversations, work.report.kept) == (5, 3)
-    with pytest.raises(UserError, match=f"only 3 of 7 conversations can be learned from: 4 {BAD_ROW}"):
+    with pytest.raises(UserError, match=f"only 3 of 7 conversations can be learnt from: 4 {BAD_ROW}"):
         list(preparation(skipped=Counter({BAD_ROW: 4})).blocks(fine))
 
 

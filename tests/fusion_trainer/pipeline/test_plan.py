@@ -115,7 +115,7 @@ ALL_WRONG = {
     25: "targets.multi.training.seeed: `training`: TrainingArguments has no `seeed`; did you mean `seed`?",
     27: "merges.varm.targets: no target `nobody`; there are bytes, ../up, clm, multi",
     28: "merges.odd: names no `merge_method`",
-    29: "merges.between: slerp is between two targets, not 3; name them in `targets`",
+    29: "merges.between: slerp merges exactly two targets, not 3; name two in `targets`",
     30: "merges.weighed.model_parameters.clm: no target `clm` in this merge",
     31: "merges.empty.targets: there is no target to merge",
     32: "evaluate.data[0]: no file `lost.jsonl`",
@@ -169,7 +169,7 @@ def test_everything_that_is_wrong_with_a_file_is_told_at_once_with_line_and_plac
         ({"train__training": 3}, "train.training: `training` cannot be 3: Input should be a valid dictionary"),
         ({"train__lora": {"rank": 3}}, "train.lora.rank: `lora`: LoraConfig has no `rank`"),
         ({"train__pivot": "x"}, "train.pivot: is set by the pipeline itself"),
-        ({"targets": {"clm": {}}}, "targets.clm: names no `sources`; for CLM alone set `clm_weight: 1`"),
+        ({"targets": {"clm": {}}}, "targets.clm: has no `sources`; for CLM alone set `clm_weight: 1`"),
         ({"targets__bytes": None, "targets__a": 3}, "targets.a: `targets` cannot be 3"),
         ({"merges": {"varm": None, "x": 3}}, "merges.varm: `merges` cannot be None"),
         ({"targets__clm": {"clm_weight": 1}}, "merges.varm.targets: there is no target to merge"),
@@ -335,9 +335,9 @@ def test_a_launch_in_another_precision_or_by_more_processes_is_another_training(
         ({"merges__ties__dtype": "blah"}, "merges.ties.dtype: `dtype` is `blah`, not one of float16"),
         ({"merges__ties__base_model": "./nowhere"}, "merges.ties.base_model: no model folder `./nowhere`"),
         ({"merges__ties__parameters": {}}, "has no `weight`, which ties needs"),
-        ({"merges__ties__targets": 3}, "merges.ties.targets: is 3, neither a text nor a list of texts"),
+        ({"merges__ties__targets": 3}, "merges.ties.targets: is 3, but must be a text or a list of texts"),
         ({"merges__ties__model_parameters": 3}, "merges.ties.model_parameters: is not a mapping of targets"),
-        ({"merge_options": ["--nonsense"]}, "merge_options: mergekit-yaml does not take them: No such option"),
+        ({"merge_options": ["--nonsense"]}, "merge_options: mergekit-yaml does not accept them: No such option"),
         ({"merge_options": ["--help"]}, "merge_options: with these options mergekit-yaml does not merge"),
         ({"extract__template": "no/such.jinja"}, "extract.template: no file `no/such.jinja`"),
         ({"sources": [{**BYTES, "template": "no/such.jinja"}]}, "sources[0].template: no file `no/such.jinja`"),
@@ -353,8 +353,8 @@ def test_a_launch_in_another_precision_or_by_more_processes_is_another_training(
         ),
         ({"train__training__max_steps": "many"}, "`max_steps` cannot be 'many'"),
         ({"train__training__per_device_train_batch_size": 0}, "cannot be 0: it is at least 1"),
-        ({"targets": {"one": {"sources": 3}}}, "targets.one.sources: is 3, neither a text nor a list of texts"),
-        ({"evaluate__data": 3}, "evaluate.data: is 3, neither a text nor a list of texts"),
+        ({"targets": {"one": {"sources": 3}}}, "targets.one.sources: is 3, but must be a text or a list of texts"),
+        ({"evaluate__data": 3}, "evaluate.data: is 3, but must be a text or a list of texts"),
     ],
 )
 def test_what_would_fail_hours_later_is_told_before_anything_is_run(
@@ -538,7 +538,7 @@ def test_a_dry_run_can_be_read_by_a_program(folder: Path) -> None:
     assert {one["made"] for one in told} == {False}
     assert told[0]["command"][2:4] == ["fusion_trainer", "prepare"]
     alone = CliRunner().invoke(main, ["run", str(path), "--json"])
-    assert (alone.exit_code, "--json goes with --dry-run" in alone.stderr) == (2, True)
+    assert (alone.exit_code, "--json needs --dry-run" in alone.stderr) == (2, True)
 
 
 STUBS = {

@@ -170,7 +170,7 @@ def test_the_reason_names_what_has_changed(work: Path, monkeypatch: pytest.Monke
     several = reason(needed, **{**same, "training": {"seed": 2, "lora": {"r": 4}}, "a": 1, "b": 2, "c": 3})
     assert several == "runs again: a null → 1; b null → 2; c null → 3; training.lora.r null → 4; and 1 more"
     monkeypatch.setattr(state, "RULES", 3)
-    assert reasons([needed, first])["prepare b"] == "runs again: the rules of this version differ"
+    assert reasons([needed, first])["prepare b"] == "runs again: this version computes this stage differently"
 
 
 def test_what_a_stage_reads_from_outside_is_known_by_its_content(work: Path, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_broken_stage_is_noticed_and_made_again_alone(how: str, work: Path) ->
         broken.unlink()
     if how == "the record removed too":
         (work / "align" / "a" / "stage.json").unlink()
-        assert "in the way of align a" in refused(pipeline(work))
+        assert "where align a would write" in refused(pipeline(work))
         return
     assert reasons(pipeline(work)) == {"align a": f"runs again: `{broken}` was changed or removed"}
     assert run(pipeline(work)) == ["align a"]
@@ -349,9 +349,9 @@ def test_a_folder_that_no_stage_has_made_is_refused_before_anything_runs(
     put(work / "merge" / "both" / "model.safetensors")
     before = times(work.parent)
     told = refused(pipeline(work))
-    assert "no stage of this pipeline has written:" in told
+    assert "these files were not written by this pipeline:" in told
     assert f"`{work / 'train' / 'a'}" in told
-    assert f"`{work / 'merge' / 'both' / 'model.safetensors'}`, in the way of merge both" in told
+    assert f"`{work / 'merge' / 'both' / 'model.safetensors'}`, where merge both would write" in told
     assert times(work.parent) == before
 
 
@@ -362,7 +362,7 @@ def test_what_was_put_into_a_stages_folder_is_not_removed_with_it(work: Path) ->
     assert run(pipeline(work)) == []
     before = times(work.parent)
     for changed in (pipeline(work, a=2), pipeline(work, data=2)):
-        assert f"`{notes}`, in the way of train a" in refused(changed)
+        assert f"`{notes}`, where train a would write" in refused(changed)
         assert times(work.parent) == before
     notes.rename(work.parent / "notes")
     run(pipeline(work, a=2))
@@ -377,7 +377,7 @@ def test_what_took_the_place_of_an_unfinished_stage_is_not_removed(title: str, w
     put(folder / "weights" / "thesis")
     before = times(folder)
     name = title.split()[1]
-    assert f"in the way of {title}" in refused(pipeline(work, **{name: 2}))
+    assert f"where {title} would write" in refused(pipeline(work, **{name: 2}))
     assert times(folder) == before
 
 
@@ -385,7 +385,7 @@ def test_what_was_put_into_an_unfinished_stages_folder_is_no_part_of_its_result(
     refused(pipeline(work, {"train a": FAILS}))
     put(work / "train" / "a" / "thesis")
     assert run(pipeline(work)) == [*NEEDS][4:]
-    assert "`, in the way of train a" in refused(pipeline(work, a=2))
+    assert "`, where train a would write" in refused(pipeline(work, a=2))
     (work / "train" / "a" / "thesis").unlink()
     assert run(pipeline(work)) == []
 
@@ -440,7 +440,7 @@ def test_whatever_happens_nothing_is_lost_that_no_stage_has_made(
         try:
             made += len(run(pipeline(work, **settings)))
         except UserError as error:
-            refusals += "no stage of this pipeline has written" in str(error)
+            refusals += "these files were not written by this pipeline" in str(error)
         except SwitchedOffError:
             stops += 1
         for path, text in own.items():
@@ -458,7 +458,7 @@ def test_whatever_happens_nothing_is_lost_that_no_stage_has_made(
 def test_what_is_put_in_the_way_while_the_run_is_under_way_is_not_removed(work: Path) -> None:
     thesis = work / "train" / "a" / "thesis"
     program = f"{WRITES}\nmkdir -p {thesis.parent}\nprintf 'years of work' > {thesis}"
-    assert f"`{thesis}`, in the way of train a" in refused(pipeline(work, {"align a": program}))
+    assert f"`{thesis}`, where train a would write" in refused(pipeline(work, {"align a": program}))
     assert thesis.read_text() == "years of work"
 
 
@@ -616,7 +616,7 @@ def test_what_the_user_has_in_the_place_of_a_stage_is_never_removed(name: str, t
     theirs = result(work, title).parent / name
     theirs.parent.mkdir(parents=True)
     theirs.write_text("years of work")
-    with pytest.raises(UserError, match=f"in the way of {title}"):
+    with pytest.raises(UserError, match=f"where {title} would write"):
         run(pipeline(work))
     assert theirs.read_text() == "years of work"
 

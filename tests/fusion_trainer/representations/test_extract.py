@@ -241,7 +241,7 @@ def test_texts_longer_than_the_models_context_are_cut_and_counted(world: Path, t
     store = RepresentationStore(tmp_path / "store")
     assert store.manifest["cut_tokens"] == cut > 0
     assert store.manifest["tokens"] == sum(min(90, length) for length in lengths)
-    assert f"{cut:,} tokens lie beyond the model's context" in result.output
+    assert f"{cut:,} tokens are beyond the model's context length" in result.output
     for row, chat in zip(store, CHATS, strict=True):
         assert_row_is_dense(row, dense(short, chat, context=90), k=10)
 
@@ -370,7 +370,7 @@ def test_other_settings_into_the_same_folder_are_refused_with_both_values(
     changed = str(world / value) if setting == "model" else value
     result = run(settings_of(world, "llama", stores["llama"]) | {setting: changed})
     assert result.exit_code == 1
-    assert "is a store of something else" in result.output
+    assert "is a store with other settings" in result.output
     lines = {line.split()[0]: line.split()[1:] for line in result.output.splitlines() if line.startswith("  ")}
     if was is not None:
         assert lines[setting] == [str(value), str(was)]
@@ -390,7 +390,7 @@ def test_another_config_over_the_same_weights_is_another_model(
     (copied / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     result = run(settings_of(world, str(copied), stores["llama"]))
     assert result.exit_code == 1
-    assert "is a store of something else" in result.output
+    assert "is a store with other settings" in result.output
 
 
 def test_an_interrupted_run_resumes_with_smaller_batches(world: Path, tmp_path: Path) -> None:
@@ -595,13 +595,13 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows(
     tiny_sources.new_source("gpt_neox", 300).save_pretrained(folder)
     message = refused(model=str(folder), top_k=top_k)
     assert "300" in message
-    assert "tokenizer and weights do not belong together" in message
+    assert "the tokenizer does not belong to these weights" in message
 
 
 def test_an_output_folder_that_holds_something_else(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("mine")
-    assert "holds something else (`thesis.tex`)" in refused(output=f"{tmp_path}/mine")
+    assert "holds other files (`thesis.tex`)" in refused(output=f"{tmp_path}/mine")
     assert content(tmp_path / "mine") == {"thesis.tex": b"mine"}
 
 
@@ -618,7 +618,7 @@ def test_an_output_below_a_file(refused: Callable[..., str], tmp_path: Path) -> 
 
 def test_the_folder_of_the_model_as_output(refused: Callable[..., str], world: Path) -> None:
     before = sorted(path.name for path in (world / "mistral").iterdir())
-    assert "holds something else" in refused(output=str(world / "mistral"))
+    assert "holds other files" in refused(output=str(world / "mistral"))
     assert sorted(path.name for path in (world / "mistral").iterdir()) == before
 
 

@@ -334,7 +334,7 @@ def test_resuming_writes_only_what_is_missing_and_the_same_bytes(written: Path, 
 def test_a_store_of_something_else_is_left_alone(finish: bool, tmp_path: Path) -> None:
     folder = write_store(tmp_path / "store", rows_of(0, 600), identity_of(600), finish=finish)
     before = content(folder)
-    with pytest.raises(UserError, match=r"is a store of something else") as error:
+    with pytest.raises(UserError, match=r"is a store with other settings") as error:
         StoreWriter(folder, identity_of(600, data="e" * 64, dtype="float32"), FIRST_ROWS).begin()
     differing = [line.split() for line in str(error.value).splitlines()[2:4]]
     assert differing == [["data", "e" * 64, "d" * 64], ["dtype", "float32", "bfloat16"]]
@@ -345,7 +345,7 @@ def test_a_store_of_something_else_is_left_alone(finish: bool, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["model.safetensors", "shard-00000.arrow.txt", "notes.tmp.md"])
 def test_a_folder_that_holds_something_else_is_left_alone(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=f"holds something else.*{name}"):
+    with pytest.raises(UserError, match=f"holds other files.*{name}"):
         StoreWriter(tmp_path, identity_of(600), FIRST_ROWS).begin()
     assert content(tmp_path) == {name: b"mine"}
 
@@ -354,7 +354,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(name: str, tmp_path: P
 @pytest.mark.parametrize("text", ["{", '{"format": "other"}', '{"identity": 3}', "[]", "\xff"])
 def test_a_folder_with_a_manifest_of_another_program_is_left_alone(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(text.encode("latin-1"))
-    with pytest.raises(UserError, match=r"something else|not JSON"):
+    with pytest.raises(UserError, match=r"has another format|not JSON"):
         StoreWriter(tmp_path, identity_of(600), FIRST_ROWS).begin()
     assert content(tmp_path) == {name: text.encode("latin-1")}
 
@@ -518,8 +518,8 @@ def test_verify_finds_any_flipped_bit(copied: Path) -> None:
         (copied / shard).write_bytes(data)
     result = run("store", "verify", copied)
     assert result.exit_code == 1
-    assert "shard-00000.arrow: its SHA-256 is not the manifest's" in result.output
-    assert "shard-00003.arrow: its SHA-256 is not the manifest's" in result.output
+    assert "shard-00000.arrow: its SHA-256 does not match the manifest" in result.output
+    assert "shard-00003.arrow: its SHA-256 does not match the manifest" in result.output
     assert "shard-00001" not in result.output
 
 
@@ -536,7 +536,7 @@ def test_verify_survives_a_shard_of_garbage(fill: bytes, copied: Path) -> None:
 def test_verify_finds_nothing_wrong_with_a_good_store(written: Path) -> None:
     result = run("store", "verify", written)
     assert result.exit_code == 0
-    assert "4 shards, 7 rows, nothing wrong" in result.output
+    assert "4 shards, 7 rows, no problems" in result.output
 
 
 # fusion-trainer store show
@@ -615,7 +615,7 @@ def test_show_refuses_another_tokenizer_and_other_dialogues(extracted: Path, tmp
     store = extracted / "stores" / "source"
     result = run("store", "show", store, "--tokenizer", extracted / "pivot")
     assert result.exit_code == 1
-    assert "does not fit" in result.output
+    assert "does not match what is needed" in result.output
     assert RepresentationStore(store).identity["tokenizer"] in result.output
     tiny_sources.write_sharegpt(tmp_path / "chats.jsonl", [[("Hi!", "Another fox")]])
     prepared = ("--template", "openchat", "--dialogues", tmp_path / "dialogues")

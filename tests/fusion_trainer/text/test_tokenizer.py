@@ -307,7 +307,7 @@ def test_bytes_that_a_vocabulary_lacks_are_passed_over() -> None:
 
 
 def test_a_tokenizer_that_does_not_tell_what_its_tokens_cover_is_refused() -> None:
-    with pytest.raises(UserError, match=r"the tokenizer of org/model \(ByT5Tokenizer\) does not tell which"):
+    with pytest.raises(UserError, match=r"the tokenizer of org/model \(ByT5Tokenizer\) does not report which"):
         TextTokenizer(ByT5Tokenizer(), "org/model")
 
 

@@ -334,7 +334,7 @@ def test_a_model_that_cannot_be_scored_is_an_error(world: World, tmp_path: Path)
     few = tmp_path / "few"
     MODELS["bytes"][1].tokenizer.save_pretrained(few)
     tiny_sources.new_source("llama", 100, **GROUPED).save_pretrained(few)
-    with pytest.raises(UserError, match="tokenizer and weights do not belong together"):
+    with pytest.raises(UserError, match="the tokenizer does not belong to these weights"):
         evaluate(world.config(str(few), tmp_path / "scores.json"))
     assert not (tmp_path / "scores.json").exists()
 

@@ -431,7 +431,12 @@ def test_an_output_folder_that_holds_something_else_is_left_alone(
     before = times(tmp_path)
     message = refused(fusion.config(output))
     assert f"`{output}" in message
-    assert "is a file" in message if what == "a file" else "holds something else" in message
+    reasons = {
+        "a file": "is a file",
+        "fusion.json": "holds something else",
+        "training.json": "holds something else",
+    }
+    assert reasons.get(what, "holds other files") in message
     assert times(tmp_path) == before
 
 
@@ -609,9 +614,9 @@ def test_who_wants_no_checkpoint_has_to_remove_it(fusion: World, tmp_path: Path)
     train(fusion.config(output, training=OFTEN))
     (output / "fusion.json").rename(output / "training.json")  # as if stopped before the end
     message = refused(fusion.config(output, training={**OFTEN, "resume_from_checkpoint": False}))
-    assert (
-        message
-        == f"resume_from_checkpoint is false, and there is `{output / 'checkpoint-3'}`; remove it to begin again"
+    checkpoint = output / "checkpoint-3"
+    assert message == (
+        f"resume_from_checkpoint is false, but the checkpoint `{checkpoint}` exists; remove it to start over"
     )
 
 
@@ -620,7 +625,7 @@ def test_two_trainings_do_not_write_into_one_folder(fusion: World, tmp_path: Pat
     with targets.exclusive(output):
         message = refused(fusion.config(output))
         assert content(output).keys() == {targets.LOCK}
-    assert message == f"another training is at work in `{output}`; give another output_dir, or wait"
+    assert message == f"another training run is writing to `{output}`; give another output_dir, or wait"
     assert not content(output)
     train(fusion.config(output))
 
@@ -659,7 +664,7 @@ def test_a_training_that_diverges_keeps_its_last_sound_checkpoint(fusion: World,
 def test_the_folder_of_the_target_must_be_named(fusion: World, tmp_path: Path) -> None:
     config = fusion.config(tmp_path)
     del config.training["output_dir"]
-    assert "`training` names no output_dir, the folder of the target" in refused(config)
+    assert "`training` has no output_dir; set it to the folder of the target" in refused(config)
 
 
 @pytest.mark.parametrize(
@@ -688,8 +693,8 @@ def test_the_folder_of_the_target_must_be_named(fusion: World, tmp_path: Path) -
         ({"lora": {"target_modules": ["no_such_proj"]}}, "`lora` cannot be used: "),
         ({"lora": {"bias": "most"}}, "`lora` cannot be used: NotImplementedError: Requested bias: most"),
         ({"pivot": "nowhere/at/all"}, "no model folder `nowhere/at/all`"),
-        ({"kind": "none"}, "`aligned_stores` names no store to fuse; for CLM alone set `clm_weight: 1`"),
-        ({**CLM, "dialogues": None}, "no dialogues lie beside the stores; name them with `dialogues`"),
+        ({"kind": "none"}, "`aligned_stores` has no store to fuse; for CLM alone set `clm_weight: 1`"),
+        ({**CLM, "dialogues": None}, "the dialogues are not next to the stores; set `dialogues` to their folder"),
     ],
     ids=lambda value: "",
 )
@@ -927,13 +932,13 @@ def strange(fusion: World, tmp_path_factory: pytest.TempPathFactory) -> Callable
     [
         ("not aligned", ["is not aligned to the pivot; run `fusion-trainer align`"]),
         ("no store", ["stores`"]),
-        ("k", ["does not fit:", "\n  top_k ", "4", "10"]),
-        ("another pivot's tokenizer", ["does not fit:", "\n  tokenizer "]),
-        ("another pivot", ["does not fit:", "\n  weights "]),
-        ("another config", ["does not fit:", "\n  config "]),
-        ("other data", ["does not fit:", "\n  data "]),
-        ("other dialogues", ["does not fit:", "\n  data "]),
-        ("another pivot's store", ["does not fit:", "\n  pivot_store "]),
+        ("k", ["does not match what is needed:", "\n  top_k ", "4", "10"]),
+        ("another pivot's tokenizer", ["does not match what is needed:", "\n  tokenizer "]),
+        ("another pivot", ["does not match what is needed:", "\n  weights "]),
+        ("another config", ["does not match what is needed:", "\n  config "]),
+        ("other data", ["does not match what is needed:", "\n  data "]),
+        ("other dialogues", ["does not match what is needed:", "\n  data "]),
+        ("another pivot's store", ["does not match what is needed:", "\n  pivot_store "]),
     ],
 )
 def test_stores_that_do_not_fit_are_refused_before_anything_is_written(

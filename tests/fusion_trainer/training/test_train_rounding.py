@@ -219,6 +219,6 @@ def test_a_training_is_not_lost_over_what_cannot_be_measured(
             caplog.clear()
             patch.setattr(targets, "_write_target", spoiled)
             target = train(fusion.config(tmp_path / f"of {name}", **CLM, pivot=str(moved), training=LIGHT))
-        assert "it cannot be measured how much of the training 16 bits keep: " in caplog.text
+        assert "cannot measure how much of the training survives in 16 bits: " in caplog.text
         assert rounding_sentence(target) is None
         assert (target / "model.safetensors").read_bytes() == (light / "model.safetensors").read_bytes()

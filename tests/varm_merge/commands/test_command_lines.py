@@ -79,7 +79,7 @@ def test_quiet_shows_no_progress(fusion: World, tmp_path: Path, monkeypatch: pyt
     assert "conversations/s" in loud.stderr
     assert quiet.stderr == ""
     both = CliRunner().invoke(fusion_trainer.cli.main, [*asked, str(tmp_path / "both"), "-q", "-v"])
-    assert (both.exit_code, "exclude each other" in both.stderr) == (2, True)
+    assert (both.exit_code, "--quiet or --verbose, not both" in both.stderr) == (2, True)
 
 
 COMPLETE = """

@@ -138,9 +138,9 @@ def test_the_pivot_is_the_base_model_that_is_not_merged_itself(tmp_path: Path) -
     assert family(both[:1]).pivot == "a"
     assert family(both, "b").targets == ("a", "c")
     other = entries([varm, entry(tmp_path, "o", base_model="q", models=models)], [], None, [], tmp_path)
-    with pytest.raises(UserError, match="the pivot is one of p or q: say with --base"):
+    with pytest.raises(UserError, match="the pivot is one of p or q: give the model"):
         family(other)
-    with pytest.raises(UserError, match="name no base_model: say with --base"):
+    with pytest.raises(UserError, match="name no base_model: give the model"):
         family(both[2:])
 
 
@@ -166,7 +166,7 @@ def test_a_recipe_whose_name_could_be_no_folders_is_refused(name: str, tmp_path:
     out = tmp_path / "out"
     done = CliRunner().invoke(main, ["compare", str(tmp_path / name), "--out", str(out)])
     assert done.exit_code == 1
-    assert "can be no folder of a merged model; rename the file" in done.output
+    assert "cannot be the folder of a merged model; rename the file" in done.output
     assert not (out / "models").exists()
 
 
@@ -185,13 +185,13 @@ def test_recipes_of_one_name_are_named_with_their_folders(tmp_path: Path, monkey
         (["--methods", "tiess", "--base", "p", "--models", "a"], "mergekit knows no method `tiess`", 1),
         (["--methods", "linaer", "--base", "p", "--models", "a"], "no method `linaer`; did you mean `linear`?", 1),
         (["--methods", "xyz", "--base", "p", "--models", "a"], "no method `xyz`; known are arcee_fusion, ", 1),
-        (["--methods", "varm:layers", "--base", "p", "--models", "a"], "`varm:layers` is no method", 1),
+        (["--methods", "varm:layers", "--base", "p", "--models", "a"], "`varm:layers` is not a method", 1),
         (["--methods", "ties", "--models", "a"], "--models needs --base", 1),
         (["--methods", "ties"], "--methods needs models", 1),
-        (["--models", "a"], "--models goes with --methods", 2),
-        (["--template", "chatml"], "--template goes with --held-out", 2),
+        (["--models", "a"], "--models needs --methods", 2),
+        (["--template", "chatml"], "--template needs --held-out", 2),
         (["nowhere.yaml"], "'nowhere.yaml' does not exist", 2),
-        (["--quiet", "--verbose"], "exclude each other", 2),
+        (["--quiet", "--verbose"], "--quiet or --verbose, not both", 2),
     ],
 )
 def test_a_comparison_that_cannot_start_ends_in_a_sentence(
@@ -362,7 +362,7 @@ def test_a_disk_without_room_for_the_models_ends_it_before_the_first_merge(
 def test_two_comparisons_do_not_write_into_one_folder(tmp_path: Path) -> None:
     with (
         exclusive(tmp_path),
-        pytest.raises(UserError, match="another `varm-merge compare` works in"),
+        pytest.raises(UserError, match="another `varm-merge compare` is running in"),
         exclusive(tmp_path),
     ):
         pass
@@ -623,7 +623,7 @@ def test_a_command_that_fails_says_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match=r"exited 3:\nlast words$"):
         measured([sys.executable, "-c", "print('last words'); raise SystemExit(3)"], log=log)
     assert log.read_text() == "before\nlast words\n"
-    with pytest.raises(CommandError, match=r"was ended by signal 9 \(killed; was memory short\?\)"):
+    with pytest.raises(CommandError, match=r"was ended by signal 9 \(killed, perhaps because memory ran out\)"):
         measured([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
     with pytest.raises(CommandError, match="`/nowhere` cannot be started: No such file"):
         measured(["/nowhere"])

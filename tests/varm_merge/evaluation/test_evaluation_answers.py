@@ -352,7 +352,7 @@ def test_another_model_or_setting_for_the_same_file_is_refused(
         done = answer(*arguments)
         assert done.exit_code == 1
         first, *differences = done.output.partition("\nGive another --output")[0].splitlines()
-        assert first == f"Error: `{output}` was begun with other settings:"
+        assert first == f"Error: `{output}` was started with other settings:"
         assert [bool(re.match(f" *{what}", line)) for line in differences[1:]] == [True]
     moved = shutil.copytree(llama, tmp_path / "moved")
     assert answer(moved, questions, output, *name).exit_code == 0
@@ -371,7 +371,7 @@ def test_a_settings_file_of_another_program_is_not_changed(content: str, tmp_pat
     output, settings = tmp_path / "out.jsonl", tmp_path / "out.jsonl.settings.json"
     settings.write_text(content)
     with pytest.raises(
-        UserError, match=r"out\.jsonl\.settings\.json` is not from this program|was begun with other settings"
+        UserError, match=r"out\.jsonl\.settings\.json` is not from this program|was started with other settings"
     ):
         Journal(output, {"format": "varm-merge answers"})
     assert [path.read_text() for path in tmp_path.iterdir()] == [content]
@@ -399,7 +399,7 @@ def test_two_processes_do_not_write_the_same_file(llama: Path, questions: Path, 
         assert done.exit_code == 1
         assert f"`{output}.partial` is being written by another process" in done.output
         journal.keep(81, [["text"]])
-    assert "`tiny.jsonl` was begun with other settings" in answer(llama, questions, output).output.replace(
+    assert "`tiny.jsonl` was started with other settings" in answer(llama, questions, output).output.replace(
         f"{tmp_path}/", ""
     )
     with Journal(output, {"by": "another"}) as journal:
@@ -430,7 +430,7 @@ def test_a_model_without_chat_template_is_reported_and_can_take_one_from_a_file(
     bare = shutil.copytree(llama, tmp_path / "bare", ignore=shutil.ignore_patterns("*.jinja"))
     output, template = tmp_path / "tiny.jsonl", tmp_path / "chat.jinja"
     done = answer(bare, questions, output)
-    assert f"`{bare}` has no chat template; give one by --chat-template FILE" in done.output
+    assert f"`{bare}` has no chat template; give one with --chat-template FILE" in done.output
     # a template without a generation prompt: what it writes before an answer serves as one
     template.write_text(TEMPLATE.partition("{% if")[0])
     done = answer(bare, questions, output, "--chat-template", template)

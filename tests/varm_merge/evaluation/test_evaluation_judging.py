@@ -188,7 +188,7 @@ def test_models_of_one_name_are_refused(bench: Bench) -> None:
     bench.answers.append(twin)
     done = bench.judged("http://127.0.0.1:1/v1")
     assert done.exit_code == 1
-    assert "several files of answers have the name VaRM" in done.output
+    assert "several files of answers are called VaRM" in done.output
 
 
 def test_a_judgment_without_rating_is_kept_as_minus_one_and_counted(bench: Bench) -> None:
@@ -227,7 +227,7 @@ def test_only_missing_judgments_are_requested(bench: Bench) -> None:
         before = bench.output.read_bytes()
         other = bench.judged(server.url)
         assert other.exit_code == 1
-        assert "has judgments of other answers, or by other prompts: 8 of `VaRM`" in other.output
+        assert "has judgments of other answers, or with other prompts: 8 of `VaRM`" in other.output
         assert bench.output.read_bytes() == before
 
 
@@ -326,12 +326,12 @@ def test_an_endpoint_that_takes_no_request_ends_the_run(fault: Fault, bench: Ben
     with serving(rated, [fault] * 99) as server:
         done = bench.judged(server.url, "--concurrency", 2)
         assert done.exit_code == 1
-        assert f"Error: {server.url} takes no request for `the-judge`: {fault.status} not now" in done.output
+        assert f"Error: {server.url} accepts no request for `the-judge`: {fault.status} not now" in done.output
         time.sleep(0.1)
         assert len(server.requests) <= 4
     spent = Fault(429, body={"error": {"message": "no money", "code": "insufficient_quota"}})
     with serving(rated, [spent] * 99) as server:
-        assert "takes no request for `the-judge`: 429 no money" in bench.judged(server.url).output
+        assert "accepts no request for `the-judge`: 429 no money" in bench.judged(server.url).output
 
 
 def test_an_unreachable_server_is_reported(bench: Bench) -> None:
@@ -425,7 +425,7 @@ def test_openais_key_is_sent_to_openai_alone(bench: Bench, monkeypatch: pytest.M
         done = bench.judged(server.url)
         assert done.exit_code == 1
         assert "No key was sent: OPENAI_API_KEY is only used for api.openai.com." in done.output
-        assert "by --judge-key-env, or by --key-env for answers" in done.output
+        assert "with --judge-key-env, or with --key-env for answers" in done.output
         assert server.keys == {"Bearer none"}
         wrong = CliRunner().invoke(main, bench.arguments(server.url, "--yes", *WITH_KEY), env={"JUDGE_KEY": "k"})
         assert "401" in wrong.output
@@ -728,7 +728,7 @@ def test_unfair_comparisons_are_reported(bench: Bench) -> None:
         assert done.exit_code == 1
         assert message in done.output
     write_lines(path, [*rows, {**rows[0], "judge": ["another", "p"]}])
-    assert "of several judges: another, j" in CliRunner().invoke(main, ["evaluate", "results", str(path)]).output
+    assert "from several judges: another, j" in CliRunner().invoke(main, ["evaluate", "results", str(path)]).output
     write_lines(path, [{**rows[0], "score": math.nan}])
     assert "line 1: score: " in CliRunner().invoke(main, ["evaluate", "results", str(path)]).output
     write_lines(path, [{"score": 3}])

@@ -142,7 +142,7 @@ def test_what_cannot_be_inspected_is_reported(mistral: Family, tmp_path: Path) -
     assert "has no varm_weights.json: it was not merged by varm" in refused(tmp_path)
     path = tmp_path / "varm_weights.json"
     path.write_text("{}")
-    assert "is no varm_weights.json of a merge by varm" in refused(path)
+    assert "is not the varm_weights.json of a merge by varm" in refused(path)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(runs.recipe(mistral, granularty="layer").replace("base_model", "base_modle"))
     said = refused(recipe)
@@ -178,7 +178,7 @@ def test_weights_of_a_merge_that_were_damaged_are_a_sentence(
     path.write_text(json.dumps(whole))
     assert inspect(path, QUIET)["units"] == {"recipe": units}
     path.write_text(json.dumps(whole | damage))
-    assert "is no varm_weights.json of a merge by varm" in refused(path)
+    assert "is not the varm_weights.json of a merge by varm" in refused(path)
     units[0]["targets"][str(mistral.targets[0])]["weight"] = float("nan")
     path.write_text(json.dumps(whole))
     assert "contains NaN or Inf" in refused(path)

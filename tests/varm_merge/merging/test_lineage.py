@@ -435,12 +435,12 @@ def test_a_pivot_that_has_moved_is_named(was: str, made: Path, fusion: World, tm
     told["pivot"]["model"] = was
     (target / "fusion.json").write_text(json.dumps(told))
     said = refused(target)
-    assert f"the pivot's folder `{was}` does not exist; give its place with --pivot" in said
+    assert f"the pivot's folder `{was}` does not exist; give its new folder with --pivot" in said
     assert yaml.safe_load(recipe(target, "--pivot", fusion.folder / "pivot").output)["base_model"] == str(
         fusion.folder / "pivot"
     )
     said = refused(target, "--pivot", made / "another pivot")
-    assert "is not the pivot these targets were trained from: its weights differ" in said
+    assert "is not the pivot that these targets were trained from: its weights differ" in said
 
 
 @pytest.mark.slow

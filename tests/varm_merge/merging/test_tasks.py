@@ -259,7 +259,7 @@ def test_an_error_of_mergekit_leaves_no_folder_either(mistral: Family, tmp_path:
     incomplete = shutil.copytree(mistral.targets[1], tmp_path / "incomplete")
     tiny_models.edit(incomplete, lambda tensors: tensors.pop("model.norm.weight"))
     text = runs.recipe(Family(mistral.pivot, (mistral.targets[0], incomplete)), granularity="layer")
-    with pytest.raises(UserError, match=r"has no `model\.norm\.weight`, which mergekit needs"):
+    with pytest.raises(UserError, match=r"has no `model\.norm\.weight`, which mergekit requires"):
         runs.merge(text, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

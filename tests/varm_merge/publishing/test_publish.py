@@ -280,7 +280,7 @@ def test_files_in_parts_arrive_whole(here: Hub, out: Path) -> None:
         (404, "is not on the Hub, or you have no access"),
         (409, "somebody else is changing `user/fused`"),
         (412, "somebody committed to `user/fused`"),
-        (418, "the Hub answered 418"),
+        (418, "the Hub replied with status 418"),
         (429, "the Hub received too many requests: wait some minutes"),
     ],
 )
@@ -684,7 +684,7 @@ WRONG: list[tuple[Callable[[Path], object], str]] = [
     (add("notes.md", f"key: {SECRET}"), "`notes.md`, line 1, seems to contain an API key"),
     (add("notes.md", "AKIA" + "Q2W3" * 4), "`notes.md`, line 1, seems to contain an AWS key"),
     (add("notes.md", "-----BEGIN RSA PRIVATE KEY-----"), "`notes.md`, line 1, seems to contain a private key"),
-    (add("varm_weights.json", "[]"), "`varm_weights.json` does not hold the weights of a merge"),
+    (add("varm_weights.json", "[]"), "`varm_weights.json` does not hold the merge weights of a merge"),
     (add("mergekit_config.yml", "a: ["), "mergekit_config.yml` is not a merge recipe"),
     (
         lambda out: [(out / n).unlink() for n in ("mergekit_config.yml", "varm_weights.json")],

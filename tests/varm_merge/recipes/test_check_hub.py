@@ -173,7 +173,7 @@ def test_a_card_that_names_another_base_model_is_remarked(
     assert messages_of(recipe(), tmp_path / "c", looked) == []
     found = [f"{one.line}: {one.message}" for one in looked.remarks]
     assert bool(found) == remarked
-    assert all(one.startswith("4: the card of `org/one` says that it comes from `") for one in found)
+    assert all(one.startswith("4: the card of `org/one` names `") for one in found)
 
 
 def test_the_card_of_a_folder_is_read_and_of_other_methods_not(mistral: Family, tmp_path: Path, hub: Hub) -> None:
@@ -183,7 +183,7 @@ def test_the_card_of_a_folder_is_read_and_of_other_methods_not(mistral: Family, 
     looked = Looked()
     assert messages_of(content, tmp_path / "c", looked) == []
     (remark,) = looked.remarks
-    assert "comes from `other/base`, and the base_model is" in remark.message
+    assert "names `other/base` as its base model, but the base_model is" in remark.message
     looked = Looked()
     sound = {**content, "merge_method": "task_arithmetic", "parameters": {"weight": 1.0}}
     assert messages_of(sound, tmp_path / "c", looked) == []
@@ -260,7 +260,7 @@ def test_a_hub_that_refuses_is_queried_once_and_what_to_do_is_printed(
     problems = messages_of(recipe(), tmp_path / "c")
     assert len(problems) == 3
     assert all(
-        "Connection refused; `varm-merge check --offline` looks at the recipe alone" in one for one in problems
+        "Connection refused; `varm-merge check --offline` checks only the recipe" in one for one in problems
     )
     assert len(asked) == 1
 

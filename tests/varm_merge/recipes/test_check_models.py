@@ -281,7 +281,7 @@ def test_models_that_do_not_fit_are_distinguished_by_their_headers(mistral: Fami
     for folder, wrong, remarked in (
         (narrow, f"`{DOWN}` has the shape", ""),
         (short, f"{short} has 1 layers, {mistral.pivot} ", ""),
-        (torn, f"`{torn}` has no `{DOWN}`, which mergekit needs of a MistralForCausalLM", ""),
+        (torn, f"`{torn}` has no `{DOWN}`, which mergekit requires for MistralForCausalLM", ""),
         (foreign, f"{foreign} is a LlamaForCausalLM, {mistral.pivot} a MistralForCausalLM", ""),
         (cut, "`tokenizer: {source: base}` brings their tokens into one order", ""),
         (half, "", "have the dtypes BF16 and F32"),

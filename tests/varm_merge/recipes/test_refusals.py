@@ -120,7 +120,8 @@ def test_tensors_that_only_targets_have_are_remarked_on(
     assert check.exit_code == 0
     for index in having:
         expected = (
-            f"only `{models.targets[index - 1]}` has {BIASES}, not {models.pivot}: they are not in the merge"
+            f"`{models.targets[index - 1]}` has {BIASES}, which {models.pivot} does not have: they are left out "
+            "of the merge"
         )
         assert expected in check.output
 
@@ -132,7 +133,7 @@ def test_a_tensor_that_one_target_lacks_is_remarked_on(family: Callable[..., Fam
     tiny_models.edit(target, lambda tensors: tensors.pop(name))
     text = runs.recipe(Family(models.pivot, (target, models.targets[1])), granularity="layer")
     check, _ = both(text, tmp_path / "out")
-    assert f"`{target}` has no `{name}`: merged of the other models alone" in check.output
+    assert f"`{target}` has no `{name}`: merged from the other models only" in check.output
 
 
 def test_a_head_that_the_merge_ties_is_remarked_on(family: Callable[..., Family], tmp_path: Path) -> None:
@@ -242,7 +243,11 @@ def test_layers_that_the_config_cannot_describe_are_refused(tmp_path: Path) -> N
     """Every other layer of this model has experts, by number; in the slices two such layers are neighbours."""
     config = transformers.Llama4TextConfig(**SIZE, **MOE, intermediate_size_mlp=24, moe_layers=[1, 3])
     models = models_of(config, tmp_path)
-    expected = ("layers.5.feed_forward.experts.down_proj", "transformers would drop them", "they would be random")
+    expected = (
+        "layers.5.feed_forward.experts.down_proj",
+        "transformers would drop them",
+        "they would get random values",
+    )
     refused(sliced(models, (0, 3), (1, 4)), tmp_path / "out", *expected, line=4)
 
 
@@ -660,7 +665,7 @@ def test_a_recipe_may_have_any_encoding_of_yaml(encoding: str, mistral: Family, 
 def test_another_encoding_is_a_sentence(mistral: Family, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_bytes(("merge_method: varm\n# für alle\n" + runs.recipe(mistral)).encode("latin-1"))
-    refused(recipe, tmp_path / "out", "the byte 0xfc is no UTF-8", line=2)
+    refused(recipe, tmp_path / "out", "the byte 0xfc is not UTF-8", line=2)
     assert CliRunner().invoke(main, ["inspect", str(recipe)]).exit_code == 1
 
 
@@ -705,7 +710,7 @@ def test_a_chat_template_is_one_and_arrives(lines: list[str], mistral: Family, t
     for template, expected in (
         ("nonsense", "`chat_template` is `nonsense`, neither Jinja nor one of auto, alpaca"),
         ("/no/such/file.jinja", "neither Jinja nor one of"),
-        ("{% for m in messages %}{{ m.content", "`chat_template` is no sound Jinja: "),
+        ("{% for m in messages %}{{ m.content", "`chat_template` is not valid Jinja: "),
     ):
         tiny_models.train_tokenizer(pivot, "the cat sat on the mat")
         refused(runs.recipe(models, f"chat_template: {json.dumps(template)}", *lines), out, expected, line=7)
