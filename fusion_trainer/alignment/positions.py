@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-__all__ = ["CONTAINED", "Pairs", "warping_path", "word_costs"]
+from fusion_trainer.text.tokenizer import Tokens
+
+__all__ = ["CONTAINED", "Pairs", "boundary_pairs", "warping_path", "word_costs"]
 
 CONTAINED = {"fusechat": 1, "fusechat_v2": 10, "fusellm": 10}
 """Cost of an edit, in tenths, if one token contains the other; otherwise an edit costs 10. FuseChat's release of
@@ -33,6 +35,24 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.pivot)
+
+
+def boundary_pairs(pivot: Tokens, source: Tokens) -> Pairs:
+    """Positions of one text whose tokens end at the same byte: there both models have read the same.
+
+    Of several tokens with one end (BOS and an empty token, the pieces of a character) only the last has read up to
+    there. An alignment pairs answer by answer (``pairing.position_pairs``); in a text that is one answer it pairs
+    the same positions, except the last, which predicts nothing.
+    """
+    pivot_last, source_last = _last_at_its_end(pivot.ends), _last_at_its_end(source.ends)
+    _, in_pivot, in_source = np.intersect1d(
+        pivot.ends[pivot_last], source.ends[source_last], assume_unique=True, return_indices=True
+    )
+    return Pairs(pivot_last[in_pivot].astype(np.int32), source_last[in_source].astype(np.int32))
+
+
+def _last_at_its_end(ends: NDArray[np.int32]) -> NDArray[np.intp]:
+    return np.flatnonzero(np.append(ends[1:] != ends[:-1], True)[: len(ends)])
 
 
 def warping_path(pivot: Sequence[str], source: Sequence[str], contained: int = CONTAINED["fusechat"]) -> Pairs:

@@ -7,28 +7,26 @@ Keys that change what is learnt are used, or the row is bad; all other keys that
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
+from fusion_trainer.data.sources import (
+    COLUMNS,
+    CONTENT_KEYS,
+    FORMATS,
+    ID_COLUMNS,
+    ROLE_KEYS,
+    SYSTEM_COLUMNS,
+    TURNS,
+    Source,
+    open_source,
+)
 from varm_common.errors import UserError, listed
 
-__all__ = ["BAD_ROW", "FORMATS", "Conversation", "Message", "Source", "conversations"]
+__all__ = ["BAD_ROW", "FORMATS", "Conversation", "Message", "Source", "conversations", "open_source"]
 
-TURNS = ("conversations", "messages", "conversation")
-FORMATS = {
-    **{column: (column,) for column in TURNS},
-    "prompt/completion": ("prompt", "completion"),
-    "instruction/output": ("instruction", "input", "output", "history"),
-    "text": ("text",),
-}
-"""Each format's columns: lists of turns, prompt and completion, Alpaca, plain text. A row must have those that the
-format's name lists."""
-
-ID_COLUMNS, SYSTEM_COLUMNS = ("id", "conversation_id"), ("system", "system_prompt")
-COLUMNS = (*SYSTEM_COLUMNS, *(column for columns in FORMATS.values() for column in columns))
-ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 CALL_KEYS, REASONING_KEYS = ("tool_calls", "function_call"), ("reasoning_content", "reasoning", "thinking")
 CALL_ROLES, TEXT_PARTS = ("function_call", "tool_call"), ("text", "input_text", "output_text")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
@@ -92,14 +90,6 @@ class Conversation:
 
 class RowError(Exception):
     """The problem of one row, without its place."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """One opened input: what identifies its content, and its rows, each with its name for the user."""
-
-    fingerprint: str
-    rows: Callable[[], Iterator[tuple[str, Any]]]
 
 
 def conversations(

@@ -5,15 +5,37 @@ names no line when a file is broken, so those two are read line by line.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusion_trainer.data.conversations import COLUMNS, CONTENT_KEYS, Source
 from varm_common.errors import UserError
 from varm_common.files import sha256_of
 
-__all__ = ["open_source"]
+__all__ = ["COLUMNS", "FORMATS", "Source", "open_source"]
+
+TURNS = ("conversations", "messages", "conversation")
+FORMATS = {
+    **{column: (column,) for column in TURNS},
+    "prompt/completion": ("prompt", "completion"),
+    "instruction/output": ("instruction", "input", "output", "history"),
+    "text": ("text",),
+}
+"""Each format's columns: lists of turns, prompt and completion, Alpaca, plain text. A row must have those that the
+format's name lists."""
+
+ID_COLUMNS, SYSTEM_COLUMNS = ("id", "conversation_id"), ("system", "system_prompt")
+COLUMNS = (*SYSTEM_COLUMNS, *(column for columns in FORMATS.values() for column in columns))
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One opened input: what identifies its content, and its rows, each with its name for the user."""
+
+    fingerprint: str
+    rows: Callable[[], Iterator[tuple[str, Any]]]
 
 
 def open_source(data: str, *, name: str | None = None, split: str = "train") -> Source:

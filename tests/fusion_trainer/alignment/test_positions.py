@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_zoo import EXACT, FRAGMENTS, MAKERS, NORMALIZING, Kind, boundary_pairs, kind
 
+from fusion_trainer.alignment import positions
 from fusion_trainer.alignment.positions import CONTAINED, Pairs, warping_path, word_costs
 from fusion_trainer.text.tokenizer import Tokens
 
@@ -45,6 +46,7 @@ def pairs_wrong(pivot: Kind, source: Kind, of_pivot: Tokens, of_source: Tokens, 
     known = p.keys() & s.keys()
     true = {(i, j) for end in known if (i := p[end]) is not None and (j := s[end]) is not None}
     found = as_list(boundary_pairs(of_pivot, of_source))
+    assert found == as_list(positions.boundary_pairs(of_pivot, of_source))
     assert len(found) == len(dict(found)) == len({j for _, j in found})  # each position at most once
     assert found == sorted(found)
     assert [j for _, j in found] == sorted(j for _, j in found)
