@@ -284,13 +284,17 @@ def _sentencepiece_surface(name: str) -> bytes:
     return name.replace("▁", " ").encode()
 
 
-@lru_cache(maxsize=8)
 def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> TextTokenizer:
     """The tokenizer of a checkpoint folder.
 
     Raises:
         UserError: There is none, or it does not say which characters its tokens cover.
     """
+    return _loaded(folder.absolute(), name, trust_remote_code)  # a relative path means another after a chdir
+
+
+@lru_cache(maxsize=8)
+def _loaded(folder: Path, name: str, trust_remote_code: bool) -> TextTokenizer:
     from transformers import AutoTokenizer
 
     try:

@@ -523,3 +523,14 @@ def test_an_added_token_that_takes_white_space_with_it_has_read_that_too(kind: s
     assert tokens.ends[-1] == len(text.encode())
     before = int(tokens.ends[tokens.ids.tolist().index(left) - 1])
     assert before == len("e\u0301 日".encode())
+
+
+def test_a_relative_path_is_read_from_the_folder_that_is_current(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    for name, size in (("one", 300), ("other", 400)):
+        train("byte_level_bpe", size=size).save_pretrained(tmp_path / name / "pivot")
+        monkeypatch.chdir(tmp_path / name)
+        sizes.append(len(load_tokenizer(Path("pivot"), "the pivot").surfaces))
+    assert sizes[0] != sizes[1]
