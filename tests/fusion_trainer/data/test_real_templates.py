@@ -1,4 +1,4 @@
-"""What is learnt under the real chat templates of real tokenizers; ``make real`` runs it, with VARM_REAL set.
+"""What is learnt under the real chat templates of real tokenizers; ``make test-real`` runs it, with VARM_REAL set.
 
 The oracle is transformers' own rendering of the generation prompt: an answer begins where that ends, and is what a
 model would have to write from there on, up to the token that ends its turn.

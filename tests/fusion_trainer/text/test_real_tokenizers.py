@@ -1,6 +1,6 @@
-"""Real tokenizers: where their tokens end, what they stand for, what is mapped where. ``make real`` runs it.
+"""Real tokenizers: where their tokens end, what they stand for, what is mapped where. ``make test-real`` runs it.
 
-    VARM_REAL=FOLDER make real
+    VARM_REAL=FOLDER make test-real
 
 FOLDER holds checkpoints, or folders of a tokenizer.json and a tokenizer_config.json each, at any depth of two. The
 oracles are a tokenizer's own names of its tokens, its own decoding, and Python's ``unicodedata``.
