@@ -98,6 +98,9 @@ class PrepareConfig(Settings):
     )
     max_length: int = Field(2048, ge=16)
     """Maximum length of a block (a conversation, or a part of a long one), in pivot tokens."""
+    fit_tokenizers: Annotated[list[str], BeforeValidator(one_or_more)] = []
+    """Folders or Hub ids (`name@revision`) of other models: a block's text is at most max_length tokens of their
+    tokenizers, too. Name the sources whose context is no longer than max_length."""
     packing: bool = True
     """For plain text: put several short documents into one block."""
     dialogues: Path | None = None
@@ -149,7 +152,9 @@ class AlignConfig(Settings):
     warping, as in the papers."""
     dtw_cost: Literal["fusechat", "fusechat_v2", "fusellm"] = "fusechat"
     """For dtw: cost of pairing two tokens if one contains the other. fusechat: 0.1; fusechat_v2, fusellm: 1."""
-    map: Literal["exact", "min_edit_distance", "statistics", "statistics_published", "prefix"] = "prefix"
+    map: Literal["exact", "min_edit_distance", "co_occurrence", "statistics", "statistics_published", "prefix"] = (
+        "prefix"
+    )
     """How ids of the source are mapped to ids of the pivot."""
     most: int = Field(0, ge=0)
     """For statistics: map an id to this many of the pivot's ids that it was paired with most often. 0: only to the

@@ -1,4 +1,4 @@
-"""Conversations → blocks of at most ``max_length`` tokens of the pivot.
+"""Conversations → blocks of at most ``max_length`` tokens of the pivot, and of other tokenizers if they are given.
 
 A block of a dialogue begins with the system turn and holds as many exchanges as fit (paper, appendix A). Every
 block is rendered on its own. Only an exchange that is too long alone is cut, and counted. Short documents of plain
@@ -110,6 +110,7 @@ class Preparation:
         packing: Put several short documents of plain text into one block.
         skipped: If given, conversations that cannot be used are counted here (by ``conversations`` too) instead of
             being an error.
+        others: Tokenizers of other models; a block's text has at most ``max_length`` tokens of each of them, too.
     """
 
     tokenizer: TextTokenizer
@@ -117,6 +118,7 @@ class Preparation:
     max_length: int
     packing: bool = True
     skipped: Counter[str] | None = None
+    others: Sequence[TextTokenizer] = ()
     report: Report = field(default_factory=Report)
     _problems: list[str] = field(default_factory=list)
 
@@ -177,6 +179,14 @@ class Preparation:
         whose = conversation.id, number, conversation.where
         return [Block(*whose, rendered.text, answers, len(tokens), rendered.bos, turns, conversation.tools)]
 
+    def _lengths(self, texts: Sequence[str], tokens: Sequence[Tokens]) -> list[int]:
+        """For each text its number of tokens, with the tokenizer that has most; ``tokens`` are the pivot's."""
+        read = [tokens, *(other.encode(list(texts)) for other in self.others)]
+        return [max(map(len, each)) for each in zip(*read, strict=True)]
+
+    def _fits(self, text: str, tokens: Tokens) -> bool:
+        return len(tokens) <= self.max_length and self._lengths([text], [tokens])[0] <= self.max_length
+
     # Dialogues
 
     def _dialogue(self, conversation: Conversation) -> list[Block]:
@@ -198,7 +208,7 @@ class Preparation:
             return []
         blocks: list[Block] = []
         for turns, rendered, tokens in parts:
-            if len(tokens) > self.max_length:
+            if not self._fits(rendered.text, tokens):
                 rendered, tokens = self._cut(rendered, tokens)
             blocks += self._block(conversation, len(blocks), rendered, tokens, turns)
         if blocks:
@@ -210,7 +220,7 @@ class Preparation:
     def _parts(self, messages: list[Message], tools: Sequence[Any] | None) -> list[Part]:
         """A dialogue whole if it fits, otherwise as many exchanges in each part as fit; each part is rendered."""
         whole = self._render(messages, tools)
-        if len(whole[2]) <= self.max_length:
+        if self._fits(whole[1].text, whole[2]):
             return [whole]
         system, exchanges = _exchanges(messages)
         parts: list[Part] = []
@@ -219,7 +229,7 @@ class Preparation:
                 part = self._render([*system, *exchanges.pop(0)], tools)
                 while exchanges:
                     longer = self._render([*part[0], *exchanges[0]], tools)
-                    if len(longer[2]) > self.max_length:
+                    if not self._fits(longer[1].text, longer[2]):
                         break
                     part = longer
                     exchanges.pop(0)
@@ -253,29 +263,35 @@ class Preparation:
             tokens: The tokens of the whole text.
             room: How many of them may fit; fewer are tried if the piece alone has more tokens.
         """
-        room = max(1, room)
+        room, limit = max(1, room), len(raw)
         while True:
             last = int(np.searchsorted(tokens.ends, start, "right")) + room - 1
-            stop = len(raw) if last >= len(tokens) else int(tokens.ends[last])
+            stop = min(limit, len(raw) if last >= len(tokens) else int(tokens.ends[last]))
             head = raw[start:stop].decode(errors="ignore") or raw[start : start + 4].decode(errors="ignore")[:1]
             again = self.tokenizer.encode([head])[0]
-            if len(again) <= self.max_length or room == 1:
+            if len(again) > self.max_length and room > 1:
+                room = max(1, room - (len(again) - self.max_length))
+                continue
+            readings = [other.encode([head])[0] for other in self.others]
+            ends = [int(read.ends[self.max_length - 1]) for read in readings if len(read) > self.max_length]
+            if not ends or len(head) == 1:
                 return head, again
-            room = max(1, room - (len(again) - self.max_length))
+            limit = min(stop - 1, start + min(ends))
 
     # Documents of plain text, all of which is supervised
 
     def _documents(self, documents: Sequence[Conversation]) -> Iterator[Block]:
-        texts = self.tokenizer.encode([document.text or "" for document in documents])
+        texts = [document.text or "" for document in documents]
+        read = self.tokenizer.encode(texts)
         waiting: list[Conversation] = []
         room = self.max_length
-        for document, tokens in zip(documents, texts, strict=True):
+        for document, tokens, length in zip(documents, read, self._lengths(texts, read), strict=True):
             if len(tokens) < 2:
                 self.report.dropped["no supervised token"] += 1
                 continue
             self.report.kept += 1
-            fits = len(tokens) <= self.max_length
-            size = len(tokens) + len(BETWEEN_DOCUMENTS)
+            fits = length <= self.max_length
+            size = length + len(BETWEEN_DOCUMENTS)
             if waiting and (not fits or not self.packing or size > room):
                 yield from self._packed(waiting)
                 waiting, room = [], self.max_length
@@ -292,7 +308,7 @@ class Preparation:
             return
         text = BETWEEN_DOCUMENTS.join(document.text or "" for document in documents)
         tokens = self.tokenizer.encode([text])[0]
-        if len(tokens) <= self.max_length or len(documents) == 1:
+        if len(documents) == 1 or self._fits(text, tokens):
             yield from self._block(documents[0], 0, _plain(text), tokens)
             return
         for document in documents:

@@ -13,7 +13,7 @@ from fusion_trainer.data.conversations import conversations
 from fusion_trainer.data.dialogues import VERSION, Dialogues, write_dialogues
 from fusion_trainer.data.sources import open_source
 from fusion_trainer.data.templates import find_template
-from fusion_trainer.text.tokenizer import load_tokenizer
+from fusion_trainer.text.tokenizer import TextTokenizer, load_tokenizer
 from varm_common.console import is_quiet
 from varm_common.errors import demand_same
 from varm_common.files import fingerprint
@@ -39,6 +39,7 @@ def prepare(config: PrepareConfig, beside: Path, *, quiet: bool = False) -> Dial
     template = None  # data without turns needs none
     if config.template or tokenizer.tokenizer.chat_template:
         template = find_template(config.template, tokenizer.tokenizer, config.pivot)
+    others = [_tokenizer(model, config.trust_remote_code) for model in config.fit_tokenizers]
     request: dict[str, Any] = {
         "data": [source.fingerprint for source in sources],
         "tokenizer": tokenizer.sha256,
@@ -47,11 +48,12 @@ def prepare(config: PrepareConfig, beside: Path, *, quiet: bool = False) -> Dial
         "packing": config.packing,
         "bad_rows": config.bad_rows,
         "version": VERSION,
+        **({"fit_tokenizers": [other.sha256 for other in others]} if others else {}),
     }
     path = config.dialogues or beside / f"dialogues-{fingerprint(request)[:12]}"
     if not path.exists():
         skipped = Counter[str]() if config.bad_rows == "skip" else None
-        preparation = Preparation(tokenizer, template, config.max_length, config.packing, skipped)
+        preparation = Preparation(tokenizer, template, config.max_length, config.packing, skipped, others)
         rows = conversations(sources, skipped, preparation.report.unused)
         hidden = quiet or is_quiet()
         with tqdm(rows, unit=" conversations", unit_scale=True, disable=hidden, desc="dialogues") as bar:
@@ -67,3 +69,10 @@ def prepare(config: PrepareConfig, beside: Path, *, quiet: bool = False) -> Dial
     if not quiet:
         click.echo(f"{dialogues.folder}\n{dialogues.report}")
     return dialogues
+
+
+def _tokenizer(model: str, code: bool) -> TextTokenizer:
+    """The tokenizer of a folder or a Hub id, which a revision may follow: ``name@revision``."""
+    name, _, revision = (model, "", "") if Path(model).is_dir() else model.partition("@")
+    folder, _ = local_folder(name, revision or None, weights=False, code=code)
+    return load_tokenizer(folder, name, code)

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from fusion_trainer.config import NOT_OF_THE_RESULT, explained, one_or_more
-from fusion_trainer.pipeline.launch import beginning, division
+from fusion_trainer.pipeline.launch import accelerate_config, beginning, division
 from fusion_trainer.pipeline.stage import Stage
 from varm_common.models import is_path
 
@@ -58,7 +58,8 @@ class PipelineConfig(BaseModel):
     evaluate: Settings | None = None
     """Held-out `data`, and settings of `fusion-trainer evaluate`. Default: no evaluation."""
     launch: dict[Literal["extract", "align", "train", "evaluate"], str] = {}
-    """How to start a kind of stage: an accelerate config, or a command to put before `-m`."""
+    """How to start a kind of stage: an accelerate config, or a command to put before `-m`. A source with
+    `device_map` is extracted by one process: an accelerate config does not apply to it."""
     trust_remote_code: bool = False
     """Run Python code from the model repositories."""
 
@@ -154,6 +155,8 @@ class Builder:
         if settings is None:
             return
         launch = {str(key): value for key, value in self.config.launch.items()}.get(kind)
+        if getattr(settings, "device_map", None) and launch and accelerate_config(launch):
+            launch = None  # one process spreads the model over all GPUs
         decisive = _decisive(settings)
         if kind == "train" and (divided := division(launch)):
             decisive["launch"] = divided

@@ -115,6 +115,8 @@ def _build(builder: Builder) -> None:
     template = config.prepare.get("template")
     if isinstance(template, str) and template not in BUILT_IN_TEMPLATES and not Path(template).is_file():
         builder.wrong("prepare.template", f"no file `{template}`, and none of {', '.join(BUILT_IN_TEMPLATES)}")
+    for model in builder.texts("prepare.fit_tokenizers", config.prepare.get("fit_tokenizers")):
+        builder.check_model("prepare.fit_tokenizers", model)
     _add_prepare(builder, "dialogues", "data", config.data)
     names = _add_extractions(builder)
     for name in names:

@@ -381,6 +381,44 @@ def test_short_documents_are_packed_into_blocks_with_a_blank_line_between(kind: 
     assert [block.conversation for block in alone] == [f"d{n}" for n in range(40)]
 
 
+@property_test
+@given(st.sampled_from(KINDS), st.sampled_from(KINDS), st.text(max_size=150))
+def test_a_document_fits_every_tokenizer_that_is_named(kind: str, other: str, text: str) -> None:
+    text = f"Text {text} the lazy dog. A lazy dog!"
+    for packing in (False, True):
+        blocks = prepared([document(0, text)], kind, max_length=24, others=[tokenizer_of(other)], packing=packing)
+        check_nothing_is_lost(kind, blocks, text)
+        longest = [max(pivot_tokens(one, block.text) for one in (kind, other)) for block in blocks]
+        assert max(longest) <= 24
+        assert min(longest[:-1], default=24) > 8  # nor is a piece much shorter than it may be
+
+
+def test_packed_documents_fit_every_tokenizer_that_is_named() -> None:
+    texts = [f"Document {n}. {'the lazy dog ' * (n % 4)}" for n in range(40)]
+    documents = [document(n, text) for n, text in enumerate(texts)]
+    blocks = prepared(documents, "byte_level_bpe", max_length=64, others=[tokenizer_of("unigram")])
+    assert "\n\n".join(block.text for block in blocks) == "\n\n".join(texts)
+    assert len(blocks) < len(texts)
+    assert 40 < max(pivot_tokens("unigram", block.text) for block in blocks) <= 64
+
+
+def test_dialogues_are_split_where_another_tokenizer_needs_it() -> None:
+    pivot, other = "byte_level_bpe", "unigram"  # 3 and 10 tokens for each "the lazy dog"
+    conversation = dialogue(0, *("Who sleeps?", "the lazy dog " * 5) * 6)
+    room = pivot_tokens(other, chatml(conversation.messages[:4]))
+    assert pivot_tokens(pivot, chatml(conversation.messages[:6])) <= room
+    alone = prepared([conversation], pivot, max_length=room)
+    both = prepared([conversation], pivot, max_length=room, others=[tokenizer_of(other)])
+    assert [len(block.spans) for block in both] == [2, 2, 2]
+    assert len(alone) < 3
+    assert supervised(both) == supervised(alone) == answers(conversation)
+    (cut,) = prepared(
+        [dialogue(1, "Hi.", "the lazy dog " * 99)], pivot, max_length=96, others=[tokenizer_of(other)]
+    )
+    assert 84 < pivot_tokens(other, cut.text) <= 96
+    assert pivot_tokens(pivot, cut.text) < 48
+
+
 def test_a_document_of_one_token_that_nothing_precedes_is_dropped_and_counted() -> None:
     work = preparation("byte_level_bpe", packing=False)
     blocks = list(work.blocks([document(0, "Hello, how are you?"), document(1, "a"), document(2, "I am fine.")]))

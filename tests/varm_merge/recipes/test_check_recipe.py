@@ -71,6 +71,8 @@ def test_the_published_merges_are_shipped_at_every_granularity() -> None:
     assert {f"fusechat_7b_v1_varm_{g}" for g in ("model", "layer", "module", "matrix", "parameter")} <= names
     assert {f"fusechat_7b_v1_{m}" for m in ("linear", "slerp", "task_arithmetic", "ties", "dare")} <= names
     assert {f"fusechat_7b_v2_{m}" for m in ("sce", "linear", "task_arithmetic", "ties", "dare")} <= names
+    merges = ("qwq", "qwq_skyt1", "qwq_skyt1_flash", "qwen25_instruct", "qwen25_coder")
+    assert {f"fuseo1_r1_{m}" for m in merges} <= names
 
 
 @pytest.mark.parametrize(
