@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from fusion_trainer.alignment import pair_counts
 from fusion_trainer.alignment.align_row import align_row
+from fusion_trainer.alignment.co_occurrence import BLOCKS, Neighbours, count_neighbours
 from fusion_trainer.alignment.coverage import coverage, mass_by_id
 from fusion_trainer.alignment.pair_counts import Corpus, count, load_counts, save_counts
 from fusion_trainer.alignment.pairing import read_blocks
@@ -42,8 +43,10 @@ from varm_common.saved_arrays import path_of
 
 __all__ = ["align"]
 
-FROM_CORPUS = ("min_edit_distance", "statistics", "statistics_published")
+FROM_CORPUS = ("min_edit_distance", "co_occurrence", "statistics", "statistics_published")
 """Maps that depend on the data."""
+FROM_PAIRS = ("statistics", "statistics_published")
+"""Maps that depend on which tokens were paired."""
 BLOCKS_AT_ONCE = 64
 """Blocks that a process counts in one go."""
 KEPT_EVERY = 4096
@@ -129,11 +132,19 @@ def _saved_map(sides: Sides) -> SavedMap:
     }
     if config.map in FROM_CORPUS:
         identity |= {"data": sides.dialogues.fingerprint, "reading": sides.source_store.identity["reading"]}
-    if config.map in FROM_CORPUS[1:]:
+    if config.map in FROM_PAIRS:
         identity |= {"contained": sides.contained, "most": config.most}
 
     def build() -> VocabularyMap:
-        return build_map(config.map, sides.source, sides.pivot, lambda: _corpus(sides), config.most, sides.ends)
+        return build_map(
+            config.map,
+            sides.source,
+            sides.pivot,
+            lambda: _corpus(sides),
+            config.most,
+            sides.ends,
+            lambda: _neighbours(sides),
+        )
 
     return saved_map(sides.maps, identity, _places(sides), build)
 
@@ -164,6 +175,13 @@ def _corpus(sides: Sides) -> Corpus:
     assert total is not None
     sides.corpus = total
     return total
+
+
+def _neighbours(sides: Sides) -> Neighbours:
+    """Counts over some blocks that are spread over all dialogues."""
+    step = -(-len(sides.dialogues) // BLOCKS)
+    blocks = [sides.dialogues[number] for number in range(0, len(sides.dialogues), step)]
+    return count_neighbours(blocks, sides.source_reader, sides.pivot_reader)
 
 
 def _count_blocks(sides: Sides, start: int) -> tuple[int, Corpus]:

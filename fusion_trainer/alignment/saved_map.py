@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from fusion_trainer.alignment import vocabulary
+from fusion_trainer.alignment.co_occurrence import Neighbours, co_occurrence
 from fusion_trainer.alignment.pair_counts import Corpus
 from fusion_trainer.alignment.vocabulary import Ends, Method, Vocabularies, VocabularyMap
 from fusion_trainer.text.tokenizer import TextTokenizer
@@ -30,10 +31,12 @@ def build_map(
     corpus: Callable[[], Corpus],
     most: int = 0,
     ends: Ends | None = None,
+    neighbours: Callable[[], Neighbours] | None = None,
 ) -> VocabularyMap:
     """A map by one of the methods; if the tokenizers agree, ids map to themselves whatever the method.
 
-    ``corpus`` counts over the data, and is called only for methods that need that. ``most`` is for ``statistics``.
+    ``corpus`` and ``neighbours`` count over the data, and are called only for methods that need that. ``most`` is
+    for ``statistics``, ``neighbours`` for ``co_occurrence``.
 
     Raises:
         UserError: No token of text would have an image.
@@ -47,6 +50,9 @@ def build_map(
             made = vocabulary.prefix(both)
         elif method == "min_edit_distance":
             made = vocabulary.min_edit_distance(both, dict(enumerate(corpus().frequency.tolist())))
+        elif method == "co_occurrence":
+            assert neighbours is not None
+            made = co_occurrence(both, neighbours(), dict(enumerate(corpus().frequency.tolist())))
         elif method == "statistics_published":
             made = vocabulary.statistics_published(both, corpus().pairs)
         else:

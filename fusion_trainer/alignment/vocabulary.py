@@ -4,6 +4,7 @@
 |---|---|
 | ``exact`` | the pivot's token of the same bytes, if there is one (EM) |
 | ``min_edit_distance`` | exact if it exists, else the nearest token by edit distance (MinED, FuseLLM) |
+| ``co_occurrence`` | the same, but of equally near tokens the one with the most similar neighbours (FuseLLM) |
 | ``statistics`` | the tokens it was paired with over the corpus (MS, as in FuseChat's paper) |
 | ``statistics_published`` | the same, as FuseChat's release does it |
 | ``prefix`` | the first token the pivot reads its text as: what the pivot has to predict next |
@@ -38,12 +39,13 @@ __all__ = [
     "exact",
     "identical",
     "min_edit_distance",
+    "nearest",
     "prefix",
     "statistics",
     "statistics_published",
 ]
 
-Method = Literal["exact", "min_edit_distance", "statistics", "statistics_published", "prefix"]
+Method = Literal["exact", "min_edit_distance", "co_occurrence", "statistics", "statistics_published", "prefix"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 RULES = 3
@@ -167,28 +169,30 @@ def min_edit_distance(both: Vocabularies, frequency: Mapping[int, int] | None = 
     the pivot's ids), then the one with the lowest id.
     """
     images = both.same(both.text | both.marks)
-    counts = frequency or {}
-    candidates: dict[str, int] = {}
-    for token in sorted(both.pivot_text, key=lambda token: (-counts.get(token, 0), token)):
-        candidates.setdefault(both.pivot.words[token], token)
-    rest = {token: both.source.words[token] for token in both.text - images.keys()}
-    nearest = _nearest(rest.values(), candidates)
-    images |= {token: nearest[word] for token, word in rest.items() if nearest}
+    images |= {token: tied[0] for token, tied in nearest(both, frequency)}
     return both.map(images | both.functions, "min_edit_distance")
 
 
-def _nearest(words: Iterable[str], candidates: Mapping[str, int]) -> dict[str, int]:
-    """For each word, the id of the candidate with the least edit distance; the first of equal ones."""
-    words, others, ids = list(dict.fromkeys(words)), list(candidates), list(candidates.values())
-    nearest: dict[str, int] = {}
-    if not others:
-        return nearest
-    rows = max(1, CELLS_AT_ONCE // len(others))
-    for start in range(0, len(words), rows):
+def nearest(both: Vocabularies, frequency: Mapping[int, int] | None = None) -> Iterator[tuple[int, list[int]]]:
+    """For each of the source's ids of text without an equal: the pivot's ids with the least edit distance.
+
+    The first one is the most frequent in the corpus; of equally frequent ones it is the lowest.
+    """
+    counts = frequency or {}
+    candidates: dict[str, list[int]] = {}
+    for token in sorted(both.pivot_text, key=lambda token: (-counts.get(token, 0), token)):
+        candidates.setdefault(both.pivot.words[token], []).append(token)
+    tokens: dict[str, list[int]] = {}
+    for token in both.text - both.same(both.text).keys():
+        tokens.setdefault(both.source.words[token], []).append(token)
+    words, others, spelt = list(tokens), list(candidates), list(candidates.values())
+    rows = max(1, CELLS_AT_ONCE // max(1, len(others)))
+    for start in range(0, len(words) if others else 0, rows):
         some = words[start : start + rows]
         distances = cdist(some, others, scorer=Levenshtein.distance, dtype=np.uint16, workers=-1)
-        nearest |= {word: ids[best] for word, best in zip(some, distances.argmin(1).tolist(), strict=True)}
-    return nearest
+        for word, row, least in zip(some, distances, distances.min(1), strict=True):
+            tied = [token for place in np.flatnonzero(row == least).tolist() for token in spelt[place]]
+            yield from ((token, tied) for token in tokens[word])
 
 
 def statistics(both: Vocabularies, counts: csr_array, most: int = 0) -> VocabularyMap:

@@ -1,5 +1,6 @@
 """Which ids of the pivot an id of the source stands for: small vocabularies by hand, others by brute force."""
 
+import math
 import random
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from fusion_trainer.alignment import vocabulary
+from fusion_trainer.alignment.co_occurrence import Neighbours, co_occurrence, count_neighbours
 from fusion_trainer.alignment.coverage import coverage
 from fusion_trainer.alignment.pair_counts import Corpus, count, load_counts, save_counts
 from fusion_trainer.alignment.positions import CONTAINED
@@ -265,6 +267,30 @@ def test_the_published_statistics_take_a_pair_seen_once_for_nearer_than_one_seen
     assert images(vocabulary.statistics(Vocabularies(source, pivot), table))[token] == {theirs["ax"]: 1.0}
 
 
+def test_of_equally_near_tokens_the_one_with_similar_neighbours_is_the_image() -> None:
+    """ "ax" and "ay" are as near to "ab". The neighbours decide, and where there are none the frequency."""
+    source, pivot = byte_level(["a", "b", "c", "d", "ab"]), sentencepiece(["c", "d", "x", "ax", "ay"])
+    s, p = ids(source), ids(pivot)
+    theirs = np.zeros((6, 6), np.int64)
+    theirs[p["ax"], p["c"]], theirs[p["ax"], p["d"]], theirs[p["ay"], p["d"]] = 900, 100, 1
+    theirs[p["ay"], p["x"]] = 9  # the image of none of the source's tokens
+    for beside, most_frequent, expected in [
+        ({"c": 1}, "ay", "ax"),
+        ({"d": 7}, "ax", "ay"),
+        ({"c": 1, "d": 1}, "ay", "ax"),  # cosines 0.78 and 0.71
+        ({"c": 1, "d": 2}, "ax", "ay"),  # 0.54 and 0.89
+        ({}, "ax", "ax"),
+        ({}, "ay", "ay"),
+    ]:
+        ours = np.zeros((5, 5), np.int64)
+        for word, number in beside.items():
+            ours[s["ab"], s[word]] = number
+        neighbours = Neighbours(csr_array(ours), csr_array(theirs))
+        made = co_occurrence(Vocabularies(source, pivot), neighbours, {p[most_frequent]: 5})
+        assert images(made)[s["ab"]] == {p[expected]: 1.0}, beside
+        assert images(made)[s["c"]] == {p["c"]: 1.0}
+
+
 # Tokens that are no text
 
 
@@ -276,7 +302,10 @@ def everything_paired(source: TextTokenizer, pivot: TextTokenizer) -> Corpus:
 
 def mapped(method: vocabulary.Method, source: TextTokenizer, pivot: TextTokenizer, ends: Ends = NO_ENDS) -> Images:
     """The map of a corpus in which every token was paired with every other."""
-    return images(build_map(method, source, pivot, lambda: everything_paired(source, pivot), 0, ends))
+    corpus = everything_paired(source, pivot)
+    sizes = corpus.pairs.shape
+    neighbours = Neighbours(*(csr_array(np.ones((size, size), np.int64)) for size in sizes))
+    return images(build_map(method, source, pivot, lambda: corpus, 0, ends, lambda: neighbours))
 
 
 LIKE_SPECIAL = [*"<>eospad ", "<e", "<eo", "<eos", "<eos>", "<s", "<s>", " e", "os", " eos"]
@@ -535,10 +564,63 @@ def test_statistics_are_what_a_table_of_counts_gives(source: str, pivot: str, mo
     assert made == {token: pytest.approx(row, rel=1e-6) for token, row in expected.items()}
 
 
-def count_texts(some: list[str], source: TextTokenizer, pivot: TextTokenizer, contained: int | None) -> Corpus:
+@pytest.mark.parametrize(("source", "pivot"), [("gpt2", "llama"), ("gpt2", "unigram")])
+def test_co_occurrence_is_what_the_loops_of_the_release_give(source: str, pivot: str) -> None:
+    """Of the tokens nearest to one of the source's, the one with the highest cosine of their neighbours."""
+    ours, theirs = kind(source), kind(pivot)
+    some = tokenizer_zoo_texts()
+    both = Vocabularies(ours.reader, theirs.reader)
+    neighbours = count_neighbours(
+        text_blocks(some), Reader(ours.reader, DIALOGUES), Reader(theirs.reader, DIALOGUES)
+    )
+    near_s, near_p = (neighbours_by_loops(one, some) for one in (ours, theirs))
+    assert images(neighbours.source) == near_s
+    assert images(neighbours.pivot) == near_p
+    default = images(vocabulary.min_edit_distance(both))
+    made = images(co_occurrence(both, neighbours))
+    exact, special = exact_by_brute_force(source, pivot), by_function(source, pivot)
+    common = {image for token, row in default.items() if token not in special for image in row}
+    changed = 0
+    for token in made:
+        if token in special or token in exact or token not in near_s:
+            assert made[token] == default[token]
+            continue
+        far = {p: edits(word_of(ours, token), word_of(theirs, p)) for p in theirs.text}
+        tied = [p for p in sorted(far) if far[p] == min(far.values())]
+        row: Counter[int] = Counter()
+        for other, number in near_s[token].items():
+            row.update({image: number for image in default.get(other, ()) if other not in special})
+        cosines = {}
+        for p in tied:
+            its = {other: number for other, number in near_p.get(p, {}).items() if other in common}
+            length = math.sqrt(sum(number**2 for number in its.values())) or 1.0
+            cosines[p] = sum(row[other] * number for other, number in its.items()) / length
+        (image,) = made[token]
+        assert cosines[image] == pytest.approx(max(cosines.values()), rel=1e-12)
+        changed += made[token] != default[token]
+    assert changed > 2
+
+
+def neighbours_by_loops(one: Kind, some: list[str]) -> Images:
+    """FuseLLM's loops, with window 5, over the tokens of text that follow another."""
+    rows: dict[int, Counter[int]] = {}
+    for tokens in one.reader.encode(some):
+        row = tokens.ids[max(1, np.count_nonzero(tokens.ends == 0)) :].tolist()
+        for i, token in enumerate(row):
+            for j in range(max(0, i - 5), min(i + 5, len(row))):
+                if i != j:
+                    rows.setdefault(token, Counter())[row[j]] += 1
+                    rows.setdefault(row[j], Counter())[token] += 1
+    return {token: dict(row) for token, row in rows.items()}
+
+
+def text_blocks(some: list[str]) -> list[Block]:
     """Each text one answer."""
-    blocks = [Block("", n, "", text, (whole_text(len(text.encode())),), 0) for n, text in enumerate(some)]
-    return count(blocks, Reader(source, DIALOGUES), Reader(pivot, DIALOGUES), contained)
+    return [Block("", n, "", text, (whole_text(len(text.encode())),), 0) for n, text in enumerate(some)]
+
+
+def count_texts(some: list[str], source: TextTokenizer, pivot: TextTokenizer, contained: int | None) -> Corpus:
+    return count(text_blocks(some), Reader(source, DIALOGUES), Reader(pivot, DIALOGUES), contained)
 
 
 @cache
@@ -596,7 +678,14 @@ def test_rows_sum_to_one_or_are_empty(method: vocabulary.Method, source: str, pi
     ours, theirs = kind(source).reader, kind(pivot).reader
     for most in (0, 4):
         made = build_map(
-            method, ours, theirs, lambda: count_texts(tokenizer_zoo_texts(), ours, theirs, None), most
+            method,
+            ours,
+            theirs,
+            lambda: count_texts(tokenizer_zoo_texts(), ours, theirs, None),
+            most,
+            neighbours=lambda: count_neighbours(
+                text_blocks(tokenizer_zoo_texts()), *(Reader(one, DIALOGUES) for one in (ours, theirs))
+            ),
         )
         assert made.method == method
         assert made.matrix.shape == (max(ours.surfaces) + 1, max(theirs.surfaces) + 1)
