@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.sparse import coo_array, csr_array
 
 from fusion_trainer.alignment.pairing import Read, read_blocks
@@ -51,14 +52,13 @@ def _neighbours(blocks: Sequence[Read], size: int) -> csr_array:
     """
     contents = [(block, block.places.content(answer.turn)) for block in blocks for answer in block.answers]
     texts = [block.tokens.ids[at[0] + 1 : at[-1] + 2] for block, at in contents if len(at)]
-    firsts, seconds, counts = ([np.empty(0, np.int64)] for _ in range(3))
+    pairs: list[NDArray[np.int64]] = [np.empty((3, 0), np.int64)]
     for ids in texts:
         for distance in range(1, min(WINDOW, len(ids) - 1) + 1):
-            firsts.append(ids[:-distance])
-            seconds.append(ids[distance:])
-            counts.append(np.full(len(ids) - distance, 1 if distance == WINDOW else 2))
-    places = np.concatenate(firsts), np.concatenate(seconds)
-    return csr_array(coo_array((np.concatenate(counts), places), shape=(size, size)))
+            counts = np.full(len(ids) - distance, 1 if distance == WINDOW else 2)
+            pairs.append(np.stack([ids[:-distance], ids[distance:], counts]))
+    firsts, seconds, numbers = np.concatenate(pairs, axis=1)
+    return csr_array(coo_array((numbers, (firsts, seconds)), shape=(size, size)))
 
 
 def co_occurrence(
