@@ -175,11 +175,11 @@ def _demand_units(units: Sequence[Mapping[str, Any]], targets: Sequence[str]) ->
 
 def _measure(tensor: planning.PlannedTensor, tally: rounding.Tally) -> Iterator[_Measured]:
     """The sums of a tensor, or of each expert's matrix in it."""
-    group = tensor.load()
+    settings = tensor.settings
+    group = None if settings.keep_pivot else tensor.load()
     if group is None:
         return
     tally.add(group)
-    settings = tensor.settings
     for name, part, _ in method.parts_of(group, replace(settings, granularity="matrix"), tensor.layout):
         assert part.base is not None
         pivot, targets = part.base.tensor, [target.tensor for target in part.non_base]

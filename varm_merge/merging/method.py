@@ -80,6 +80,7 @@ SPEC = MergeMethodSpec(
         _parameter("temperature", Annotated[_FiniteFloat, Field(gt=0)], "of the softmax"),
         _parameter("select_topk", Annotated[_FiniteFloat, Field(gt=0, le=1)], "fraction of elements kept (SCE)"),
         _parameter("erase_minority", bool, "drop deltas against the summed delta's sign (SCE)"),
+        _parameter("keep_pivot", bool, "copy the tensor from the pivot"),
     ),
     contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2, min_non_base=1),
     optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
@@ -181,6 +182,11 @@ def _merge(
     """Merge one tensor, and record its weights where it is a unit of its own."""
     pivot, name = group.base.tensor, str(group.metadata.name)
     out = torch.empty(pivot.shape, dtype=out_dtype, device=pivot.device)
+    if settings.keep_pivot:
+        if not bool(torch.isfinite(pivot).all()):
+            raise _nonfinite(group)
+        refuse_overflow(name, out.copy_(pivot), dtype)
+        return out
     parts = parts_of(group, settings, unit.layout)
     merged = [_merge_part(part, settings, unit, cut(out)) for _, part, cut in parts]
     if unit.log is not None and unit.statistics is None:

@@ -32,7 +32,10 @@ SPANNING: frozenset[Granularity] = frozenset({"model", "layer", "module"})
 
 @dataclass(frozen=True)
 class Settings:
-    """The parameters of ``varm`` for one tensor, after mergekit's filters were resolved."""
+    """The parameters of ``varm`` for one tensor, after mergekit's filters were resolved.
+
+    A tensor with ``keep_pivot`` is not merged. It is a unit of its own, without weights.
+    """
 
     granularity: Granularity = "matrix"
     statistic: Statistic = "square"
@@ -40,8 +43,11 @@ class Settings:
     temperature: float = 1.0
     select_topk: float = 1.0
     erase_minority: bool = False
+    keep_pivot: bool = False
 
     def __post_init__(self) -> None:
+        if self.keep_pivot:
+            object.__setattr__(self, "granularity", "matrix")
         assert self.granularity in get_args(Granularity)
         assert self.temperature > 0
         assert 0 < self.select_topk <= 1

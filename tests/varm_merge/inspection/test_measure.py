@@ -75,8 +75,9 @@ def test_at_every_granularity_the_weights_are_those_of_the_merge(
         {"statistic": "abs", "normalization": "softmax", "temperature": 0.5, "granularity": "layer"},
         {"select_topk": 0.3, "erase_minority": True},
         {"select_topk": 0.3, "erase_minority": True, "granularity": "parameter"},
+        {"keep_pivot": [{"filter": "mlp", "value": True}, {"value": False}], "granularity": "layer"},
     ],
-    ids=["filters", "softmax", "sce", "sce of elements"],
+    ids=["filters", "softmax", "sce", "sce of elements", "kept"],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_recipes_own_weights_are_those_of_its_merge(

@@ -1,8 +1,9 @@
 """A ``mergekit-yaml`` run with ``merge_method: varm`` writes what the paper's formula says, and only that."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracle
@@ -106,6 +107,27 @@ def test_filters_give_tensors_different_granularities(mistral: Family, tmp_path:
     assert found["model.layers.0.mlp"] == "module"
     assert found["model.layers.1.self_attn.q_proj.weight"] == "matrix"
     assert found["model"] == "model"
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer", "matrix", "parameter"])
+def test_a_tensor_that_keeps_the_pivot_is_copied_and_belongs_to_no_unit(
+    granularity: str, mistral: Family, tmp_path: Path
+) -> None:
+    kept = ["embed_tokens", "layers.1.mlp"]
+    keep = [*({"filter": part, "value": True} for part in kept), {"value": False}]
+    merged = runs.merge(runs.recipe(mistral, granularity=granularity, keep_pivot=keep), tmp_path)
+    pivot = runs.checkpoint(mistral.pivot)
+    same = {name for name in pivot if any(part in name for part in kept)}
+    assert 1 < len(same) < len(pivot)
+    written = runs.arrays(merged.tensors)
+    assert all(np.array_equal(written[name], pivot[name]) for name in same)
+
+    def others(tensors: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: tensor for name, tensor in tensors.items() if name not in same}
+
+    targets = {target: others(runs.checkpoint(target)) for target in mistral.targets}
+    rest = runs.Merged(merged.folder, others(merged.tensors), merged.log)
+    runs.assert_oracle(rest, others(pivot), targets, None if granularity == "parameter" else UNITS[granularity])
 
 
 def test_a_list_spreads_granularities_over_the_depth(mistral: Family, tmp_path: Path) -> None:

@@ -40,6 +40,16 @@ def test_a_state_dict_merges_like_the_formula(
     assert_merged_like_the_oracle(family(), granularity, **options)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_what_keeps_the_pivot_is_the_pivot_to_the_bit_and_still_refuses_nan(granularity: Granularity) -> None:
+    models = family()
+    merged = merge(models, granularity=granularity, keep_pivot=True)
+    assert all_bits(merged) == all_bits(models[0])
+    next(iter(models[0].values())).reshape(-1)[0] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN in tensor .* of the pivot"):
+        merge(models, granularity=granularity, keep_pivot=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("erase_minority", [False, True])
 @pytest.mark.parametrize("select_topk", [0.001, 0.35, 1.0])
