@@ -383,6 +383,23 @@ def test_other_data_template_or_tokenizer_in_the_same_folder_is_refused(tmp_path
         assert f"\n  {key} " in other.output
 
 
+def test_blocks_fit_the_tokenizers_of_other_models_which_are_part_of_the_request(
+    tmp_path: Path, pivot: Path
+) -> None:
+    data = jsonl(tmp_path / "chats.jsonl", [chat("Who sleeps?", "the lazy dog " * 40)])
+    shared("unigram").save_pretrained(tmp_path / "other")
+    folder, flags = tmp_path / "dialogues", ["--max-length", "256", "--fit-tokenizers", str(tmp_path / "other")]
+    assert prepare(data, pivot, "--dialogues", str(folder), *flags).exit_code == 0
+    (block,) = Dialogues(folder)
+    longest = len(shared("unigram")(block.text).input_ids)
+    assert block.tokens < 220 < longest <= 256
+    without = prepare(data, pivot, "--dialogues", str(folder), *flags[:2])
+    assert without.exit_code == 1
+    assert "\n  fit_tokenizers " in without.output
+    missing = prepare(data, pivot, "--fit-tokenizers", "./nowhere@main", "--dialogues", str(tmp_path / "none"))
+    check_refused(missing, tmp_path / "none", "./nowhere")
+
+
 def test_without_a_folder_named_each_request_gets_its_own(
     tmp_path: Path, pivot: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

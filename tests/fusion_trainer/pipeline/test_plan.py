@@ -69,7 +69,7 @@ sources:
     max_length: 128
   - {name: third}
   - {name: a/b, model: ./mistral}
-prepare: {template: openchat, max_lenght: 256}
+prepare: {template: openchat, max_lenght: 256, fit_tokenizers: ./lost}
 extract: {top_k: 0, model: ./x}
 align: {map: best, output: here}
 train:
@@ -124,9 +124,10 @@ ALL_WRONG = {
 }
 """A problem of each line; some have two."""
 AND = {
+    11: "prepare.fit_tokenizers: no model folder `./lost`",
     10: "sources[3]: `./mistral` has no chat template: set `template` to pivot, openchat, ",
     12: "extract.top_k: `top_k` cannot be 0: Input should be greater than or equal to 1",
-    13: "align.map: `map` cannot be 'best': Input should be 'exact', 'min_edit_distance', 'statistics', 'st",
+    13: "align.map: `map` cannot be 'best': Input should be 'exact', 'min_edit_distance', 'co_occurrence', ",
     20: "targets.bytes.sources_: unknown setting `sources_`;",
     30: "merges.weighed.models: is set by the pipeline itself; name `targets`",
     32: "evaluate.dtype: `dtype` cannot be 'float8': Input should be 'auto', 'bfloat16', 'float16' or 'float32'",
