@@ -10,13 +10,9 @@ import click
 
 from varm_common.console import talks
 from varm_common.tables import show
+from varm_merge.commands.task_flags import comma_separated, task_flags
 
 __all__ = ["compare"]
-
-
-def _listed(_context: click.Context, _parameter: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
-    """Comma-separated, given once or several times."""
-    return tuple(dict.fromkeys(name.strip() for argument in given for name in argument.split(",") if name.strip()))
 
 
 @click.command()
@@ -25,35 +21,16 @@ def _listed(_context: click.Context, _parameter: click.Parameter, given: tuple[s
 @click.option(
     "--methods",
     multiple=True,
-    callback=_listed,
+    callback=comma_separated,
     help="Merge methods, comma-separated; varm:GRANULARITY is VaRM at that granularity.",
 )
 @click.option("--base", help="The pivot, for --methods or if the recipes do not name it.")
 @click.option(
-    "--models", multiple=True, callback=_listed, help="Targets for --methods, comma-separated or repeated."
+    "--models", multiple=True, callback=comma_separated, help="Targets for --methods, comma-separated or repeated."
 )
 @click.option("--held-out", multiple=True, help="Chats or text to score on: JSONL, Parquet or a Hub id.")
 @click.option("--template", help="Chat template for --held-out. Default: the pivot's.")
-@click.option("--tasks", multiple=True, callback=_listed, help="Tasks of lm-evaluation-harness, comma-separated.")
-@click.option(
-    "--include-path",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder with your own task files, for --tasks.",
-)
-@click.option(
-    "--num-fewshot",
-    type=click.IntRange(min=0),
-    help="For --tasks: few-shot examples per question. Default: each task's own number.",
-)
-@click.option(
-    "--limit",
-    type=click.FloatRange(min=0, min_open=True),
-    help="For --tasks: maximum number of questions, or a share of them if below 1.",
-)
-@click.option(
-    "--batch-size", default="8", show_default=True, help="For --tasks: batch size; auto lets the harness choose."
-)
-@click.option("--chat", is_flag=True, help="Use the models' chat templates for --tasks.")
+@task_flags
 @click.option(
     "--repeat",
     type=click.IntRange(min=1),
@@ -93,6 +70,7 @@ def compare(
       varm-merge compare --methods varm,varm:layer,ties,sce --base pivot/ --models t1/,t2/ --out report/
       varm-merge compare recipe.yaml --methods linear --held-out chats.jsonl --no-keep --out report/
       varm-merge compare *.yaml --out report/ --tasks hellaswag,mine --include-path tasks/ --limit 200
+      varm-merge compare *.yaml --out report/ --tasks fusellm,mmlu:5 --backend vllm
       varm-merge compare *.yaml --out report/ --repeat 5 --device cuda --json > numbers.json
     """
     from varm_common.errors import UserError
@@ -102,19 +80,17 @@ def compare(
     from varm_merge.comparison.runner import compare as run
     from varm_merge.comparison.scores import HeldOut
     from varm_merge.comparison.settings import Settings
-    from varm_merge.comparison.tasks import Tasks
 
     base, models = options.pop("base"), options.pop("models")
     data, template = options.pop("held_out"), options.pop("template")
-    task_options = ("tasks", "include_path", "num_fewshot", "limit", "batch_size", "chat")
-    tasks = Tasks(*(options.pop(name) for name in task_options))
     if template and not data:
         raise click.UsageError("--template needs --held-out")
     if models and not methods:
         raise click.UsageError("--models needs --methods")
+    if options["tasks"] and options["tasks"].served and not options["keep"]:
+        raise click.UsageError("--no-keep removes the models that the servers are to serve; leave it out")
     options["mergekit"] = tuple(shlex.split(options["mergekit"]))
-    options |= {"held_out": HeldOut(data, template) if data else None, "tasks": tasks if tasks.names else None}
-    settings = Settings(out, quiet=quiet, **options)
+    settings = Settings(out, quiet=quiet, held_out=HeldOut(data, template) if data else None, **options)
     demand_folder(out)
     with exclusive(out):
         all_entries = entries(recipes, methods, base, models, out / "recipes")

@@ -8,6 +8,7 @@ from typing import Any
 
 from varm_common.process_usage import spread
 from varm_common.standard_errors import NOISE
+from varm_merge.comparison.suites import SHOTS
 
 __all__ = [
     "ALL",
@@ -185,4 +186,6 @@ def _measure(task: str, subtask: str, metric: str, higher_is_better: bool) -> Co
             return False
         return abs(first.value - second.value) > NOISE * math.hypot(first.error, second.error)
 
-    return Column(f"{subtask}, {metric}", cell, "max" if higher_is_better else "min", differ)
+    shots = SHOTS.fullmatch(task)
+    name = f"{subtask}:{shots['shots']}" if shots else subtask
+    return Column(f"{name}, {metric}", cell, "max" if higher_is_better else "min", differ)

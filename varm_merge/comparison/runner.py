@@ -27,6 +27,8 @@ from varm_merge.comparison.distances import distances, moved_layers
 from varm_merge.comparison.recipes import Entry, Family
 from varm_merge.comparison.scores import Scorers, differences, environment, text_config
 from varm_merge.comparison.settings import Row, Settings
+from varm_merge.comparison.suites import Task
+from varm_merge.comparison.tasks import Tasks
 from varm_merge.merging.lineage import Place
 from varm_merge.merging.weight_log import recipe_fingerprint
 
@@ -35,6 +37,7 @@ __all__ = ["compare"]
 FORMAT, VERSION = "varm-merge comparison", 1
 ROOM = 1.02
 """Disk space for a merged model, with its other files, per byte of its weights."""
+UNSAFE = "code that the models write runs on this machine, with your rights and without a sandbox; use a container"
 TASK = "task "
 """The kind of a step that scores a task begins so."""
 
@@ -76,6 +79,9 @@ class _Comparison:
             for number, (model, name) in enumerate(zip(family.models, names, strict=True))
         ]
         self.merges = [self._merge_row(entry) for entry in entries]
+        self.task_files: dict[str, Any] = {}
+        if settings.tasks:
+            settings.tasks.servers.demand_names([row.name for row in (*self.inputs, *self.merges)])
 
     def run(self) -> dict[str, Any]:
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -159,17 +165,38 @@ class _Comparison:
             self._runs(row)
         rows = [row for row in self.inputs if row.fingerprint] + list(mergeable)
         missing = {kind for row in rows for kind in self._missing(row)}
-        known = {name: tasks.inputs(name) for name in tasks.names} if tasks else {}
         option = "--held-out"
         try:
             if held_out and "held-out" in missing:
                 self.scorers.prepare(held_out, self.inputs[0].folder, self._text_inputs(), log)
             option = "--tasks"
-            if tasks and missing - {"distances", "held-out"} and not self.steps.load("known", "tasks", known):
-                self.scorers.check_tasks(tasks, log)
-                self.steps.save("known", "tasks", known, {"names": tasks.names})
+            if tasks and missing - {"distances", "held-out"}:
+                self.task_files = self._known_tasks(tasks, log)
+                if tasks.served:
+                    self._demand_servers(tasks, rows)
         except CommandError as error:
             raise UserError(f"{option}: {_reason(error)} ({log})") from error
+
+    def _known_tasks(self, tasks: Tasks, log: Path) -> dict[str, Any]:
+        """What the harness knows of the tasks, by label. Those that run code are named in a warning."""
+        inputs = {task.label: tasks.inputs(task) for task in tasks.tasks}
+        about = {"tasks": inputs, "allow_code": tasks.allow_code}
+        known = self.steps.load("known", "tasks", about)
+        if known is None or not all(Path(folder).is_dir() for one in known.values() for folder in one["folders"]):
+            known = self.scorers.check_tasks(tasks, log)
+            self.steps.save("known", "tasks", about, known)
+        if code := [label for label, one in known.items() if one["runs_code"]]:
+            click.secho(f"! {', '.join(code)}: {UNSAFE}", fg="yellow", err=True)
+        return known
+
+    def _demand_servers(self, tasks: Tasks, rows: Sequence[Row]) -> None:
+        """Check the servers of the models that need no merge, and name the models that have none."""
+        if without := [row.name for row in rows if tasks.servers.url(row.name) is None]:
+            self._print(f"no --server-url, so no tasks: {', '.join(without)}")
+        for row in rows:
+            ready = row.role != "merge" or not self._is_due(row, self.settings.repeat)
+            if ready and any(kind.startswith(TASK) for kind in self._missing(row)):
+                tasks.servers.served_name(row.name, row.folder)
 
     def _prepare_merges(self, mergeable: Sequence[Row]) -> None:
         """Check that the disk has room, and read the inputs once, so that every merge finds them in memory."""
@@ -233,6 +260,7 @@ class _Comparison:
                 sync_tree(temporary)
                 remove(row.folder)
                 temporary.rename(row.folder)
+                row.is_new = True
                 files = model_files(row.folder)
                 record |= {"model": content_of(files), "state": state_of(files)}
         except (CommandError, OSError) as error:
@@ -287,7 +315,7 @@ class _Comparison:
 
     def _steps(self, row: Row) -> Iterator[Step]:
         """All that a model is measured by."""
-        settings, log = self.settings, self._log(row)
+        settings = self.settings
         recipe = recipe_fingerprint(row.entry.content) if row.entry else ""
         inputs = {other.name: other.fingerprint for other in self.inputs}
         model: dict[str, Any] = {"model": row.fingerprint}
@@ -296,10 +324,10 @@ class _Comparison:
         about = {**model, "device": settings.device, "versions": versions()}
         if settings.held_out:
             yield "held-out", {**about, **self._text_inputs()}, partial(self._score_held_out, row)
-        for task in settings.tasks.names if settings.tasks else ():
-            assert settings.tasks
-            score = partial(self.scorers.task, settings.tasks, task, row.folder, log)
-            yield f"{TASK}{task}", {**about, **settings.tasks.inputs(task)}, score
+        tasks = settings.tasks
+        for task in tasks.tasks if tasks and (not tasks.served or tasks.servers.url(row.name)) else ():
+            assert tasks
+            yield f"{TASK}{task.label}", {**about, **tasks.inputs(task)}, partial(self._score_task, row, task)
 
     def _log(self, row: Row) -> Path:
         return self.logs / f"{row.file}-evaluation.txt"
@@ -324,6 +352,15 @@ class _Comparison:
         dialogues = self.scorers.prepare(self.settings.held_out, pivot, self._text_inputs(), log)
         return self.scorers.held_out(row.folder, dialogues, log)
 
+    def _score_task(self, row: Row, task: Task) -> dict[str, Any]:
+        tasks = self.settings.tasks
+        assert tasks
+        if tasks.served and row.is_new:
+            raise UserError(f"merged just now: start its server with `{row.folder}`, and run this command again")
+        self.task_files = self.task_files or self._known_tasks(tasks, self._log(row))
+        folders = self.task_files[task.label]["folders"]
+        return self.scorers.task(tasks, task, folders, row.name, row.folder, self._log(row))
+
     # The report
 
     def _report(self) -> dict[str, Any]:
@@ -342,7 +379,7 @@ class _Comparison:
             "input_bytes": sum(file.stat().st_size for file in input_files),
             "memory_bytes": psutil.virtual_memory().total,
             "held_out": asdict(settings.held_out) if settings.held_out else None,
-            "tasks": list(settings.tasks.names) if settings.tasks else [],
+            "tasks": [task.label for task in settings.tasks.tasks] if settings.tasks else [],
             "rows": [_described(row, rows) for row in rows],
         }
 

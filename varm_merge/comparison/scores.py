@@ -8,15 +8,16 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from varm_common.forked import run_forked, run_module
 from varm_common.standard_errors import difference
-from varm_merge.comparison import tasks
+from varm_merge.comparison import harness
 from varm_merge.comparison.cache import state_of
+from varm_merge.comparison.suites import Task
 from varm_merge.comparison.tasks import Tasks
 
 __all__ = ["HeldOut", "Scorers", "differences", "environment", "text_config"]
@@ -82,9 +83,7 @@ class Scorers:
         digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         folder = self.folder / f"dialogues-{digest[:12]}"
         if not folder.exists():
-            config = text_config(pivot)
-            context = next((config[name] for name in CONTEXT if isinstance(config.get(name), int)), MOST_TOKENS)
-            length = max(LEAST_TOKENS, min(MOST_TOKENS, context))
+            length = max(LEAST_TOKENS, min(MOST_TOKENS, _context(pivot)))
             data = [part for name in held_out.data for part in ("--data", name)]
             template = ["--template", held_out.template] if held_out.template else []
             where = ["--pivot", str(pivot), "--dialogues", str(folder), "--max-length", str(length)]
@@ -103,24 +102,41 @@ class Scorers:
         scores = json.loads(output.read_text(encoding="utf-8"))
         return {"groups": scores["groups"], "conversations": scores["conversations"]}
 
-    def check_tasks(self, tasks_: Tasks, log: Path) -> None:
-        """Check that the harness knows all tasks.
+    def check_tasks(self, tasks: Tasks, log: Path) -> dict[str, Any]:
+        """Check that all tasks can run as they are asked for; what ``harness.check`` writes.
 
         Raises:
-            CommandError: It does not know one.
+            CommandError: One cannot.
         """
-        self._run(tasks.check, tasks_.names, tasks_.include_path, log=log)
+        output = self._output()
+        self._run(harness.check, tasks, output, log=log, tasks=tasks)
+        return dict(json.loads(output.read_text(encoding="utf-8")))
 
-    def task(self, tasks_: Tasks, task: str, model: Path, log: Path) -> dict[str, Any]:
+    def task(
+        self, tasks: Tasks, task: Task, folders: Sequence[str], name: str, model: Path, log: Path
+    ) -> dict[str, Any]:
         """The ``measures`` of a task, or of a group or tag of tasks.
+
+        Args:
+            tasks: The settings of all tasks.
+            task: The task.
+            folders: The folders of its files.
+            name: The name of the model in the report.
+            model: The folder of the model.
+            log: For the output of the harness.
 
         Raises:
             CommandError: The harness failed, or the model answers NaN.
-            UserError: A number is not finite.
+            UserError: A number is not finite, or the server does not have the model.
         """
+        run = harness.Run(model, self.device, self.trust_remote_code)
+        if tasks.served:
+            url, served_name = tasks.servers.url(name) or "", tasks.servers.served_name(name, model)
+            run = replace(run, url=url, served_name=served_name, length=_context(model))
         output = self._output()
-        self._run(tasks.evaluate, tasks_, task, model, self.device, self.trust_remote_code, output, log=log)
-        return {"measures": list(tasks.measures(json.loads(output.read_text(encoding="utf-8"))))}
+        self._run(harness.evaluate, tasks, task, folders, run, output, log=log, tasks=tasks)
+        results = json.loads(output.read_text(encoding="utf-8"))
+        return {"measures": harness.measures(results, first=task.metric)}
 
     def _output(self) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -132,15 +148,26 @@ class Scorers:
         trust = ["--trust-remote-code"] if self.trust_remote_code else []
         self._run(run_module, "fusion_trainer", *arguments, *trust, log=log)
 
-    def _run(self, function: Callable[..., object], *arguments: Any, log: Path) -> None:
-        preload: Sequence[str] = [*PRELOAD, *(tasks.PRELOAD if self.with_tasks else ())]
-        run_forked(function, *arguments, log=log, preload=preload, environment=environment(self.device))
+    def _run(
+        self, function: Callable[..., object], *arguments: Any, log: Path, tasks: Tasks | None = None
+    ) -> None:
+        preload: Sequence[str] = [*PRELOAD, *(harness.PRELOAD if self.with_tasks else ())]
+        variables = environment(self.device)
+        if tasks:
+            variables = tasks.environment(variables)
+        run_forked(function, *arguments, log=log, preload=preload, environment=variables)
 
 
 def environment(device: str | None) -> dict[str, str]:
     """The environment variables of the programs that merge and score."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     return {**os.environ, "TOKENIZERS_PARALLELISM": "false", **hidden}
+
+
+def _context(model: Path) -> int:
+    """The context length of a model in tokens; ``MOST_TOKENS`` if its config has none."""
+    config = text_config(model)
+    return next((config[name] for name in CONTEXT if isinstance(config.get(name), int)), MOST_TOKENS)
 
 
 def text_config(model: Path) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class Row:
         fingerprint: Of the model's files; empty if it is not there.
         results: The results of the steps, by kind.
         problems: What went wrong.
+        is_new: Whether its weights were written in this run.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Row:
     fingerprint: str = ""
     results: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    is_new: bool = False
 
     @property
     def file(self) -> str:

@@ -1,15 +1,8 @@
-"""Score models on tasks of lm-evaluation-harness, each model and task in a process of its own.
-
-The harness takes seconds to read its 13 000 built-in task files. They are read only for a task that is not one of
-the user's own.
-"""
+"""The tasks of lm-evaluation-harness that a comparison runs, and everything that their scores depend on."""
 
 import glob
-import json
-import math
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,43 +10,74 @@ from typing import Any
 
 import yaml
 
-from varm_common.errors import UserError, closest
+from varm_common.errors import UserError
+from varm_merge.comparison.backends import NEEDS, SERVERS, TRANSFORMERS
 from varm_merge.comparison.cache import state_of
+from varm_merge.comparison.servers import Servers
+from varm_merge.comparison.suites import Task
 
-__all__ = ["PRELOAD", "Tasks", "check", "evaluate", "measures"]
+__all__ = ["Tasks"]
 
-PRELOAD = ("lm_eval.evaluator", "lm_eval.models.huggingface")
 HARNESS = "lm-eval"
-RESULTS = ("results", "groups", "higher_is_better", "n-samples")
-"""The parts of the harness's results that are used."""
+OURS = ("pretrained", "model", "base_url", "tokenizer", "trust_remote_code", "device", "batch_size")
+"""Arguments of the harness's models that other options set."""
 DATA_KEYS = ("dataset_path", "data_dir", "data_files")
 """Keys of a task file that may name local data."""
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """The tasks, and the settings of the harness for them."""
+    """The tasks, and the settings of the harness for all of them.
 
-    names: tuple[str, ...]
+    Attributes:
+        tasks: The tasks, each with its own settings.
+        include_path: Folder with task files of the user.
+        limit: Maximum number of questions, or a share of them if below 1.
+        batch_size: A number or ``auto``; for a server the number of requests at a time.
+        backend: One of `backends.BACKENDS`.
+        model_args: More arguments of the harness's model class: ``dtype=bfloat16,max_length=4096``.
+        allow_code: Whether tasks may run the code that models write.
+        servers: The servers of the models, for the backends that use one.
+    """
+
+    tasks: tuple[Task, ...]
     include_path: Path | None = None
-    num_fewshot: int | None = None
     limit: float | None = None
-    batch_size: str = "8"
-    chat_template: bool = False
+    batch_size: str = "auto"
+    backend: str = TRANSFORMERS
+    model_args: str = ""
+    allow_code: bool = False
+    servers: Servers = field(default_factory=Servers)
+
+    @property
+    def served(self) -> bool:
+        """Whether servers run the models."""
+        return self.backend in SERVERS
 
     def demand(self) -> None:
-        """Check that the harness is installed.
+        """Check that the harness and the backend are installed, and that the options fit together.
 
         Raises:
-            UserError: It is not.
+            UserError: They are not, or do not.
         """
-        if any(find_spec(name) is None for name in ("lm_eval", "peft")):
-            raise UserError("--tasks needs lm-evaluation-harness: pip install 'varm-merge[eval]'")
+        modules, package = NEEDS[self.backend]
+        if missing := [name for name in modules if find_spec(name) is None]:
+            backend = "" if self.backend == TRANSFORMERS else f" --backend {self.backend}"
+            some = "lm-evaluation-harness" if "lm_eval" in missing else ", ".join(missing)
+            raise UserError(f"--tasks{backend} needs {some}: pip install {package}")
+        names = [part.partition("=")[0].strip() for part in self.model_args.split(",") if part.strip()]
+        if taken := [name for name in names if name in OURS]:
+            raise UserError(f"--model-args: `{taken[0]}` is set by varm-merge itself")
+        if self.served != bool(self.servers.urls):
+            given = f"--backend {self.backend}" if self.served else "--server-url"
+            needed = "--server-url" if self.served else f"--backend {' or '.join(SERVERS)}"
+            raise UserError(f"{given} needs {needed}")
 
-    def inputs(self, task: str) -> dict[str, Any]:
+    def inputs(self, task: Task) -> dict[str, Any]:
         """Everything that the scores of a task depend on, besides the model: settings, files, and the harness."""
-        settings = {name: value for name, value in asdict(self).items() if name not in ("names", "include_path")}
-        own_folder = Path(task).parent if task.endswith(".yaml") else None
+        settings = {name: getattr(self, name) for name in ("limit", "batch_size", "backend", "model_args")}
+        settings |= {name: value for name, value in asdict(task).items() if name not in ("name", "metric")}
+        own_folder = Path(task.name).parent if task.name.endswith(".yaml") else None
         folders = [folder for folder in (self.include_path, own_folder) if folder]
         files = {file.resolve() for folder in folders for file in folder.rglob("*") if _counts(file)}
         for file in [file for file in files if file.suffix in (".yaml", ".yml")]:
@@ -63,7 +87,16 @@ class Tasks:
         except PackageNotFoundError:
             harness = "not installed"
         local = state_of(files) if files else None
-        return {"task": task, "local": local, "settings": settings, HARNESS: harness}
+        return {"task": task.name, "local": local, "settings": settings, HARNESS: harness}
+
+    def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
+        """The environment of a process that runs a task. A server gets only the key that the user named."""
+        variables = dict(inherited)
+        if self.allow_code:
+            variables["HF_ALLOW_CODE_EVAL"] = "1"
+        if self.served:
+            variables["OPENAI_API_KEY"] = self.servers.key()
+        return variables
 
 
 # Files that a task depends on
@@ -115,85 +148,3 @@ class _WithoutTags(yaml.SafeLoader):
 
 
 _WithoutTags.add_multi_constructor("!", lambda _loader, _tag, _node: None)
-
-
-# The harness, imported only in the process that runs it
-
-
-def check(tasks: Sequence[str], folder: Path | None) -> None:
-    """End this process with an error if the harness does not know all tasks."""
-    from lm_eval.tasks import TaskManager
-
-    own = TaskManager(include_path=folder, include_defaults=False).all_tasks
-    others = [task for task in tasks if task not in own and not Path(task).is_file()]
-    known = [*own, *TaskManager(include_path=folder).all_tasks] if others else []
-    unknown = []
-    for task in others:
-        if task not in known:
-            similar = closest(task, known)
-            unknown.append(f"`{task}`" + (f" (did you mean `{similar}`?)" if similar else ""))
-    if unknown:
-        sys.exit(f"Error: lm-evaluation-harness knows no task {', '.join(unknown)}")
-
-
-def evaluate(
-    tasks: Tasks, task: str, model: Path, device: str | None, trust_remote_code: bool, output: Path
-) -> None:
-    """Score a model on a task and write the harness's results as JSON; a NaN ends this process with an error."""
-    import torch
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=tasks.include_path, include_defaults=False)
-    is_file = task.endswith(".yaml")
-    if not is_file and task not in manager.all_subtasks:
-        manager = TaskManager(include_path=tasks.include_path)
-    results = simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(model), "trust_remote_code": trust_remote_code},
-        tasks=[str(Path(task).absolute()) if is_file else task],
-        task_manager=manager,
-        num_fewshot=tasks.num_fewshot,
-        limit=tasks.limit,
-        batch_size=tasks.batch_size,
-        apply_chat_template=tasks.chat_template,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        log_samples=True,
-    )
-    if any(_has_nan(sample["resps"]) for samples in results["samples"].values() for sample in samples):
-        sys.exit("Error: the model gives NaN as likelihoods: its weights or its arithmetic are not finite")
-    output.write_text(json.dumps({name: results.get(name) for name in RESULTS}, default=str), encoding="utf-8")
-
-
-def _has_nan(responses: Any) -> bool:
-    """The harness would give a score to a model that answers NaN: it takes the first choice as the likeliest."""
-    if isinstance(responses, (list, tuple)):
-        return any(map(_has_nan, responses))
-    return isinstance(responses, float) and math.isnan(responses)
-
-
-def measures(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Each metric of each task in the harness's results.
-
-    Raises:
-        UserError: A number is not finite.
-    """
-    groups = results.get("groups") or {}
-    for task, metrics in {**results["results"], **groups}.items():
-        higher_is_better = results.get("higher_is_better", {}).get(task) or {}
-        for name, value in metrics.items():
-            metric, comma, which = name.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
-                continue
-            if not math.isfinite(value):
-                raise UserError(f"{metric} is not finite: are there NaN or Inf in the weights?")
-            error = metrics.get(f"{metric}_stderr,{which}")
-            yield {
-                "task": task,
-                "metric": metric if which == "none" else f"{metric} ({which})",
-                "value": value,
-                "standard_error": error if isinstance(error, (int, float)) and math.isfinite(error) else None,
-                "higher_is_better": bool(higher_is_better.get(metric, True)),
-                "samples": (results.get("n-samples", {}).get(task) or {}).get("effective"),
-                "group": task in groups,
-            }

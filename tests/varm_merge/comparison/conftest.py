@@ -3,11 +3,11 @@
 import pytest
 
 from varm_common.forked import run_forked
-from varm_merge.comparison import scores, tasks
+from varm_merge.comparison import harness, scores
 
 PRELOAD = (
     *scores.PRELOAD,
-    *tasks.PRELOAD,
+    *harness.PRELOAD,
     "mergekit.scripts.run_yaml",
     "mergekit.merge",
     "mergekit.plan",

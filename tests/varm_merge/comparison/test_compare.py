@@ -26,7 +26,10 @@ from varm_common.forked import run_forked, run_module
 from varm_common.process_usage import CommandError, Run, measured
 from varm_merge.cli import main
 from varm_merge.comparison import runner
-from varm_merge.comparison.tasks import Tasks, evaluate
+from varm_merge.comparison.harness import Run as ModelRun
+from varm_merge.comparison.harness import evaluate
+from varm_merge.comparison.suites import Task
+from varm_merge.comparison.tasks import Tasks
 
 pytestmark = pytest.mark.slow
 
@@ -233,7 +236,8 @@ def test_a_model_that_cannot_be_scored_is_reported_and_shows_no_number(world: Wo
 @pytest.mark.usefixtures("world")
 def test_a_task_that_a_model_answers_with_nan_has_no_score(tmp_path: Path) -> None:
     output = tmp_path / "out.json"
-    arguments = (Tasks(("jumps",), Path("tasks")), "jumps", Path("spoiled"), "cpu", False, output)
+    task = Task("jumps")
+    arguments = (Tasks((task,)), task, [str(Path("tasks"))], ModelRun(Path("spoiled"), "cpu"), output)
     with pytest.raises(CommandError, match=r"\nError: the model gives NaN as likelihoods.*$"):
         run_forked(evaluate, *arguments, log=tmp_path / "log.txt")
     assert not output.exists()

@@ -39,6 +39,7 @@ from varm_merge.comparison.cache import Steps, demand_folder, exclusive, state_o
 from varm_merge.comparison.distances import distances, moved_layers
 from varm_merge.comparison.recipes import Entry, check, entries, family
 from varm_merge.comparison.scores import Scorers
+from varm_merge.comparison.suites import Task
 from varm_merge.comparison.tasks import Tasks
 from varm_merge.merging.lineage import Place, weights_fingerprint
 
@@ -373,7 +374,7 @@ def test_two_comparisons_do_not_write_into_one_folder(tmp_path: Path) -> None:
 def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("varm_merge.comparison.tasks.find_spec", lambda _name: None)
     with pytest.raises(UserError, match=r"pip install 'varm-merge\[eval\]'"):
-        Tasks(("arc",)).demand()
+        Tasks((Task("arc"),)).demand()
 
 
 def test_a_tasks_fingerprint_covers_its_data_and_runs_none_of_its_code(tmp_path: Path) -> None:
@@ -386,7 +387,7 @@ def test_a_tasks_fingerprint_covers_its_data_and_runs_none_of_its_code(tmp_path:
     (folder / "utils.py").write_text("raise SystemExit\n")
 
     def about() -> dict[str, Any]:
-        return Tasks(("mine",), folder).inputs("mine")
+        return Tasks((Task("mine"),), folder).inputs(Task("mine"))
 
     first = about()
     assert about() == first
@@ -422,7 +423,7 @@ def test_a_tasks_fingerprint_covers_includes_folders_and_patterns(
         Path(file).write_text("{}\n")
 
     def about(task: str) -> dict[str, Any]:
-        return Tasks((task,), Path("tasks")).inputs(task)
+        return Tasks((Task(task),), Path("tasks")).inputs(Task(task))
 
     first = [about("mine"), about("tasks/mine.yaml")]
     assert [about("mine"), about("tasks/mine.yaml")] == first
@@ -475,8 +476,9 @@ class Unscored(Scorers):
     def prepare(self, *_arguments: Any) -> Path:
         raise AssertionError("prepared")
 
-    def check_tasks(self, *_arguments: Any) -> None:
+    def check_tasks(self, *_arguments: Any) -> dict[str, Any]:
         self.checked.append("tasks")
+        return {"mine": {"folders": [], "runs_code": False}}
 
     def task(self, *_arguments: Any) -> dict[str, Any]:
         raise CommandError("CUDA out of memory")
