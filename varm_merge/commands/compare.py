@@ -22,7 +22,8 @@ __all__ = ["compare"]
     "--methods",
     multiple=True,
     callback=comma_separated,
-    help="Merge methods, comma-separated; varm:GRANULARITY is VaRM at that granularity.",
+    help="Merge methods, comma-separated; varm:GRANULARITY is VaRM at that granularity, della:density=0.6 sets a "
+    "parameter.",
 )
 @click.option("--base", help="The pivot, for --methods or if the recipes do not name it.")
 @click.option(
@@ -68,6 +69,7 @@ def compare(
     Examples:
       varm-merge compare varm.yaml ties.yaml --out report/
       varm-merge compare --methods varm,varm:layer,ties,sce --base pivot/ --models t1/,t2/ --out report/
+      varm-merge compare recipe.yaml --methods karcher,della:density=0.6:epsilon=0.1 --out report/
       varm-merge compare recipe.yaml --methods linear --held-out chats.jsonl --no-keep --out report/
       varm-merge compare *.yaml --out report/ --tasks hellaswag,mine --include-path tasks/ --limit 200
       varm-merge compare *.yaml --out report/ --tasks fusellm,mmlu:5 --backend vllm

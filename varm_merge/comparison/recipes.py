@@ -9,6 +9,7 @@ import yaml
 from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.merge_methods import BasePolicy, MergeMethodSpec
+from pydantic import TypeAdapter, ValidationError
 
 from varm_common.errors import UserError, did_you_mean, listed
 from varm_common.files import read_text, write_file
@@ -125,7 +126,8 @@ def entries(
 
     Args:
         recipes: Files of the user.
-        methods: Names of mergekit's methods; ``varm:layer`` is VaRM at a granularity.
+        methods: Names of mergekit's methods, with parameters of theirs: ``della:density=0.6:epsilon=0.1``.
+            ``varm:layer`` is VaRM at a granularity.
         base: The pivot for the methods; default that of the one recipe.
         models: The targets for the methods; default those of the one recipe.
         folder: For the recipes of the methods.
@@ -229,7 +231,8 @@ def _file_name(name: str) -> str:
 
 
 def _method_entry(method: str, base: str, models: Sequence[str], kept: Mapping[str, Any], folder: Path) -> Entry:
-    name, _, granularity = method.partition(":")
+    name, *options = method.split(":")
+    granularity = options.pop(0) if options and "=" not in options[0] else ""
     known = {registered.spec.name: registered.spec for registered in merge_methods.registered_methods()}
     if name not in known:
         hint = did_you_mean(name, sorted(known), list_known=True)
@@ -239,10 +242,14 @@ def _method_entry(method: str, base: str, models: Sequence[str], kept: Mapping[s
             f"`{method}` is not a method: a granularity is given as varm:LEVEL, "
             f"one of {', '.join(get_args(Granularity))}"
         )
+    given = _given_parameters(known[name], options)
     content = {**_merged_models(known[name], base, models), **kept}
     parameters, source = PUBLISHED.get(name, ({}, "mergekit's own defaults"))
     if name == METHOD_NAME:
         parameters, source = {"granularity": granularity or "matrix"}, ""
+    if given:
+        parameters = {**parameters, **given}
+        source = "; ".join(filter(None, [source, f"{', '.join(given)} from the command line"]))
     if parameters:
         content["parameters"] = parameters
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
@@ -251,6 +258,27 @@ def _method_entry(method: str, base: str, models: Sequence[str], kept: Mapping[s
         text = f"# {method}: {source}.\n{text}"
     write_file(path, text)
     return Entry(_file_name(method), path, text, source)
+
+
+def _given_parameters(spec: MergeMethodSpec, options: Sequence[str]) -> dict[str, Any]:
+    """The values of ``key=value`` options, as the method declares its parameters.
+
+    Raises:
+        UserError: The method has no such parameter, or it does not take the value.
+    """
+    declared = {parameter.name: parameter.value_type for parameter in spec.parameters}
+    given: dict[str, Any] = {}
+    for option in options:
+        key, _, text = option.partition("=")
+        if key not in declared:
+            known = did_you_mean(key, declared, list_known=True) if declared else "; it has none"
+            raise UserError(f"--methods: `{spec.name}` has no parameter `{key}`{known}")
+        try:
+            given[key] = TypeAdapter(declared[key]).validate_python(text)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise UserError(f"--methods: `{spec.name}` does not take {key}=`{text}`: {reason}") from error
+    return given
 
 
 def _merged_models(spec: MergeMethodSpec, base: str, models: Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ models have in the report. What a server lists under ``/models`` is checked befo
 
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ from varm_common.errors import UserError, did_you_mean
 
 __all__ = ["Servers"]
 
+NAMED = re.compile(r"(?:(.+)=)?(https?://.+)")
+"""A URL, or a model's name and a URL."""
 TIMEOUT = 20.0
 """Seconds that a server may take to list its models."""
 
@@ -43,9 +46,10 @@ class Servers:
         """
         urls: dict[str, str] = {}
         for text in given:
-            name, url = ("", text) if text.startswith(("http://", "https://")) else text.partition("=")[::2]
+            match = NAMED.fullmatch(text)
+            name, url = match.groups(default="") if match else ("", "")
             parts = urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
+            if not parts.hostname:
                 raise UserError(f"--server-url: `{text}` is neither URL nor NAME=URL; a URL begins with http://")
             if parts.username or parts.password or parts.query:
                 raise UserError("--server-url contains a key; set it in the environment and use --server-key-env")

@@ -103,6 +103,42 @@ def test_the_published_settings_merge_two_targets(
     assert all(np.isfinite(tensor).all() for tensor in checkpoint(out).values())
 
 
+PARAMETERS = {
+    "karcher:max_iter=20": {"max_iter": 20},
+    "ram:epsilon=1e-3": {"epsilon": 0.001},
+    "ramplus_tl:r=0.2:alpha=0.1": {"r": 0.2, "alpha": 0.1},
+    "model_stock:filter_wise=true": {"filter_wise": True},
+    "della:density=0.6": {"weight": 1.0, "density": 0.6, "normalize": True},
+    "nuslerp:nuslerp_row_wise=true": {"weight": 1.0, "nuslerp_row_wise": True},
+    "task_arithmetic:lambda=0": {"weight": 0.4, "lambda": 0.0},
+    "varm:layer:select_topk=0.5": {"granularity": "layer", "select_topk": 0.5},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", PARAMETERS)
+def test_a_method_gets_the_parameters_that_it_declares(
+    method: str, family: Callable[..., Family], tmp_path: Path
+) -> None:
+    members = family("llama", targets=3)
+    targets = list(members.targets[: 3 if "model_stock" in method else 2])
+    found = of_methods([method, method.partition(":")[0]], members.pivot, targets, tmp_path)
+    assert [entry.problems for entry in found] == [[], []]
+    assert found[0].content["parameters"] == PARAMETERS[method]
+    assert found[0].name == method.replace(":", "-")
+    options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
+    merged = []
+    for number, one in enumerate(found):
+        config = MergeConfiguration.model_validate(one.content)
+        mergekit.merge.run_merge(config, str(tmp_path / str(number)), options=options)
+        merged.append(checkpoint(tmp_path / str(number)))
+    same = all(np.array_equal(merged[0][name], merged[1][name]) for name in merged[0])
+    assert same == ("karcher" in method)  # it has converged before
+    if "lambda=0" in method:
+        pivot = checkpoint(members.pivot)
+        assert all(np.allclose(merged[0][name], pivot[name], atol=1e-7) for name in pivot)
+
+
 def test_sce_is_given_the_share_of_elements_that_was_published(mistral: Family, tmp_path: Path) -> None:
     (sce,) = of_methods(["sce"], mistral.pivot, list(mistral.targets), tmp_path)
     assert sce.content["parameters"] == {"select_topk": 0.1}  # 10 % in FuseChat-7B v2
@@ -187,6 +223,21 @@ def test_recipes_of_one_name_are_named_with_their_folders(tmp_path: Path, monkey
         (["--methods", "linaer", "--base", "p", "--models", "a"], "no method `linaer`; did you mean `linear`?", 1),
         (["--methods", "xyz", "--base", "p", "--models", "a"], "no method `xyz`; known are arcee_fusion, ", 1),
         (["--methods", "varm:layers", "--base", "p", "--models", "a"], "`varm:layers` is not a method", 1),
+        (
+            ["--methods", "della:densty=1", "--base", "p", "--models", "a"],
+            "--methods: `della` has no parameter `densty`; did you mean `density`?",
+            1,
+        ),
+        (
+            ["--methods", "arcee_fusion:t=1", "--base", "p", "--models", "a"],
+            "--methods: `arcee_fusion` has no parameter `t`; it has none",
+            1,
+        ),
+        (
+            ["--methods", "karcher:max_iter=ten", "--base", "p", "--models", "a"],
+            "--methods: `karcher` does not take max_iter=`ten`: Input should be a valid integer",
+            1,
+        ),
         (["--methods", "ties", "--models", "a"], "--models needs --base", 1),
         (["--methods", "ties"], "--methods needs models", 1),
         (["--models", "a"], "--models needs --methods", 2),
