@@ -42,6 +42,8 @@ ELSEWHERE = {
     "make real": "it takes an hour; test_real_fusion.py tests its data, its pipeline and its report",
     "make test": "this is it",
     "fusion-trainer run examples/fusechat_7b/pipeline.yaml\n": "test_pipeline_runs.py runs all stages of others",
+    "varm-merge compare varm.yaml ties.yaml --out report/": "test_compare_tasks.py's server",
+    "vllm serve report/models/": "as above",
     "sbatch examples/slurm/run.sbatch": "test_pipeline_runs.py starts stage.sh on two machines",
 }
 """Commands that are run by another test."""
