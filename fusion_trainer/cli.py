@@ -192,6 +192,27 @@ def extract(config: Path | None, **flags: Any) -> None:
             click.echo(line)
 
 
+@main.command("import", cls=StageCommand, settings="ImportConfig")
+@talks()
+def import_published(config: Path | None, **flags: Any) -> None:
+    """Turn representations that the authors of FuseLLM and FuseChat published into stores.
+
+    Settings come from the YAML file CONFIG, from options, or both; options take precedence. If interrupted, run
+    the same command again.
+
+    \b
+    Example:
+      fusion-trainer import --data aligned-representations/ --pivot openchat/openchat_3.5 \
+        --model mistralai/Mixtral-8x7B-Instruct-v0.1 --pivot-store stores/pivot --output aligned/mixtral
+    """
+    from fusion_trainer.config import ImportConfig, read_config
+    from fusion_trainer.published.import_rows import import_rows
+
+    store, report = import_rows(read_config(ImportConfig, config, flags))
+    click.echo(report)
+    click.echo(f"{store.folder}: {len(store):,} rows")
+
+
 @main.command(cls=StageCommand, settings="AlignConfig")
 @talks()
 def align(config: Path | None, **flags: Any) -> None:

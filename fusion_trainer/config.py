@@ -18,6 +18,7 @@ __all__ = [
     "AlignConfig",
     "EvaluateConfig",
     "ExtractConfig",
+    "ImportConfig",
     "PrepareConfig",
     "TrainConfig",
     "explained",
@@ -134,6 +135,42 @@ class ExtractConfig(PrepareConfig):
     """accelerate's device map. Set auto for a model that is larger than one GPU."""
     load_in: Quantisation | None = None
     """Quantise the model with bitsandbytes (install the extra `quant`)."""
+
+
+class ImportConfig(Settings):
+    """Published representations → stores."""
+
+    data: Annotated[list[str], BeforeValidator(one_or_more)] = Field(min_length=1)
+    """Published representations: folders of save_to_disk, Arrow or Parquet files, or Hub ids, in order."""
+    data_name: str | None = None
+    """Configuration of a Hub dataset that has more than one."""
+    data_split: str = "train"
+    """Split of a dataset folder or Hub dataset."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """If rows cannot be used: stop, or leave them out and count them."""
+    pivot: str
+    """Folder or Hub id of the pivot."""
+    pivot_revision: str | None = None
+    """Branch, tag or commit of the pivot."""
+    model: str | None = None
+    """Folder or Hub id of the source whose distributions the data has; only its tokenizer is used. Default: the
+    distributions are the pivot's own."""
+    revision: str | None = None
+    """Branch, tag or commit of the model."""
+    output: Path
+    """Folder of the store to write. It is an aligned store if the data is aligned to the pivot."""
+    pivot_store: Path | None = None
+    """For aligned data: folder of the pivot's store. It is written from the same data if it does not exist."""
+    dialogues: Path | None = None
+    """Folder of the dialogues. If it does not exist, it is made from the rows. Default: next to the output."""
+    aligned_source: int = Field(0, ge=0)
+    """For FuseLLM's aligned data: the number of the source in the names of its columns."""
+    unpaired: Literal["pivot", "gold"] = "pivot"
+    """For positions that were not aligned: use the pivot's distribution, or, as the authors do, give the next
+    token probability 1."""
+    shard_tokens: int = Field(262144, ge=1)
+    """Size of a shard of the store, in pivot tokens."""
+    trust_remote_code: TrustRemoteCode = False
 
 
 class AlignConfig(Settings):

@@ -94,6 +94,7 @@ def _identity(sides: Sides, saved: SavedMap) -> dict[str, Any]:
     source, pivot = sides.source_store.identity, sides.pivot_store.identity
     name, revision = _places(sides)["pivot"]
     matrix = saved.map.matrix
+    unknown = sorted({*sides.source_store.unknown, *sides.pivot_store.unknown})
     return {
         "kind": ALIGNED,
         "version": ALIGNED_VERSION,
@@ -109,6 +110,7 @@ def _identity(sides: Sides, saved: SavedMap) -> dict[str, Any]:
         "reading": source["reading"],
         "map": saved.map.method,
         "map_sha256": fingerprint([matrix.indptr.tolist(), matrix.indices.tolist(), matrix.data.tolist()]),
+        **({"unknown": unknown} if unknown else {}),
     }
 
 

@@ -14,7 +14,7 @@ from fusion_trainer.alignment.sides import Sides
 from fusion_trainer.data.answers import END
 from fusion_trainer.representations.store import CROSS_ENTROPIES, Representation
 
-__all__ = ["align_row"]
+__all__ = ["align_row", "name_the_end", "put_all_on_gold"]
 
 
 def align_row(sides: Sides, number: int, pivot: Read, source: Read) -> tuple[Representation, dict[str, int]]:
@@ -29,9 +29,9 @@ def align_row(sides: Sides, number: int, pivot: Read, source: Read) -> tuple[Rep
     row, paired, mapped = transfer(own, other, partners, sides.map.matrix)
     golds = pivot.tokens.ids[positions + 1]
     at_end = pivot.places.place[positions] == END
-    _name_the_end(row, paired & at_end, golds, sides.ends.pivot)
+    name_the_end(row, paired & at_end, golds, sides.ends.pivot)
     if sides.config.unpaired == "gold":
-        _put_all_on_gold(row, ~paired, golds)
+        put_all_on_gold(row, ~paired, golds)
     sizes = pivot.sizes[positions + 1]
     gold_bytes = _gold_bytes(sizes, source.sizes[source_positions[: len(other)] + 1], partners)
     gold_bytes[at_end] = sizes[at_end]  # both predict the same end, whatever each model calls it
@@ -41,7 +41,7 @@ def align_row(sides: Sides, number: int, pivot: Read, source: Read) -> tuple[Rep
         "mass_ppm": mapped.probabilities.sum(),
         "unmapped_ppm": mapped.unmapped.sum(),
         "beyond_ppm": mapped.beyond.sum(),
-        "source_tail_ppm": (mapped.tail - mapped.unmapped - mapped.beyond).sum(),
+        "source_tail_ppm": np.nansum(mapped.tail - mapped.unmapped - mapped.beyond),
     }
     gold_shares = np.where(row.ids == golds[:, None], np.exp(row.logprobs.astype(np.float64)), 0.0).sum(1)
     return row, {
@@ -72,7 +72,7 @@ def _entropies(own: Representation, other: Representation, pivot: Read, source: 
     return dict(zip(CROSS_ENTROPIES, values, strict=True))
 
 
-def _name_the_end(
+def name_the_end(
     row: Representation, where: NDArray[np.bool_], golds: NDArray[np.int32], usual: int | None
 ) -> None:
     """Give the probability of the pivot's usual end to the end that the pivot writes at these positions."""
@@ -84,7 +84,7 @@ def _name_the_end(
         ids[gold_at], ids[usual_at] = usual, gold
 
 
-def _put_all_on_gold(row: Representation, where: NDArray[np.bool_], golds: NDArray[np.int32]) -> None:
+def put_all_on_gold(row: Representation, where: NDArray[np.bool_], golds: NDArray[np.int32]) -> None:
     """Put all probability on the token that really follows, at these positions."""
     k = row.ids.shape[1]
     others = np.arange(k)[None] + (np.arange(k)[None] >= golds[where, None])  # the lowest ids but the gold one

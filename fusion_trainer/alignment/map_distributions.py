@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 
 from fusion_trainer.representations.store import Representation
 
-__all__ = ["Mapped", "Mixture", "map_distributions", "transfer"]
+__all__ = ["Mapped", "Mixture", "fill", "map_distributions", "transfer"]
 
 Mixture = Sequence[tuple[int, float]]
 """Rows of the source and their weights, which sum to 1."""
@@ -77,7 +77,7 @@ def map_distributions(
     kept_ids[row[kept], place[kept]] = column[kept]
     kept_mass[row[kept], place[kept]] = mass[kept]
     beyond = np.bincount(row[~kept], mass[~kept], positions).astype(np.float64)
-    _fill(kept_ids)
+    fill(kept_ids)
     return Mapped(kept_ids, kept_mass, tail + unmapped + beyond, unmapped, beyond)
 
 
@@ -93,7 +93,7 @@ def _added(
     return row[firsts], column[firsts], np.add.reduceat(mass, firsts) if len(firsts) else mass, rank[firsts]
 
 
-def _fill(ids: NDArray[np.int64]) -> None:
+def fill(ids: NDArray[np.int64]) -> None:
     """Fill the free places of each row (-1) with the lowest ids that the row does not have."""
     for row in np.flatnonzero((ids < 0).any(1)):
         free = ids[row] < 0

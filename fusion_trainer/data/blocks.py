@@ -6,6 +6,7 @@ text are packed into one block; a long one is cut into pieces.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -82,6 +83,26 @@ class Block:
         text = self.text.encode()[self.bos :].decode()
         return replace(self, text=text, bos=0, answers=tuple(answer.moved(-self.bos) for answer in self.answers))
 
+    def with_marker(self, old: str, new: str) -> "Block":
+        """The block with another end-of-turn marker, in ``text`` and at the ends of its answers."""
+        raw, marker = self.text.encode(), old.encode()
+        stops = np.array([match.end() for match in re.finditer(re.escape(marker), raw)], np.int64)
+
+        def moved(place: int) -> int:
+            return place + (len(new.encode()) - len(marker)) * int(np.searchsorted(stops, place, "right"))
+
+        answers = tuple(
+            replace(
+                answer,
+                open=moved(answer.open),
+                pieces=tuple((moved(start), moved(stop), at) for start, stop, at in answer.pieces),
+                mark=moved(answer.mark),
+                end=moved(answer.end),
+            )
+            for answer in self.answers
+        )
+        return replace(self, text=self.text.replace(old, new), answers=answers)
+
     def as_row(self) -> dict[str, Any]:
         """The block as a row of ``SCHEMA``."""
         row = asdict(self)
@@ -121,6 +142,11 @@ class Preparation:
     others: Sequence[TextTokenizer] = ()
     report: Report = field(default_factory=Report)
     _problems: list[str] = field(default_factory=list)
+
+    @property
+    def ends(self) -> list[int]:
+        """The pivot's ids that end an answer in its template; none if there are no dialogues."""
+        return self.template.end_ids if self.template and self.report.turns else []
 
     def blocks(self, conversations: Iterable[Conversation]) -> Iterator[Block]:
         """All blocks, in the order of the conversations (of a few hundred at a time, dialogues before documents).

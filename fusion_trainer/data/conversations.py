@@ -25,7 +25,17 @@ from fusion_trainer.data.sources import (
 )
 from varm_common.errors import UserError, listed
 
-__all__ = ["BAD_ROW", "FORMATS", "Conversation", "Message", "Source", "conversations", "open_source"]
+__all__ = [
+    "BAD_ROW",
+    "FORMATS",
+    "Conversation",
+    "Message",
+    "Source",
+    "bad_rows_message",
+    "conversations",
+    "kinds_of_problems",
+    "open_source",
+]
 
 CALL_KEYS, REASONING_KEYS = ("tool_calls", "function_call"), ("reasoning_content", "reasoning", "thinking")
 CALL_ROLES, TEXT_PARTS = ("function_call", "tool_call"), ("text", "input_text", "output_text")
@@ -117,18 +127,18 @@ def conversations(
                 else:
                     problems.append((where, str(error)))
                 if len(problems) == MOST_PROBLEMS:
-                    raise UserError(_bad_rows(problems)) from error
+                    raise UserError(bad_rows_message(problems)) from error
                 continue
             if not problems:
                 if unused is not None:
                     unused.update(keys)
                 yield conversation
     if problems:
-        raise UserError(_bad_rows(problems))
+        raise UserError(bad_rows_message(problems))
 
 
-def _bad_rows(problems: Sequence[tuple[str, str]]) -> str:
-    """Each kind of problem once, with the rows that have it."""
+def kinds_of_problems(problems: Sequence[tuple[str, str]]) -> list[str]:
+    """Each kind of problem once, with the rows that have it, from the place and the reason of each row."""
     kinds: dict[str, list[str]] = {}
     for where, problem in problems:
         rows = kinds.setdefault(re.sub(r"\d+", "0", problem), [])
@@ -137,8 +147,13 @@ def _bad_rows(problems: Sequence[tuple[str, str]]) -> str:
     for first, *more in kinds.values():
         others = f"{'; '.join(more[: EXAMPLES - 1])}{' …' * (len(more) >= EXAMPLES)}"
         lines.append(first + f"\n    {len(more) + 1} rows of this kind, also {others}" * bool(more))
+    return lines
+
+
+def bad_rows_message(problems: Sequence[tuple[str, str]]) -> str:
+    """How many rows are bad, and each kind of problem."""
     return (
-        f"the data has {len(problems)} bad row{'s' * (len(problems) > 1)}:{listed(lines)}\n"
+        f"the data has {len(problems)} bad row{'s' * (len(problems) > 1)}:{listed(kinds_of_problems(problems))}\n"
         "Correct them, or leave them out with --bad-rows skip."
     )
 

@@ -17,13 +17,13 @@ from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from fusion_trainer.data.blocks import NOT_IN_FINGERPRINT, SCHEMA, Block, Preparation
+from fusion_trainer.data.blocks import NOT_IN_FINGERPRINT, SCHEMA, Block
 from fusion_trainer.data.report import Report
 from varm_common.errors import UserError
 from varm_common.files import (
@@ -37,25 +37,29 @@ from varm_common.files import (
     written_to,
 )
 
-__all__ = [
-    "Dialogues",
-    "write_dialogues",
-]
+__all__ = ["VERSION", "Dialogues", "write_dialogues"]
 
 FORMAT = "fusion-trainer dialogues"
 VERSION = 2
 ROWS_PER_BATCH = 1024
 
 
-def write_dialogues(
-    folder: Path, blocks: Iterable[Block], preparation: Preparation, request: dict[str, Any]
-) -> None:
+class Maker(Protocol):
+    """Makes blocks. Its report and the ids that end an answer are known when all blocks are made."""
+
+    report: Report
+
+    @property
+    def ends(self) -> list[int]: ...
+
+
+def write_dialogues(folder: Path, blocks: Iterable[Block], maker: Maker, request: dict[str, Any]) -> None:
     """Write the blocks and their manifest; the folder appears whole or not at all.
 
     Args:
         folder: Where; it must not exist yet.
-        blocks: The blocks that ``preparation`` makes.
-        preparation: Its report goes into the manifest.
+        blocks: The blocks that ``maker`` makes.
+        maker: Its report and ends go into the manifest.
         request: Fingerprints of what the blocks are made from.
     """
     unfinished = temporary_name(folder)
@@ -64,15 +68,14 @@ def write_dialogues(
         unfinished.mkdir(parents=True)
         try:
             fingerprint = _write_blocks(unfinished / "blocks.arrow", blocks)
-            template = preparation.template
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,
                 "fingerprint": fingerprint,
                 "request": request,
                 "sha256": sha256_of(unfinished / "blocks.arrow"),
-                "ends": template.end_ids if template and preparation.report.turns else [],
-                "report": preparation.report.as_dict(),
+                "ends": maker.ends,
+                "report": maker.report.as_dict(),
             }
             write_json(unfinished / "manifest.json", manifest)
             try:

@@ -17,6 +17,7 @@ from fusion_trainer.data.report import left_out_by_kind
 from fusion_trainer.data.templates import BUILT_IN, OWN, PIVOT, Template, TemplateError, find_template
 from fusion_trainer.text.tokenizer import Span, TextTokenizer
 from varm_common.errors import UserError
+from varm_common.files import fingerprint
 
 __all__ = ["DIALOGUES", "Reader", "Reading", "end_ids", "reader_of_store", "source_reader", "template_notes"]
 
@@ -48,17 +49,22 @@ class Reader:
         tokenizer: The model's.
         way: ``dialogues`` for the pivot; for a source ``pivot`` (it reads the pivot's text) or ``own``.
         template: With ``own``: how conversations are rendered; None if there is nothing but plain text.
+        marker: With ``pivot``: the pivot's end-of-turn marker, and the source's own that it reads instead. The
+            published representations were made this way.
         counts: Blocks that were refused, system turns that were moved, bytes and turns that were left out.
     """
 
     tokenizer: TextTokenizer
     way: str
     template: Template | None = None
+    marker: tuple[str, str] | None = None
     counts: Counter[str] = field(default_factory=Counter)
 
     @property
     def identity(self) -> dict[str, Any]:
         """The part of a store's identity that says how its model read the dialogues."""
+        if self.marker is not None:
+            return {"reading": fingerprint([self.way, *self.marker]), "jinja": None, "marker": [*self.marker]}
         if self.template is None or self.way != OWN:
             return {"reading": self.way, "jinja": None}
         with_tools = {"jinja_with_tools": self.template.with_tools} if self.template.with_tools else {}
@@ -70,6 +76,7 @@ class Reader:
             return Reading(block.text, block.answers, block.spans)
         if self.way == PIVOT or not block.messages:
             block = block.without_bos()
+            block = block if self.marker is None else block.with_marker(*self.marker)
             return self._reading(block.text, block.answers)
         assert self.template is not None
         try:
@@ -156,6 +163,8 @@ def source_reader(choice: str, tokenizer: TextTokenizer, chats: bool = True) -> 
 
 def reader_of_store(identity: Mapping[str, Any], tokenizer: TextTokenizer) -> Reader:
     """The reader that a store was made with."""
+    if marker := identity.get("marker"):
+        return Reader(tokenizer, PIVOT, marker=tuple(marker))
     if identity["jinja"] is None:
         return Reader(tokenizer, identity["reading"])
     templates = identity["jinja"], tokenizer.tokenizer, identity.get("jinja_with_tools")

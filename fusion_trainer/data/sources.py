@@ -13,7 +13,7 @@ from typing import Any
 from varm_common.errors import UserError
 from varm_common.files import sha256_of
 
-__all__ = ["COLUMNS", "FORMATS", "Source", "open_source"]
+__all__ = ["COLUMNS", "FORMATS", "Source", "load_table", "open_source"]
 
 TURNS = ("conversations", "messages", "conversation")
 FORMATS = {
@@ -56,7 +56,7 @@ def open_source(data: str, *, name: str | None = None, split: str = "train") -> 
         raise UserError(f"no file `{path}`{beside}")
     if path.suffix in (".json", ".jsonl"):
         return Source(sha256_of(path), lambda: _json_rows(path))
-    dataset = _load(path, name, split)
+    dataset = load_table(data, name, split)
     used = {name: kind for name, kind in (dataset.features or {}).items() if name in COLUMNS}
     if any(map(_reads_timestamps, used.values())):
         raise UserError(
@@ -90,14 +90,20 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path.name}, line {number}", line
 
 
-def _load(path: Path, name: str | None, split: str) -> Any:
+def load_table(data: str, name: str | None, split: str) -> Any:
+    """A Parquet or Arrow file, a dataset folder or a Hub dataset, as ``datasets`` reads it.
+
+    Raises:
+        UserError: It cannot be read.
+    """
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
+    path = Path(data)
     failures = (OSError, ValueError, KeyError, StopIteration, HfHubHTTPError, datasets.exceptions.DatasetsError)
     try:
-        if path.suffix == ".parquet":
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        if path.suffix in (".parquet", ".arrow"):
+            return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
         if (path.is_dir() and (path / "state.json").is_file()) or (path / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(path))
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved

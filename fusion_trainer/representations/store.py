@@ -62,8 +62,8 @@ class Representation:
     Attributes:
         ids: [positions, k], uint16 for vocabularies up to 65,536, else uint32; in descending order of probability.
         logprobs: float16 [positions, k], natural logarithms.
-        tail: float16 [positions], the probability outside the k.
-        gold_logprob: float16 [positions], log-probability of the token that really follows.
+        tail: float16 [positions], the probability outside the k; NaN if it is not known: then the k sum to 1.
+        gold_logprob: float16 [positions], log-probability of the token that really follows; NaN if not known.
         conversation: The conversation's id.
         block: The number of the block in its conversation.
         paired: uint8 [positions], 1 if the distribution is the source's, 0 if it is the pivot's own. This and what
@@ -196,6 +196,11 @@ class RepresentationStore:
         """Whether the store holds a source's distributions in the pivot's positions and ids."""
         return bool(self.manifest["identity"].get("kind") == ALIGNED)
 
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Columns that are NaN where the value is not known; only those of an imported store can be."""
+        return tuple(self.manifest["identity"].get("unknown", ()))
+
     @cached_property
     def bytes(self) -> int:
         """Size of all shards and the manifest."""
@@ -283,6 +288,10 @@ class RepresentationStore:
         if counts["rows"] + 1 != len(shard.offsets) or shard.offsets[-1] != len(tail):
             yield "its rows do not cover its positions"
             return
+        if "tail" in self.unknown:
+            tail = np.where(np.isnan(tail), np.clip(1 - np.exp(logprobs).sum(1), 0, 1), tail)
+        if "gold_logprob" in self.unknown:
+            gold = np.where(np.isnan(gold), 0, gold)
         total = np.exp(logprobs).sum(1) + tail
         if self.aligned:  # there, an id may have no probability
             logprobs = np.where(np.isneginf(logprobs), LEAST, logprobs)

@@ -177,7 +177,34 @@ def _stores(config: TrainConfig, tokenizer: TextTokenizer) -> list[Representatio
     manifest = sha256_of(own.folder / "manifest.json")
     for store in aligned:
         store.demand(pivot_store=manifest)
+    _demand_known(config, [own, *aligned])
     return [store.check() for store in (own, *aligned)]
+
+
+def _demand_known(config: TrainConfig, stores: Sequence[RepresentationStore]) -> None:
+    """Refuse settings that need what an imported store does not have."""
+    needs = {
+        "tail": (
+            config.tail == "bucket",
+            "tail: bucket",
+            "the probability outside the top k",
+            "tail: renormalise",
+        ),
+        "gold_logprob": (
+            config.compare == "token",
+            "compare: token",
+            "the probability of every next token",
+            "compare: conversation",
+        ),
+    }
+    for column, (needed, setting, what, instead) in needs.items():
+        lacking = [f"`{store.folder}`" for store in stores if column in store.unknown]
+        if needed and lacking:
+            place = place_of_setting(config, setting.partition(":")[0])
+            raise UserError(
+                f"{place}`{setting}` needs {what}, which is not known everywhere in {', '.join(lacking)}: it was "
+                f"imported from published logits. Set `{instead}`"
+            )
 
 
 def _dialogues(config: TrainConfig, stores: Sequence[RepresentationStore]) -> Dialogues:

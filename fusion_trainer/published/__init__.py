@@ -1,0 +1,1 @@
+"""Representations that the authors of FuseLLM and FuseChat published, read into stores."""

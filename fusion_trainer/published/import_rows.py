@@ -1,0 +1,284 @@
+"""Published representations → dialogues and stores, without a forward pass.
+
+* Rows of the pivot become the pivot's store. The dialogues are made from them unless they exist.
+* Rows of a source become the source's store, for ``align``. The source read the pivot's text with its own
+  end-of-turn marker.
+* Rows that a source was aligned to become both the pivot's store and the aligned store, for ``train``.
+
+Shards are written as in an extraction, so an interrupted import resumes."""
+
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from fusion_trainer.config import ImportConfig
+from fusion_trainer.data.conversations import bad_rows_message, kinds_of_problems
+from fusion_trainer.data.dialogues import VERSION, Dialogues, write_dialogues
+from fusion_trainer.data.readers import DIALOGUES, Reader, end_ids
+from fusion_trainer.data.templates import PIVOT
+from fusion_trainer.published.distributions import Codec, are_normalised
+from fusion_trainer.published.matching import UNKNOWN, Matches, match, read_all
+from fusion_trainer.published.report import import_report
+from fusion_trainer.published.rows import Published, RowError, open_published, row_tokens
+from fusion_trainer.published.texts import BlockMaker
+from fusion_trainer.published.write_store import Aligned, Transcription
+from fusion_trainer.representations.extract import shard_starts
+from fusion_trainer.representations.store import ALIGNED, ALIGNED_VERSION, MANIFEST, RepresentationStore
+from fusion_trainer.representations.store_writer import StoreWriter, demand_free
+from fusion_trainer.text.tokenizer import TextTokenizer, load_tokenizer
+from varm_common.console import is_quiet
+from varm_common.errors import UserError, listed
+from varm_common.files import fingerprint, sha256_of
+from varm_common.models import config_fingerprint, local_folder, weights_fingerprint
+
+__all__ = ["import_rows"]
+
+SAMPLE = 64
+"""Rows that show which token ends an answer, and whether logits are log-probabilities."""
+
+
+def import_rows(config: ImportConfig) -> tuple[RepresentationStore, str]:
+    """Make the store that ``config`` describes; what is already there is kept.
+
+    Returns:
+        The store, and a report of what could not be carried over.
+
+    Raises:
+        UserError: The data cannot be read, rows cannot be used, or models, dialogues and data do not fit.
+    """
+    for folder in (config.output, *([config.pivot_store] if config.pivot_store else [])):
+        demand_free(folder)
+    published = open_published(config.data, config.data_name, config.data_split, config.aligned_source)
+    return Importer(config, published).run()
+
+
+class Importer:
+    """The opened inputs of an import."""
+
+    def __init__(self, config: ImportConfig, published: Published) -> None:
+        self.config, self.published = config, published
+        code = config.trust_remote_code
+        self.folder, self.commit = local_folder(config.pivot, config.pivot_revision, code=code)
+        self.pivot = load_tokenizer(self.folder, config.pivot, code)
+        self.source_folder, self.source_commit = self.folder, self.commit
+        if config.model:
+            self.source_folder, self.source_commit = local_folder(
+                config.model, config.revision, weights=False, code=code
+            )
+        self.source = load_tokenizer(self.source_folder, config.model or config.pivot, code)
+        self.of_pivot = self.source_folder.resolve() == self.folder.resolve()
+        if published.aligned and (self.of_pivot or config.pivot_store is None):
+            missing = "--pivot-store for the pivot's store" if config.pivot_store is None else "--model"
+            raise UserError(f"the data is aligned to the pivot: give {missing} too")
+        self.skip = config.bad_rows == "skip"
+        self.problems: list[tuple[str, str]] = []
+
+    def run(self) -> tuple[RepresentationStore, str]:
+        dialogues = self._dialogues()
+        if not self.published.aligned:
+            reader = Reader(self.pivot, DIALOGUES) if self.of_pivot else self._source_reader(dialogues)
+            store = self._own_store(dialogues, reader, self.config.output)
+            return store, import_report(store, dialogues, len(self.published), self.problems)
+        assert self.config.pivot_store is not None
+        folder, reader = self.config.pivot_store, Reader(self.pivot, DIALOGUES)
+        if (folder / MANIFEST).is_file():
+            own = RepresentationStore(folder).demand(
+                data=dialogues.fingerprint, tokenizer=self.pivot.sha256, top_k=self.published.k
+            )
+        else:
+            own = self._own_store(dialogues, reader, folder)
+        store = self._aligned_store(dialogues, reader, own)
+        return store, import_report(store, dialogues, len(self.published), self.problems)
+
+    # The dialogues
+
+    def _dialogues(self) -> Dialogues:
+        of_pivot = self.of_pivot or self.published.aligned is not None
+        request = {
+            "published": self.published.fingerprint,
+            "tokenizer": self.pivot.sha256,
+            "template": None,
+            "bad_rows": self.config.bad_rows,
+            "version": VERSION,
+        }
+        beside = self.config.output.parent / f"dialogues-{fingerprint(request)[:12]}"
+        path = self.config.dialogues or beside
+        if path.exists():
+            return Dialogues(path)
+        if not of_pivot:
+            raise UserError(
+                "the dialogues are not there; import the pivot's representations of the same data first, and give "
+                "their dialogues with --dialogues"
+            )
+        maker = BlockMaker(self.pivot)
+        rows = tqdm(
+            self.published.tokens(), total=len(self.published), unit="row", desc="dialogues", disable=is_quiet()
+        )
+
+        def blocks() -> Any:
+            yield from maker.blocks(self.published, rows)
+            self._refuse(maker.problems)
+            if 2 * maker.report.kept <= maker.report.conversations:
+                raise UserError(
+                    f"only {maker.report.kept} of {maker.report.conversations} rows can be read with the "
+                    f"tokenizer of {self.config.pivot}:{listed(kinds_of_problems(maker.problems))}"
+                )
+            maker.report.dropped["not a usable row"] += len(maker.problems)
+
+        write_dialogues(path, blocks(), maker, request)
+        return Dialogues(path)
+
+    def _refuse(self, problems: Sequence[tuple[str, str]]) -> None:
+        if problems and not self.skip:
+            raise UserError(bad_rows_message(problems))
+        self.problems += problems
+
+    # How the source read them
+
+    def _source_reader(self, dialogues: Dialogues) -> Reader:
+        """A source read the pivot's text with the token of its own that ends an answer."""
+        old = self._mark(self.pivot, dialogues.ends[0] if dialogues.ends else None)
+        new = self._mark(self.source, self._source_end())
+        return Reader(self.source, PIVOT, marker=(old, new) if old and new and old != new else None)
+
+    def _source_end(self) -> int | None:
+        """The token that ends most answers of the source's rows; its EOS if the rows are the pivot's."""
+        if self.published.aligned:
+            eos: int | None = self.source.tokenizer.eos_token_id
+            return eos
+        ends: Counter[int] = Counter()
+        for _, tokens in islice(self.published.tokens(), SAMPLE):
+            if not isinstance(tokens, RowError):
+                last = tokens.learnt & ~np.append(tokens.learnt[1:], False)
+                ends.update(token for token in tokens.ids[last].tolist() if token in self.source.special)
+        return ends.most_common(1)[0][0] if ends else None
+
+    def _mark(self, tokenizer: TextTokenizer, token: int | None) -> str | None:
+        return None if token is None else tokenizer.surfaces[token].decode()
+
+    # The stores
+
+    def _matches(self, dialogues: Dialogues, reader: Reader) -> Matches:
+        blocks = tqdm(
+            read_all(dialogues, reader), total=len(dialogues), unit="block", desc="match", disable=is_quiet()
+        )
+        matches = match(dialogues, reader, self.published.tokens(), blocks)
+        known = set(self.problems)
+        problems = [(self.published.where(row), problem) for row, problem in matches.problems]
+        dropped = dialogues.manifest["request"].get("published") == self.published.fingerprint
+        if not dropped:  # rows that made no block have been reported
+            self._refuse([problem for problem in problems if problem not in known])
+        if 2 * int((matches.row_of != UNKNOWN).sum()) <= len(dialogues):
+            raise UserError(
+                f"only {int((matches.row_of != UNKNOWN).sum())} of the {len(dialogues)} blocks in "
+                f"`{dialogues.folder}` have a row in the data:{listed(kinds_of_problems(problems))}"
+            )
+        return matches
+
+    def _codec(self, tokenizer: TextTokenizer, aligned: bool) -> Codec:
+        rows = range(min(SAMPLE, len(self.published)))
+        logits = []
+        for table in self.published.table(rows):
+            try:
+                tokens = row_tokens(*table)
+                values = self.published.values(table, tokens, aligned=aligned)
+            except RowError:
+                continue
+            positions = np.flatnonzero(tokens.learnt[1:])
+            found, _ = values.at(positions, self.published.k)
+            logits.append(found[np.isfinite(found).sum(1) > 1])
+        return Codec(self.published.k, tokenizer.vocabulary, bool(logits) and are_normalised(logits))
+
+    def _own_store(self, dialogues: Dialogues, reader: Reader, output: Path) -> RepresentationStore:
+        config, tokenizer = self.config, reader.tokenizer
+        of_pivot = reader.way == DIALOGUES
+        codec = self._codec(tokenizer, aligned=False)
+        folder = self.folder if of_pivot else self.source_folder
+        identity = {
+            "model": config.pivot if of_pivot else config.model,
+            "revision": self.commit if of_pivot else self.source_commit,
+            "weights": weights_fingerprint(folder, config.pivot) if of_pivot else None,
+            "config": config_fingerprint(folder, config.trust_remote_code) if of_pivot else None,
+            "tokenizer": tokenizer.sha256,
+            "template": dialogues.manifest["request"].get("template"),
+            "data": dialogues.fingerprint,
+            **reader.identity,
+            "ends": end_ids(reader, folder),
+            **self._about(codec, per_step=self.published.per_step),
+        }
+        if reader.marker:
+            end = tokenizer.tokenizer.convert_tokens_to_ids(reader.marker[1])
+            identity["ends"] = [end, *(token for token in identity["ends"] if token != end)]
+        self._write(output, identity, dialogues, reader, codec)
+        return RepresentationStore(output)
+
+    def _about(self, codec: Codec, per_step: bool) -> dict[str, Any]:
+        unknown = ["tail"] * (not codec.normalised) + ["gold_logprob"] * (not per_step)
+        return {
+            "top_k": codec.k,
+            "vocabulary": codec.size,
+            "dtype": "published",
+            "attention": None,
+            "load_in": None,
+            "shard_tokens": self.config.shard_tokens,
+            "published": self.published.fingerprint,
+            "log_probabilities": codec.normalised,
+            "unknown": unknown,
+        }
+
+    def _aligned_store(
+        self, dialogues: Dialogues, reader: Reader, own: RepresentationStore
+    ) -> RepresentationStore:
+        config, codec = self.config, self._codec(self.pivot, aligned=True)
+        source_reader = self._source_reader(dialogues)
+        marker = source_reader.marker
+        about = self._about(codec, per_step=False)
+        about["unknown"] = sorted({*about["unknown"], *own.identity.get("unknown", [])})
+        identity = {
+            "kind": ALIGNED,
+            "version": ALIGNED_VERSION,
+            "model": config.model,
+            "pivot": config.pivot,
+            "pivot_revision": self.commit,
+            "pivot_store": sha256_of(own.folder / MANIFEST),
+            "source_store": None,
+            **{name: own.identity[name] for name in ("tokenizer", "template", "data")},
+            "positions": "published",
+            "unpaired": config.unpaired,
+            "reading": source_reader.identity["reading"],
+            "map": "published",
+            **about,
+        }
+        end = self.pivot.tokenizer.get_vocab().get(marker[1]) if marker else None
+        aligned = Aligned(own, source_reader, end, config.unpaired)
+        self._write(config.output, identity, dialogues, reader, codec, aligned)
+        return RepresentationStore(config.output)
+
+    def _write(
+        self,
+        output: Path,
+        identity: dict[str, Any],
+        dialogues: Dialogues,
+        reader: Reader,
+        codec: Codec,
+        aligned: Aligned | None = None,
+    ) -> None:
+        versions = {package: version(package) for package in ("datasets", "tokenizers", "varm-merge")}
+        writer = StoreWriter(output, identity, shard_starts(dialogues.lengths, self.config.shard_tokens), versions)
+        writer.begin()
+        if writer.finished:
+            return
+        matches = self._matches(dialogues, reader)
+        work = Transcription(self.published, matches, dialogues, reader, codec, self.skip, aligned)
+        try:
+            work.write(writer)
+        except BaseException:
+            writer.abandon()
+            raise
+        self.problems += work.problems
