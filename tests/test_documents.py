@@ -17,6 +17,7 @@ from typing import Any
 import click
 import hub_server
 import judge_server
+import published_rows
 import pytest
 import tiny_sources
 import torch
@@ -126,6 +127,7 @@ class Reader:
         tiny_sources.write_sharegpt(folder / "held_out.jsonl", tiny_sources.made_up_chats(6, seed=4))
         self.has_the_benchmarks()
         self.has_run_the_demo(models)
+        self.has_published_representations(models)
 
     def has_the_benchmarks(self) -> None:
         """Questions and prompts in the formats of FastChat and alpaca_eval."""
@@ -161,6 +163,21 @@ class Reader:
             (self.folder / name).write_text(json.dumps([asked]))
         clf = "<|im_start|>user\n{instruction}\nm: {output_1}\nM: {output_2}\n<|im_end|>"
         (self.folder / "alpaca_eval_clf.txt").write_text(clf)
+
+    def has_published_representations(self, models: Mapping[str, Path]) -> None:
+        """Of the pivot, a source of another vocabulary, and one that was aligned."""
+        chats = tiny_sources.made_up_chats(12, seed=6, words=8, turns=1)
+        rows = {}
+        for name, model, end in (
+            ("openchat", PIVOT, "</s>"),
+            ("solar", SOLAR, "<|im_end|>"),
+            ("other", TARGETS[0], "</s>"),
+        ):
+            texts = [published_rows.chat_text(chat, end) for chat in chats]
+            rows[name] = published_rows.represented(models[model], texts, end, 96)
+        rows["mixtral-aligned"] = published_rows.with_source(rows["openchat"], rows.pop("other"), unaligned=(20,))
+        for name, of_model in rows.items():
+            published_rows.save(self.folder / "published" / name, of_model)
 
     def has_run_the_demo(self, models: Mapping[str, Path]) -> None:
         """What ``make demo`` leaves behind, as far as the tour uses it."""

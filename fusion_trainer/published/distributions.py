@@ -8,6 +8,7 @@ log-probabilities already, the tail is always known.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,16 @@ class Codec:
     vocabulary: frozenset[int]
     normalised: bool
 
-    @property
+    @cached_property
     def size(self) -> int:
+        """The highest id, and one."""
         return max(self.vocabulary) + 1
+
+    @cached_property
+    def _is_token(self) -> NDArray[np.bool_]:
+        known = np.zeros(self.size + 1, bool)
+        known[list(self.vocabulary)] = True
+        return known
 
     def own(
         self, values: Values, positions: NDArray[np.integer], golds: NDArray[np.integer]
@@ -132,10 +140,8 @@ class Codec:
 
     def _tokens_only(self, logits_PK: Floats, ids_PK: NDArray[np.int64]) -> tuple[Floats, NDArray[np.int64], int]:
         """Entries in descending order, without ids that are no tokens: a model may have more rows than those."""
-        is_token = np.zeros(self.size + 1, bool)
-        is_token[list(self.vocabulary)] = True
         there_PK = ids_PK >= 0
-        known_PK = is_token[np.clip(ids_PK, 0, self.size)] & there_PK
+        known_PK = self._is_token[np.clip(ids_PK, 0, self.size)] & there_PK
         logits_PK, ids_PK = np.where(known_PK, logits_PK, -np.inf), np.where(known_PK, ids_PK, -1)
         order_PK = np.argsort(-logits_PK, 1, kind="stable")
         logits_PK = np.take_along_axis(logits_PK, order_PK, 1)

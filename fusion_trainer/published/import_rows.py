@@ -219,7 +219,7 @@ class Importer:
         return RepresentationStore(output)
 
     def _about(self, codec: Codec, per_step: bool) -> dict[str, Any]:
-        unknown = ["tail"] * (not codec.normalised) + ["gold_logprob"] * (not per_step)
+        unknown = ["gold_logprob"] * (not per_step) + ["tail"] * (not codec.normalised)
         return {
             "top_k": codec.k,
             "vocabulary": codec.size,
@@ -274,9 +274,9 @@ class Importer:
         writer.begin()
         if writer.finished:
             return
-        matches = self._matches(dialogues, reader)
-        work = Transcription(self.published, matches, dialogues, reader, codec, self.skip, aligned)
         try:
+            matches = self._matches(dialogues, reader)
+            work = Transcription(self.published, matches, dialogues, reader, codec, self.skip, aligned)
             work.write(writer)
         except BaseException:
             writer.abandon()

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from fusion_trainer.data.sources import load_table
@@ -238,7 +239,7 @@ def _lists(table: pa.Table, column: str, number: int, least: int) -> tuple[NDArr
     flat = lists.flatten()
     if flat.null_count:
         raise RowError(f"`{column}` has missing entries")
-    sizes = lists.value_lengths().to_numpy()
+    sizes = pc.list_value_length(lists).to_numpy()
     return flat.to_numpy(zero_copy_only=False), np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
 

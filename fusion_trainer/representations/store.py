@@ -318,8 +318,9 @@ class RepresentationStore:
         if not (self.folder / MANIFEST).is_file():
             if not (self.folder / PLAN).is_file():
                 raise UserError(f"no store `{self.folder}`: there is no {MANIFEST} in it")
-            aligned = plan_in(self.folder / PLAN)["identity"].get("kind") == ALIGNED
-            work = "alignment" if aligned else "extraction"
+            identity = plan_in(self.folder / PLAN)["identity"]
+            made = "alignment" if identity.get("kind") == ALIGNED else "extraction"
+            work = "import" if "published" in identity else made
             raise UserError(f"the store `{self.folder}` is not finished; run its {work} again: it resumes")
         manifest = read_json(self.folder / MANIFEST)
         described = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
