@@ -29,10 +29,10 @@ from fusion_trainer.representations.store_writer import StoreWriter
 from fusion_trainer.training.train import train
 from varm_common.errors import UserError
 
-CHATS = tiny_sources.made_up_chats(6, seed=5, words=8, turns=2)
+CHATS = tiny_sources.made_up_chats(6, seed=5, words=7, turns=2)
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 IM_END = "<|im_end|>"
-LENGTH, K = 112, 24
+LENGTH, K = 80, 24
 ULP = 2.0**-11
 QUIET = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "max_steps": 2}
 
@@ -57,9 +57,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         settings |= {"template": "openchat", "source_template": templates[name], "model": str(folder / name)}
         extract(ExtractConfig(**settings, output=folder / "stores" / name))
         texts = [published_rows.chat_text(chat, ending) for chat in CHATS]
-        published_rows.save(
-            folder / "published" / name, published_rows.represented(folder / name, texts, ending, LENGTH, K)
-        )
+        rows = published_rows.represented(folder / name, texts, ending, LENGTH, K)
+        published_rows.save(folder / "published" / name, rows)
     return folder
 
 
@@ -310,7 +309,7 @@ def test_an_interrupted_import_resumes(world: Path, tmp_path: Path, monkeypatch:
     assert there.items() <= {path.name: path.stat().st_mtime_ns for path in again.folder.glob("shard-*")}.items()
 
 
-@pytest.mark.parametrize("length", [60, 67])
+@pytest.mark.parametrize("length", [100, 117])
 def test_rows_that_were_cut(world: Path, tmp_path: Path, length: int) -> None:
     """The pivot and the source were cut at different places of the text."""
     texts = {
