@@ -33,7 +33,7 @@ from fusion_trainer.representations.store import ALIGNED, ALIGNED_VERSION, MANIF
 from fusion_trainer.representations.store_writer import StoreWriter, demand_free
 from fusion_trainer.text.tokenizer import TextTokenizer, load_tokenizer
 from varm_common.console import is_quiet
-from varm_common.errors import UserError, listed
+from varm_common.errors import UserError, demand_same, listed
 from varm_common.files import fingerprint, sha256_of
 from varm_common.models import config_fingerprint, local_folder, weights_fingerprint
 
@@ -78,6 +78,7 @@ class Importer:
             raise UserError(f"the data is aligned to the pivot: give {missing} too")
         self.skip = config.bad_rows == "skip"
         self.problems: list[tuple[str, str]] = []
+        self._found: Matches | None = None
 
     def run(self) -> tuple[RepresentationStore, str]:
         dialogues = self._dialogues()
@@ -110,7 +111,11 @@ class Importer:
         beside = self.config.output.parent / f"dialogues-{fingerprint(request)[:12]}"
         path = self.config.dialogues or beside
         if path.exists():
-            return Dialogues(path)
+            dialogues = Dialogues(path)
+            theirs = dialogues.manifest["request"].get("tokenizer")
+            title = f"the dialogues in `{path}` were made with the tokenizer of another pivot:"
+            demand_same(title, {"tokenizer": self.pivot.sha256}, {"tokenizer": theirs})
+            return dialogues
         if not of_pivot:
             raise UserError(
                 "the dialogues are not there; import the pivot's representations of the same data first, and give "
@@ -165,20 +170,22 @@ class Importer:
     # The stores
 
     def _matches(self, dialogues: Dialogues, reader: Reader) -> Matches:
+        """The row of each block; the pivot's and the aligned store of one import share them."""
+        if self._found is not None:
+            return self._found
         blocks = tqdm(
             read_all(dialogues, reader), total=len(dialogues), unit="block", desc="match", disable=is_quiet()
         )
         matches = match(dialogues, reader, self.published.tokens(), blocks)
-        known = set(self.problems)
         problems = [(self.published.where(row), problem) for row, problem in matches.problems]
-        dropped = dialogues.manifest["request"].get("published") == self.published.fingerprint
-        if not dropped:  # rows that made no block have been reported
-            self._refuse([problem for problem in problems if problem not in known])
+        if dialogues.manifest["request"].get("published") != self.published.fingerprint:
+            self._refuse(problems)  # otherwise they have been reported: they made no block
         if 2 * int((matches.row_of != UNKNOWN).sum()) <= len(dialogues):
             raise UserError(
                 f"only {int((matches.row_of != UNKNOWN).sum())} of the {len(dialogues)} blocks in "
                 f"`{dialogues.folder}` have a row in the data:{listed(kinds_of_problems(problems))}"
             )
+        self._found = matches
         return matches
 
     def _codec(self, tokenizer: TextTokenizer, aligned: bool) -> Codec:

@@ -64,7 +64,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def imported(world: Path) -> Path:
-    """The imported stores of ``pivot`` and ``bytes``, beside the dialogues that were made from the pivot's rows."""
+    """The imported stores of ``pivot`` and ``bytes``, and the dialogues that were made from the pivot's rows."""
     folder = world / "imported"
     for name in ("pivot", "bytes"):
         bring(world, name, folder / name, dialogues=folder / "dialogues")
