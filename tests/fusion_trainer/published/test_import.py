@@ -144,6 +144,7 @@ def test_the_positions_are_those_before_a_label(world: Path, imported: Path) -> 
         assert sorted(found) == (np.flatnonzero(labels[1:] != -100)).tolist()
 
 
+@pytest.mark.slow
 def test_imported_stores_are_aligned_and_train_a_target(world: Path, imported: Path, tmp_path: Path) -> None:
     stores = {"source_store": imported / "bytes", "pivot_store": imported / "pivot"}
     aligned, _ = align(AlignConfig(**stores, output=imported / "aligned", workers=1))
@@ -153,8 +154,8 @@ def test_imported_stores_are_aligned_and_train_a_target(world: Path, imported: P
     assert not [*aligned.problems()]
     assert aligned.manifest["ends_paired"] == ours.manifest["ends_paired"] > 0
     for mine, other in zip(ours, aligned, strict=True):
-        assert other.ce_per_byte == pytest.approx(mine.ce_per_byte, rel=0.1)
-        assert other.pivot_ce_per_token == pytest.approx(mine.pivot_ce_per_token, rel=0.1)
+        assert other.ce_per_token == pytest.approx(mine.ce_per_token, rel=0.02)
+        assert other.pivot_ce_per_token == pytest.approx(mine.pivot_ce_per_token, rel=0.1)  # learns a space more
     settings = {"pivot": str(world / "pivot"), "pivot_store": imported / "pivot", "clm_weight": 0.5}
     settings |= {
         "aligned_stores": [imported / "aligned"],
@@ -175,6 +176,7 @@ def fused(world: Path) -> Path:
     return published_rows.save(world / "fused", published_rows.with_source(own, other, unaligned=(20, 21, 30)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unpaired", ["pivot", "gold"])
 def test_aligned_rows_train_a_target(world: Path, fused: Path, tmp_path: Path, unpaired: Any) -> None:
     pivot_store = tmp_path / "pivot"
