@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from fusion_trainer.cli import main
-from fusion_trainer.config import AlignConfig, ExtractConfig, PrepareConfig, TrainConfig, read_config
+from fusion_trainer.config import AlignConfig, ExtractConfig, ImportConfig, PrepareConfig, TrainConfig, read_config
 from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.training.arguments import declared
 from varm_common.errors import UserError
@@ -159,7 +159,8 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         read_config(PrepareConfig, tmp_path / "latin.yaml", {})
 
 
-COMMANDS = {"prepare": PrepareConfig, "extract": ExtractConfig, "align": AlignConfig, "train": TrainConfig}
+COMMANDS: dict[str, type[BaseModel]] = {"prepare": PrepareConfig, "extract": ExtractConfig, "import": ImportConfig}
+COMMANDS |= {"align": AlignConfig, "train": TrainConfig}
 
 
 @pytest.mark.parametrize(("command", "kind"), COMMANDS.items())
