@@ -32,7 +32,7 @@ def import_report(
         ("bad rows", counts["bad_rows"], "found while the store was written"),
         ("positions", counts["positions"], ""),
         ("  tail not known", counts["unknown_tail"], "the next token is not among the k, or has no cross-entropy"),
-        ("  next not known", counts["unknown_gold"], "the next token has no cross-entropy"),
+        ("  next not known", counts["unknown_gold_logprob"], "the next token has no cross-entropy"),
         ("ids left out", counts["foreign_ids"], "no tokens of the tokenizer"),
         ("tokens cut", counts["cut_tokens"], "the row ends before its block"),
     ]
@@ -46,7 +46,7 @@ def import_report(
 
 
 COUNTED = (
-    *("without_row", "bad_rows", "positions", "unknown_tail", "unknown_gold", "foreign_ids", "cut_tokens"),
+    *("without_row", "bad_rows", "positions", "unknown_tail", "unknown_gold_logprob", "foreign_ids", "cut_tokens"),
     *("paired", "no_partner", "ends", "ends_paired", "ends_ppm", "compared", "better_by_byte", "better_by_token"),
 )
 

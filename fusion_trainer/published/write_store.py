@@ -108,7 +108,7 @@ class Transcription:
         counts["bad_rows"] += len(problems)
         counts["positions"] = sum(map(len, rows))
         counts["unknown_tail"] = sum(int(np.isnan(row.tail).sum()) for row in rows)
-        counts["unknown_gold"] = sum(int(np.isnan(row.gold_logprob).sum()) for row in rows)
+        counts["unknown_gold_logprob"] = sum(int(np.isnan(row.gold_logprob).sum()) for row in rows)
         return rows, list(_places(reads)), dict(counts)
 
     def _row(
@@ -132,7 +132,8 @@ class Transcription:
         golds = read.tokens.ids[positions + 1]
         made, foreign = self.codec.own(self.published.values(table, tokens), places, golds)
         counts["tokens"] += len(tokens.ids)
-        counts["cut_tokens"] += max(0, len(read.tokens) - len(tokens.ids))
+        sizes = [len(without_bos(self.reader.tokenizer, ids)) for ids in (read.tokens.ids, tokens.ids)]
+        counts["cut_tokens"] += max(0, sizes[0] - sizes[1])
         counts["foreign_ids"] += foreign
         columns: dict[str, Any] = made
         return replace(empty, **columns)

@@ -199,7 +199,8 @@ class RepresentationStore:
     @property
     def unknown(self) -> tuple[str, ...]:
         """Columns that are NaN where the value is not known; only those of an imported store can be."""
-        return tuple(self.manifest["identity"].get("unknown", ()))
+        columns = self.manifest["identity"].get("unknown", ())
+        return tuple(column for column in columns if self.manifest.get(f"unknown_{column}", 1))
 
     @cached_property
     def bytes(self) -> int:

@@ -311,24 +311,24 @@ def test_an_interrupted_import_resumes(world: Path, tmp_path: Path, monkeypatch:
     assert there.items() <= {path.name: path.stat().st_mtime_ns for path in again.folder.glob("shard-*")}.items()
 
 
-@pytest.mark.parametrize("length", [100, 117])
-def test_rows_that_were_cut(world: Path, tmp_path: Path, length: int) -> None:
+@pytest.mark.parametrize(("length", "other_length"), [(100, 130), (117, 72)])
+def test_rows_that_were_cut(world: Path, tmp_path: Path, length: int, other_length: int) -> None:
     """The pivot and the source were cut at different places of the text."""
     texts = {
         ending: [published_rows.chat_text(chat, ending) for chat in CHATS] for ending in (END_OF_TURN, IM_END)
     }
     own = published_rows.represented(world / "pivot", texts[END_OF_TURN], END_OF_TURN, length, K)
     own = [row for row in own if any(label != -100 for label in row["labels"])]
-    other = published_rows.represented(world / "bytes", texts[IM_END], IM_END, length + 30, K)
+    other = published_rows.represented(world / "bytes", texts[IM_END], IM_END, other_length, K)
     data = [published_rows.save(tmp_path / name, rows) for name, rows in (("own", own), ("other", other))]
     dialogues = tmp_path / "dialogues"
     pivot = bring(world, "pivot", tmp_path / "pivot", data[0], dialogues=dialogues, bad_rows="skip")
     source = bring(world, "bytes", tmp_path / "bytes", data[1], dialogues=dialogues, bad_rows="skip")
-    assert source.manifest["cut_tokens"] >= 0
     aligned, _ = align(
         AlignConfig(source_store=source.folder, pivot_store=pivot.folder, output=tmp_path / "aligned")
     )
-    assert aligned.manifest["paired"] > 0.5 * pivot.manifest["positions"] > 0
+    assert (source.manifest["cut_tokens"] > 0) == (other_length < length)
+    assert aligned.manifest["paired"] > 0.3 * pivot.manifest["positions"] > 0
 
 
 def test_rows_of_fusellm(world: Path, tmp_path: Path) -> None:
