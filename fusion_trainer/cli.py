@@ -202,7 +202,7 @@ def import_published(config: Path | None, **flags: Any) -> None:
 
     \b
     Example:
-      fusion-trainer import --data aligned-representations/ --pivot openchat/openchat_3.5 \
+      fusion-trainer import --data aligned-representations/ --pivot openchat/openchat_3.5 \\
         --model mistralai/Mixtral-8x7B-Instruct-v0.1 --pivot-store stores/pivot --output aligned/mixtral
     """
     from fusion_trainer.config import ImportConfig, read_config
