@@ -327,6 +327,25 @@ def write_recipe(
     click.echo(f"{out}: {len(targets)} targets; merge them with `mergekit-yaml {out} OUTPUT/`")
 
 
+@main.command()
+@click.argument("model")
+@click.argument("out", type=PATH)
+@click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
+def convert(model: str, out: Path, revision: str | None) -> None:
+    """Write a copy of MODEL, a folder or Hub id with pickled weights (.bin), as safetensors to the folder OUT.
+
+    Pickles are read without running their code. If interrupted, run the same command again.
+
+    \b
+    Example:
+      fusion-trainer convert openchat/openchat_3.5 models/openchat
+    """
+    from varm_common.conversion import convert as run_stage
+
+    written = run_stage(model, out, revision)
+    click.echo(f"{out}: {'written' if written else 'this conversion is there already'}")
+
+
 @main.group("vocab-map")
 def vocab_map() -> None:
     """Inspect vocabulary maps."""

@@ -6,7 +6,6 @@ file, that is a problem, and no file is chosen silently.
 """
 
 import json
-import pickle
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 
 from varm_common import files
 from varm_common.errors import some
+from varm_common.stored_tensors import pickled_tensors
 
 __all__ = [
+    "CONVERSION",
     "DTYPES",
     "INDEX",
     "PICKLED",
@@ -40,6 +41,8 @@ __all__ = [
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+CONVERSION = "conversion.json"
+"""What ``fusion-trainer convert`` made a folder from."""
 SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index\.json)?")
 """Names under which transformers and mergekit save weights."""
@@ -198,7 +201,7 @@ def file_tensors(path: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]
         ValueError: It cannot be read.
     """
     if path.suffix != ".safetensors":
-        for name, tensor in _unpickled(path).items():
+        for name, tensor in pickled_tensors(path, "meta").items():
             dtype = str(tensor.dtype).removeprefix("torch.")
             yield name, (tuple(tensor.shape), DTYPES.get(dtype, str(tensor.dtype)))
         return
@@ -214,34 +217,10 @@ def file_tensors(path: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]
         ) from error
 
 
-def _unpickled(path: Path) -> dict[str, Any]:
-    """The tensors of a pickle, without their values."""
-    import torch
-
-    try:
-        try:
-            content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-        except RuntimeError:  # written by torch before 1.6
-            content = torch.load(path, map_location="meta", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"`{path.name}` cannot be read without running code of its own, or is damaged ({reason}): "
-            "save the model as safetensors"
-        ) from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        nested = ": they lie under `state_dict`" if isinstance(content, dict) and "state_dict" in content else ""
-        raise ValueError(
-            f"`{path.name}` is not a flat mapping of names to tensors{nested}. "
-            "Load it with torch.load(weights_only=True) and save its tensors as safetensors"
-        )
-    if sparse := [name for name, value in content.items() if value.layout != torch.strided]:
-        raise ValueError(f"`{path.name}` has sparse tensors: {some(sparse)}. Save them dense, by .to_dense()")
-    return content
-
-
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the JSON list of [name, SHA-256 of the content] of the weight files; empty without any.
+
+    A conversion of a model to safetensors has the fingerprint of the original, as long as its files are unchanged.
 
     Raises:
         ValueError: The weight files have problems.
@@ -250,8 +229,11 @@ def fingerprint(folder: Path) -> str:
     if chosen.problems:
         raise ValueError(f"`{folder}`: {'; '.join(chosen.problems)}")
     with ThreadPoolExecutor(4) as threads:
-        sums = threads.map(content_sha256, [folder / name for name in chosen.names])
-        return fingerprint_of(list(zip(chosen.names, sums, strict=True)))
+        contents = threads.map(content_sha256, [folder / name for name in chosen.names])
+        sums = dict(zip(chosen.names, contents, strict=True))
+    if sums and _entry(folder / CONVERSION, "files") == sums:
+        return str(_entry(folder / CONVERSION, "weights"))
+    return fingerprint_of(list(sums.items()))
 
 
 def fingerprint_of(sums: Sequence[tuple[str, str]]) -> str:

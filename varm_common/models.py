@@ -1,6 +1,7 @@
 """Models: a Hub id or folder becomes a local folder, a fingerprint, and a loaded causal language model."""
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ __all__ = [
 ]
 
 TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
+SAFE_WEIGHTS, PICKLED_WEIGHTS = "*.safetensors", "pytorch_model*.bin"
+"""Weights on the Hub. The second are downloaded only if a repository has none of the first."""
 NOT_NEEDED = ["consolidated*", "*/*"]
 """Second copies of the weights in some repositories of the Hub."""
 SETTINGS = ("config", "generation_config", "tokenizer_config", "special_tokens_map", "added_tokens")
@@ -60,11 +63,18 @@ def _downloaded(model: str, revision: str | None, weights: bool, code: bool) -> 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [*TOKENIZER_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if code else [])]
-    try:
+    patterns = [*TOKENIZER_FILES, *([SAFE_WEIGHTS] if weights else []), *(["*.py"] if code else [])]
+
+    def download(revision: str | None, patterns: list[str]) -> Path:
         return Path(
             snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=NOT_NEEDED)
         )
+
+    try:
+        folder = download(revision, patterns)
+        if weights and not any(name.endswith(".safetensors") for name in checkpoints.weight_files(folder).names):
+            download(folder.name, [PICKLED_WEIGHTS])
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         at = f" at revision {revision}" if revision else ""
         reason = str(error).strip() or type(error).__name__
@@ -80,25 +90,26 @@ def weight_files(folder: Path, name: str | None = None) -> list[Path]:
 
 
 def weights_fingerprint(folder: Path, name: str) -> str:
-    """SHA-256 over the names and contents of the safetensors weight files.
+    """SHA-256 over the names and contents of the weight files, which are safetensors or pickles.
 
     Raises:
-        UserError: There are none, one is missing, damaged or pickled, or it is not certain which they are.
+        UserError: There are none, one is missing or damaged, a pickle would run code, or it is not certain which
+            they are.
     """
     files = weight_files(folder, name)
     if not files:
-        raise UserError(f"{name} has no .safetensors weights in `{folder}`, and no {checkpoints.INDEX}")
+        whole = f"no {checkpoints.WHOLE}, no {checkpoints.PICKLED}"
+        raise UserError(f"{name} has no weights in `{folder}`: {whole}, and no index of shards")
+    _demand_readable(files, name)
+    return checkpoints.fingerprint(folder)
+
+
+def _demand_readable(files: Sequence[Path], name: str) -> None:
     for file in files:
-        if file.suffix != ".safetensors":
-            raise UserError(
-                f"{name} has no .safetensors weights in `{folder}` but {file.name}; pickled weights are not "
-                "loaded: convert them, or name a --revision that has .safetensors"
-            )
         try:
             list(checkpoints.file_tensors(file))
         except ValueError as error:
             raise UserError(f"the weights of `{name}`: {error}") from error
-    return checkpoints.fingerprint(folder)
 
 
 def config_fingerprint(folder: Path, code: bool) -> str:
@@ -141,6 +152,8 @@ def load_causal_lm(
 ) -> Any:
     """A causal language model in evaluation mode, on its device or devices. ``name`` names it in messages.
 
+    Pickled weights are read without running their code.
+
     Raises:
         UserError: It cannot be loaded, has no lm head, or its files lack weights.
     """
@@ -155,11 +168,18 @@ def load_causal_lm(
         options["quantization_config"] = _quantisation(load_in, options["dtype"])
     if device_map or load_in or device.type == "cuda":  # weights go straight to the device
         options["device_map"] = device_map or {"": device}
+    pickles = [file for file in weight_files(folder, name) if file.suffix != ".safetensors"]
+    _demand_readable(pickles, name)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True, **options
+            folder,
+            use_safetensors=not pickles,
+            weights_only=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
         )
     except torch.OutOfMemoryError as error:
         raise UserError(

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from varm_common.checkpoints import Header, read_header
+from varm_common.checkpoints import read_header
 from varm_common.files import read_json
+from varm_common.stored_tensors import stored_tensor
 
-__all__ = ["rounding", "rounding_sentence", "stored_tensor"]
+__all__ = ["rounding", "rounding_sentence"]
 
 SIXTEEN_BITS = {"BF16": torch.bfloat16, "F16": torch.float16}
 FLOATS = {*SIXTEEN_BITS, "F32"}
@@ -82,7 +82,7 @@ def _measured(pivot: Path, target: Path, trained: Mapping[str, Tensor]) -> dict[
         dtype = next((SIXTEEN_BITS[stored] for stored in dtypes if stored in SIXTEEN_BITS), None)
         if dtype is None or not FLOATS.issuperset(dtypes):
             continue
-        start, end = stored_tensor(starts, name), stored_tensor(ends, name)
+        start, end = (stored_tensor(side.files[name], name) for side in (starts, ends))
         before_rounding = trained[name].cpu() if name in trained else end
         if not (before_rounding != start).any():
             continue
@@ -99,10 +99,3 @@ def _measured(pivot: Path, target: Path, trained: Mapping[str, Tensor]) -> dict[
         "share": kept / elements.total(),
         "trained_in_dtype": exact,
     }
-
-
-def stored_tensor(header: Header, name: str) -> Tensor:
-    """A tensor of a checkpoint, read from its safetensors file."""
-    with safe_open(header.files[name], "pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-    return tensor

@@ -15,13 +15,14 @@ import torch
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from fusion_trainer.training.inputs import Inputs, fixed_settings, load_pivot
-from fusion_trainer.training.rounding import rounding, stored_tensor
+from fusion_trainer.training.rounding import rounding
 from fusion_trainer.training.trainer import WRITING, FusionTrainer, last_checkpoint, when_run_again
 from varm_common.checkpoints import read_header
 from varm_common.errors import UserError, some
 from varm_common.files import TEMPORARY, locked, sync_folder, sync_tree, write_json, written_to
 from varm_common.models import TOKENIZER_FILES
 from varm_common.record import Record
+from varm_common.stored_tensors import stored_tensor
 
 __all__ = ["FUSION", "PLAN", "demand_free", "exclusive", "finish_training", "reserve_space"]
 
@@ -181,7 +182,7 @@ def _demand_moved(inputs: Inputs, written: Mapping[str, torch.Tensor]) -> None:
     for name, end in written.items():
         if name not in pivot.files:  # it has another name in the pivot's files, so nothing is certain
             return
-        start = stored_tensor(pivot, name)
+        start = stored_tensor(pivot.files[name], name)
         start = start if dtype == "auto" else start.to(getattr(torch, dtype))
         if not torch.equal(start.to(end.dtype), end.cpu()):
             return

@@ -7,19 +7,17 @@ Tensors that a target did not move at all are not counted: they were frozen.
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
 import yaml
 from mergekit.common import dtype_from_name
 from mergekit.merge_methods import TensorGroup
-from safetensors import safe_open
 from torch import Tensor
 
+from varm_common.stored_tensors import stored_tensor
 from varm_merge.recipes.headers import Model
 from varm_merge.recipes.problems import Looked, Problem
 
@@ -161,15 +159,4 @@ def _sample(pivot: Model, target: Model) -> list[str]:
 def _read(model: Model, name: str) -> Tensor:
     """The first rows of a tensor: about SAMPLE_ELEMENTS over the whole sample."""
     rows = max(SAMPLE_ELEMENTS // SAMPLE_TENSORS // max(math.prod(model.tensors[name][0][1:]), 1), 1)
-    if model.files[name].suffix != ".safetensors":
-        return _pickled(model.files[name])[name][:rows]
-    with safe_open(model.files[name], "pt") as file:
-        return file.get_slice(name)[:rows]  # type: ignore[no-any-return]
-
-
-@lru_cache(maxsize=2)
-def _pickled(path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickle, mapped: no more is read than is used."""
-    with suppress(RuntimeError):  # a file in the format of torch before 1.6 cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
-    return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+    return stored_tensor(model.files[name], name, rows)
