@@ -20,7 +20,7 @@ TOKEN = "hf_" + "Q7" * 17
 """May read and write."""
 READ_TOKEN = "hf_" + "R8" * 17
 """May read."""
-LARGE = (".safetensors", ".bin", ".png")
+LARGE = (".safetensors", ".bin", ".pt", ".parquet", ".png")
 
 Answer = tuple[int, dict[str, str], bytes]
 
@@ -80,7 +80,7 @@ class Fault:
 
 
 class Hub:
-    """The state of the server, for tests to read and set."""
+    """The state of the server, for tests to read and set. The repository of a data set is ``datasets/<id>``."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -97,10 +97,10 @@ class Hub:
         """The number of requests by a method, to paths that match."""
         return sum(seen.method == method and re.search(path, seen.path) is not None for seen in self.requests)
 
-    def add(self, repo: str, files: Mapping[str, bytes], **how: Any) -> Repository:
-        """A repository with one commit."""
+    def add(self, repo: str, files: Mapping[str, bytes], *, revision: str = "main", **how: Any) -> Repository:
+        """A repository with one commit, on the branch ``revision``."""
         repository = self.repositories[repo] = Repository(**how)
-        repository.branches["main"].append(("initial commit", dict(files)))
+        repository.branches.setdefault(revision, []).append(("initial commit", dict(files)))
         return repository
 
 
@@ -156,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         self._note(len(body))
         try:
-            answer = self._answer(unquote(urlsplit(path).path), parse_qs(urlsplit(path).query), body)
+            answer = self._answer(urlsplit(path).path, parse_qs(urlsplit(path).query), body)
         except _Refused as refused:
             answer = refused.answer
         if fault is not None:
@@ -217,8 +217,9 @@ class _Handler(BaseHTTPRequestHandler):
         for method, pattern, answer in _ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method.split("|"):
+                found = {name: unquote(text) for name, text in match.groupdict("").items()}
                 with self.hub.lock:
-                    return answer(self, query=query, body=body, **match.groupdict())
+                    return answer(self, query=query, body=body, **found)
         raise _Refused(404, "no such page")
 
     def _repository(self, repo: str, write: bool = False, revision: str | None = None) -> Repository:
@@ -251,9 +252,9 @@ class _Handler(BaseHTTPRequestHandler):
         )
         return _json(reply)
 
-    def info(self, repo: str, rev: str | None = None, **_: Any) -> Answer:
+    def info(self, repo: str, rev: str = "main", **_: Any) -> Answer:
         repository = self._repository(repo, revision=rev)
-        branch = self._shas(repository).get(rev or "", rev) or "main"
+        branch = self._shas(repository).get(rev, rev)
         files = repository.files(branch)
         card = re.match(rb"---\n(.*?)\n---", files.get("README.md", b""), re.DOTALL)
         import yaml
@@ -271,14 +272,24 @@ class _Handler(BaseHTTPRequestHandler):
             }
         )
 
-    def tree(self, repo: str, rev: str, **_: Any) -> Answer:
+    def tree(self, repo: str, rev: str, query: Mapping[str, list[str]], path: str = "", **_: Any) -> Answer:
         repository = self._repository(repo, revision=rev)
-        reply = []
-        for path, data in repository.files(self._shas(repository).get(rev, rev)).items():
-            hashes = _hashes(path, data)
-            large = {"lfs": {**hashes["lfs"], "oid": hashes["lfs"]["sha256"]}} if "lfs" in hashes else {}
-            reply.append({"type": "file", "path": path, "size": len(data), "oid": hashes["blobId"], **large})
-        return _json(reply)
+        below = {
+            name: data
+            for name, data in repository.files(self._shas(repository).get(rev, rev)).items()
+            if name.startswith(f"{path}/" if path else "")
+        }
+        if path and not below:
+            raise _Refused(404, f"{path} does not exist", "EntryNotFound")
+        reply = {}
+        for name, data in below.items():
+            inner = name[len(path) + 1 if path else 0 :]
+            if "/" in inner and query.get("recursive", ["true"])[0].lower() == "false":
+                folder = name[: len(name) - len(inner) + inner.index("/")]
+                reply[folder] = {"type": "directory", "path": folder, "size": 0, "oid": _git(folder.encode())}
+            else:
+                reply[name] = _entry(name, data)
+        return _json(list(reply.values()))
 
     def access(self, repo: str, **_: Any) -> Answer:
         self._read(self._repository(repo))
@@ -381,7 +392,8 @@ class _Handler(BaseHTTPRequestHandler):
         data = repository.files(branch).get(path)
         if data is None:
             raise _Refused(404, "Entry not found", "EntryNotFound")
-        headers = {"ETag": f'"{_git(data)}"', "X-Repo-Commit": repository.sha(branch), "Accept-Ranges": "bytes"}
+        etag = _hashes(path, data).get("lfs", {}).get("sha256", _git(data))
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": repository.sha(branch), "Accept-Ranges": "bytes"}
         if self.command == "HEAD":
             return 200, {**headers, "Content-Length": str(len(data))}, b""
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
@@ -402,17 +414,24 @@ def _hashes(path: str, data: bytes) -> dict[str, Any]:
     return {"blobId": _git(sha.encode()), "lfs": {"sha256": sha, "size": len(data), "pointerSize": 130}}
 
 
-_REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+def _entry(path: str, data: bytes) -> dict[str, Any]:
+    hashes = _hashes(path, data)
+    large = {"lfs": {**hashes["lfs"], "oid": hashes["lfs"]["sha256"]}} if "lfs" in hashes else {}
+    return {"type": "file", "path": path, "size": len(data), "oid": hashes["blobId"], **large}
+
+
+_REPO = r"(?P<repo>(?:datasets/)?[\w.-]+/[\w.-]+)"
+_API = rf"/api/(?:models/)?{_REPO}"
 _ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("POST", "/api/repos/create", _Handler.create),
     ("POST", "/api/validate-yaml", _Handler.validate),
-    ("GET", rf"/api/models/{_REPO}", _Handler.info),
-    ("GET", rf"/api/models/{_REPO}/revision/(?P<rev>.+)", _Handler.info),
-    ("GET", rf"/api/models/{_REPO}/tree/(?P<rev>[^/]+)", _Handler.tree),
-    ("GET", rf"/api/models/{_REPO}/auth-check", _Handler.access),
-    ("POST", rf"/api/models/{_REPO}/branch/(?P<name>.+)", _Handler.branch),
-    ("POST", rf"/api/models/{_REPO}/preupload/(?P<rev>.+)", _Handler.preupload),
-    ("POST", rf"/api/models/{_REPO}/commit/(?P<rev>.+)", _Handler.commit),
+    ("GET", rf"{_API}", _Handler.info),
+    ("GET", rf"{_API}/revision/(?P<rev>.+)", _Handler.info),
+    ("GET", rf"{_API}/tree/(?P<rev>[^/]+)(?:/(?P<path>.+))?", _Handler.tree),
+    ("GET", rf"{_API}/auth-check", _Handler.access),
+    ("POST", rf"{_API}/branch/(?P<name>.+)", _Handler.branch),
+    ("POST", rf"{_API}/preupload/(?P<rev>.+)", _Handler.preupload),
+    ("POST", rf"{_API}/commit/(?P<rev>.+)", _Handler.commit),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", r"/large/(?P<oid>\w+)", _Handler.put),
     ("PUT", r"/large/(?P<oid>\w+)/part/(?P<number>\d+)", _Handler.put_part),

@@ -50,7 +50,8 @@ def convert(model: str, output: Path, revision: str | None = None, shard_bytes: 
         Whether anything was written; false if the conversion is there already.
 
     Raises:
-        UserError: The weights are safetensors already or cannot be read safely, or ``output`` holds something else.
+        UserError: The weights are safetensors already, or cannot be read safely, or ``output`` holds something
+            else.
     """
     folder, commit = local_folder(model, revision, code=True)
     if files := weight_files(folder, model):

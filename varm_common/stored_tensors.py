@@ -52,8 +52,8 @@ def _why(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     if code := re.search(r"GLOBAL (\S+)", text):
         return (
-            f"cannot be read without running code of its own (`{code[1]}`), and that is never done. Use a revision "
-            "of the model that has safetensors"
+            f"cannot be read without running code of its own (`{code[1]}`), and no such code is run. Use a "
+            "revision of the model that has safetensors"
         )
     reason = text.rpartition("WeightsUnpickler error:")[2].strip().splitlines()[0]
     return (
