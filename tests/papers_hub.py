@@ -1,4 +1,4 @@
-"""The papers' models and data sets on a local Hub: tiny, under their names, with the files that they really have."""
+"""The papers' models and data sets on a local Hub: tiny, under their names, with files as the real ones have."""
 
 import io
 import json
@@ -38,9 +38,16 @@ MPT = {
 }
 MPT_CONFIG = {
     "attn_config": {
-        **{"alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0, "clip_qkv": None},
-        **{"attn_type": "multihead_attention", "attn_uses_sequence_id": False, "prefix_lm": False},
-        **{"qk_ln": False, "softmax_scale": None},
+        "alibi": True,
+        "alibi_bias_max": 8,
+        "attn_impl": "torch",
+        "attn_pdrop": 0,
+        "attn_type": "multihead_attention",
+        "attn_uses_sequence_id": False,
+        "clip_qkv": None,
+        "prefix_lm": False,
+        "qk_ln": False,
+        "softmax_scale": None,
     },
     "auto_map": {
         "AutoConfig": "configuration_mpt.MPTConfig",

@@ -229,15 +229,19 @@ def fingerprint(folder: Path) -> str:
     if chosen.problems:
         raise ValueError(f"`{folder}`: {'; '.join(chosen.problems)}")
     with ThreadPoolExecutor(4) as threads:
-        contents = threads.map(content_sha256, [folder / name for name in chosen.names])
-        sums = dict(zip(chosen.names, contents, strict=True))
-    if sums and _entry(folder / CONVERSION, "files") == sums:
-        return str(_entry(folder / CONVERSION, "weights"))
-    return fingerprint_of(list(sums.items()))
+        sums = threads.map(content_sha256, [folder / name for name in chosen.names])
+        return fingerprint_of(list(zip(chosen.names, sums, strict=True)), folder / CONVERSION)
 
 
-def fingerprint_of(sums: Sequence[tuple[str, str]]) -> str:
-    """The fingerprint of weight files by their [name, SHA-256], in ascending order of the names."""
+def fingerprint_of(sums: Sequence[tuple[str, str]], conversion: Path | None = None) -> str:
+    """The fingerprint of weight files by their [name, SHA-256], in ascending order of the names.
+
+    Args:
+        sums: All of the weight files.
+        conversion: The record beside them, if they are a conversion.
+    """
+    if sums and conversion and _entry(conversion, "files") == dict(sums):
+        return str(_entry(conversion, "weights"))
     return files.fingerprint([list(pair) for pair in sums]) if sums else ""
 
 

@@ -21,8 +21,6 @@ __all__ = [
 ]
 
 TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
-SAFE_WEIGHTS, PICKLED_WEIGHTS = "*.safetensors", "pytorch_model*.bin"
-"""Weights on the Hub. The second are downloaded only if a repository has none of the first."""
 NOT_NEEDED = ["consolidated*", "*/*"]
 """Second copies of the weights in some repositories of the Hub."""
 SETTINGS = ("config", "generation_config", "tokenizer_config", "special_tokens_map", "added_tokens")
@@ -63,7 +61,7 @@ def _downloaded(model: str, revision: str | None, weights: bool, code: bool) -> 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [*TOKENIZER_FILES, *([SAFE_WEIGHTS] if weights else []), *(["*.py"] if code else [])]
+    patterns = [*TOKENIZER_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if code else [])]
 
     def download(revision: str | None, patterns: list[str]) -> Path:
         return Path(
@@ -72,8 +70,9 @@ def _downloaded(model: str, revision: str | None, weights: bool, code: bool) -> 
 
     try:
         folder = download(revision, patterns)
-        if weights and not any(name.endswith(".safetensors") for name in checkpoints.weight_files(folder).names):
-            download(folder.name, [PICKLED_WEIGHTS])
+        names = checkpoints.weight_files(folder).names or [checkpoints.PICKLED]
+        if weights and not names[0].endswith(".safetensors"):  # pickles, only where there is nothing else
+            download(folder.name, names)
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         at = f" at revision {revision}" if revision else ""
@@ -181,6 +180,7 @@ def load_causal_lm(
             output_loading_info=True,
             **options,
         )
+        _fill_computed_buffers(model)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{name} does not fit into the GPU's memory; try --device-map auto or --load-in 8bit"
@@ -194,6 +194,27 @@ def load_causal_lm(
     if "device_map" not in options and device.type != "cpu":  # FSDP leaves most processes' weights unmade
         model.to(device)
     return model.eval()
+
+
+def _fill_computed_buffers(model: Any) -> None:
+    """Give a model with code of its own the buffers that are in no file, such as rotary tables.
+
+    transformers 5 builds a model without memory and fills what the files hold. Code that was written for
+    transformers 4 computes the other buffers in ``__init__``, where their values are lost without an error.
+    """
+    from accelerate import init_empty_weights
+
+    if not type(model).__module__.startswith("transformers_modules."):
+        return
+    unsaved = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
+    for name in model.state_dict():
+        unsaved.pop(name, None)
+    if not unsaved:
+        return
+    with init_empty_weights(include_buffers=False):
+        computed = dict(type(model)(model.config).named_buffers())
+    for name in unsaved.keys() & computed.keys():
+        unsaved[name].copy_(computed[name])
 
 
 def _demand_all_weights(model: Any, name: str, info: dict[str, Any]) -> None:

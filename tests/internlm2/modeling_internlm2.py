@@ -14,23 +14,34 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from .configuration_internlm2 import InternLM2Config
 
 
-def rotated(states_BHLD: Tensor, theta: float) -> Tensor:
-    length, width = states_BHLD.shape[-2:]
-    rates = theta ** (-torch.arange(0, width, 2).float() / width)
-    angles_LD = torch.outer(torch.arange(length).float(), rates).repeat(1, 2)
-    first, second = states_BHLD.chunk(2, -1)
-    return states_BHLD * angles_LD.cos() + torch.cat([-second, first], -1) * angles_LD.sin()
+class InternLM2RotaryEmbedding(nn.Module):
+    """Its tables are in no file: they are computed when the model is built."""
+
+    def __init__(self, width: int, length: int, theta: float) -> None:
+        super().__init__()
+        inv_freq = 1.0 / (theta ** (torch.arange(0, width, 2).float() / width))
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        angles_LD = torch.outer(torch.arange(length).to(inv_freq.dtype), inv_freq).repeat(1, 2)
+        self.register_buffer("cos_cached", angles_LD.cos(), persistent=False)
+        self.register_buffer("sin_cached", angles_LD.sin(), persistent=False)
+
+    def forward(self, states_BHLD: Tensor) -> Tensor:
+        length = states_BHLD.shape[-2]
+        first, second = states_BHLD.chunk(2, -1)
+        turned = torch.cat([-second, first], -1)
+        rotated = states_BHLD * self.cos_cached[:length] + turned * self.sin_cached[:length]
+        return rotated.to(states_BHLD.dtype)
 
 
 class InternLM2Attention(nn.Module):
     def __init__(self, config: InternLM2Config) -> None:
         super().__init__()
-        self.config = config
         self.groups = config.num_attention_heads // config.num_key_value_heads
         self.width = config.hidden_size // config.num_attention_heads
         packed = (config.num_attention_heads + 2 * config.num_key_value_heads) * self.width
         self.wqkv = nn.Linear(config.hidden_size, packed, bias=config.bias)
         self.wo = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
+        self.rotary_emb = InternLM2RotaryEmbedding(self.width, config.max_position_embeddings, config.rope_theta)
 
     def forward(self, hidden_BLH: Tensor, mask_B1LL: Tensor) -> Tensor:
         batch, length, _ = hidden_BLH.shape
@@ -39,7 +50,7 @@ class InternLM2Attention(nn.Module):
         key, value = (
             packed[..., place, :].transpose(1, 2).repeat_interleave(self.groups, 1) for place in (-2, -1)
         )
-        query, key = (rotated(states.float(), self.config.rope_theta).to(value.dtype) for states in (query, key))
+        query, key = self.rotary_emb(query), self.rotary_emb(key)
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask_B1LL)
         output: Tensor = self.wo(mixed.transpose(1, 2).flatten(2))
         return output

@@ -1,8 +1,9 @@
 """Whether the targets of a recipe were fine-tuned from its base model, as far as they record it.
 
 A target made by ``fusion-trainer train`` has a ``fusion.json`` with the fingerprint of its pivot's weights: the
-SHA-256 of the JSON list of [file name, SHA-256 of its content] of the safetensors files, ascending by name. The
-files of a Hub model are known by hash without being read.
+SHA-256 of the JSON list of [file name, SHA-256 of its content] of the weight files, ascending by name. A
+conversion of a pickled model to safetensors has the fingerprint of the original. The files of a Hub model are known
+by hash without being read.
 """
 
 import json
@@ -15,7 +16,14 @@ import huggingface_hub
 import yaml
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-from varm_common.checkpoints import WeightFiles, choose_weight_files, fingerprint, fingerprint_of, weight_files
+from varm_common.checkpoints import (
+    CONVERSION,
+    WeightFiles,
+    choose_weight_files,
+    fingerprint,
+    fingerprint_of,
+    weight_files,
+)
 
 __all__ = ["FUSION", "Place", "base_models_named", "files_on_the_hub", "foreign_targets", "weights_fingerprint"]
 
@@ -118,8 +126,10 @@ def weights_fingerprint(place: Place) -> str:
             return known
     info = huggingface_hub.HfApi().model_info(place.path, revision=place.revision, files_metadata=True)
     hashes = {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}
-    chosen = files_on_the_hub(place, {file.rfilename for file in info.siblings or []})
-    return fingerprint_of([(name, hashes[name]) for name in chosen.names if name in hashes])
+    names = {file.rfilename for file in info.siblings or []}
+    chosen = files_on_the_hub(place, names)
+    conversion = place.file(CONVERSION) if CONVERSION in names else None
+    return fingerprint_of([(name, hashes[name]) for name in chosen.names if name in hashes], conversion)
 
 
 def files_on_the_hub(place: Place, names: set[str]) -> WeightFiles:
