@@ -2,8 +2,8 @@
 
 A target made by ``fusion-trainer train`` has a ``fusion.json`` with the fingerprint of its pivot's weights: the
 SHA-256 of the JSON list of [file name, SHA-256 of its content] of the weight files, ascending by name. A
-conversion of a pickled model to safetensors has the fingerprint of the original. The files of a Hub model are known
-by hash without being read.
+conversion of a pickled model to safetensors has the fingerprint of the original. The files of a Hub model are
+known by hash without being read.
 """
 
 import json

@@ -77,7 +77,6 @@ def run(folder: Path, environment: dict[str, str], settings: dict[str, Any]) -> 
     done = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    (folder / "said.txt").open("a").write(done.stdout)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -101,7 +100,9 @@ def test_a_pipeline_of_the_papers_runs_from_download_to_merge(
     weights = fingerprint_of([(file, hashlib.sha256(pivot[file]).hexdigest()) for file in chosen])
     targets = settings.get("targets") or [source["name"] for source in settings["sources"]]
     for target in targets:
-        assert read_json(work / "targets" / target / "fusion.json")["pivot"]["weights"] == weights
+        record = read_json(work / "targets" / target / "fusion.json")
+        assert record["pivot"]["weights"] == weights
+        assert record["rounding"]["dtype"] == "bfloat16"
     for merge in settings["merges"]:
         merged = safe_weights(work / "merges" / merge)
         assert merged
@@ -109,3 +110,14 @@ def test_a_pipeline_of_the_papers_runs_from_download_to_merge(
     assert "stages are up to date" in run(tmp_path, environment, settings)
     for useless in (r"consolidated", r"Llama-2-7b-hf/.*\.bin$"):
         assert hub.count("GET", useless) == 0
+
+
+def test_a_model_that_needs_a_token_is_a_sentence(environment: dict[str, str], tmp_path: Path) -> None:
+    settings = as_written("fusellm_7b")
+    (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(settings))
+    without = {**environment, "HF_TOKEN": "", "HF_HOME": str(tmp_path / "home")}
+    command = ["fusion-trainer", "run", "pipeline.yaml", "--until", "prepare"]
+    done = subprocess.run(command, cwd=tmp_path, env=without, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "`meta-llama/Llama-2-7b-hf` is not a folder, and the Hub replied" in done.stderr
+    assert "Traceback" not in done.stderr

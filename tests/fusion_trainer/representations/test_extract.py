@@ -526,12 +526,26 @@ def test_a_checkpoint_that_lacks_a_layer(refused: Callable[..., str], world: Pat
     assert "model.layers.1.mlp.up_proj.weight" in message
 
 
-def test_weights_that_are_not_safetensors(refused: Callable[..., str], world: Path, tmp_path: Path) -> None:
+def test_a_model_without_weights(refused: Callable[..., str], world: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(world / "llama", tmp_path / "empty")
+    (folder / "model.safetensors").unlink()
+    assert "no weights in" in refused(model=str(folder))
+
+
+def test_pickled_weights_give_the_same_store(world: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(world / "llama", tmp_path / "pickled")
     (folder / "model.safetensors").unlink()
-    assert "no .safetensors weights" in refused(model=str(folder))
     tiny_models.resave(world / "llama", folder, pickled=True)
-    assert "pytorch_model.bin; pickled weights are not loaded" in refused(model=str(folder))
+    stores = []
+    for model in (world / "llama", folder):
+        config = settings_of(world, "llama", tmp_path / "stores" / model.name, dialogues=str(world / "blocks"))
+        result = run({**config, "model": str(model)})
+        assert result.exit_code == 0, result.output
+        stores.append(RepresentationStore(tmp_path / "stores" / model.name))
+    for row in range(len(stores[0])):
+        for name in ("ids", "logprobs", "tail", "gold_logprob"):
+            assert np.array_equal(getattr(stores[0][row], name), getattr(stores[1][row], name))
+    assert stores[0].identity["weights"] != stores[1].identity["weights"]
 
 
 def test_a_safetensors_file_that_is_cut_short(refused: Callable[..., str], world: Path, tmp_path: Path) -> None:

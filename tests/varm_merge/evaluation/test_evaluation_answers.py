@@ -452,13 +452,14 @@ def test_models_that_cannot_be_loaded_are_reported(llama: Path, questions: Path,
     (coded / "config.json").write_text(json.dumps(config | own))
     (coded / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     pickled = shutil.copytree(llama, tmp_path / "pickled")
-    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    tensors = load_file(pickled / "model.safetensors")
+    torch.save({**tensors, "code": print}, pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     cut = shutil.copytree(llama, tmp_path / "cut")
     (cut / "model.safetensors").write_bytes(b"\x00" * 100)
     for model, message in (
         (coded, f"`{coded}` has its own code, which runs only with --trust-remote-code"),
-        (pickled, "has no .safetensors weights"),
+        (pickled, "`pytorch_model.bin` cannot be read without running code of its own (`print`)"),
         (cut, f"the weights of `{cut}`: "),
         (tmp_path, f"the folder `{tmp_path}` has no config.json: it is not a model"),
         (tmp_path / "nowhere", f"no model folder `{tmp_path / 'nowhere'}`"),
