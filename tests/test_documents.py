@@ -4,6 +4,7 @@ The models the documents name are tiny ones of the same architectures, on a Hub 
 or SLURM is put in other words, or named below with the test that runs it.
 """
 
+import io
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import pytest
 import tiny_sources
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from warm import Warm
 
 import fusion_trainer.cli
@@ -90,7 +91,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path
     folder = tmp_path_factory.mktemp("hub")
     with hub_server.serving() as hub, judge_server.serving(judged) as judge:
         for name, model in models.items():
-            hub.add(name, {path.name: path.read_bytes() for path in model.iterdir()})
+            files = {path.name: path.read_bytes() for path in model.iterdir()}
+            if name == PIVOT:  # it is published as a pickle
+                files["pytorch_model.bin"] = pickled(files.pop("model.safetensors"))
+            hub.add(name, files)
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "0",
@@ -218,6 +222,13 @@ class Reader:
         assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         assert "Traceback" not in done.stderr, done.stderr
         return done.stdout
+
+
+def pickled(weights: bytes) -> bytes:
+    """Safetensors as a ``.bin`` file."""
+    file = io.BytesIO()
+    torch.save(load(weights), file)
+    return file.getvalue()
 
 
 def save_models(folder: Path) -> dict[str, Path]:

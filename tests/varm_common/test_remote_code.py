@@ -56,7 +56,7 @@ def test_tokenizer_code_that_drops_spaces_is_not_used(internlm2: Path, caplog: p
 def test_code_that_fails_is_a_sentence(internlm2: Path) -> None:
     (internlm2 / "tokenization_internlm2_fast.py").write_text("raise AttributeError('of another transformers')")
     (internlm2 / "modeling_internlm2.py").write_text("import transformers.no_more")
-    with pytest.raises(UserError, match="no tokenizer of .* could be loaded: AttributeError: of another"):
+    with pytest.raises(UserError, match=r"no tokenizer of .* could be loaded: AttributeError: of another"):
         load_tokenizer(internlm2, INTERNLM2, trust_remote_code=True)
     with pytest.raises(UserError, match="cannot be loaded as a causal language model: "):
         load_causal_lm(internlm2, INTERNLM2, dtype="auto", device=torch.device("cpu"), trust_remote_code=True)
