@@ -54,8 +54,8 @@ def convert(model: str, output: Path, revision: str | None = None, shard_bytes: 
             else.
     """
     folder, commit = local_folder(model, revision, code=True)
-    if files := weight_files(folder, model):
-        _demand_pickles(files, model)
+    if safe := [file.name for file in weight_files(folder, model) if file.suffix == ".safetensors"]:
+        raise UserError(f"the weights of `{model}` are safetensors already (`{safe[0]}`): use them as they are")
     identity = {
         "format": FORMAT,
         "version": VERSION,
@@ -85,13 +85,6 @@ def convert(model: str, output: Path, revision: str | None = None, shard_bytes: 
             sync_folder(output.parent)
             lock.unlink(missing_ok=True)
     return True
-
-
-def _demand_pickles(files: list[Path], model: str) -> None:
-    if files[0].suffix == ".safetensors":
-        raise UserError(
-            f"the weights of `{model}` are safetensors already (`{files[0].name}`): use them as they are"
-        )
 
 
 def _is_there(output: Path, identity: dict[str, Any]) -> bool:
@@ -153,6 +146,7 @@ def _outlines(header: Header) -> Iterator[tuple[str, Any]]:
 
 
 def _write_shard(header: Header, names: list[str], path: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors, storages = {}, set()
@@ -166,8 +160,8 @@ def _write_shard(header: Header, names: list[str], path: Path) -> None:
         save_file(tensors, temporary, metadata={"format": "pt"})
         sync_folder(temporary)
         temporary.replace(path)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"`{path.name}` cannot be written as safetensors: {error}") from error
+    except (SafetensorError, ValueError, KeyError) as error:  # a full disk, or a dtype that safetensors lacks
+        raise UserError(f"`{path}` cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

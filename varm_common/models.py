@@ -1,7 +1,9 @@
 """Models: a Hub id or folder becomes a local folder, a fingerprint, and a loaded causal language model."""
 
 import importlib.util
+import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,21 @@ __all__ = [
     "is_path",
     "load_causal_lm",
     "local_folder",
+    "read_tokenizer",
     "resolved_dtype",
     "weight_files",
     "weights_fingerprint",
 ]
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
 NOT_NEEDED = ["consolidated*", "*/*"]
 """Second copies of the weights in some repositories of the Hub."""
 SETTINGS = ("config", "generation_config", "tokenizer_config", "special_tokens_map", "added_tokens")
 """JSON files in which transformers expects an object."""
+SPACES = ("▁", "Ġ", " ")
+"""How tokens write a space: SentencePiece, byte-level BPE, plainly."""
 NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 """Keys of a config that do not change what the model computes."""
 
@@ -138,6 +145,30 @@ def resolved_dtype(folder: Path, dtype: str, code: bool = False) -> str:
     return str(own).removeprefix("torch.") if own is not None else dtype
 
 
+def read_tokenizer(folder: Path, name: str, trust_remote_code: bool) -> Any:
+    """The tokenizer of a folder, as transformers loads it. A repository's own code may raise anything.
+
+    Tokenizer code that was written for transformers 4 (InternLM2's) drops spaces in transformers 5. If the
+    tokenizer keeps them without its code, the code is not used, and a warning is logged.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if trust_remote_code and not _keeps_spaces(tokenizer):
+        with suppress(Exception):  # it may need the code
+            without_code = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            if _keeps_spaces(without_code):
+                logger.warning("the tokenizer code of %s does not work with this transformers: not used", name)
+                return without_code
+    return tokenizer
+
+
+def _keeps_spaces(tokenizer: Any) -> bool:
+    """Whether a fast tokenizer has tokens for the spaces of a text."""
+    pieces = "".join(tokenizer.tokenize("one two three"))
+    return bool(getattr(tokenizer, "is_fast", False)) and sum(map(pieces.count, SPACES)) >= 2
+
+
 def load_causal_lm(
     folder: Path,
     name: str,
@@ -158,7 +189,7 @@ def load_causal_lm(
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers.utils import logging as bars
 
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if attention:
@@ -169,8 +200,8 @@ def load_causal_lm(
         options["device_map"] = device_map or {"": device}
     pickles = [file for file in weight_files(folder, name) if file.suffix != ".safetensors"]
     _demand_readable(pickles, name)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -188,8 +219,8 @@ def load_causal_lm(
     except Exception as error:  # transformers checks few values of a config before it uses them
         raise UserError(f"{name} cannot be loaded as a causal language model: {reason_of(error)}") from error
     finally:
-        if bars:
-            logging.enable_progress_bar()
+        if shown:
+            bars.enable_progress_bar()
     _demand_all_weights(model, name, info)
     if "device_map" not in options and device.type != "cpu":  # FSDP leaves most processes' weights unmade
         model.to(device)

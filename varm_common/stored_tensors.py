@@ -55,7 +55,7 @@ def _why(error: Exception) -> str:
             f"cannot be read without running code of its own (`{code[1]}`), and no such code is run. Use a "
             "revision of the model that has safetensors"
         )
-    reason = text.rpartition("WeightsUnpickler error:")[2].strip().splitlines()[0]
+    reason = (text.rpartition("WeightsUnpickler error:")[2].strip() or text).splitlines()[0]
     return (
         f"cannot be read without running code of its own, or is damaged ({reason}): copy it again, or save the "
         "model as safetensors"

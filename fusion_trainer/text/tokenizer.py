@@ -11,9 +11,7 @@ the template.
 
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -25,17 +23,14 @@ from tokenizers import AddedToken, normalizers
 
 from fusion_trainer.text.byte_ends import Rewriting, lay_along
 from varm_common.errors import UserError, reason_of
+from varm_common.models import read_tokenizer
 
 __all__ = ["Span", "TextTokenizer", "Tokens", "load_tokenizer", "supervised_positions"]
-
-logger = logging.getLogger(__name__)
 
 SPACES_AS_MARKS = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 """The normaliser of SentencePiece-style tokenizers that writes spaces as ``▁``."""
 OBEYS_ADD_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer", "GPTNeoXTokenizer")
 """Classes whose fast version in transformers 4 left out BOS if ``add_bos_token`` was false."""
-SPACED = "one two three"
-"""A text that every tokenizer can spell."""
 Span = tuple[int, int]
 """First byte and the one after the last, in a text's UTF-8."""
 
@@ -301,38 +296,14 @@ def load_tokenizer(folder: Path, name: str, trust_remote_code: bool = False) -> 
 
 @lru_cache(maxsize=8)
 def _loaded(folder: Path, name: str, trust_remote_code: bool) -> TextTokenizer:
-    tokenizer = _from_files(folder, name, trust_remote_code)
-    if trust_remote_code and not _reads_spaces(tokenizer):
-        with suppress(UserError):
-            without_code = _from_files(folder, name, False)
-            if _reads_spaces(without_code):
-                logger.warning("the tokenizer code of %s does not work with this transformers: not used", name)
-                tokenizer = without_code
-    _obey_add_bos(tokenizer, folder)
-    return TextTokenizer(tokenizer, name)
-
-
-def _from_files(folder: Path, name: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a repository's own code may raise anything
+        tokenizer = read_tokenizer(folder, name, trust_remote_code)
+    except Exception as error:
         if not trust_remote_code and not isinstance(error, (OSError, ValueError, KeyError, ImportError)):
             raise
         raise UserError(f"no tokenizer of {name} could be loaded: {reason_of(error)}") from error
-
-
-def _reads_spaces(tokenizer: Any) -> bool:
-    """Whether a tokenizer reports offsets and its tokens stand for a text's spaces.
-
-    Code that was written for transformers 4 (InternLM2's) builds tokenizers in transformers 5 that drop them.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        return False
-    surfaces = TextTokenizer(tokenizer, "").surfaces
-    read = b"".join(surfaces[token] for token in tokenizer(SPACED, add_special_tokens=False).input_ids)
-    return read.strip() == SPACED.encode()
+    _obey_add_bos(tokenizer, folder)
+    return TextTokenizer(tokenizer, name)
 
 
 def _obey_add_bos(tokenizer: Any, folder: Path) -> None:

@@ -15,13 +15,12 @@ from typing import Any
 
 import jinja2
 import torch
-import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from varm_common.errors import UserError
 from varm_common.files import fingerprint, read_text, sha256_of
-from varm_common.models import load_causal_lm, local_folder, weights_fingerprint
+from varm_common.models import load_causal_lm, local_folder, read_tokenizer, weights_fingerprint
 from varm_merge.evaluation.answers import Answer, Answers, Chat, Prompt, Settings
 from varm_merge.evaluation.questions import Question
 
@@ -64,7 +63,7 @@ class LocalModel:
         if not (self.folder / "config.json").is_file():
             raise UserError(f"the folder `{name}` has no config.json: it is not a model")
         with self._loading("tokenizer"):
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.code)
+            self.tokenizer = read_tokenizer(self.folder, name, self.code)
         if chat_template is not None:
             self.tokenizer.chat_template = read_text(chat_template)
         if not self.tokenizer.chat_template:
