@@ -112,12 +112,16 @@ def test_a_pipeline_of_the_papers_runs_from_download_to_merge(
         assert hub.count("GET", useless) == 0
 
 
-def test_a_model_that_needs_a_token_is_a_sentence(environment: dict[str, str], tmp_path: Path) -> None:
-    settings = as_written("fusellm_7b")
+def test_a_model_that_needs_a_token_is_a_sentence(
+    hub: hub_server.Hub, environment: dict[str, str], tmp_path: Path
+) -> None:
+    hub.add("meta-llama/Llama-2-13b-hf", {"config.json": b"{}"}, gated=True)
+    settings = {**as_written("fusellm_7b"), "pivot": "meta-llama/Llama-2-13b-hf"}
     (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(settings))
-    without = {**environment, "HF_TOKEN": "", "HF_HOME": str(tmp_path / "home")}
     command = ["fusion-trainer", "run", "pipeline.yaml", "--until", "prepare"]
+    without = {**environment, "HF_TOKEN": ""}
     done = subprocess.run(command, cwd=tmp_path, env=without, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "`meta-llama/Llama-2-7b-hf` is not a folder, and the Hub replied" in done.stderr
+    assert "`meta-llama/Llama-2-13b-hf` is not a folder, and the Hub replied" in done.stderr
+    assert "Access to this model is restricted" in done.stderr
     assert "Traceback" not in done.stderr
