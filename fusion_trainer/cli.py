@@ -331,6 +331,7 @@ def write_recipe(
 @click.argument("model")
 @click.argument("out", type=PATH)
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
+@talks()
 def convert(model: str, out: Path, revision: str | None) -> None:
     """Write a copy of MODEL, a folder or Hub id with pickled weights (.bin), as safetensors to the folder OUT.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from varm_common.checkpoints import CONVERSION, INDEX, WEIGHT_FILE, Header, read_header
+from varm_common.console import is_quiet
 from varm_common.errors import UserError, some
 from varm_common.files import (
     TEMPORARY,
@@ -124,12 +125,14 @@ def _begin(making: Path, identity: dict[str, Any]) -> None:
 
 def _write_weights(folder: Path, making: Path, shard_bytes: int) -> None:
     from huggingface_hub import split_torch_state_dict_into_shards
+    from tqdm import tqdm
 
     header = read_header(folder)
     if header.problems:
         raise UserError(f"the weights in `{folder}`: {'; '.join(header.problems)}")
     split = split_torch_state_dict_into_shards(dict(_outlines(header)), max_shard_size=shard_bytes)
-    for shard, names in split.filename_to_tensors.items():
+    shards = split.filename_to_tensors.items()
+    for shard, names in tqdm(shards, unit="file", desc="safetensors", disable=is_quiet()):
         if not (making / shard).is_file():
             _write_shard(header, names, making / shard)
     if split.is_sharded:

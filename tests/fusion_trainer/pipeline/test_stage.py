@@ -197,6 +197,7 @@ def test_what_a_stage_reads_from_outside_is_known_by_its_content(work: Path, tmp
     assert stands() is None
     for path, name in (
         (model / "model.safetensors", "pivot"),
+        (model / "pytorch_model-00001-of-00002.bin", "pivot"),
         (model / "tokenizer.json", "pivot"),
         (folder / "deep" / "rows.parquet", "data[1]"),
         (folder / "more.parquet", "data[1]"),
