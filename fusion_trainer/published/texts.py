@@ -1,8 +1,8 @@
 """The text of token ids: from published rows to blocks of dialogues.
 
 A block's text has to give the row's ids when it is tokenised again, because every later stage tokenises it. A
-SentencePiece tokenizer puts a space before a text, or before each part of it between added tokens; which of the
-two is found by trying. A row that was cut at its maximum length may end inside a word or a character, which then
+SentencePiece tokenizer puts a space before a text, or before each part of it between added tokens; which it does
+is found by trying. A row that was cut at its maximum length may end inside a word or a character, which then
 reads differently: such a text is cut some tokens earlier.
 """
 
@@ -28,7 +28,7 @@ CUT = 16
 """A row may lose so many tokens at its end to become a text that is tokenised the same."""
 ROWS_AT_ONCE = 256
 Spaces = Literal["first", "each", "none"]
-SPACES: tuple[Spaces, ...] = ("first", "each", "none")
+SPACES: tuple[Spaces, ...] = ("each", "first", "none")
 """Which leading spaces the tokenizer has added: the text's, each part's, or none."""
 
 
@@ -103,6 +103,8 @@ class BlockMaker:
                 same = common_start(read, ids)
                 if same == len(ids) == len(read):
                     found[number] = text, tokens
+                elif other := self._in_another_way(ids):
+                    found[number] = other
                 elif min(same, len(ids) - 1) >= least[number]:
                     cut[number] = ids[: min(same, len(ids) - 1)]
                 else:
@@ -115,6 +117,14 @@ class BlockMaker:
     ) -> Iterator[tuple[str, Tokens]]:
         texts = [self._text(array.tolist(), spaces or self._spaces or "none") for array in ids]
         return zip(texts, self.tokenizer.encode(texts), strict=True)
+
+    def _in_another_way(self, ids: NDArray[np.integer]) -> tuple[str, Tokens] | None:
+        """A row that has spaces where most rows have none."""
+        for spaces in SPACES:
+            text, tokens = next(self._read([ids], spaces))
+            if np.array_equal(without_bos(self.tokenizer, tokens.ids), ids):
+                return text, tokens
+        return None
 
     def _found_spaces(self, rows: Sequence[NDArray[np.integer]]) -> Spaces:
         """The way in which most rows give their own ids again."""

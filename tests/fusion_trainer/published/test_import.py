@@ -12,6 +12,7 @@ import numpy as np
 import published_rows
 import pytest
 import tiny_sources
+import tiny_tokenizers
 from published_rows import Row
 from tiny_sources import END_OF_TURN
 
@@ -22,10 +23,13 @@ from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.data.readers import reader_of_store
 from fusion_trainer.data.templates import FOLDER
 from fusion_trainer.published.import_rows import import_rows
+from fusion_trainer.published.rows import RowError, Tokens
+from fusion_trainer.published.texts import BlockMaker
 from fusion_trainer.representations.extract import extract
 from fusion_trainer.representations.store import Representation, RepresentationStore
 from fusion_trainer.representations.store_tokenizer import tokenizer_of
 from fusion_trainer.representations.store_writer import StoreWriter
+from fusion_trainer.text.tokenizer import TextTokenizer
 from fusion_trainer.training.train import train
 from varm_common.errors import UserError
 
@@ -244,6 +248,23 @@ def contradict(row: Row) -> None:
     row["per_step_metric_ce"] = [0.0] * (LENGTH - 1)
 
 
+@pytest.mark.parametrize("kind", tiny_tokenizers.KINDS)
+@pytest.mark.parametrize(
+    "text", ["hello fox", "  two spaces", "sort</s> the dog", "sort</s>the  dog</s>", "日本🙂</s>"]
+)
+def test_the_text_of_ids_has_these_ids(kind: str, text: str) -> None:
+    """Whatever spaces the tokenizer has added, also where other rows have none, or where the row was cut."""
+    tokenizer = TextTokenizer(tiny_tokenizers.shared(kind, ("</s>",) if kind == "byte_level_bpe" else ()), kind)
+    ids = np.array(tokenizer.tokenizer(text)["input_ids"])
+    usual = np.array(tokenizer.tokenizer("it is a quick dog</s>over the fox")["input_ids"])
+    rows = [Tokens(row, np.ones(len(row), bool)) for row in (usual, usual, ids, ids[:-1])]
+    *_, read, cut = BlockMaker(tokenizer)._texts(rows)
+    assert not isinstance(read, RowError)
+    assert read[1].ids.tolist() == ids.tolist()
+    if not isinstance(cut, RowError):
+        assert cut[1].ids.tolist() == ids[: len(cut[1])].tolist()
+
+
 def without(name: str) -> Callable[[Row], None]:
     return lambda row: row.update({name: None})
 
@@ -311,6 +332,25 @@ def test_an_interrupted_import_resumes(world: Path, tmp_path: Path, monkeypatch:
     assert there.items() <= {path.name: path.stat().st_mtime_ns for path in again.folder.glob("shard-*")}.items()
 
 
+def test_rows_can_belong_to_prepared_dialogues(world: Path, tmp_path: Path) -> None:
+    """Their positions count, not the labels; without a label the next token's cross-entropy is not known."""
+    ours = RepresentationStore(world / "stores" / "pivot")
+    prepared = Dialogues.beside(ours.folder, ours.identity["data"])
+    assert prepared is not None
+    whole = bring(world, "pivot", world / "stores" / "whole", dialogues=prepared.folder)
+    assert same_distributions(ours, whole) > 0
+    rows = rows_of(world / "published" / "pivot")
+    for row in rows:
+        last = max(number for number, label in enumerate(row["labels"]) if label != -100)
+        row["labels"][last], row["per_step_metric_ce"][last - 1] = -100, 0.0
+    data = published_rows.save(tmp_path / "rows", rows[1:])
+    store = bring(world, "pivot", tmp_path / "store", data, dialogues=prepared.folder)
+    assert [len(row) for row in store] == [0, *(len(row) for row in list(ours)[1:])]
+    for row in list(store)[1:]:
+        assert np.flatnonzero(np.isnan(row.gold_logprob)).tolist() == [len(row) - 1]
+    assert not [*store.problems()]
+
+
 @pytest.mark.parametrize(("length", "other_length"), [(100, 130), (117, 72)])
 def test_rows_that_were_cut(world: Path, tmp_path: Path, length: int, other_length: int) -> None:
     """The pivot and the source were cut at different places of the text."""
@@ -327,6 +367,8 @@ def test_rows_that_were_cut(world: Path, tmp_path: Path, length: int, other_leng
     aligned, _ = align(
         AlignConfig(source_store=source.folder, pivot_store=pivot.folder, output=tmp_path / "aligned")
     )
+    assert len(pivot) == len(own)
+    assert source.manifest["without_row"] == source.manifest["unknown_gold_logprob"] == 0
     assert (source.manifest["cut_tokens"] > 0) == (other_length < length)
     assert aligned.manifest["paired"] > 0.3 * pivot.manifest["positions"] > 0
 
