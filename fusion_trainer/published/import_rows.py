@@ -217,7 +217,7 @@ class Importer:
             "data": dialogues.fingerprint,
             **reader.identity,
             "ends": end_ids(reader, folder),
-            **self._about(codec, per_step=self.published.per_step),
+            **self._about(codec),
         }
         if reader.marker:
             end = tokenizer.tokenizer.convert_tokens_to_ids(reader.marker[1])
@@ -225,8 +225,7 @@ class Importer:
         self._write(output, identity, dialogues, reader, codec)
         return RepresentationStore(output)
 
-    def _about(self, codec: Codec, per_step: bool) -> dict[str, Any]:
-        unknown = ["gold_logprob"] * (not per_step) + ["tail"] * (not codec.normalised)
+    def _about(self, codec: Codec) -> dict[str, Any]:
         return {
             "top_k": codec.k,
             "vocabulary": codec.size,
@@ -236,7 +235,7 @@ class Importer:
             "shard_tokens": self.config.shard_tokens,
             "published": self.published.fingerprint,
             "log_probabilities": codec.normalised,
-            "unknown": unknown,
+            "unknown": ["gold_logprob", *([] if codec.normalised else ["tail"])],
         }
 
     def _aligned_store(
@@ -245,7 +244,7 @@ class Importer:
         config, codec = self.config, self._codec(self.pivot, aligned=True)
         source_reader = self._source_reader(dialogues)
         marker = source_reader.marker
-        about = self._about(codec, per_step=False)
+        about = self._about(codec)
         about["unknown"] = sorted({*about["unknown"], *own.identity.get("unknown", [])})
         identity = {
             "kind": ALIGNED,

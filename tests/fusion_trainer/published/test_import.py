@@ -224,6 +224,26 @@ def test_aligned_rows_train_a_target(world: Path, fused: Path, tmp_path: Path, u
         train(TrainConfig(**settings, compare="token"))
 
 
+def test_the_end_of_the_source_becomes_that_of_the_pivot(world: Path, fused: Path, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizers.shared("sentencepiece_bpe", (END_OF_TURN,))
+    own, other = (tokenizer.convert_tokens_to_ids(token) for token in (END_OF_TURN, "</s>"))
+    rows = rows_of(fused)
+    for row in rows:
+        for ids, following in zip(row["fused_per_step_indices"], row["input_ids"][1:], strict=False):
+            if following == own and len(ids) == K:
+                ids[:] = [other, *(token for token in [*ids, 30, 31] if token not in (own, other))][:K]
+    data = published_rows.save(tmp_path / "rows", rows)
+    store = bring(world, "twin", tmp_path / "twin", data, pivot_store=tmp_path / "pivot")
+    own_store, ends = RepresentationStore(tmp_path / "pivot"), 0
+    for number, (row, places) in enumerate(zip(rows, distributions(own_store), strict=True)):
+        for position, (_, place) in places.items():
+            if row["input_ids"][position + 1] == own and store[number].paired[place]:
+                assert store[number].ids[place][0] == own
+                ends += 1
+    assert store.manifest["ends_paired"] == ends > 0
+    assert store.manifest["ends_ppm"] > 0
+
+
 def test_log_probabilities_have_a_known_tail(world: Path, tmp_path: Path) -> None:
     rows = rows_of(world / "published" / "pivot")
     for row in rows:
