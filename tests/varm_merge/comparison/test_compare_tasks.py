@@ -339,7 +339,7 @@ def test_a_model_that_was_just_merged_is_not_scored_by_a_server_of_the_old_one(
         assert measures("new", "linear", "answers")[0]["value"] == 1.0  # the server repeats the last word
         assert {path for path, _ in server.requests} == {"/v1/chat/completions"}
         assert server.keys <= {None, "Bearer ", "Bearer"}
-        assert server.requests[0][1]["messages"] == [{"role": "user", "content": "the red fox"}]
+        assert [{"role": "user", "content": "the red fox"}] in [body["messages"] for _, body in server.requests]
 
 
 def test_a_server_is_asked_what_it_serves(mistral: tiny_models.Family, tmp_path: Path) -> None:
