@@ -281,7 +281,8 @@ def test_the_text_of_ids_has_these_ids(kind: str, text: str) -> None:
     *_, read, cut = BlockMaker(tokenizer)._texts(rows)
     assert not isinstance(read, RowError)
     assert read[1].ids.tolist() == ids.tolist()
-    if not isinstance(cut, RowError):
+    if text.endswith("🙂"):  # cut inside this character
+        assert not isinstance(cut, RowError)
         assert cut[1].ids.tolist() == ids[: len(cut[1])].tolist()
 
 
