@@ -5,6 +5,7 @@ names no line when a file is broken, so those two are read line by line.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,12 @@ format's name lists."""
 
 ID_COLUMNS, SYSTEM_COLUMNS = ("id", "conversation_id"), ("system", "system_prompt")
 COLUMNS = (*SYSTEM_COLUMNS, *(column for columns in FORMATS.values() for column in columns))
+READ_AT_ONCE = 1 << 20
+"""Characters of a JSON array that are read at a time."""
+LINE_START = 4096
+"""Bytes of a line that are enough to tell what it begins with."""
+DECODER, SPACES = json.JSONDecoder(), re.compile(r"[ \t\n\r]*")
+LONGEST_LITERAL = len("-Infinity")
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 
 
@@ -74,20 +81,79 @@ def open_source(data: str, *, name: str | None = None, split: str = "train") -> 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """A JSON array, or JSON Lines as bytes, whatever the name; an object over many lines is one row."""
     with path.open("rb") as file:
-        lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in file)
+        starts = iter(lambda: file.readline(LINE_START), b"")
+        lines = (line.removeprefix(b"\xef\xbb\xbf").strip() for line in starts)
         first = next((line for line in lines if line), b"")
     if first.startswith(b"[") or first == b"{":
         try:
-            rows = json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
+            for number, row in enumerate(_array_items(path) if first[:1] == b"[" else _only_item(path), 1):
+                yield f"{path.name}, row {number}", row
+        except _NotJsonError as error:
             raise UserError(f"{path.name} is not JSON: {error}") from error
-        for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-            yield f"{path.name}, row {number}", row
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield f"{path.name}, line {number}", line
+
+
+class _NotJsonError(Exception):
+    """Why a file is not JSON."""
+
+
+def _only_item(path: Path) -> Iterator[Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise _NotJsonError(error) from error
+    yield content
+
+
+def _array_items(path: Path) -> Iterator[Any]:
+    """The items of a JSON array, one after the other; little more of the file is held than the longest of them."""
+    with path.open(encoding="utf-8-sig") as file:
+        text, at, number = "", 0, 0
+        try:
+            while not (text := text.lstrip()):
+                text = file.read(READ_AT_ONCE)
+            while True:
+                found = _next_item(text, at + 1)
+                if isinstance(found, json.JSONDecodeError):
+                    more = file.read(max(READ_AT_ONCE, len(text) - at)) if _may_be_cut(found) else ""
+                    if not more:
+                        raise found
+                    text, at = text[at:] + more, 0
+                    continue
+                items, at = found
+                number += len(items)
+                yield from items
+                if text[at] == "]":
+                    break
+            if (text[at + 1 :] + file.read(READ_AT_ONCE)).strip():
+                raise _NotJsonError(f"there is more after the array of {number:,} items")
+        except (ValueError, RecursionError) as error:
+            what = f"{error.msg}: {error.doc[error.pos : error.pos + 40]!r}" if hasattr(error, "doc") else error
+            raise _NotJsonError(f"row {number + 1}: {what}") from error
+
+
+def _next_item(text: str, start: int) -> tuple[list[Any], int] | json.JSONDecodeError:
+    """The item that begins at ``start`` (none in an empty array), and where its comma or bracket is."""
+    start = SPACES.match(text, start).end()  # type: ignore[union-attr]
+    if text[start : start + 1] == "]" and text[0] == "[" and not text[1:start].strip():
+        return [], start
+    try:
+        item, stop = DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        return error
+    stop = SPACES.match(text, stop).end()  # type: ignore[union-attr]
+    if text[stop : stop + 1] not in (",", "]"):
+        return json.JSONDecodeError("Expecting ',' delimiter", text, stop)
+    return [item], stop
+
+
+def _may_be_cut(error: json.JSONDecodeError) -> bool:
+    """Whether more text could mend it: a string without its end, or a problem at the very end."""
+    return error.msg.startswith("Unterminated string") or error.pos > len(error.doc) - LONGEST_LITERAL
 
 
 def load_table(data: str, name: str | None, split: str) -> Any:
