@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK_BYTES", "SplitModel", "context_length"]
+__all__ = ["CHUNK_BYTES", "SplitModel", "context_length", "positions_at_a_time"]
 
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 """Size of one chunk's logits in float32."""
+LEAST_POSITIONS = {"cpu": 256, "cuda": 1}
+"""Of a chunk, even if its logits are larger: every chunk reads the whole head, which a CPU has no cache for."""
 CONTEXT_SETTINGS = ("max_position_embeddings", "max_seq_len", "n_positions")
 TRIAL_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -23,6 +25,12 @@ def context_length(model: Any) -> int | None:
     """The longest text that a model's config allows, in tokens; None if it names no limit."""
     settings = model.config.get_text_config()
     return next((limit for name in CONTEXT_SETTINGS if (limit := getattr(settings, name, None))), None)
+
+
+def positions_at_a_time(device: torch.device, vocabulary: int) -> int:
+    """How many positions go through a head of ``vocabulary`` rows at once."""
+    kind = device.type if device.type in CHUNK_BYTES else "cuda"
+    return max(LEAST_POSITIONS[kind], CHUNK_BYTES[kind] // (4 * vocabulary))
 
 
 class SplitModel:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusion_trainer.representations.split_model import CHUNK_BYTES, SplitModel
+from fusion_trainer.representations.split_model import SplitModel, positions_at_a_time
 from fusion_trainer.representations.topk import TopK, top_k
 
 __all__ = ["TopKModel"]
@@ -45,7 +45,7 @@ class TopKModel:
         self.rows = logits_LV.shape[-1]
         absent = sorted(set(range(self.rows)) - vocabulary)
         self.absent = torch.tensor(absent, device=logits_LV.device) if absent else None
-        self.chunk = max(1, CHUNK_BYTES.get(logits_LV.device.type, CHUNK_BYTES["cuda"]) // (4 * self.rows))
+        self.chunk = positions_at_a_time(logits_LV.device, self.rows)
 
     @torch.inference_mode()
     def bare_forward(self, ids_BL: Tensor, mask_BL: Tensor | None) -> Tensor:

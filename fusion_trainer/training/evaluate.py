@@ -27,7 +27,7 @@ from tqdm import tqdm
 from fusion_trainer.config import EvaluateConfig, one_or_more
 from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.representations.extraction import batches
-from fusion_trainer.representations.split_model import CHUNK_BYTES, SplitModel, context_length
+from fusion_trainer.representations.split_model import SplitModel, context_length, positions_at_a_time
 from fusion_trainer.text.tokenizer import load_tokenizer
 from fusion_trainer.training.batches import Collator, Example, TokenFile, TokenRow, write_tokens
 from varm_common import models
@@ -203,7 +203,7 @@ def _scored(split: SplitModel, batch: dict[str, Tensor]) -> tuple[NDArray[np.flo
     hidden_SH, gold_S = hidden.index_select(0, batch["positions"]), batch["gold"]
     nats, hits = [np.empty(0)], [np.empty(0, bool)]
     rows = split.model.get_input_embeddings().weight.shape[0]
-    size = max(1, CHUNK_BYTES.get(hidden_SH.device.type, CHUNK_BYTES["cuda"]) // (4 * rows))
+    size = positions_at_a_time(hidden_SH.device, rows)
     for hidden_CH, gold_C in zip(torch.split(hidden_SH, size), torch.split(gold_S, size), strict=True):
         if len(gold_C):
             logits_CV = split.head(hidden_CH).float()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fusion_trainer.representations.split_model import CHUNK_BYTES, SplitModel
+from fusion_trainer.representations.split_model import SplitModel, positions_at_a_time
 
 __all__ = ["Targets", "Terms", "give_fusion_loss", "sparse_terms"]
 
@@ -156,7 +156,7 @@ def sparse_terms(
     return Terms(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def give_fusion_loss(model: Any, chunk_bytes: int | None = None) -> None:
+def give_fusion_loss(model: Any, chunk: int | None = None) -> None:
     """Make a causal language model's ``forward`` accept ``targets`` and return their loss.
 
     The loss is computed inside the model's own forward, where DDP, FSDP, DeepSpeed and autocast expect it. Without
@@ -166,7 +166,7 @@ def give_fusion_loss(model: Any, chunk_bytes: int | None = None) -> None:
 
     Args:
         model: A model of transformers, not wrapped for distribution or by adapters.
-        chunk_bytes: Size of the logits that exist at a time, in float32.
+        chunk: Positions whose logits exist at a time.
     """
     split = SplitModel(model)
 
@@ -178,8 +178,8 @@ def give_fusion_loss(model: Any, chunk_bytes: int | None = None) -> None:
         output = split.layers_output(**inputs, **({"output_router_logits": True} if router else {}))
         hidden_SH = output[0].flatten(0, 1).index_select(0, targets.positions)
         if len(hidden_SH):
-            size = chunk_bytes or CHUNK_BYTES.get(hidden_SH.device.type, CHUNK_BYTES["cuda"])
-            terms = sparse_terms(split.head, hidden_SH, targets, max(1, size // (4 * _rows(model))))
+            size = chunk or positions_at_a_time(hidden_SH.device, _rows(model))
+            terms = sparse_terms(split.head, hidden_SH, targets, size)
             loss = (targets.clm_weight * terms.clm + (1 - targets.clm_weight) * terms.fusion).sum()
         else:  # nothing to learn, but every process takes part in the backward pass
             none = torch.zeros(0, device=hidden_SH.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
+from fusion_trainer.representations.split_model import positions_at_a_time
 from fusion_trainer.representations.topk_model import TopKModel
 
 TOKENS, ROWS = 400, 424
@@ -195,3 +196,16 @@ def test_a_model_whose_head_needs_more_than_hidden_states_is_queried_whole() -> 
         topk_model = TopKModel(model, KNOWN)
     assert "forward" not in vars(topk_model.split.layers)
     assert_answers_as_the_plain_model(topk_model, LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("device", "vocabulary", "expected"),
+    [
+        ("cpu", 32_000, 262),
+        ("cpu", 262_144, 256),  # with 32 MiB of logits it were 32, at 2.5 times the cost of each
+        ("cuda", 262_144, 512),
+        ("xpu", 32_000, 4194),
+    ],
+)
+def test_positions_that_go_through_a_head_at_once(device: str, vocabulary: int, expected: int) -> None:
+    assert positions_at_a_time(torch.device(device), vocabulary) == expected

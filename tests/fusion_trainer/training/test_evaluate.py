@@ -181,7 +181,7 @@ def test_a_row_is_matched_when_greedy_decoding_gives_its_answers_token_by_token(
 
 def test_logits_are_made_a_chunk_at_a_time(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = evaluate(world.config("pivot", tmp_path / "whole.json"))["groups"]
-    monkeypatch.setitem(evaluation.CHUNK_BYTES, "cpu", 4 * 600 * 3)
+    monkeypatch.setattr(evaluation, "positions_at_a_time", lambda *_: 5)
     heads: list[int] = []
     head = evaluation.SplitModel.head
     monkeypatch.setattr(evaluation.SplitModel, "head", lambda *given: heads.append(len(given[1])) or head(*given))
