@@ -48,7 +48,7 @@ FROM_CORPUS = ("min_edit_distance", "co_occurrence", "statistics", "statistics_p
 FROM_PAIRS = ("statistics", "statistics_published")
 """Maps that depend on which tokens were paired."""
 BLOCKS_AT_ONCE = 64
-"""Blocks that a process counts in one go."""
+"""Blocks that a process tokenises in one go."""
 KEPT_EVERY = 4096
 """Blocks counted between two saves of the counts."""
 
@@ -196,13 +196,15 @@ def _align_shard(sides: Sides, shard: int) -> tuple[int, list[Representation], d
     """The rows of a shard, and what the manifest counts of them."""
     described = sides.pivot_store.manifest["shards"][shard]
     numbers = range(described["first_row"], described["first_row"] + described["rows"])
-    blocks = [sides.dialogues[number] for number in numbers]
     rows, totals = [], Counter[str]()
-    both = zip(read_blocks(sides.pivot_reader, blocks), read_blocks(sides.source_reader, blocks), strict=True)
-    for number, (pivot, source) in zip(numbers, both, strict=True):
-        row, counts = align_row(sides, number, pivot, source)
-        rows.append(row)
-        totals.update(counts)
+    for first in range(0, len(numbers), BLOCKS_AT_ONCE):  # a tokenizer's output is larger than all that is kept
+        here = numbers[first : first + BLOCKS_AT_ONCE]
+        blocks = [sides.dialogues[number] for number in here]
+        both = zip(read_blocks(sides.pivot_reader, blocks), read_blocks(sides.source_reader, blocks), strict=True)
+        for number, (pivot, source) in zip(here, both, strict=True):
+            row, counts = align_row(sides, number, pivot, source)
+            rows.append(row)
+            totals.update(counts)
     return shard, rows, {"positions": sum(map(len, rows)), **totals}
 
 

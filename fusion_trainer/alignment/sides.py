@@ -3,11 +3,12 @@
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,13 @@ def in_processes(sides: Sides, work: Callable[[Sides, int], Any], tasks: Sequenc
     arguments = sides.config, sides.map, sides.corpus, os.getpid()
     with ProcessPoolExecutor(number, get_context("spawn"), _begin_worker, arguments) as pool:
         try:
-            yield from pool.map(partial(_work, work), tasks)  # drops each result once it is taken
+            following = iter(tasks)
+            begun = deque(pool.submit(_work, work, task) for task in islice(following, number + 1))
+            while begun:  # no more results wait to be taken than there are processes
+                result = begun.popleft().result()
+                begun.extend(pool.submit(_work, work, task) for task in islice(following, 1))
+                yield result
+                del result
         except BrokenProcessPool as error:
             raise UserError(
                 "a worker process was killed, most likely because memory ran out. Run the same command again with "
