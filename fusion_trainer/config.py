@@ -132,7 +132,11 @@ class ExtractConfig(PrepareConfig):
     shard_tokens: int = Field(262144, ge=1)
     """Size of a shard of the store, in pivot tokens."""
     device_map: str | None = None
-    """accelerate's device map. Set auto for a model that is larger than one GPU."""
+    """accelerate's device map. auto spreads a model that is larger than one GPU over all GPUs, which then take
+    turns."""
+    tensor_parallel: int | None = Field(None, ge=2)
+    """Number of processes that share one model, each with a part of every layer. Start them with torchrun or
+    `accelerate launch`."""
     load_in: Quantisation | None = None
     """Quantise the model with bitsandbytes (install the extra `quant`)."""
 

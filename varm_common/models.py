@@ -177,12 +177,14 @@ def load_causal_lm(
     device: Any,
     attention: str | None = None,
     device_map: str | None = None,
+    tensor_parallel: int | None = None,
     load_in: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """A causal language model in evaluation mode, on its device or devices. ``name`` names it in messages.
 
     Pickled weights are read without running their code.
+    With ``tensor_parallel``, that many processes share it: each loads a part of every layer.
 
     Raises:
         UserError: It cannot be loaded, has no lm head, or its files lack weights.
@@ -196,7 +198,9 @@ def load_causal_lm(
         options["attn_implementation"] = attention
     if load_in:
         options["quantization_config"] = _quantisation(load_in, options["dtype"])
-    if device_map or load_in or device.type == "cuda":  # weights go straight to the device
+    if tensor_parallel:
+        options |= _shared_by(tensor_parallel)
+    elif device_map or load_in or device.type == "cuda":  # weights go straight to the device
         options["device_map"] = device_map or {"": device}
     pickles = [file for file in weight_files(folder, name) if file.suffix != ".safetensors"]
     _demand_readable(pickles, name)
@@ -222,7 +226,8 @@ def load_causal_lm(
         if shown:
             bars.enable_progress_bar()
     _demand_all_weights(model, name, info)
-    if "device_map" not in options and device.type != "cpu":  # FSDP leaves most processes' weights unmade
+    placed = tensor_parallel or "device_map" in options
+    if not placed and device.type != "cpu":  # FSDP leaves most processes' weights unmade
         model.to(device)
     return model.eval()
 
@@ -246,6 +251,17 @@ def _fill_computed_buffers(model: Any) -> None:
         computed = dict(type(model)(model.config).named_buffers())
     for name in unsaved.keys() & computed.keys():
         unsaved[name].copy_(computed[name])
+
+
+def _shared_by(processes: int) -> dict[str, Any]:
+    """How transformers is asked to divide a model by its own plan."""
+    from transformers.distributed import DistributedConfig
+
+    plan: dict[str, Any] = {"tp_plan": "auto", "tp_size": processes}
+    try:
+        return {"distributed_config": DistributedConfig(**plan)}
+    except TypeError:  # older versions take it as it is
+        return plan
 
 
 def _demand_all_weights(model: Any, name: str, info: dict[str, Any]) -> None:

@@ -53,6 +53,7 @@ def extract(config: ExtractConfig) -> RepresentationStore:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     if config.device_map and state.num_processes > 1:
         raise UserError("--device-map spreads one model over all GPUs: run it as one process, not with several")
+    _demand_processes(config, state.num_processes)
     folder, commit = local_folder(config.model, config.revision, code=config.trust_remote_code)
     tokenizer = load_tokenizer(folder, config.model, config.trust_remote_code)
     if config.top_k > len(tokenizer.vocabulary):
@@ -70,7 +71,8 @@ def extract(config: ExtractConfig) -> RepresentationStore:
     writer.join()
     missing = [] if writer.finished else writer.missing()
     state.wait_for_everyone()
-    if mine := missing[state.process_index :: state.num_processes]:
+    writer.silent = config.tensor_parallel is not None and not state.is_main_process
+    if mine := missing if config.tensor_parallel else missing[state.process_index :: state.num_processes]:
         try:
             extraction = Extraction(config, dialogues, reader, folder, state.device, writer)
             extraction.run(mine, silent=not state.is_main_process)
@@ -83,6 +85,20 @@ def extract(config: ExtractConfig) -> RepresentationStore:
         writer.finish()
     state.wait_for_everyone()
     return RepresentationStore(config.output)
+
+
+def _demand_processes(config: ExtractConfig, processes: int) -> None:
+    """Check that as many processes run as share the model."""
+    wanted = config.tensor_parallel
+    if wanted is None:
+        return
+    if config.device_map or config.load_in:
+        raise UserError("--tensor-parallel places the weights itself; leave out --device-map and --load-in")
+    if wanted != processes:
+        raise UserError(
+            f"--tensor-parallel {wanted} needs {wanted} processes, and there {'is' if processes == 1 else 'are'} "
+            f"{processes}: start it with `torchrun --nproc-per-node {wanted} -m fusion_trainer extract …`"
+        )
 
 
 def _reader(config: ExtractConfig, dialogues: Dialogues, tokenizer: TextTokenizer, folder: Path) -> Reader:

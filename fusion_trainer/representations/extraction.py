@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -112,9 +113,13 @@ class Extraction:
             attention=config.attention,
             device=device,
             device_map=config.device_map,
+            tensor_parallel=config.tensor_parallel,
             load_in=config.load_in,
             trust_remote_code=config.trust_remote_code,
         )
+        if len(gpus := {*(getattr(model, "hf_device_map", None) or {}).values()}) > 1 and not is_quiet():
+            note = f"{config.model} is spread over {len(gpus)} devices, which take turns"
+            click.echo(f"{note}; with --tensor-parallel they work at the same time", err=True)
         self.context = context_length(model)
         with _out_of_memory(f"{config.model} leaves no GPU memory for a batch; try --device-map auto"):
             self.model = TopKModel(model, reader.tokenizer.vocabulary)
@@ -180,7 +185,7 @@ class Extraction:
                 if pending is not None:
                     done |= self._received(pending, rows)
                 pending = following
-                if time.monotonic() - saved_at > SAVED_EVERY:
+                if time.monotonic() - saved_at > SAVED_EVERY and not self.writer.silent:
                     with written_to(self.writer.folder):
                         _save_partial(partial, rows, done)
                     saved_at = time.monotonic()

@@ -76,6 +76,9 @@ class StoreWriter:
         first_rows: The first block of every shard, and the number of blocks.
         made_with: Device and versions. A store may be finished with others than it was begun with; the manifest
             names all.
+
+    Attributes:
+        silent: Another process that computes the same shards writes them.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class StoreWriter:
         self.identity = identity or {}
         self.made_with = [made_with] if made_with else []
         self.first_rows = list(first_rows)
+        self.silent = False
         self._thread = ThreadPoolExecutor(1, "store-writer")
         self._last: Future[None] | None = None
 
@@ -146,6 +150,8 @@ class StoreWriter:
         Raises:
             UserError: The shard before this could not be written.
         """
+        if self.silent:
+            return
         self.wait()
         self._last = self._thread.submit(self._write, shard, rows, facts, answers)
 

@@ -16,11 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_fusion
 import tiny_sources
 import torch
-from programs import BIN, ENVIRONMENT, Programs, tree, wait_for
+from programs import BIN, ENVIRONMENT, Programs, free_port, tree, wait_for
 
 from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.representations.store import RepresentationStore
@@ -153,6 +154,44 @@ def test_two_processes_share_the_work_and_write_the_same_bytes_as_one(
     tokens = Dialogues(next(uninterrupted.glob("dialogues-*"))).lengths.sum()
     share = re.findall(r"100%.*/([\d.]+)k \[", result.stderr)[-1]  # of the process that shows its bar
     assert float(share) * 1000 < 0.7 * tokens
+
+
+def test_two_processes_that_share_one_model_write_the_numbers_of_one(
+    programs: Programs, world: Path, tmp_path: Path
+) -> None:
+    """Each has half of every layer, so that sums have another order; a store rounds them to float16."""
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = [{**common, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    own = ["--dtype", "float32", "--shard-tokens", "2500", "--batch-tokens", "1000", "--output"]
+    shared = ["--tensor-parallel", "2"]
+    assert programs.run(tmp_path, *extract(world, *own, "stores/one"))[0] == 0
+    code, said = programs.run(tmp_path, *extract(world, *own, "stores/two", *shared), environments=ranks)
+    assert code == 0, said
+    assert said.count("supervised tokens,") == 1
+    one, two = (RepresentationStore(tmp_path / "stores" / name) for name in ("one", "two"))
+    assert one.identity == two.identity
+    assert len(one.manifest["shards"]) > 1
+    for alone, together in zip(one, two, strict=True):
+        np.testing.assert_array_equal(alone.ids, together.ids)
+        for name in ("logprobs", "tail", "gold_logprob"):
+            numbers = [getattr(row, name).astype(np.float64) for row in (alone, together)]
+            np.testing.assert_allclose(*numbers, rtol=2**-10, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        ([], "--tensor-parallel 2 needs 2 processes, and there is 1: start it with `torchrun --nproc-per-node 2"),
+        (["--device-map", "auto"], "leave out --device-map"),
+    ],
+)
+def test_a_model_that_is_to_be_shared_needs_its_processes(
+    more: list[str], error: str, programs: Programs, world: Path, tmp_path: Path
+) -> None:
+    code, said = programs.run(tmp_path, *extract(world, "--tensor-parallel", "2", *more))
+    assert code == 1
+    assert error in said
+    assert not tree(tmp_path)
 
 
 # A full disk
