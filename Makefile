@@ -7,13 +7,14 @@
 #   make real-full  the same with three seeds
 #   make test-real  tests with real tokenizers and models in the folder VARM_REAL
 #   make lint   ruff (lint and format) and mypy
-#   make bench  merges, extraction, alignment, training: against what they replace
+#   make bench  merges, extraction, alignment, training: against what they replace; and how costs grow with the data
+#   make bench-gpu  merge, extraction and training step on a GPU, ten minutes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup browser demo demo-full real real-full test test-fast test-real lint bench clean
+.PHONY: setup browser demo demo-full real real-full test test-fast test-real lint bench bench-gpu clean
 
 setup: $(READY)
 
@@ -65,6 +66,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/extract.py
 	$(BIN)/python benchmarks/align.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/growth.py
+
+bench-gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py --save
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_out real_out

@@ -121,7 +121,10 @@ class _Operations(TorchDispatchMode):
         self.copies = [copy for copy in self.copies if all(copy is not done for done in copies)]
 
     def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        with torch._C.DisableTorchFunction():  # requests are understood above
+            return self._run(function, args, dict(kwargs or {}))
+
+    def _run(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         on_gpus = [item for item in tree_leaves((args, kwargs)) if isinstance(item, GpuTensor)]
         asked = kwargs.get("device")
         if not on_gpus and (asked is None or asked.type == "cpu"):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_fusion
 import tiny_sources
@@ -48,6 +49,12 @@ def values(result: Any) -> list[Any]:
     """The numbers of a result's tensors."""
     parts = vars(result).values() if isinstance(result, TopK) else result
     return [part.tolist() for part in parts if isinstance(part, Tensor)]
+
+
+def assert_near(found: list[Any], expected: list[Any]) -> None:
+    """Equal but for the order of sums: attention has another kernel."""
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("vocabulary", [300, 70])
@@ -185,7 +192,7 @@ def test_a_training_step(fusion: tiny_fusion.World, packed: bool) -> None:
         module_on_gpu(model)
         found = step(model, {name: on_gpu(tensor) for name, tensor in batch.items()})
         assert all(isinstance(weight.grad, GpuTensor) for weight in model.parameters())
-    assert found == expected
+    assert_near(found, expected)
 
 
 def test_the_trainers_sums_and_evaluation(fusion: tiny_fusion.World, tmp_path: Path) -> None:
@@ -203,7 +210,7 @@ def test_the_trainers_sums_and_evaluation(fusion: tiny_fusion.World, tmp_path: P
     with pretend_gpu():
         there = {name: on_gpu(tensor) for name, tensor in batch.items()}
         found = computed(trainers[1], module_on_gpu(models[1]), there, on_gpu(count))
-    assert found == expected
+    assert_near(found, expected)
 
 
 def test_rows_are_scored(fusion: tiny_fusion.World) -> None:
