@@ -132,7 +132,9 @@ def _array_items(path: Path) -> Iterator[Any]:
             if (text[at + 1 :] + file.read(READ_AT_ONCE)).strip():
                 raise _NotJsonError(f"there is more after the array of {number:,} items")
         except (ValueError, RecursionError) as error:
-            what = f"{error.msg}: {error.doc[error.pos : error.pos + 40]!r}" if hasattr(error, "doc") else error
+            what = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                what = f"{error.msg}: {error.doc[error.pos : error.pos + 40]!r}"
             raise _NotJsonError(f"row {number + 1}: {what}") from error
 
 
