@@ -46,7 +46,7 @@ ELSEWHERE = {
     "fusion-trainer run examples/fusechat_7b/pipeline.yaml\n": "test_pipeline_runs.py runs all stages of others",
     "varm-merge compare varm.yaml ties.yaml --out report/": "test_compare_tasks.py's server",
     "vllm serve report/models/": "as above",
-    "torchrun --nproc-per-node 8 -m fusion_trainer extract": "test_fusion_programs.py shares a model by two processes",
+    "torchrun --nproc-per-node 8 -m fusion_trainer extract": "test_fusion_programs.py shares a model",
     "sbatch examples/slurm/run.sbatch": "test_pipeline_runs.py starts stage.sh on two machines",
 }
 """Commands that are run by another test."""

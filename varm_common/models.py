@@ -2,8 +2,8 @@
 
 import importlib.util
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -183,15 +183,14 @@ def load_causal_lm(
 ) -> Any:
     """A causal language model in evaluation mode, on its device or devices. ``name`` names it in messages.
 
-    Pickled weights are read without running their code.
-    With ``tensor_parallel``, that many processes share it: each loads a part of every layer.
+    Pickled weights are read without running their code. With ``tensor_parallel``, that many processes share the
+    model: each loads a part of every layer.
 
     Raises:
         UserError: It cannot be loaded, has no lm head, or its files lack weights.
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as bars
 
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if attention:
@@ -204,17 +203,10 @@ def load_causal_lm(
         options["device_map"] = device_map or {"": device}
     pickles = [file for file in weight_files(folder, name) if file.suffix != ".safetensors"]
     _demand_readable(pickles, name)
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+    options |= {"use_safetensors": not pickles, "weights_only": True, "trust_remote_code": trust_remote_code}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            use_safetensors=not pickles,
-            weights_only=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
+        with _without_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
         _fill_computed_buffers(model)
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -222,14 +214,25 @@ def load_causal_lm(
         ) from error
     except Exception as error:  # transformers checks few values of a config before it uses them
         raise UserError(f"{name} cannot be loaded as a causal language model: {reason_of(error)}") from error
-    finally:
-        if shown:
-            bars.enable_progress_bar()
     _demand_all_weights(model, name, info)
     placed = tensor_parallel or "device_map" in options
     if not placed and device.type != "cpu":  # FSDP leaves most processes' weights unmade
         model.to(device)
     return model.eval()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without the progress bars of transformers."""
+    from transformers.utils import logging as bars
+
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _fill_computed_buffers(model: Any) -> None:
