@@ -270,15 +270,17 @@ def contradict(row: Row) -> None:
 
 @pytest.mark.parametrize("kind", tiny_tokenizers.KINDS)
 @pytest.mark.parametrize(
-    "text", ["hello fox", "  two spaces", "sort</s> the dog", "sort</s>the  dog</s>", "日本🙂</s>"]
+    "text", ["hello fox", "  two spaces", "sort</s> the dog", "sort</s>the  dog</s>", "日本🙂</s>", "a fox 🙂"]
 )
 def test_the_text_of_ids_has_these_ids(kind: str, text: str) -> None:
     """Whatever spaces the tokenizer has added, also where other rows have none, or where the row was cut."""
     tokenizer = TextTokenizer(tiny_tokenizers.shared(kind, ("</s>",) if kind == "byte_level_bpe" else ()), kind)
     ids = np.array(tokenizer.tokenizer(text)["input_ids"])
     usual = np.array(tokenizer.tokenizer("it is a quick dog</s>over the fox")["input_ids"])
-    rows = [Tokens(row, np.ones(len(row), bool)) for row in (usual, usual, ids, ids[:-1])]
-    *_, read, cut = BlockMaker(tokenizer)._texts(rows)
+    first, *rows = [Tokens(row, np.ones(len(row), bool)) for row in (usual, ids, ids[:-1])]
+    maker = BlockMaker(tokenizer)
+    maker._texts([first])
+    read, cut = maker._texts(rows)
     assert not isinstance(read, RowError)
     assert read[1].ids.tolist() == ids.tolist()
     if text.endswith("🙂"):  # cut inside this character
