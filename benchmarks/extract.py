@@ -1,7 +1,7 @@
 """Measures an extraction: its time against the bare forward pass, the size of a store, the time to read a row.
 
 \b
-  python benchmarks/extract.py                              a Llama with 110M parameters, about ten minutes;
+  python benchmarks/extract.py                              Llama of 110M and Gemma of 270M parameters, half an hour;
                                                             on a GPU a Qwen2 with 1.5B
   python benchmarks/extract.py --model tiny --rounds 2      a trial of everything, one or two minutes on two cores
   python benchmarks/extract.py --rounds 9 --save
@@ -39,9 +39,10 @@ import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
+from layouts import LARGE, LAYOUTS
 from measure import machine, spread, table, verdict
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 from fusion_trainer.config import ExtractConfig
 from fusion_trainer.data.prepare import prepare
@@ -68,43 +69,7 @@ CHARACTERS_PER_TOKEN = 3.0
 TRAINED_ON, TRAINED_TOKENS = 1000, 8000  # conversations; more tokens than that are filled in
 READ_SHARDS, ROWS_PER_SHARD, READS = 64, 64, 20_000
 SIZE_TOKENS = 32_768  # in the stores whose size is reported
-CHUNK_SHAPES = ((256, 32_000), (256, 152_064), (55, 152_064))  # the last is a chunk of an extraction on CPU
-
-
-def llama(hidden: int, layers: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 64),
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        dtype="float32",
-    )
-
-
-def qwen2(hidden: int, layers: int, dtype: str) -> Qwen2Config:
-    return Qwen2Config(
-        vocab_size=152_064,
-        hidden_size=hidden,
-        intermediate_size=hidden * 35 // 6,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 128),
-        num_key_value_heads=2 if hidden > 256 else 1,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        dtype=dtype,
-    )
-
-
-LAYOUTS: dict[str, tuple[PretrainedConfig, int]] = {  # and how many ids have a token
-    "tiny": (llama(192, 4), 32_000),
-    "llama-110m": (llama(768, 12), 32_000),
-    "qwen2-1.5b": (qwen2(1536, 28, "bfloat16"), 151_936),
-    "narrow-32k": (llama(48, 1), 32_000),  # for the size of a store, and its rows
-    "narrow-152k": (qwen2(48, 1, "float32"), 151_936),
-}
+CHUNK_SHAPES = ((256, 32_000), (256, 152_064), (256, 262_144))  # chunks of an extraction on CPU
 
 
 class Seconds(NamedTuple):
@@ -377,13 +342,13 @@ def reading_table(times_us: dict[str, list[float]]) -> str:
     return table(("what", "median, µs", "99th percentile, µs", "budget, median", "verdict"), rows)
 
 
-def measurements(
+def timed(
     work: Path, layout: str, rounds: int, tokens: int, batch_tokens: int
-) -> tuple[str, dict[str, Any]]:
-    """The report's body, in Markdown, and the raw numbers."""
+) -> tuple[str, dict[str, list[Seconds]], RepresentationStore, int]:
+    """What was measured, seconds of each leg, the store, and the tokens with padding."""
     extraction = loaded(work, layout, tokens, batch_tokens)
     store, batches = recorded(extraction, extraction.config.output)
-    spent = measure_rounds(extraction, batches, rounds, work)
+    spent = measure_rounds(extraction, batches, rounds, work / f"{layout}-rounds")
     padded = sum(batch.ids_BL.numel() for batch in batches)
     read, supervised = store.manifest["tokens"], store.manifest["positions"]
     parameters = sum(weight.numel() for weight in extraction.model.model.parameters())
@@ -393,13 +358,30 @@ def measurements(
         f"of at most {batch_tokens:,} ({1 - read / padded:.1%} padding); rounds after one warm-up: {rounds}. "
         "Cells: median [min – max]; budgets are judged by the median."
     )
-    del extraction, batches
+    return setting, spent, store, padded
+
+
+def measurements(
+    work: Path, layout: str, rounds: int, tokens: int, batch_tokens: int
+) -> tuple[str, dict[str, Any]]:
+    """The report's body, in Markdown, and the raw numbers."""
+    setting, spent, store, padded = timed(work, layout, rounds, tokens, batch_tokens)
+    read = store.manifest["tokens"]
+    large = LARGE.get(layout, "gemma3-270m")
+    large_setting, large_spent, large_store, _ = timed(work, large, rounds, tokens // 4, batch_tokens // 2)
+    (legs, in_rounds), (large_legs, large_rounds) = (
+        [body for _, body in time_tables(of, of_store.manifest["tokens"])]
+        for of, of_store in ((spent, store), (large_spent, large_store))
+    )
     narrow = [loaded(work, name, SIZE_TOKENS, SIZE_TOKENS // 8) for name in LAYOUTS if name.startswith("narrow")]
     stores = [run(extraction, extraction.config.output) for extraction in narrow]
     reading = measure_reading(readable_store(work / "reading", stores[0]))
     many = f"{READ_SHARDS * ROWS_PER_SHARD:,} rows in {READ_SHARDS} shards"
     sections = [
-        *time_tables(spent, read),
+        ("Legs", legs),
+        ("Time within a round", in_rounds),
+        ("Legs with a vocabulary of 262k", f"{large_setting}\n\n{large_legs}"),
+        ("Time within a round with a vocabulary of 262k", large_rounds),
         ("top_k of a chunk alone", top_k_table(rounds)),
         ("Store, manifest and schemas counted", size_table(stores)),
         ("Reading", f"{READS:,} reads of {many}, page cache warm.\n\n{reading_table(reading)}"),

@@ -1,8 +1,8 @@
 """A training step with the fusion loss against the plain one of transformers; collating; the loss alone.
 
 \b
-  python benchmarks/train.py --save                 a Llama of 60M parameters in float32, a quarter of an hour on
-                                                    two cores; on a GPU a Qwen2 of 1.5B in bfloat16
+  python benchmarks/train.py --save                 a Llama of 60M and a Gemma of 270M in float32, an hour on two
+                                                    cores; on a GPU a Qwen2 of 1.5B in bfloat16
   python benchmarks/train.py --model tiny --rounds 1 --steps 1      a trial of everything, some 4 minutes
   python benchmarks/train.py --model llama-7b --save                on a GPU of 80 GB or more
 
@@ -39,6 +39,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from layouts import LARGE, gemma3, llama, qwen2
 from measure import machine, measured, spread, table, verdict
 from torch import Tensor
 from train_data import SOURCES, K, prepared
@@ -71,11 +72,13 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # bfloat16, dense
 UNTIED = {"vocab_size": 32_000, "max_position_embeddings": 4096, "tie_word_embeddings": False}
 SMALL = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8}
 LAYOUTS = {
-    "tiny": extract.llama(192, 4),
+    "tiny": llama(192, 4),
     "llama-60m": LlamaConfig(**UNTIED, **SMALL, dtype="float32"),  # more than a third of its work is the head
-    "llama-110m": extract.llama(768, 12),
-    "qwen2-1.5b": extract.qwen2(1536, 28, "bfloat16"),
+    "llama-110m": llama(768, 12),
+    "qwen2-1.5b": qwen2(1536, 28, "bfloat16"),
     "llama-7b": LlamaConfig(**UNTIED, dtype="bfloat16"),
+    "gemma3-270m": gemma3(640, 18, "bfloat16" if torch.cuda.is_available() else "float32"),
+    "tiny-262k": gemma3(192, 2, "float32"),
 }
 
 
@@ -380,18 +383,29 @@ def loss_table(rounds: int) -> str:
     return table(("head and loss, forward and backward", "s", "/ dense target", "peak beyond inputs, MiB"), rows)
 
 
+def measured_steps(
+    work: Path, layout: str, shape: Shape, legs: list[str], rounds: int, steps: int
+) -> tuple[Setting, list[tuple[str, str]]]:
+    """What was trained, and the tables."""
+    rows = shape.rows * (steps + 2)  # a step that does not count, and a batch that is fetched ahead
+    data = prepared(work, LAYOUTS[layout].vocab_size, shape.length, 2 * rows * shape.length)
+    lengths = [int(length) for length in data.tokens.lengths]
+    groups = pack(lengths, shape.length) if shape.packed else data.groups
+    data = FusionData(data.tokens.path, data.stores, Rule(), groups[:rows])
+    assert len(data) == rows
+    setting = Setting(layout, shape, data, steps)
+    return setting, list(step_tables(setting, measure_rounds(setting, legs, rounds)))
+
+
 def measurements(work: Path, layout: str, rounds: int, steps: int) -> str:
     """The report's body, in Markdown."""
-    config, sections, setting = LAYOUTS[layout], [], None
+    config, sections, setting = LAYOUTS[layout], list[tuple[str, str]](), None
     for shape, legs in SHAPES.items():
-        rows = shape.rows * (steps + 2)  # a step that does not count, and a batch that is fetched ahead
-        data = prepared(work / str(shape), config.vocab_size, shape.length, 2 * rows * shape.length)
-        lengths = [int(length) for length in data.tokens.lengths]
-        groups = pack(lengths, shape.length) if shape.packed else data.groups
-        data = FusionData(data.tokens.path, data.stores, Rule(), groups[:rows])
-        assert len(data) == rows
-        setting = Setting(layout, shape, data, steps)
-        sections += step_tables(setting, measure_rounds(setting, legs, rounds))
+        setting, tables = measured_steps(work / str(shape), layout, shape, legs, rounds, steps)
+        sections += tables
+    large, shape = LARGE.get(layout, "gemma3-270m"), next(iter(SHAPES))
+    _, tables = measured_steps(work / large, large, shape, [PLAIN, OURS], rounds, steps)
+    sections += [(f"{title}, {large} (vocabulary 262,144)", body) for title, body in tables]
     assert setting is not None
     title = f"Where the time of two steps goes, {setting.shape} (one run, clocked)"
     sections.append((title, profile_table(replace(setting, steps=1))))
