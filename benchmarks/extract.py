@@ -1,7 +1,7 @@
 """Measures an extraction: its time against the bare forward pass, the size of a store, the time to read a row.
 
 \b
-  python benchmarks/extract.py                              Llama of 110M and Gemma of 270M parameters, half an hour;
+  python benchmarks/extract.py                              a Llama of 110M and a Gemma of 270M, half an hour;
                                                             on a GPU a Qwen2 with 1.5B
   python benchmarks/extract.py --model tiny --rounds 2      a trial of everything, one or two minutes on two cores
   python benchmarks/extract.py --rounds 9 --save

@@ -389,10 +389,8 @@ def measured_steps(
     """What was trained, and the tables."""
     rows = shape.rows * (steps + 2)  # a step that does not count, and a batch that is fetched ahead
     data = prepared(work, LAYOUTS[layout].vocab_size, shape.length, 2 * rows * shape.length)
-    lengths = [int(length) for length in data.tokens.lengths]
-    groups = pack(lengths, shape.length) if shape.packed else data.groups
+    groups = pack([int(size) for size in data.tokens.lengths], shape.length) if shape.packed else data.groups
     data = FusionData(data.tokens.path, data.stores, Rule(), groups[:rows])
-    assert len(data) == rows
     setting = Setting(layout, shape, data, steps)
     return setting, list(step_tables(setting, measure_rounds(setting, legs, rounds)))
 

@@ -123,10 +123,11 @@ class Extraction:
         self.context = context_length(model)
         with _out_of_memory(f"{config.model} leaves no GPU memory for a batch; try --device-map auto"):
             self.model = TopKModel(model, reader.tokenizer.vocabulary)
+        self.tokens_read = 0
         self.id_dtype: Any = id_dtype(writer.identity["vocabulary"])
 
     def run(self, shards: Sequence[int], silent: bool) -> None:
-        """Compute and write the shards, with a progress bar over the dialogues' tokens."""
+        """Compute and write the shards. The bar counts the pivot's tokens, and shows the rate of the model's own."""
         lengths, starts = self.dialogues.lengths, self.writer.first_rows
         total = sum(int(lengths[starts[shard] : starts[shard + 1]].sum()) for shard in shards)
         name = self.config.model[-40:]
@@ -182,6 +183,7 @@ class Extraction:
             numbers = [queried[place] for place in group]
             if not done.keys() >= set(numbers):
                 following = self._query_batch(rows, numbers)
+                self.tokens_read += sum(len(rows[number].ids) for number in numbers)
                 if pending is not None:
                     done |= self._received(pending, rows)
                 pending = following
@@ -189,6 +191,8 @@ class Extraction:
                     with written_to(self.writer.folder):
                         _save_partial(partial, rows, done)
                     saved_at = time.monotonic()
+            own_rate = self.tokens_read / max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(f"{bar.format_sizeof(own_rate)}tok/s of the model's own", refresh=False)
             bar.update(sum(rows[number].block.tokens for number in numbers))
         if pending is not None:
             done |= self._received(pending, rows)

@@ -65,7 +65,7 @@ def uninterrupted(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     assert result.returncode == 0, result.stderr
     assert "supervised tokens" in result.stdout
     assert "100%" in result.stderr  # the progress bar
-    assert "tok/s" in result.stderr
+    assert re.search(r"tok/s, [\d.]+k?tok/s of the model's own\]", result.stderr)
     store = RepresentationStore(folder / "stores" / "source")
     assert len(store) == len(CHATS)
     assert len(store.manifest["shards"]) > 60
