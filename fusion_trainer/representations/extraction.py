@@ -127,7 +127,7 @@ class Extraction:
         self.id_dtype: Any = id_dtype(writer.identity["vocabulary"])
 
     def run(self, shards: Sequence[int], silent: bool) -> None:
-        """Compute and write the shards. The bar counts the pivot's tokens, and shows the rate of the model's own."""
+        """Compute and write the shards. The bar counts the pivot's tokens, and shows the model's own rate."""
         lengths, starts = self.dialogues.lengths, self.writer.first_rows
         total = sum(int(lengths[starts[shard] : starts[shard + 1]].sum()) for shard in shards)
         name = self.config.model[-40:]
