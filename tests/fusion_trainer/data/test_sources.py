@@ -14,7 +14,7 @@ from fusion_trainer.data.sources import open_source
 from varm_common.errors import UserError
 
 property_test = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 VALUES = st.recursive(
     st.none()
