@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from varm_common.errors import UserError, did_you_mean, listed
 
@@ -25,6 +35,7 @@ __all__ = [
     "one_or_more",
     "read_config",
     "read_yaml",
+    "recorded",
     "unknown_setting",
 ]
 
@@ -48,6 +59,20 @@ NOT_OF_THE_RESULT = frozenset(
     for name in line.split()
 )
 """Arguments of transformers that do not change the target; they may differ when a training is resumed."""
+
+
+ONLY_IF_USED = frozenset({"divergence", "js_beta"})
+"""Settings that a record leaves out at their default, where they change nothing."""
+
+
+def recorded(settings: BaseModel, *left_out: str) -> dict[str, Any]:
+    """Settings as a record holds them, without those in ``left_out``."""
+    fields = type(settings).model_fields
+    return {
+        name: value
+        for name, value in settings.model_dump(mode="json", exclude={*left_out}).items()
+        if name not in ONLY_IF_USED or value != fields[name].default
+    }
 
 
 def one_or_more(value: Any) -> Any:
@@ -237,6 +262,13 @@ class TrainConfig(Settings):
     """Temperature applied to the distributions before they are fused."""
     tail: Literal["renormalise", "bucket"] = "renormalise"
     """Probability outside the top k. renormalise: dropped; bucket: kept as one more outcome."""
+    divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
+    """Divergence that the fusion term minimises. forward_kl: cross-entropy with the fused distribution, as in the
+    papers; reverse_kl: KL of the student from it; js: Jensen-Shannon, between the two. The last two need `tail:
+    bucket`."""
+    js_beta: float = Field(0.5, gt=0, lt=1)
+    """For js: weight of the fused distribution in the mean. Towards 0 it learns as forward_kl, towards 1 as
+    reverse_kl."""
     clm_weight: float = Field(0.9, ge=0, le=1)
     """λ in the loss λ·CLM + (1−λ)·fusion. 1: CLM (causal language modelling) alone."""
     clm_weight_schedule: Literal["constant", "hard_and_decay", "soft"] = "constant"
@@ -260,6 +292,24 @@ class TrainConfig(Settings):
     trust_remote_code: TrustRemoteCode = False
     _places: dict[str, str] = {}
     """File and line of each setting, for errors that are only found when the training begins."""
+
+    @field_validator("divergence")
+    @classmethod
+    def _with_the_rest(cls, divergence: str, others: ValidationInfo) -> str:
+        if divergence != "forward_kl" and others.data.get("tail") == "renormalise":
+            raise PydanticCustomError(
+                "tail",
+                "it also compares what both give to all other ids together; set `tail: bucket`, which keeps that "
+                "probability",
+            )
+        return divergence
+
+    @field_validator("js_beta")
+    @classmethod
+    def _of_js(cls, beta: float, others: ValidationInfo) -> float:
+        if others.data.get("divergence", "js") != "js" and beta != cls.model_fields["js_beta"].default:
+            raise PydanticCustomError("js", "only `divergence: js` uses it")
+        return beta
 
 
 class EvaluateConfig(Settings):

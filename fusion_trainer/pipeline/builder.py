@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from fusion_trainer.config import NOT_OF_THE_RESULT, explained, one_or_more
+from fusion_trainer.config import NOT_OF_THE_RESULT, explained, one_or_more, recorded
 from fusion_trainer.pipeline.launch import accelerate_config, beginning, division
 from fusion_trainer.pipeline.stage import Stage
 from varm_common.models import is_path
@@ -172,7 +172,7 @@ class Builder:
 def _decisive(settings: BaseModel) -> Settings:
     """The settings that decide the result of a stage."""
     skipped = HARMLESS | KNOWN_OTHERWISE
-    decisive = {name: value for name, value in settings.model_dump(mode="json").items() if name not in skipped}
+    decisive = {name: value for name, value in recorded(settings).items() if name not in skipped}
     if "training" in decisive:
         decisive["training"] = {
             name: value

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import GenerationConfig, TrainingArguments
 
-from fusion_trainer.config import NOT_OF_THE_RESULT, TrainConfig
+from fusion_trainer.config import NOT_OF_THE_RESULT, TrainConfig, recorded
 from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.representations.store import ALIGNED, RepresentationStore
 from fusion_trainer.text.tokenizer import TextTokenizer, load_tokenizer
@@ -251,7 +251,7 @@ def identity_of(inputs: Inputs) -> dict[str, Any]:
     for store in inputs.stores:
         if store.identity.get("kind") != ALIGNED:
             store.demand(weights=weights, config=computed)
-    settings = config.model_dump(mode="json", exclude={"training", "pivot", "pivot_revision", "dialogues"})
+    settings = recorded(config, "training", "pivot", "pivot_revision", "dialogues")
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else ""
     return {
         "format": FORMAT,

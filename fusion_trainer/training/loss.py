@@ -7,7 +7,7 @@ At a position with the next token g, where the fused distribution gives probabil
 
 Both share one logsumexp. Their gradients in the logits are softmax(z) − onehot(g) and softmax(z) − p. If the
 rest of the distribution is kept as one outcome of probability r, it adds −r·log of the probability that the
-student gives to all ids outside the t_i.
+student gives to all ids outside the t_i. The fusion term can be another divergence (``divergences``).
 
 The student's logits exist for supervised positions only, a chunk at a time. The backward pass computes them again.
 Sums are float32, whatever the model's dtype.
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fusion_trainer.representations.split_model import SplitModel, positions_at_a_time
+from fusion_trainer.training.divergences import Divergence, pull
 
 __all__ = ["Targets", "Terms", "give_fusion_loss", "sparse_terms"]
 
@@ -47,6 +48,7 @@ class Targets(SimpleNamespace):
     probabilities: Tensor  # float32 [S, M]
     tail: Tensor | None  # float32 [S], the probability of all other ids; None if it is dropped
     clm_weight: Tensor  # float32 [S], λ
+    divergence: Divergence | None = None  # of the fusion term; None for forward KL. Any other needs the tail
     scale: Tensor | float = 1.0  # the loss is multiplied by it: 1 / the tokens that it is averaged over
     norms: bool = False  # whether to measure the gradients of both terms
     terms: Terms | None = None  # set by the model's forward, detached
@@ -54,7 +56,7 @@ class Targets(SimpleNamespace):
 
 
 class _SparseTerms(torch.autograd.Function):
-    """Logits → both terms; it saves the logits and one number per position."""
+    """Logits → both terms; it saves the logits and a few numbers per position."""
 
     @staticmethod
     def forward(
@@ -65,16 +67,26 @@ class _SparseTerms(torch.autograd.Function):
         probabilities_CM: Tensor,
         tail_C: Tensor | None,
         norms: bool,
+        divergence: Divergence | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         z_CV = logits_CV.float()
         lse_C = z_CV.logsumexp(1)
         clm_C = lse_C - z_CV.gather(1, gold_C[:, None])[:, 0]
-        fusion_C = (probabilities_CM * (lse_C[:, None] - z_CV.gather(1, ids_CM))).sum(1)
-        outside_C = None
-        if tail_C is not None:
-            outside_C = _outside(z_CV, ids_CM, probabilities_CM).logsumexp(1)
-            fusion_C = fusion_C + tail_C * (lse_C - outside_C)
-        saved = (lse_C, outside_C, gold_C, ids_CM, probabilities_CM, tail_C)
+        saved: tuple[Tensor | None, ...]
+        outside_C = None if tail_C is None else _outside(z_CV, ids_CM, probabilities_CM).logsumexp(1)
+        if divergence is not None:
+            assert tail_C is not None
+            assert outside_C is not None
+            log_q_CM = z_CV.gather(1, ids_CM) - lse_C[:, None]
+            pulled = pull(divergence, log_q_CM, outside_C - lse_C, probabilities_CM, tail_C)
+            fusion_C = pulled.value
+            saved = (lse_C, None, gold_C, ids_CM, -pulled.ids, None, pulled.rest)
+        else:
+            fusion_C = (probabilities_CM * (lse_C[:, None] - z_CV.gather(1, ids_CM))).sum(1)
+            mass_C = probabilities_CM.sum(1)
+            if tail_C is not None and outside_C is not None:
+                fusion_C, mass_C = fusion_C + tail_C * (lse_C - outside_C), mass_C + tail_C
+            saved = (lse_C, outside_C, gold_C, ids_CM, probabilities_CM, tail_C, mass_C)
         squares_C2 = logits_CV.new_zeros(len(clm_C), 2, dtype=torch.float32)
         if norms:
             one_C, zero_C = torch.ones_like(lse_C), torch.zeros_like(lse_C)
@@ -88,7 +100,7 @@ class _SparseTerms(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         logits_CV, *saved = ctx.saved_tensors
         gradient_CV = _gradient(logits_CV.float(), *saved, *gradients[:2])
-        return gradient_CV.to(logits_CV.dtype), None, None, None, None, None
+        return gradient_CV.to(logits_CV.dtype), None, None, None, None, None, None
 
 
 def _gradient(
@@ -99,11 +111,14 @@ def _gradient(
     ids_CM: Tensor,
     probabilities_CM: Tensor,
     tail_C: Tensor | None,
+    mass_C: Tensor,
     clm_weight_C: Tensor,
     fusion_weight_C: Tensor,
 ) -> Tensor:
-    """The gradient of both weighted terms in the logits, float32 [C, V]."""
-    mass_C = probabilities_CM.sum(1) if tail_C is None else probabilities_CM.sum(1) + tail_C
+    """The gradient of both weighted terms in the logits, float32 [C, V].
+
+    The fusion term's is softmax · ``mass_C`` − ``probabilities_CM`` at the ids − the tail's share of the rest.
+    """
     gradient_CV = (z_CV - lse_C[:, None]).exp_()
     gradient_CV *= (clm_weight_C + fusion_weight_C * mass_C)[:, None]
     gradient_CV.scatter_add_(1, gold_C[:, None], -clm_weight_C[:, None])
@@ -139,7 +154,7 @@ def sparse_terms(
         norms = targets.norms and number not in measured  # not again in the backward pass
         measured.add(number)
         result: tuple[Tensor, Tensor, Tensor] = _SparseTerms.apply(  # type: ignore[no-untyped-call]
-            head(hidden_CH), *chunk_targets, norms
+            head(hidden_CH), *chunk_targets, norms, targets.divergence
         )
         return result
 

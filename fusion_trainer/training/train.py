@@ -20,6 +20,7 @@ from fusion_trainer.config import TrainConfig
 from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.representations.store import ALIGNED, RepresentationStore
 from fusion_trainer.training.batches import Collator, FusionData, TokenFile, pack, write_tokens
+from fusion_trainer.training.divergences import divergence_named
 from fusion_trainer.training.fusion import Rule
 from fusion_trainer.training.inputs import (
     CAUSED_BY_ARGUMENTS,
@@ -175,6 +176,7 @@ def _trainer(inputs: Inputs, tokens: Path) -> FusionTrainer:
             data(held_out) if held_out else None,
             Collator(padding, config.packing, flat, config.tail == "bucket"),
             clm_weight=config.clm_weight,
+            divergence=divergence_named(config.divergence, config.js_beta),
             schedule=config.clm_weight_schedule,
             models=_names(inputs.stores),
             name_block=lambda block: f"block {block}: {dialogues[block].conversation} ({dialogues[block].source})",

@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from fusion_trainer.representations.split_model import SplitModel
 from fusion_trainer.training.batches import Collator, FusionData
+from fusion_trainer.training.divergences import Divergence
 from fusion_trainer.training.loss import Targets, give_fusion_loss
 from varm_common.errors import UserError, listed
 from varm_common.files import TEMPORARY, sync_folder, sync_tree
@@ -45,6 +46,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
     Args:
         model: A model of transformers, with or without peft adapters. Its forward is changed to return the loss.
         clm_weight: λ.
+        divergence: Of the fusion term; None for forward KL. Any other needs a collator with ``tail``.
         schedule: ``constant``; ``hard_and_decay``: from λ linearly to 1 (FuseLLM's published options, in which the
             fusion term fades out); ``soft``: 1 − exp(−CE) of the fused distribution, position by position.
         models: Names of the fused models, for the logs.
@@ -64,6 +66,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         collator: Collator,
         *,
         clm_weight: float = 0.9,
+        divergence: Divergence | None = None,
         schedule: Schedule = "constant",
         models: Sequence[str] = (),
         name_block: Callable[[int], str] = str,
@@ -85,7 +88,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         )
         self.model_accepts_loss_kwargs = True  # transformers then counts the tokens of the whole accumulated batch
         self.loss_is_scaled_for_ga = True
-        self.clm_weight, self.schedule = clm_weight, schedule
+        self.clm_weight, self.divergence, self.schedule = clm_weight, divergence, schedule
         self.fused_models, self.name_block = list(models), name_block
         self.has_begun = False
         self._sums: dict[str, Tensor] = {}
@@ -130,6 +133,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
             probabilities=inputs["fused_probabilities"],
             tail=inputs.get("fused_tail"),
             clm_weight=self._clm_weights(inputs),
+            divergence=self.divergence,
             scale=scale,
             norms=norms,
         )
