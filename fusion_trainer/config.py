@@ -61,7 +61,7 @@ NOT_OF_THE_RESULT = frozenset(
 """Arguments of transformers that do not change the target; they may differ when a training is resumed."""
 
 
-ONLY_IF_USED = frozenset({"divergence", "js_beta"})
+ONLY_IF_USED = frozenset({"divergence", "js_beta", "alm_weight", "alm_temperature", "chunks"})
 """Settings that a record leaves out at their default, where they change nothing."""
 
 
@@ -227,6 +227,9 @@ class AlignConfig(Settings):
     nearest."""
     unpaired: Literal["pivot", "gold"] = "pivot"
     """For unpaired positions: use the pivot's distribution, or give the next token probability 1."""
+    chunks: bool = False
+    """Store also the source's likelihood of each chunk of text between common token boundaries, which `alm_weight`
+    of `train` needs (4 bytes per position)."""
     maps: Path | None = None
     """Folder of vocabulary maps and counts. Default: next to the output."""
     pivot_tokenizer: str | None = None
@@ -269,6 +272,11 @@ class TrainConfig(Settings):
     js_beta: float = Field(0.5, gt=0, lt=1)
     """For js: weight of the fused distribution in the mean. Towards 0 it learns as forward_kl, towards 1 as
     reverse_kl."""
+    alm_weight: float = Field(0.0, ge=0, le=1)
+    """Share of approximate likelihood matching (ALM) in the fusion term. 0: the divergence of the top k alone; 1:
+    ALM alone. Needs stores that were aligned with `chunks: true`."""
+    alm_temperature: float = Field(100.0, gt=0)
+    """τ of ALM: the likelihoods p of chunks are compared as p^(1/τ)."""
     clm_weight: float = Field(0.9, ge=0, le=1)
     """λ in the loss λ·CLM + (1−λ)·fusion. 1: CLM (causal language modelling) alone."""
     clm_weight_schedule: Literal["constant", "hard_and_decay", "soft"] = "constant"

@@ -32,6 +32,7 @@ from fusion_trainer.representations.store import (
     ALIGNED,
     ALIGNED_VERSION,
     MANIFEST,
+    WITH_CHUNKS,
     Representation,
     RepresentationStore,
 )
@@ -97,7 +98,7 @@ def _identity(sides: Sides, saved: SavedMap) -> dict[str, Any]:
     unknown = sorted({*sides.source_store.unknown, *sides.pivot_store.unknown})
     return {
         "kind": ALIGNED,
-        "version": ALIGNED_VERSION,
+        "version": WITH_CHUNKS if sides.config.chunks else ALIGNED_VERSION,
         "model": source["model"],
         "pivot": name,
         "pivot_revision": revision,
@@ -230,6 +231,9 @@ def _report(manifest: dict[str, Any]) -> str:
         f"  {cause:21} {manifest[name]:>12,}  {_share(manifest[name], positions):.2%}"
         for name, cause in causes.items()
     ]
+    if "chunk_positions" in manifest:
+        covered = manifest["chunk_positions"]
+        lines.append(f"in a common chunk       {covered:>12,}  {_share(covered, positions):.2%}")
     lines += [
         f"probability at paired positions: mapped {mass:.2%}, of ids without an image {unmapped:.2%}, outside the "
         f"k entries kept {beyond:.2%}, the source's tail {tail:.2%}",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fusion_trainer.alignment.chunks import chunk_columns
 from fusion_trainer.alignment.map_distributions import Mixture, transfer
 from fusion_trainer.alignment.pairing import Read, compared, end_pairs, position_pairs
 from fusion_trainer.alignment.sides import Sides
@@ -37,6 +38,9 @@ def align_row(sides: Sides, number: int, pivot: Read, source: Read) -> tuple[Rep
     gold_bytes[at_end] = sizes[at_end]  # both predict the same end, whatever each model calls it
     entropies = _entropies(own, other, pivot, source)
     row = replace(row, paired=paired.astype(np.uint8), gold_bytes=gold_bytes, **entropies)
+    if sides.config.chunks:
+        lengths, logprobs = chunk_columns(pivot, source, own, other)
+        row = replace(row, chunk_size=lengths, chunk_logprob=logprobs)
     masses = {
         "mass_ppm": mapped.probabilities.sum(),
         "unmapped_ppm": mapped.unmapped.sum(),
@@ -54,6 +58,7 @@ def align_row(sides: Sides, number: int, pivot: Read, source: Read) -> tuple[Rep
         "compared": int(not np.isnan(entropies["ce_per_token"])),
         "better_by_token": int(entropies["ce_per_token"] < entropies["pivot_ce_per_token"]),
         "better_by_byte": int(entropies["ce_per_byte"] < entropies["pivot_ce_per_byte"]),
+        **({} if row.chunk_size is None else {"chunk_positions": int(row.chunk_size.sum(dtype=np.int64))}),
     }
 
 

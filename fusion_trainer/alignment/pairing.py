@@ -18,7 +18,16 @@ from fusion_trainer.data.blocks import Block
 from fusion_trainer.data.readers import Reader
 from fusion_trainer.text.tokenizer import Span, TextTokenizer, Tokens, supervised_positions
 
-__all__ = ["Read", "compared", "end_pairs", "position_pairs", "read_blocks", "token_pairs"]
+__all__ = [
+    "Read",
+    "compared",
+    "content_length",
+    "end_pairs",
+    "position_pairs",
+    "read_blocks",
+    "same_places",
+    "token_pairs",
+]
 
 SHIFT = np.int64(32)
 Indices = NDArray[np.intp]
@@ -70,7 +79,7 @@ def position_pairs(
         contained: None for ``boundary``; for ``dtw`` the cost of an edit (``positions.CONTAINED``).
     """
     if contained is None:
-        return _same_places(pivot.places, source.places)
+        return same_places(pivot.places, source.places)
     pairs: list[tuple[Indices, Indices]] = []
     for first, second, pivot_tokens, source_tokens in _warped(pivot, source, tokenizers, contained):
         if pivot.places.lead.get(int(first[0]), b"") == source.places.lead.get(int(second[0]), b""):
@@ -85,7 +94,7 @@ def token_pairs(
 ) -> Pairs:
     """Tokens of answers that correspond: they begin together (``boundary``), or warping pairs them (``dtw``)."""
     if contained is None:
-        pairs = _same_places(pivot.places, source.places)
+        pairs = same_places(pivot.places, source.places)
         return Pairs(pairs.pivot + 1, pairs.source + 1)
     return _joined([tokens for _, _, *tokens in _warped(pivot, source, tokenizers, contained)])
 
@@ -96,7 +105,7 @@ def end_pairs(pivot: Read, source: Read) -> Pairs:
     return _joined([(np.array([i]), np.array([j])) for i, j in ends if i is not None and j is not None])
 
 
-def _same_places(pivot: Places, source: Places) -> Pairs:
+def same_places(pivot: Places, source: Places) -> Pairs:
     """Positions that predict the same byte of content, if their next tokens take the same text before it."""
     both = [np.flatnonzero(side.place >= 0) for side in (pivot, source)]
     names = [
@@ -157,12 +166,12 @@ def compared(pivot: Read, source: Read, rows: tuple[int, int]) -> tuple[list[int
             continue
         every = [np.flatnonzero((side.places.turn == answer.turn) & (side.places.begins >= 0)) for side in sides]
         here = [positions[np.isin(positions, kept)] for positions, kept in zip(every, stored, strict=True)]
-        whole = _length(own) == _length(answer) and all(map(np.array_equal, here, every))
+        whole = content_length(own) == content_length(answer) and all(map(np.array_equal, here, every))
         read = [side.places.place[positions] for side, positions in zip(sides, here, strict=True)]
         common = np.intersect1d(read[0][read[0] >= 0], read[1][read[1] >= 0])
         if not len(common):
             continue
-        first, last = int(common[0]), _length(own) if whole else int(common[-1])
+        first, last = int(common[0]), content_length(own) if whole else int(common[-1])
         size += last - first
         for side, positions, result in zip(sides, here, chosen, strict=True):
             begins = side.places.begins[positions]
@@ -175,7 +184,7 @@ def compared(pivot: Read, source: Read, rows: tuple[int, int]) -> tuple[list[int
     return *chosen, size
 
 
-def _length(answer: Answer) -> int:
+def content_length(answer: Answer) -> int:
     """Bytes of content up to the end of the last piece."""
     start, stop, at = answer.pieces[-1]
     return at + stop - start

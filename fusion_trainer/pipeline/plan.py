@@ -252,6 +252,8 @@ def _add_trainings(builder: Builder, names: list[str]) -> tuple[list[str], list[
         if isinstance(settings, TrainConfig):
             if not sources and settings.clm_weight < 1:
                 builder.wrong(where, "has no `sources`; for CLM alone set `clm_weight: 1`")
+            if settings.alm_weight and sources and not config.align.get("chunks"):
+                builder.wrong(f"{where}.alm_weight", "needs chunks; set `chunks: true` under `align`")
             if settings.load_in and settings.lora is None:
                 builder.wrong(f"{where}.load_in", "needs `lora`: quantised weights themselves cannot be trained")
         builder.add("train", target, output, settings, needs, {"pivot": builder.pivot})

@@ -32,6 +32,7 @@ __all__ = [
     "MANIFEST",
     "PLAN",
     "VERSION",
+    "WITH_CHUNKS",
     "Representation",
     "RepresentationStore",
     "Supervised",
@@ -47,6 +48,8 @@ ALIGNED = "aligned"
 """The ``kind`` in the identity of an aligned store."""
 ALIGNED_VERSION = 3
 """The ``version`` in the identity of an aligned store: raised whenever its columns or their meaning change."""
+WITH_CHUNKS = 4
+"""The ``version`` of an aligned store that also has the columns of chunks."""
 LEAST = float(np.finfo(np.float16).min)
 SLACK = 2e-3
 """How far Σ exp(logprobs) + tail may lie from 1: float16 keeps 11 bits of a logarithm."""
@@ -71,6 +74,11 @@ class Representation:
         gold_bytes: uint16 [positions], at least 1: bytes of text that the token of ``gold_logprob`` covers. This
             is the source's next token where paired (if there are several, their weighted mean, rounded), and the
             pivot's elsewhere and at the ends of answers.
+        chunk_size: uint16 [positions], at the first position of a chunk its number of positions; else 0. The next
+            tokens of these positions are a text that the source reads as whole tokens, too. None in a store
+            without chunks.
+        chunk_logprob: float16 [positions], at the first position of a chunk the log-probability that the source
+            gives to its text; else 0.
         ce_per_token: The source's mean cross-entropy on its own gold tokens, in nats (the papers' unit), over the
             bytes that both models predict; NaN if there are none.
         ce_per_byte: The same in nats per byte, comparable between tokenizers.
@@ -86,6 +94,8 @@ class Representation:
     block: int = 0
     paired: NDArray[np.uint8] | None = None
     gold_bytes: NDArray[np.uint16] | None = None
+    chunk_size: NDArray[np.uint16] | None = None
+    chunk_logprob: NDArray[np.float16] | None = None
     ce_per_token: float | None = None
     ce_per_byte: float | None = None
     pivot_ce_per_token: float | None = None
@@ -202,6 +212,11 @@ class RepresentationStore:
         columns = self.manifest["identity"].get("unknown", ())
         return tuple(column for column in columns if self.manifest.get(f"unknown_{column}", 1))
 
+    @property
+    def has_chunks(self) -> bool:
+        """Whether it is aligned and has the source's likelihoods of chunks."""
+        return self.aligned and bool(self.manifest["identity"].get("version") == WITH_CHUNKS)
+
     @cached_property
     def bytes(self) -> int:
         """Size of all shards and the manifest."""
@@ -308,6 +323,8 @@ class RepresentationStore:
         if self.aligned:
             checks["`paired` neither 0 nor 1"] = columns["paired"] > 1
             checks["a token of no bytes"] = columns["gold_bytes"] == 0
+        if self.has_chunks:
+            checks |= _wrong_chunks(shard)
         for what, wrong in checks.items():
             if wrong.any():
                 position = int(np.argmax(wrong))
@@ -328,10 +345,26 @@ class RepresentationStore:
         if described != (FORMAT, VERSION):
             raise UserError(f"`{self.folder}` is not a store of {FORMAT}, version {VERSION}: found {described}")
         identity = manifest["identity"]
-        if identity.get("kind") == ALIGNED and identity.get("version") != ALIGNED_VERSION:
+        if identity.get("kind") == ALIGNED and identity.get("version") not in (ALIGNED_VERSION, WITH_CHUNKS):
             raise UserError(
                 f"the aligned store `{self.folder}` is of version {identity.get('version', 1)}, not "
                 f"{ALIGNED_VERSION}, and lacks columns that are needed now; align its source again, into a new "
                 "folder"
             )
         return dict(manifest)
+
+
+def _wrong_chunks(shard: Shard) -> dict[str, NDArray[np.bool_]]:
+    """Which positions have a chunk that cannot be, by what is wrong with it."""
+    sizes, logprobs = (shard.of_positions[name] for name in ("chunk_size", "chunk_logprob"))
+    starts = np.flatnonzero(sizes)
+    stops = starts + sizes[starts]
+    limits = shard.offsets[shard.offsets.searchsorted(starts, "right")]
+    limits = np.minimum(limits, np.append(starts[1:], len(sizes)))
+    overlapping = np.zeros(len(sizes), bool)
+    overlapping[starts] = stops > limits
+    unlikely = ~np.isfinite(logprobs) | (logprobs > 0) | ((sizes == 0) & (logprobs != 0))
+    return {
+        "a chunk that reaches into another or out of its row": overlapping,
+        "a wrong likelihood of a chunk": unlikely,
+    }

@@ -19,6 +19,7 @@ from fusion_trainer.representations.store import (
     MANIFEST,
     PLAN,
     VERSION,
+    WITH_CHUNKS,
     Representation,
     id_dtype,
     plan_in,
@@ -47,8 +48,8 @@ SHARD_FACTS = ("positions", "batch_tokens")
 Answers = Sequence[Sequence[Sequence[int]]]
 
 
-def schema(k: int, vocabulary: int, aligned: bool = False) -> pa.Schema:
-    """The columns of a shard."""
+def schema(k: int, vocabulary: int, aligned: bool = False, chunks: bool = False) -> pa.Schema:
+    """The columns of a shard; ``chunks`` of an aligned one that has them."""
     id_type = pa.uint16() if id_dtype(vocabulary) is np.uint16 else pa.uint32()
     position = {
         "ids": pa.list_(pa.field("item", id_type, nullable=False), k),
@@ -56,6 +57,7 @@ def schema(k: int, vocabulary: int, aligned: bool = False) -> pa.Schema:
         "tail": pa.float16(),
         "gold_logprob": pa.float16(),
         **({"paired": pa.uint8(), "gold_bytes": pa.uint16()} if aligned else {}),
+        **({"chunk_size": pa.uint16(), "chunk_logprob": pa.float16()} if chunks else {}),
     }
     struct = pa.struct([pa.field(name, kind, nullable=False) for name, kind in position.items()])
     row = {
@@ -170,7 +172,8 @@ class StoreWriter:
         self, shard: int, rows: Sequence[Representation], facts: dict[str, int], answers: Answers | None
     ) -> None:
         aligned = self.identity.get("kind") == ALIGNED
-        columns = schema(self.identity["top_k"], self.identity["vocabulary"], aligned)
+        chunks = aligned and self.identity["version"] == WITH_CHUNKS
+        columns = schema(self.identity["top_k"], self.identity["vocabulary"], aligned, chunks)
         positions = columns.field("positions").type
         parts = []
         for field in positions.value_type:

@@ -30,6 +30,7 @@ from fusion_trainer.data.readers import DIALOGUES, Reader
 from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.text.tokenizer import TextTokenizer
 from fusion_trainer.training.fusion import Fused, Rule, cross_entropies, fuse
+from fusion_trainer.training.likelihoods import ChunkRows, chunks_of
 from varm_common.console import is_quiet
 from varm_common.errors import UserError
 from varm_common.files import atomic_file, fingerprint, remove_abandoned, sha256_of, written_to
@@ -123,6 +124,7 @@ class Example:
     block: int
     tokens: TokenRow
     fused: Fused | None  # of the positions within every model's context, the first ones; None for CLM alone
+    chunks: ChunkRows | None = None  # for likelihood matching
 
 
 class FusionData(Dataset[list[Example]]):
@@ -133,13 +135,19 @@ class FusionData(Dataset[list[Example]]):
         stores: The pivot's own store (if it takes part) and the sources' aligned stores; none for CLM alone.
         rule: How they are fused.
         groups: The blocks of each item.
+        chunks: Whether examples have their chunks. The aligned stores need them, too.
     """
 
     def __init__(
-        self, tokens: Path, stores: Sequence[RepresentationStore], rule: Rule, groups: Sequence[Sequence[int]]
+        self,
+        tokens: Path,
+        stores: Sequence[RepresentationStore],
+        rule: Rule,
+        groups: Sequence[Sequence[int]],
+        chunks: bool = False,
     ) -> None:
         self.tokens = TokenFile(tokens)
-        self.stores, self.rule, self.groups = list(stores), rule, groups
+        self.stores, self.rule, self.groups, self.chunks = list(stores), rule, groups, chunks
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -175,7 +183,8 @@ class FusionData(Dataset[list[Example]]):
             )
         known = tokens.gold_bytes[: counts[0]]
         size = tokens.bytes if counts[0] == len(tokens.positions) else int(known.sum())
-        return Example(block, tokens, fuse(rows, cross_entropies(rows, self.rule, size, known), self.rule))
+        fused = fuse(rows, cross_entropies(rows, self.rule, size, known), self.rule)
+        return Example(block, tokens, fused, chunks_of(rows, fused.shares) if self.chunks else None)
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
@@ -205,7 +214,8 @@ class Collator:
     A batch holds ``input_ids`` and ``labels`` [B, L], ``attention_mask`` or (packed) ``position_ids`` [B, L];
     for S supervised positions ``positions`` (indices into [B · L]), ``of_item`` (the number of their item),
     ``gold``, ``fused_ids`` and ``fused_probabilities`` [S, M], ``fused_tail`` (with ``tail``), ``confidence``
-    and ``shares`` [S, models]; ``blocks`` of all items and ``item_of_block``; and ``bytes`` of each item.
+    and ``shares`` [S, models]; ``blocks`` of all items and ``item_of_block``; and ``bytes`` of each item. If the
+    examples have chunks, there are ``chunk_…``, the fields of ``likelihoods.Chunks``.
     """
 
     padding: int  # the id that fills a row up; it is never learned
@@ -219,6 +229,7 @@ class Collator:
         batch = {
             **self._rows([examples] if self.flat else items),
             **self._fused(examples),
+            **self._chunks(examples),
             "of_item": np.repeat(np.arange(len(items)), counts),
             "blocks": np.array([example.block for example in examples]),
             "item_of_block": np.repeat(np.arange(len(items)), [len(item) for item in items]),
@@ -280,3 +291,21 @@ class Collator:
         if not self.tail:
             del columns["fused_tail"]
         return columns
+
+    def _chunks(self, examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
+        """The chunks of all examples; nothing if no example has any."""
+        counts = [len(example.tokens.positions) for example in examples]
+        starts = np.cumsum([0, *counts[:-1]])
+        parts = [
+            (chunks.first + start, *chunks[1:])
+            for start, example in zip(starts, examples, strict=True)
+            if (chunks := example.chunks) is not None
+        ]
+        if not parts:
+            return {}
+        first, size, logprob, weight = (np.concatenate(column) for column in zip(*parts, strict=True))
+        chunk = np.repeat(np.arange(len(first)), size)
+        within = np.arange(len(chunk)) - np.repeat(np.cumsum(size) - size, size)
+        columns = {"first": first, "positions": first[chunk] + within, "chunk": chunk}
+        columns |= {"logprob": logprob, "weight": weight}
+        return {f"chunk_{name}": column for name, column in columns.items()}

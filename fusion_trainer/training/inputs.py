@@ -168,6 +168,13 @@ def _stores(config: TrainConfig, tokenizer: TextTokenizer) -> list[Representatio
                 f"the store `{store.folder}` is not aligned to the pivot; run `fusion-trainer align` and give "
                 "its output"
             )
+    without = [store.folder for store in aligned if not store.has_chunks]
+    if config.alm_weight and without:
+        raise UserError(
+            f"{place_of_setting(config, 'alm_weight')}`alm_weight` matches likelihoods of chunks of text, and "
+            f"these aligned stores have none:{listed([f'`{folder}`' for folder in without])}\nAlign their "
+            "sources again with `chunks: true` (--chunks), each into a new folder"
+        )
     if config.pivot_store is None:
         raise UserError("`pivot_store` is not set: the pivot's own distributions take part in the fusion")
     own = RepresentationStore(config.pivot_store)

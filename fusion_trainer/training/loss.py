@@ -7,7 +7,8 @@ At a position with the next token g, where the fused distribution gives probabil
 
 Both share one logsumexp. Their gradients in the logits are softmax(z) − onehot(g) and softmax(z) − p. If the
 rest of the distribution is kept as one outcome of probability r, it adds −r·log of the probability that the
-student gives to all ids outside the t_i. The fusion term can be another divergence (``divergences``).
+student gives to all ids outside the t_i. The fusion term can be another divergence (``divergences``), and the
+matched likelihood of chunks can take its place, or a part of it (``likelihoods``).
 
 The student's logits exist for supervised positions only, a chunk at a time. The backward pass computes them again.
 Sums are float32, whatever the model's dtype.
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusion_trainer.representations.split_model import SplitModel, positions_at_a_time
 from fusion_trainer.training.divergences import Divergence, pull
+from fusion_trainer.training.likelihoods import Chunks, alm
 
 __all__ = ["Targets", "Terms", "give_fusion_loss", "sparse_terms"]
 
@@ -34,6 +36,7 @@ class Terms(NamedTuple):
     clm: Tensor  # float32 [S]
     fusion: Tensor  # float32 [S]
     squares: Tensor  # float32 [S, 2], squared norms of their gradients in the logits; 0 if not measured
+    alm: Tensor | None = None  # float32 [S], the chunks' terms at their first positions
 
 
 class Targets(SimpleNamespace):
@@ -49,10 +52,21 @@ class Targets(SimpleNamespace):
     tail: Tensor | None  # float32 [S], the probability of all other ids; None if it is dropped
     clm_weight: Tensor  # float32 [S], λ
     divergence: Divergence | None = None  # of the fusion term; None for forward KL. Any other needs the tail
+    chunks: Chunks | None = None  # for likelihood matching
+    alm_weight: float = 0.0  # its share of the fusion term
+    alm_temperature: float = 100.0
     scale: Tensor | float = 1.0  # the loss is multiplied by it: 1 / the tokens that it is averaged over
     norms: bool = False  # whether to measure the gradients of both terms
     terms: Terms | None = None  # set by the model's forward, detached
     loss: Tensor | None = None  # likewise; float32 even if mixed precision rounds what the model returns
+
+    def weighted(self, terms: Terms) -> Tensor:
+        """The loss at each position, not scaled, float32 [S]."""
+        fusion_S = terms.fusion
+        if terms.alm is not None:
+            fusion_S = (1 - self.alm_weight) * fusion_S + self.alm_weight * terms.alm
+        loss_S: Tensor = self.clm_weight * terms.clm + (1 - self.clm_weight) * fusion_S
+        return loss_S
 
 
 class _SparseTerms(torch.autograd.Function):
@@ -150,7 +164,7 @@ def sparse_terms(
     """
     measured: set[int] = set()
 
-    def terms(number: int, hidden_CH: Tensor, *chunk_targets: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def of_chunk(number: int, hidden_CH: Tensor, *chunk_targets: Any) -> tuple[Tensor, Tensor, Tensor]:
         norms = targets.norms and number not in measured  # not again in the backward pass
         measured.add(number)
         result: tuple[Tensor, Tensor, Tensor] = _SparseTerms.apply(  # type: ignore[no-untyped-call]
@@ -165,10 +179,13 @@ def sparse_terms(
     parts = []
     for number, (inputs, tail_C) in enumerate(zip(chunks, tails, strict=True)):
         if torch.is_grad_enabled():
-            parts.append(checkpoint(terms, number, *inputs, tail_C, use_reentrant=False))
+            parts.append(checkpoint(of_chunk, number, *inputs, tail_C, use_reentrant=False))
         else:
-            parts.append(terms(number, *inputs, tail_C))
-    return Terms(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            parts.append(of_chunk(number, *inputs, tail_C))
+    terms = Terms(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    if targets.chunks is None:
+        return terms
+    return terms._replace(alm=alm(terms.clm, targets.chunks, targets.alm_temperature))
 
 
 def give_fusion_loss(model: Any, chunk: int | None = None) -> None:
@@ -195,7 +212,7 @@ def give_fusion_loss(model: Any, chunk: int | None = None) -> None:
         if len(hidden_SH):
             size = chunk or positions_at_a_time(hidden_SH.device, _rows(model))
             terms = sparse_terms(split.head, hidden_SH, targets, size)
-            loss = (targets.clm_weight * terms.clm + (1 - targets.clm_weight) * terms.fusion).sum()
+            loss = targets.weighted(terms).sum()
         else:  # nothing to learn, but every process takes part in the backward pass
             none = torch.zeros(0, device=hidden_SH.device)
             terms = Terms(none, none, none.reshape(0, 2))
@@ -203,7 +220,8 @@ def give_fusion_loss(model: Any, chunk: int | None = None) -> None:
         if router:
             loss = loss + len(hidden_SH) * _balance(split, output, inputs.get("attention_mask"))
         loss = loss * targets.scale
-        targets.terms = Terms(*(term.detach() for term in terms))
+        alm_S = None if terms.alm is None else terms.alm.detach()
+        targets.terms = Terms(terms.clm.detach(), terms.fusion.detach(), terms.squares, alm_S)
         targets.loss = loss.detach()
         return {"loss": loss}
 

@@ -160,7 +160,7 @@ def _trainer(inputs: Inputs, tokens: Path) -> FusionTrainer:
         if config.packing:
             rows = pack([int(file.lengths[block]) for block in blocks], int(file.lengths.max()))
             groups = [[blocks[item] for item in row] for row in rows]
-        return FusionData(tokens, inputs.stores, rule, groups)
+        return FusionData(tokens, inputs.stores, rule, groups, chunks=config.alm_weight > 0)
 
     model = load_pivot(inputs, config.dtype, config.load_in)
     if config.lora is not None:
@@ -177,6 +177,8 @@ def _trainer(inputs: Inputs, tokens: Path) -> FusionTrainer:
             Collator(padding, config.packing, flat, config.tail == "bucket"),
             clm_weight=config.clm_weight,
             divergence=divergence_named(config.divergence, config.js_beta),
+            alm_weight=config.alm_weight,
+            alm_temperature=config.alm_temperature,
             schedule=config.clm_weight_schedule,
             models=_names(inputs.stores),
             name_block=lambda block: f"block {block}: {dialogues[block].conversation} ({dialogues[block].source})",

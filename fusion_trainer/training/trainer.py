@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from fusion_trainer.representations.split_model import SplitModel
 from fusion_trainer.training.batches import Collator, FusionData
 from fusion_trainer.training.divergences import Divergence
+from fusion_trainer.training.likelihoods import Chunks
 from fusion_trainer.training.loss import Targets, give_fusion_loss
 from varm_common.errors import UserError, listed
 from varm_common.files import TEMPORARY, sync_folder, sync_tree
@@ -47,6 +48,8 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         model: A model of transformers, with or without peft adapters. Its forward is changed to return the loss.
         clm_weight: λ.
         divergence: Of the fusion term; None for forward KL. Any other needs a collator with ``tail``.
+        alm_weight: Share of likelihood matching in the fusion term; needs data with chunks.
+        alm_temperature: Its τ.
         schedule: ``constant``; ``hard_and_decay``: from λ linearly to 1 (FuseLLM's published options, in which the
             fusion term fades out); ``soft``: 1 − exp(−CE) of the fused distribution, position by position.
         models: Names of the fused models, for the logs.
@@ -67,6 +70,8 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         *,
         clm_weight: float = 0.9,
         divergence: Divergence | None = None,
+        alm_weight: float = 0.0,
+        alm_temperature: float = 100.0,
         schedule: Schedule = "constant",
         models: Sequence[str] = (),
         name_block: Callable[[int], str] = str,
@@ -89,6 +94,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True  # transformers then counts the tokens of the whole accumulated batch
         self.loss_is_scaled_for_ga = True
         self.clm_weight, self.divergence, self.schedule = clm_weight, divergence, schedule
+        self.alm_weight, self.alm_temperature = alm_weight, alm_temperature
         self.fused_models, self.name_block = list(models), name_block
         self.has_begun = False
         self._sums: dict[str, Tensor] = {}
@@ -134,6 +140,9 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
             tail=inputs.get("fused_tail"),
             clm_weight=self._clm_weights(inputs),
             divergence=self.divergence,
+            chunks=Chunks.of(inputs),
+            alm_weight=self.alm_weight,
+            alm_temperature=self.alm_temperature,
             scale=scale,
             norms=norms,
         )
@@ -151,7 +160,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
 
     def _not_finite(self, inputs: Mapping[str, Tensor], targets: Targets) -> str:
         assert targets.terms is not None
-        wrong = ~torch.isfinite(targets.terms.clm + targets.terms.fusion)
+        wrong = ~torch.isfinite(targets.weighted(targets.terms))
         items = inputs["of_item"][wrong] if wrong.any() else inputs["item_of_block"]
         blocks = inputs["blocks"][torch.isin(inputs["item_of_block"], items)].tolist()
         return self._stopped("loss", blocks)
@@ -196,6 +205,9 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
             "squares": targets.terms.squares.sum(0),
             "shares": shares,
         }
+        if self.alm_weight:  # in every process, also where a batch has no chunk
+            alm = targets.terms.alm
+            sums["alm"] = sums["clm"].new_zeros(()) if alm is None else alm.sum()
         for name, number in sums.items():
             self._sums[name] = self._sums[name] + number.double() if name in self._sums else number.double()
 
@@ -206,7 +218,9 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
             sums = {name: number.tolist() for name, number in reduced.items()}
             self._sums = {}
             positions = max(1.0, sums["positions"])
-            logs |= {name: sums[name] / positions for name in ("clm", "fusion", "clm_weight")}
+            logs |= {
+                name: sums[name] / positions for name in ("clm", "fusion", "clm_weight", "alm") if name in sums
+            }
             logs["supervised_tokens"] = sums["positions"]
             clm_square, fusion_square = sums["squares"]
             if clm_square:
@@ -225,16 +239,19 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
             model(**{name: inputs[name] for name in MODEL_INPUTS if name in inputs}, targets=targets)
         terms = targets.terms
         assert terms is not None
-        loss = targets.clm_weight * terms.clm + (1 - targets.clm_weight) * terms.fusion
-        columns = torch.stack([loss, terms.clm, terms.fusion, torch.ones_like(loss)], 1).double()
-        sums = columns.new_zeros(len(inputs["bytes"]), 4).index_add_(0, inputs["of_item"], columns)
+        loss = targets.weighted(terms)
+        alm = torch.zeros_like(loss) if terms.alm is None else terms.alm
+        columns = torch.stack([loss, terms.clm, terms.fusion, torch.ones_like(loss), alm], 1).double()
+        sums = columns.new_zeros(len(inputs["bytes"]), 5).index_add_(0, inputs["of_item"], columns)
         return None, sums, inputs["bytes"]
 
     def _metrics(self, sums: EvalPrediction) -> dict[str, float]:
         """Mean losses per supervised token, and CLM's perplexity per byte."""
-        loss, clm, fusion, tokens = torch.as_tensor(sums.predictions).double().sum(0).tolist()
+        loss, clm, fusion, tokens, alm = torch.as_tensor(sums.predictions).double().sum(0).tolist()
         size = float(torch.as_tensor(sums.label_ids).sum())
         metrics = {"loss": loss / tokens, "clm": clm / tokens, "fusion": fusion / tokens}
+        if self.alm_weight:
+            metrics["alm"] = alm / tokens
         metrics["perplexity_per_byte"] = float(torch.tensor(clm / size, dtype=torch.float64).exp())
         if not all(map(math.isfinite, metrics.values())):
             state = "not finite" if self._is_broken() else "finite: look at the held-out rows"

@@ -10,8 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,8 @@ class Read:
     ends: list[int]
     positions: list[int]
     names: dict[int, Name]
+    closing: dict[int, int] = field(default_factory=dict)
+    """The token that ends with the content of an answer."""
 
     def content(self, answer: int) -> list[int]:
         """The positions that predict content of an answer."""
@@ -178,7 +181,9 @@ def read(one: Kind, chat: tuple[tuple[str, str], ...]) -> Read:
                 names[position] = (number, max(end, start) - start, raw[end:start])
             elif last[end] == position and end == stop:
                 names[position] = (number, THE_END, b"")
-    return Read(tokens.ids.tolist(), ends, positions, names)
+    found = {number: last.get(stop) for number, (_, stop) in enumerate(answers)}
+    closing = {number: token for number, token in found.items() if token is not None}
+    return Read(tokens.ids.tolist(), ends, positions, names, closing)
 
 
 Partners = list[list[tuple[int, float]] | None]
@@ -499,6 +504,78 @@ def test_of_a_source_that_reads_only_the_head_all_cross_entropies_are_of_the_hea
     assert store.manifest["not_read"] > 0
     assert store.manifest["not_supervised"] == 0
     assert f"beyond the context    {store.manifest['not_read']:>12,}" in report
+
+
+# Chunks
+
+
+def chunks_by_text(pivot: Read, source: Read) -> Iterator[tuple[range, range]]:
+    """The positions that predict the text between two names that both have, and those that predict an end."""
+    for answer in sorted({name[0] for name in pivot.names.values()}):
+        sides = [{name: at for at, name in each.names.items() if name[0] == answer} for each in (pivot, source)]
+        end = (answer, THE_END, b"")
+        closed = end in sides[0] and end in sides[1]
+        for side, each in zip(sides, (pivot, source), strict=True):
+            if answer in each.closing:
+                side[end] = each.closing[answer]
+        common = sorted(sides[0].keys() & sides[1].keys(), key=lambda name: (name[1] == THE_END, name[1]))
+        for name, following in pairwise(common):
+            yield (range(sides[0][name], sides[0][following]), range(sides[1][name], sides[1][following]))
+        if closed:
+            yield (range(sides[0][end], sides[0][end] + 1), range(sides[1][end], sides[1][end] + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", [*SOURCES, "short", "twin"])
+def test_chunks_are_the_text_between_common_boundaries_with_the_sources_likelihood(
+    source: str, world: Path, tmp_path: Path
+) -> None:
+    """Their columns are the only difference. Two programs read the same; one without chunks is as it was."""
+    plain, _ = aligned(world, source, tmp_path / "plain")
+    store, report = aligned(world, source, tmp_path / "chunks", chunks=True)
+    assert_verified(store)
+    assert (plain.has_chunks, store.has_chunks) == (False, True)
+    assert plain.identity == {**store.identity, "version": plain.identity["version"]}
+    kind = {"short": SOURCES["bytes"], "twin": PIVOT}.get(source) or SOURCES[source]
+    theirs, context = RepresentationStore(world / "stores" / source), CONTEXTS.get(source, 1 << 20)
+    covered = several = 0
+    for number, chat in enumerate(CHATS):
+        row, before = store[number], plain[number]
+        assert before.chunk_size is None
+        for name in (*COLUMNS, "paired", "gold_bytes"):
+            assert getattr(row, name).tobytes() == getattr(before, name).tobytes()
+        pivot, other = read(PIVOT, chat), read(kind, chat).up_to(context)
+        expected = {}
+        for own, place in chunks_by_text(pivot, read(kind, chat)):
+            if {*own} <= {*pivot.positions} and {*place} <= {*other.positions}:
+                golds = [float(theirs[number].gold_logprob[other.positions.index(at)]) for at in place]
+                expected[pivot.positions.index(own[0])] = len(own), sum(golds)
+                several += len(own) > 1 or len(place) > 1
+        assert row.chunk_size is not None
+        assert row.chunk_logprob is not None
+        assert {int(at): int(row.chunk_size[at]) for at in np.flatnonzero(row.chunk_size)} == {
+            at: size for at, (size, _) in expected.items()
+        }
+        for at, (size, logprob) in expected.items():
+            assert float(row.chunk_logprob[at]) == pytest.approx(logprob, rel=1e-3, abs=1e-6)
+            covered += size
+    assert store.manifest["chunk_positions"] == covered
+    assert f"in a common chunk       {covered:>12,}" in report
+    assert several or source == "twin"
+
+
+def test_a_damaged_chunk_is_noticed(world: Path, tmp_path: Path) -> None:
+    store, _ = aligned(world, "gemma", tmp_path / "chunks", chunks=True)
+    shard = store.shard(0)
+    for name, value, problem in (
+        ("chunk_size", np.uint16(40000), "a chunk that reaches into another"),
+        ("chunk_logprob", np.float16(1), "a wrong likelihood of a chunk"),
+    ):
+        column = shard.of_positions[name].copy()
+        column[np.flatnonzero(shard.of_positions["chunk_size"])[0]] = value
+        changed = {**shard.of_positions, name: column}
+        shard_of = type("Shard", (), {**vars(shard), "of_positions": changed})
+        assert any(problem in line for line in store._wrong_content(shard_of(), store.manifest["shards"][0]))
 
 
 # The report
