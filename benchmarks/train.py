@@ -47,6 +47,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PrinterCallback, Tra
 
 from fusion_trainer.training import loss
 from fusion_trainer.training.batches import Collator, Example, FusionData, pack
+from fusion_trainer.training.divergences import divergence_named
 from fusion_trainer.training.fusion import Rule
 from fusion_trainer.training.trainer import FusionTrainer
 
@@ -57,7 +58,10 @@ COLLATE_BUDGET_MS = 20.0
 
 PLAIN, OURS = "plain CLM", "MinCE, λ = 0.9"
 TAIL = Rule("avg_ce", tail="bucket")
+JS, ALM = "MinCE + tail, JS, λ = 0.9", "MinCE and ALM, λ = 0.9"
 LEGS = {PLAIN: (None, 1.0), OURS: (Rule(), 0.9), "ours, λ = 1": (None, 1.0), "AvgCE + tail, λ = 0.9": (TAIL, 0.9)}
+LEGS |= {JS: (Rule(tail="bucket"), 0.9), ALM: (Rule(), 0.9)}
+SPECIAL = {JS: {"divergence": divergence_named("js")}, ALM: {"alm_weight": 0.5}}
 COLLATED = {  # rule and number of sources
     "MinCE, pairwise": (Rule(), 1),
     f"MinCE, {SOURCES} sources": (Rule(), SOURCES),
@@ -168,7 +172,9 @@ class Setting:
         (rule, weight), clock = LEGS[leg], Clock()
         tail = rule is not None and rule.tail == "bucket"
         recorder = Recorder(0, self.shape.packed, tail=tail, plain=leg == PLAIN)
-        data = FusionData(self.data.tokens.path, self.data.stores[:2] if rule else [], rule, self.data.groups)
+        data = FusionData(
+            self.data.tokens.path, self.data.stores[:2] if rule else [], rule, self.data.groups, leg == ALM
+        )
         given = {"model": self.model(), "train_dataset": data, "callbacks": [clock]}
         with tempfile.TemporaryDirectory() as nowhere:
             given["args"] = TrainingArguments(
@@ -188,6 +194,7 @@ class Setting:
             else:
                 names = [str(number) for number in range(len(data.stores))]
                 given |= {"eval_dataset": None, "collator": recorder, "clm_weight": weight, "models": names}
+                given |= SPECIAL.get(leg, {})
                 trainer = FusionTrainer(**given)
             trainer.remove_callback(PrinterCallback)
             mean_loss = trainer.train().training_loss
@@ -334,7 +341,7 @@ def step_tables(setting: Setting, found: dict[str, list[Steps]]) -> Iterator[tup
         mfu = (spread([work / s.wall / peak for s in of], 3),) if peak else ()
         each = (spread([s.wall / count for s in of]), spread([s.cpu / count for s in of]))
         legs.append((leg, *each, *rates, *mfu, f"{of[0].loss:.4f}"))
-        ratio, judged = peaks[leg] / peaks[PLAIN], leg == OURS
+        ratio, judged = peaks[leg] / peaks[PLAIN], leg in (OURS, JS, ALM)
         limits = (f"≤ {MEMORY_BUDGET}", verdict([ratio], MEMORY_BUDGET)) if judged else ("", "")
         memory.append((leg, f"{peaks[leg]:,.0f}", f"{ratio:.3f}", *limits))
         if leg != PLAIN:

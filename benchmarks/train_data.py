@@ -46,7 +46,7 @@ def random_store(folder: Path, tokens: TokenFile, number: int, vocabulary: int) 
     """Number 0 is the pivot's own; the others are aligned to it."""
     rng, blocks = np.random.default_rng(number), len(tokens.lengths)
     identity = {"top_k": K, "vocabulary": vocabulary}
-    identity |= {"kind": store.ALIGNED, "version": store.ALIGNED_VERSION} if number else {}
+    identity |= {"kind": store.ALIGNED, "version": store.WITH_CHUNKS} if number else {}
     writer = store_writer.StoreWriter(folder, identity, [0, blocks])
     writer.begin()
     rows = [random_row(rng, tokens, block, vocabulary, number > 0) for block in range(blocks)]
@@ -72,4 +72,8 @@ def random_row(rng: Any, tokens: TokenFile, block: int, vocabulary: int, aligned
     gold_bytes = row.gold_bytes.clip(1).astype(np.uint16)
     means = entropy / max(1, size), entropy / max(1, row.bytes)
     of_pivot = (mean * rng.uniform(0.9, 1.1) for mean in means)
-    return store.Representation(*columns, np.ones(size, np.uint8), gold_bytes, *means, *of_pivot)
+    sizes, first = np.zeros(size, np.uint16), np.flatnonzero(rng.random(size) < 0.8)
+    sizes[first] = np.diff(first, append=size)
+    logprobs = np.where(sizes, -rng.exponential(2.0, size), 0.0).astype(np.float16)
+    chunks = {"chunk_size": sizes, "chunk_logprob": logprobs}
+    return store.Representation(*columns, np.ones(size, np.uint8), gold_bytes, *means, *of_pivot, **chunks)

@@ -61,7 +61,7 @@ NOT_OF_THE_RESULT = frozenset(
 """Arguments of transformers that do not change the target; they may differ when a training is resumed."""
 
 
-ONLY_IF_USED = frozenset({"divergence", "js_beta", "alm_weight", "alm_temperature", "chunks"})
+ONLY_IF_USED = frozenset({"divergence", "js_beta", "alm_weight", "alm_temperature", "chunks", "spread"})
 """Settings that a record leaves out at their default, where they change nothing."""
 
 
@@ -222,6 +222,9 @@ class AlignConfig(Settings):
         "prefix"
     )
     """How ids of the source are mapped to ids of the pivot."""
+    spread: bool = False
+    """For `prefix`: where the pivot stands inside a token of the source, use what the source's distribution before
+    that token says of the text that follows."""
     most: int = Field(0, ge=0)
     """For statistics: map an id to this many of the pivot's ids that it was paired with most often. 0: only to the
     nearest."""
@@ -239,6 +242,13 @@ class AlignConfig(Settings):
     workers: int | None = Field(None, ge=1)
     """Number of processes. Default: one per core."""
     trust_remote_code: TrustRemoteCode = False
+
+    @field_validator("spread")
+    @classmethod
+    def _of_first_tokens(cls, spread: bool, others: ValidationInfo) -> bool:
+        if spread and (others.data.get("map"), others.data.get("positions")) != ("prefix", "boundary"):
+            raise PydanticCustomError("prefix", "it continues `map: prefix` with `positions: boundary`; set both")
+        return spread
 
 
 class TrainConfig(Settings):

@@ -108,6 +108,7 @@ def _identity(sides: Sides, saved: SavedMap) -> dict[str, Any]:
         "positions": sides.config.positions,
         "dtw_cost": sides.config.dtw_cost if sides.contained is not None else None,
         "unpaired": sides.config.unpaired,
+        **({"spread": True} if sides.config.spread else {}),
         "reading": source["reading"],
         "map": saved.map.method,
         "map_sha256": fingerprint([matrix.indptr.tolist(), matrix.indices.tolist(), matrix.data.tolist()]),
@@ -231,6 +232,9 @@ def _report(manifest: dict[str, Any]) -> str:
         f"  {cause:21} {manifest[name]:>12,}  {_share(manifest[name], positions):.2%}"
         for name, cause in causes.items()
     ]
+    if "spread" in manifest:
+        spread = manifest["spread"]
+        lines.append(f"inside a source's token {spread:>12,}  {_share(spread, positions):.2%} learn from it, too")
     if "chunk_positions" in manifest:
         covered = manifest["chunk_positions"]
         lines.append(f"in a common chunk       {covered:>12,}  {_share(covered, positions):.2%}")

@@ -28,16 +28,20 @@ def align_row(sides: Sides, number: int, pivot: Read, source: Read) -> tuple[Rep
     positions, source_positions = pivot.positions[: len(own)], source.positions
     partners, causes = _stored(_partners(sides, pivot, source), positions, source_positions, len(other))
     row, paired, mapped = transfer(own, other, partners, sides.map.matrix)
+    sizes = pivot.sizes[positions + 1]
+    gold_bytes = _gold_bytes(sizes, source.sizes[source_positions[: len(other)] + 1], partners)
+    continued = np.zeros(len(own), bool)
+    if sides.spread is not None:
+        text = sides.dialogues[number].text.encode()
+        continued = sides.spread.apply(row, gold_bytes, ~paired, text, (pivot, source), other)
     golds = pivot.tokens.ids[positions + 1]
     at_end = pivot.places.place[positions] == END
     name_the_end(row, paired & at_end, golds, sides.ends.pivot)
     if sides.config.unpaired == "gold":
-        put_all_on_gold(row, ~paired, golds)
-    sizes = pivot.sizes[positions + 1]
-    gold_bytes = _gold_bytes(sizes, source.sizes[source_positions[: len(other)] + 1], partners)
+        put_all_on_gold(row, ~(paired | continued), golds)
     gold_bytes[at_end] = sizes[at_end]  # both predict the same end, whatever each model calls it
     entropies = _entropies(own, other, pivot, source)
-    row = replace(row, paired=paired.astype(np.uint8), gold_bytes=gold_bytes, **entropies)
+    row = replace(row, paired=(paired | continued).astype(np.uint8), gold_bytes=gold_bytes, **entropies)
     if sides.config.chunks:
         lengths, logprobs = chunk_columns(pivot, source, own, other)
         row = replace(row, chunk_size=lengths, chunk_logprob=logprobs)
@@ -58,6 +62,7 @@ def align_row(sides: Sides, number: int, pivot: Read, source: Read) -> tuple[Rep
         "compared": int(not np.isnan(entropies["ce_per_token"])),
         "better_by_token": int(entropies["ce_per_token"] < entropies["pivot_ce_per_token"]),
         "better_by_byte": int(entropies["ce_per_byte"] < entropies["pivot_ce_per_byte"]),
+        **({} if sides.spread is None else {"spread": int(continued.sum())}),
         **({} if row.chunk_size is None else {"chunk_positions": int(row.chunk_size.sum(dtype=np.int64))}),
     }
 

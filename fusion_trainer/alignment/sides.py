@@ -15,7 +15,8 @@ from typing import Any
 
 from fusion_trainer.alignment.pair_counts import Corpus
 from fusion_trainer.alignment.positions import CONTAINED
-from fusion_trainer.alignment.vocabulary import Ends, VocabularyMap
+from fusion_trainer.alignment.spread import Spread
+from fusion_trainer.alignment.vocabulary import Ends, FirstTokens, Vocabularies, VocabularyMap
 from fusion_trainer.config import AlignConfig
 from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.data.readers import DIALOGUES, Reader, reader_of_store
@@ -31,7 +32,7 @@ __all__ = ["Sides", "in_processes", "open_sides"]
 class Sides:
     """The two models: their stores, how they read, and the dialogues that they share.
 
-    ``map`` and ``corpus`` are None until they are built.
+    ``map`` and ``corpus`` are None until they are built; ``spread`` if it is off.
     """
 
     config: AlignConfig
@@ -41,6 +42,7 @@ class Sides:
     pivot_reader: Reader
     source_reader: Reader
     map: VocabularyMap | None = None
+    spread: Spread | None = None
     corpus: Corpus | None = None
 
     @property
@@ -97,7 +99,10 @@ def open_sides(config: AlignConfig, checked: bool = False) -> Sides:
     pivot = tokenizer_of(pivot_store, config.pivot_tokenizer, config.trust_remote_code)
     source = tokenizer_of(source_store, config.source_tokenizer, config.trust_remote_code)
     readers = Reader(pivot, DIALOGUES), reader_of_store(source_store.identity, source)
-    return Sides(config, pivot_store, source_store, dialogues, *readers)
+    sides = Sides(config, pivot_store, source_store, dialogues, *readers)
+    if config.spread:
+        sides.spread = Spread(source, FirstTokens(Vocabularies(source, pivot, sides.ends)))
+    return sides
 
 
 _sides: Sides | None = None

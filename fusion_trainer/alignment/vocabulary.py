@@ -33,6 +33,7 @@ from fusion_trainer.text.tokenizer import TextTokenizer, Tokens
 __all__ = [
     "METHODS",
     "Ends",
+    "FirstTokens",
     "Method",
     "Vocabularies",
     "VocabularyMap",
@@ -310,3 +311,32 @@ def _token_after(tokens: Tokens, size: int) -> int | None:
     if len(cut) and cut[-1] + 1 < len(tokens) and tokens.ends[cut[-1] + 1] > size:
         return int(tokens.ids[cut[-1] + 1])
     return None
+
+
+class FirstTokens:
+    """The pivot's first token of any text, as in ``prefix``; what was read once is known."""
+
+    def __init__(self, both: Vocabularies) -> None:
+        self.pivot, self.source_text, self._text = both.pivot, both.text, both.pivot_text
+        self._by_surface = _by_surface(both.pivot, both.pivot_text)
+        self._longest = max(map(len, self._by_surface), default=0)
+        self._known: dict[bytes, int | None] = {}
+
+    def __call__(self, text: bytes) -> int | None:
+        if text not in self._known:
+            self._known[text] = self._read(text)
+        return self._known[text]
+
+    def _read(self, text: bytes) -> int | None:
+        same, found = self._by_surface.get(text), None
+        with suppress(UnicodeDecodeError):
+            for context in CONTEXTS:
+                (tokens,) = self.pivot.encode([context + text.decode()])
+                first = _token_after(tokens, len(context.encode()))
+                if first is not None and first == same:
+                    return first
+                if found is None and first in self._text:
+                    found = first
+        heads = (text[:size] for size in range(min(self._longest, len(text)), 0, -1))
+        longest = next((head for head in heads if head in self._by_surface), b"")
+        return self._by_surface.get(longest) if found is None else found

@@ -74,16 +74,16 @@ class Representation:
         gold_bytes: uint16 [positions], at least 1: bytes of text that the token of ``gold_logprob`` covers. This
             is the source's next token where paired (if there are several, their weighted mean, rounded), and the
             pivot's elsewhere and at the ends of answers.
-        chunk_size: uint16 [positions], at the first position of a chunk its number of positions; else 0. The next
-            tokens of these positions are a text that the source reads as whole tokens, too. None in a store
-            without chunks.
-        chunk_logprob: float16 [positions], at the first position of a chunk the log-probability that the source
-            gives to its text; else 0.
         ce_per_token: The source's mean cross-entropy on its own gold tokens, in nats (the papers' unit), over the
             bytes that both models predict; NaN if there are none.
         ce_per_byte: The same in nats per byte, comparable between tokenizers.
         pivot_ce_per_token: The pivot's over the same bytes.
         pivot_ce_per_byte: The same per byte.
+        chunk_size: uint16 [positions], at the first position of a chunk its number of positions; else 0. The next
+            tokens of these positions are a text that the source reads as whole tokens, too. None in a store
+            without chunks.
+        chunk_logprob: float16 [positions], at the first position of a chunk the log-probability that the source
+            gives to its text; else 0.
     """
 
     ids: NDArray[np.unsignedinteger[Any]]
@@ -94,12 +94,12 @@ class Representation:
     block: int = 0
     paired: NDArray[np.uint8] | None = None
     gold_bytes: NDArray[np.uint16] | None = None
-    chunk_size: NDArray[np.uint16] | None = None
-    chunk_logprob: NDArray[np.float16] | None = None
     ce_per_token: float | None = None
     ce_per_byte: float | None = None
     pivot_ce_per_token: float | None = None
     pivot_ce_per_byte: float | None = None
+    chunk_size: NDArray[np.uint16] | None = None
+    chunk_logprob: NDArray[np.float16] | None = None
 
     def __len__(self) -> int:
         return len(self.tail)

@@ -36,6 +36,7 @@ from fusion_trainer.alignment.align import align
 from fusion_trainer.alignment.positions import CONTAINED
 from fusion_trainer.alignment.saved_map import load_map
 from fusion_trainer.alignment.sides import in_processes, open_sides
+from fusion_trainer.alignment.spread import conditional
 from fusion_trainer.alignment.vocabulary import METHODS
 from fusion_trainer.cli import main
 from fusion_trainer.config import AlignConfig, ExtractConfig
@@ -576,6 +577,85 @@ def test_a_damaged_chunk_is_noticed(world: Path, tmp_path: Path) -> None:
         changed = {**shard.of_positions, name: column}
         shard_of = type("Shard", (), {**vars(shard), "of_positions": changed})
         assert any(problem in line for line in store._wrong_content(shard_of(), store.manifest["shards"][0]))
+
+
+# Beyond the first token
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", SOURCES)
+def test_inside_a_token_the_source_says_what_follows_the_text_that_was_read(
+    source: str, world: Path, tmp_path: Path
+) -> None:
+    """Every source token that begins with it counts, at the first token that the pivot reads the rest as."""
+    plain, _ = aligned(world, source, tmp_path / "plain")
+    store, report = aligned(world, source, tmp_path / "spread", spread=True)
+    assert_verified(store)
+    theirs, kind, changed = RepresentationStore(world / "stores" / source), SOURCES[source], 0
+    for number, chat in enumerate(CHATS):
+        row, before, pivot, other = store[number], plain[number], read(PIVOT, chat), read(kind, chat)
+        assert row.paired is not None
+        assert before.paired is not None
+        assert (row.paired >= before.paired).all()
+        raw = tiny_sources.openchat(chat, END_OF_TURN in kind.tokenizer.get_vocab())[0].encode()
+        for at, position in enumerate(pivot.positions):
+            if row.paired[at] == before.paired[at]:
+                for name in (*COLUMNS, "gold_bytes"):
+                    assert getattr(row, name)[at].tobytes() == getattr(before, name)[at].tobytes()
+                continue
+            changed += 1
+            answer, byte, _ = pivot.names[position]
+            last = max(each for each in other.names.values() if each[0] == answer and 0 <= each[1] < byte)
+            place = other.at(last)
+            assert place is not None
+            stored = other.positions.index(place)
+            start = other.ends[place]
+            since = raw[start : start + byte - last[1]]
+            surfaces = [kind.reader.surfaces[token] for token in theirs[number].ids[stored].tolist()]
+            shares = np.exp(theirs[number].logprobs[stored].astype(np.float64))
+            begin = np.array([surface.startswith(since) for surface in surfaces])
+            longer = begin & np.array([len(surface) > len(since) for surface in surfaces])
+            found = np.exp(row.logprobs[at].astype(np.float64))
+            tail = float(theirs[number].tail[stored])
+            expected = shares[longer].sum() / shares[begin].sum() * (1 - tail)
+            assert found.sum() <= expected + 2e-3
+            assert found.sum() + float(row.tail[at]) == pytest.approx(1, abs=2e-3)
+            rests = [surface[len(since) :] for surface, fits in zip(surfaces, longer, strict=True) if fits]
+            for token in row.ids[at][found > 0].tolist():
+                image = PIVOT.reader.surfaces[token]
+                assert any(rest.startswith(image) for rest in rests)
+            gold = kind.reader.surfaces[other.ids[place + 1]]
+            assert gold.startswith(since)
+            assert int(row.gold_bytes[at]) == len(gold) - len(since)
+            assert float(row.gold_logprob[at]) >= float(theirs[number].gold_logprob[stored]) - 1e-2
+    assert changed == store.manifest["spread"]
+    assert changed or source != "bytes"
+    assert "learn from it, too" in report
+
+
+def test_the_distribution_after_what_was_read_worked_by_hand() -> None:
+    """Of 0.8 known, "ab" and what continues it have 0.6: a half, a third and a sixth; the tail keeps its 0.2."""
+    tokens = {b"ab": 0.3, b"abc": 0.1, b"abcd": 0.1, b"abx": 0.1, b"b": 0.2}
+    rest = conditional(tokens, 0.2, b"ab", lambda text: {b"c": 7, b"cd": 7, b"x": 9}[text])
+    assert rest is not None
+    assert rest.shares == pytest.approx({7: 0.8 * 2 / 6, 9: 0.8 / 6})
+    assert rest.tail == pytest.approx(0.2 + 0.8 / 2)
+    assert rest.begins == pytest.approx(0.75)
+    assert conditional(tokens, 0.2, b"abcd", lambda _: 1) is None
+    assert conditional(tokens, 0.2, b"ab", lambda _: None) is None
+
+
+@pytest.mark.parametrize("other", [{"map": "exact"}, {"positions": "dtw"}])
+def test_spreading_needs_the_map_and_the_positions_that_it_continues(
+    other: dict[str, str], world: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "align.yaml"
+    path.write_text("spread: true\n" + "".join(f"{name}: {value}\n" for name, value in other.items()))
+    settings = settings_of(world, "bytes", tmp_path / "store")
+    flags = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    result = CliRunner().invoke(main, ["align", str(path), *flags])
+    assert result.exit_code == 1
+    assert "line 1: `spread` cannot be True: it continues `map: prefix`" in result.output
 
 
 # The report
