@@ -27,8 +27,8 @@ from tqdm import tqdm
 from varm_common.errors import UserError
 from varm_common.versions import versions
 from varm_merge.merging import mergekit_io, method, planning, tensor_math
-from varm_merge.merging.weight_log import FILE_NAME, natural_order, recipe_fingerprint
-from varm_merge.merging.weights import Granularity, Settings, UnitStatistics, submodule_of, unit_of
+from varm_merge.merging.weight_log import FILE_NAME, natural_order, recipe_fingerprint, scaled, with_prior
+from varm_merge.merging.weights import Granularity, Settings, UnitStatistics, conflict, submodule_of, unit_of
 from varm_merge.recipes import recipe_file, rounding
 from varm_merge.recipes.check import check
 from varm_merge.recipes.problems import Looked, refuse
@@ -195,10 +195,13 @@ def _element_weights(group: TensorGroup, settings: Settings) -> list[float]:
     """The targets' weights at parameter granularity, averaged over the elements."""
     assert group.base is not None
     pivot, targets = group.base.tensor, [target.tensor for target in group.non_base]
+    priors = settings.priors_of(target.id for target in group.non_base)
+    if not any(priors):
+        return priors
     _, sums = tensor_math.blend_elements(
         pivot,
         targets,
-        tensor_math.ElementWeights(*settings.weighting),
+        tensor_math.ElementWeights(*settings.weighting, tuple(priors)),
         torch.empty_like(pivot, memory_format=torch.contiguous_format),
         selection=method.selection_of(group, settings),
         erase_minority=settings.erase_minority,
@@ -225,13 +228,16 @@ def _unit(name: str, granularity: str, parts: Sequence[_Measured]) -> dict[str, 
     for part in parts:
         statistics.merge(part.statistics)
     settings = parts[0].tensor.settings
+    scales = {part.tensor.name: part.tensor.settings.scale for part in parts}
+    names = sorted(scales, key=natural_order)
     unit: dict[str, Any] = {
         "unit": name,
         "granularity": granularity,
-        "tensors": sorted({part.tensor.name for part in parts}, key=natural_order),
+        "tensors": names,
         "elements": max(statistics.elements.values()),
+        **scaled([scales[tensor] for tensor in names]),
     }
-    if message := method.conflict(name, {part.tensor.name: part.tensor.settings for part in parts}):
+    if message := conflict(name, {part.tensor.name: part.tensor.settings for part in parts}):
         return {**unit, "problem": message, "targets": {}}
     if granularity == "parameter":
         sizes = [part.elements for part in parts]
@@ -243,7 +249,10 @@ def _unit(name: str, granularity: str, parts: Sequence[_Measured]) -> dict[str, 
     else:
         weights = statistics.weights(settings)
     means: dict[Hashable, float] = statistics.means()
-    numbers = {str(target): {"statistic": means[target], "weight": weight} for target, weight in weights.items()}
+    numbers = {
+        str(target): {"statistic": means[target], "weight": weight, **with_prior(settings.priors, target)}
+        for target, weight in weights.items()
+    }
     return {**unit, "moved": any(value > 0 for value in means.values()), "targets": numbers}
 
 

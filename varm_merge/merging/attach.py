@@ -30,6 +30,7 @@ from varm_merge.merging.mergekit_io import as_merged, swapped
 from varm_merge.merging.method import METHOD_NAME, DtypeError
 from varm_merge.merging.planning import (
     architecture_names,
+    input_names,
     planned_blocks,
     recipe_content,
     refuse_idle_filters,
@@ -89,7 +90,7 @@ def _attach_to_planning(plan: ModuleType) -> None:
         content = recipe_content(self.config)  # before mergekit rewrites it
         plan_tensors(self)
         names = [weight.name for weight, _ in self._tensors]
-        refuse_idle_filters(self.config, [*names, *architecture_names(self)])
+        refuse_idle_filters(self.config, [*names, *architecture_names(self)], input_names(self))
         run_state.log = WeightLog(self.config.base_model and str(self.config.base_model), content)
         merges = tasks_with_units(
             [task for _, task in self._tensors],

@@ -30,6 +30,7 @@ from varm_merge.merging import tensor_math
 from varm_merge.merging.experts import PLAIN, Layout, layout_of_names, matrices
 from varm_merge.merging.weight_log import UnitRecord, WeightLog
 from varm_merge.merging.weights import (
+    RECIPE_NAMES,
     SPANNING,
     Granularity,
     Normalization,
@@ -37,6 +38,7 @@ from varm_merge.merging.weights import (
     Statistic,
     UnitStatistics,
     block_of,
+    conflict,
     unit_of,
 )
 
@@ -47,7 +49,6 @@ __all__ = [
     "NonFiniteError",
     "Unit",
     "VarmMethod",
-    "conflict",
     "parts_of",
     "refuse",
     "refuse_overflow",
@@ -65,8 +66,17 @@ _FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def _parameter(name: str, value_type: Any, description: str) -> ParameterSpec:
-    default = getattr(Settings, name)
+    default = getattr(Settings, RECIPE_NAMES.get(name, name))
     return ParameterSpec(name, value_type, ParameterScope.SHARED, default=default, description=description)
+
+
+_WEIGHT = ParameterSpec(
+    "weight",
+    Annotated[_FiniteFloat, Field(ge=0)],
+    ParameterScope.NON_BASE,
+    default=1.0,
+    description="factor of a target's merge weight before these are made to sum to 1",
+)
 
 
 SPEC = MergeMethodSpec(
@@ -81,6 +91,8 @@ SPEC = MergeMethodSpec(
         _parameter("select_topk", Annotated[_FiniteFloat, Field(gt=0, le=1)], "fraction of elements kept (SCE)"),
         _parameter("erase_minority", bool, "drop deltas against the summed delta's sign (SCE)"),
         _parameter("keep_pivot", bool, "copy the tensor from the pivot"),
+        _parameter("lambda", _FiniteFloat, "scale of the merged task vector"),
+        _WEIGHT,
     ),
     contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2, min_non_base=1),
     optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
@@ -151,7 +163,7 @@ class VarmMethod(MergeMethod):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, ...]:
         """Called by mergekit; ``parameters`` of a group are those of ``SPEC``, and ``UNIT`` where it is known."""
         units = [own.pop(UNIT, None) for own in parameters]
-        settings = [Settings(**own) for own in parameters]
+        settings = [Settings.of(own) for own in parameters]
         with torch.no_grad():
             if None in units:
                 units = _form_units(groups, settings, input_dtypes)
@@ -195,7 +207,18 @@ def _merge(
         if unit.granularity == "parameter":  # one record for the tensor
             names, merged, sizes = [unit.name], [_pooled(merged, sizes)], [sum(sizes)]
         for unit_name, (statistics, weights), elements in zip(names, merged, sizes, strict=True):
-            unit.log.add(UnitRecord(unit_name, unit.granularity, [name], elements, statistics.means(), weights))
+            unit.log.add(
+                UnitRecord(
+                    unit_name,
+                    unit.granularity,
+                    [name],
+                    elements,
+                    statistics.means(),
+                    weights,
+                    [settings.scale],
+                    settings.priors,
+                )
+            )
     refuse_overflow(name, out, dtype)
     return out
 
@@ -208,19 +231,24 @@ def _merge_part(
     targets = [target.tensor for target in group.non_base]
     selection = selection_of(group, settings)
     out = place if place.is_contiguous() else torch.empty_like(place, memory_format=torch.contiguous_format)
-    steps: dict[str, Any] = {"selection": selection, "erase_minority": settings.erase_minority}
-    if unit.granularity == "parameter":
-        rule = tensor_math.ElementWeights(*settings.weighting)
+    steps: dict[str, Any] = {
+        "selection": selection,
+        "erase_minority": settings.erase_minority,
+        "scale": settings.scale,
+    }
+    priors = settings.priors_of(ids)
+    if unit.granularity == "parameter" and any(priors):
+        rule = tensor_math.ElementWeights(*settings.weighting, tuple(priors))
         statistic_sums, weight_sums = tensor_math.blend_elements(pivot, targets, rule, out, **steps)
         statistics = _checked(group, statistic_sums)
         weights = {target: total / max(out.numel(), 1) for target, total in zip(ids, weight_sums, strict=True)}
     else:
         statistics = unit.statistics or _part_statistics(group, settings, selection)
         weights = statistics.weights(settings, ids)
-        if not any(statistics.sums.values()):
+        if not any(statistics.sums.values()) or not any(priors):
             out.copy_(pivot)
         elif selection is None and not settings.erase_minority:
-            tensor_math.blend(targets, list(weights.values()), out)
+            tensor_math.blend(pivot, targets, list(weights.values()), out, scale=settings.scale)
         else:
             tensor_math.blend_elements(pivot, targets, list(weights.values()), out, **steps)
     if out is not place:
@@ -394,20 +422,6 @@ def units_of(
         if message := conflict(unit, {name: settings[name] for name in names}):
             raise UserError(message)
     return units
-
-
-def conflict(unit: str, settings_by_tensor: Mapping[str, Settings]) -> str | None:
-    """Why the tensors of one unit cannot share weights, or None where they can."""
-    (first_name, first), *others = settings_by_tensor.items()
-    for name, settings in others:
-        for option in ("statistic", "normalization", "temperature"):
-            if getattr(first, option) != getattr(settings, option):
-                return (
-                    f"unit `{unit}` ({settings.granularity} granularity) cannot have two values of `{option}`: "
-                    f"{getattr(first, option)} for {first_name}, {getattr(settings, option)} for {name}. Give all "
-                    "tensors of the unit the same value, or use a finer granularity for some of them."
-                )
-    return None
 
 
 def _explain_inputs(input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: str | None) -> str | None:

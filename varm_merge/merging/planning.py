@@ -3,7 +3,7 @@
 import functools
 import os.path
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from varm_common.errors import UserError
 from varm_merge.merging.experts import Layout, layout_of_model
 from varm_merge.merging.mergekit_io import swapped
-from varm_merge.merging.method import METHOD_NAME
+from varm_merge.merging.method import METHOD_NAME, SPEC
 from varm_merge.merging.tasks import settings_of, tensor_group
 from varm_merge.merging.weight_log import WeightLog, natural_order
 from varm_merge.merging.weights import Settings, block_of
@@ -33,6 +33,7 @@ __all__ = [
     "PlannedTensor",
     "architecture_names",
     "by_name",
+    "input_names",
     "new_plan",
     "planned_blocks",
     "planned_tensors",
@@ -248,18 +249,34 @@ def recipe_content(value: Any) -> Any:
     return [recipe_content(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def refuse_idle_filters(config: Any, tensors: Sequence[str]) -> None:
-    """Refuse a filter that matches no tensor: its value would silently not be used."""
+def input_names(planner: Any) -> set[str]:
+    """The names that the output tensors have in the models; with slices these are not those of the output."""
+    sources = (task.gather_tensors for _, task in planner._tensors)
+    gathered = (getattr(source, "gather_tensors", source) for source in sources)
+    return {weight.name for gather in gathered for weight in dict(gather.weight_info.items()).values()}
+
+
+def refuse_idle_filters(config: Any, tensors: Sequence[str], inputs: Iterable[str] = ()) -> None:
+    """Refuse a filter that matches no tensor: its value would silently not be used.
+
+    Args:
+        config: The recipe, as mergekit has rewritten it.
+        tensors: Names of the output tensors.
+        inputs: Their names in the models, which mergekit compares with the filters of a target's parameters.
+    """
+    of_target = {parameter.name for parameter in SPEC.input_parameters}
+    names = {True: {*tensors, *inputs}, False: {*tensors}}
     modules = (getattr(config, "modules", None) or {}).values()
     slices = [output_slice for module in modules for output_slice in module.slices or ()]
+    sources = [source for output_slice in slices for source in output_slice.sources]
     problems = [
         f"`{name}` has a filter `{condition.filter}` that matches no tensor of the output model"
-        for scope in (config, *modules, *slices)
+        for scope in (config, *modules, *slices, *sources, *(getattr(config, "models", None) or ()))
         for name, setting in (scope.parameters or {}).items()
         for condition in (setting if isinstance(setting, list) else [setting])
         if isinstance(condition, ConditionalParameter)
         and condition.filter not in (None, "*")
-        and not any(condition.filter in tensor for tensor in tensors)
+        and not any(condition.filter in tensor for tensor in names[name in of_target])
     ]
     if problems:
         raise UserError("; ".join(dict.fromkeys(problems)) + f". Its tensors are named like `{tensors[0]}`.")

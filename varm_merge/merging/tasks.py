@@ -76,21 +76,24 @@ class MeasureUnit(_ByIdentity, Task[UnitStatistics], arbitrary_types_allowed=Tru
         return MEASURE_PRIORITY
 
     def execute(self, tokenizer: Any = None) -> UnitStatistics:
-        statistics, names = UnitStatistics(), []
+        statistics, scales = UnitStatistics(), {}
         for merge in tqdm(self.merges, desc=f"measure {self.unit.name}", disable=not self.show_progress):
             tensor_statistics = self._measure(merge, tokenizer)
             statistics.merge(tensor_statistics)
             if tensor_statistics.sums:
-                names.append(merge.output_weight.name)
-        if names:
+                scales[merge.output_weight.name] = settings_of(merge).scale
+        if scales:
+            names, settings = sorted(scales, key=natural_order), settings_of(self.merges[0])
             self.log.add(
                 UnitRecord(
                     self.unit.name,
                     self.unit.granularity,
-                    sorted(names, key=natural_order),
+                    names,
                     max(statistics.elements.values()),
                     statistics.means(),
-                    statistics.weights(settings_of(self.merges[0])),
+                    statistics.weights(settings),
+                    [scales[name] for name in names],
+                    settings.priors,
                 )
             )
         return statistics
@@ -172,7 +175,8 @@ def _dtype_blamed(task: ExecuteMergeMethodTask) -> Iterator[None]:
 
 def settings_of(task: ExecuteMergeMethodTask) -> Settings:
     """The parameters of ``varm`` for one output tensor."""
-    return Settings(**dict(task.parameters.items()))
+    weights = {model: own["weight"] for model, own in task.input_parameters.items() if "weight" in own}
+    return Settings.of({**dict(task.parameters.items()), "weight": weights})
 
 
 def tensor_group(merge: ExecuteMergeMethodTask, tokenizer: Any, device: torch.device) -> TensorGroup | None:

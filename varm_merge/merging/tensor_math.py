@@ -27,7 +27,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from varm_merge.merging.weights import Normalization, Statistic
+from varm_merge.merging.weights import Normalization, Statistic, relative
 
 __all__ = [
     "Agreement",
@@ -108,24 +108,29 @@ def agreement(pivot: Tensor, targets: Sequence[Tensor]) -> Agreement:
     return Agreement(pivot_sum, *others)
 
 
-def blend(targets: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
-    """Write Σ_j W_j θ_j into ``out``; the K weights are ≥ 0 and sum to 1.
+def blend(
+    pivot: Tensor, targets: Sequence[Tensor], weights: Sequence[float], out: Tensor, *, scale: float = 1.0
+) -> None:
+    """Write pivot + scale · Σ_j W_j (θ_j − pivot) into ``out``; the K weights are ≥ 0 and sum to 1.
 
-    Taken as a chain of linear interpolations with the running share W_j / Σ_{i≤j} W_i: equal targets give
-    that target to the bit (but for the sign of a zero), one weight of 1 copies, and no element leaves the hull
-    of the targets.
+    Σ_j W_j θ_j is taken as a chain of linear interpolations with the running share W_j / Σ_{i≤j} W_i: equal
+    targets give that target to the bit (but for the sign of a zero), one weight of 1 copies, and no element leaves
+    the hull of the targets. The scale is one more interpolation, from the pivot; at 1 the pivot is not read.
     """
     used = [(target, weight) for target, weight in zip(targets, weights, strict=True) if weight > 0]
+    (first, first_weight), *others = used
     flat_out = out.view(-1)
 
     def write(chunk: _Chunk) -> None:
-        merged_C, total = chunk.pivot_C, used[0][1]
-        for values_C, (_, weight) in zip(chunk.values_KC, used[1:], strict=True):
+        merged_C, total = chunk.pivot_C, first_weight
+        for values_C, (_, weight) in zip(chunk.values_KC, others, strict=False):
             total += weight
             merged_C.lerp_(values_C, weight / total)
+        if scale != 1:
+            merged_C = chunk.values_KC[-1].lerp_(merged_C, scale)
         flat_out[chunk.start : chunk.stop].copy_(merged_C)
 
-    _map_chunks(write, used[0][0], [target for target, _ in used[1:]])
+    _map_chunks(write, first, [*(target for target, _ in others), *([] if scale == 1 else [pivot])])
 
 
 def blend_elements(
@@ -136,8 +141,11 @@ def blend_elements(
     *,
     selection: "Selection | None",
     erase_minority: bool,
+    scale: float = 1.0,
 ) -> tuple[list[float], list[float]]:
     """Write the element-wise weighted merge into ``out``; an element that keeps no target keeps the pivot.
+
+    ``scale`` is that of the merged task vector, as in ``blend``.
 
     ``weights`` are K numbers, or the rule that makes each element's own. With ``erase_minority`` a delta whose
     sign is not that of the summed delta loses its weight (a zero delta has no sign and loses it too; a zero sum
@@ -145,9 +153,15 @@ def blend_elements(
     Returns, for ``ElementWeights`` only, Σ |Δ_j|² (or Σ |Δ_j|) and Σ of the weights over the elements, K each.
     """
     flat_out, count = out.view(-1), len(targets)
+    priors = relative((isinstance(weights, ElementWeights) and weights.priors) or [1.0] * count)
+    totals = list(itertools.accumulate(priors))
+    of_earlier = [prior / (total or 1.0) for prior, total in zip(priors, totals, strict=True)]
+    of_all = [prior / (totals[-1] or 1.0) for prior in priors]
 
     def write(chunk: _Chunk) -> list[Tensor]:
-        merged_C, (total_C, share_C, *deltas_KC) = chunk.pivot_C, chunk.scratch_C
+        merged_C, (total_C, share_C, *deltas_KC) = chunk.pivot_C, chunk.scratch_C[: count + 2]
+        if scale != 1:
+            chunk.scratch_C[-1].copy_(chunk.pivot_C)
         for values_C, delta_C in zip(chunk.values_KC, deltas_KC, strict=True):
             torch.sub(values_C, merged_C, out=delta_C)
         mask_C = None if selection is None else selection.mask(deltas_KC, chunk.start)
@@ -162,7 +176,8 @@ def blend_elements(
         if keep_KC:
             if isinstance(weights, ElementWeights):
                 _sum(weights_KC, total_C)
-                sums += [_share(weight_C, total_C, share_C, 1 / count).sum() for weight_C in weights_KC]
+                whole = zip(weights_KC, of_all, strict=True)
+                sums += [_share(weight_C, total_C, share_C, alone).sum() for weight_C, alone in whole]
             total_C.zero_()
             for values_C, weight_C, keep_C in zip(chunk.values_KC, weights_KC, keep_KC, strict=True):
                 total_C += weight_C.mul_(keep_C)
@@ -171,23 +186,25 @@ def blend_elements(
             merged_C = chunk.values_KC[0]
             total_C.copy_(weights_KC[0])
             share_C.fill_(1.0)
-            later = zip(chunk.values_KC[1:], weights_KC[1:], strict=True)
-            for earlier, (values_C, weight_C) in enumerate(later, 1):
+            for values_C, weight_C, alone in list(zip(chunk.values_KC, weights_KC, of_earlier, strict=True))[1:]:
                 total_C += weight_C
-                merged_C.lerp_(values_C, _share(weight_C, total_C, share_C, 1 / (earlier + 1)))
+                merged_C.lerp_(values_C, _share(weight_C, total_C, share_C, alone))
             if isinstance(weights, ElementWeights):  # the last running share is the last weight
                 last = share_C.sum()
-                middle = [_share(weight_C, total_C, share_C, 1 / count).sum() for weight_C in weights_KC[1:-1]]
+                between = list(zip(weights_KC, of_all, strict=True))[1:-1]
+                middle = [_share(weight_C, total_C, share_C, alone).sum() for weight_C, alone in between]
                 first = [len(share_C) - sum(middle, start=last)] if count > 1 else []
                 sums += [*first, *middle, last]
+        if scale != 1:
+            merged_C = chunk.scratch_C[-1].lerp_(merged_C, scale)
         flat_out[chunk.start : chunk.stop].copy_(merged_C)
         return sums
 
-    sums = _map_chunks(write, pivot, targets, scratch=count + 2)
+    sums = _map_chunks(write, pivot, targets, scratch=count + 2 + (scale != 1))
     if not isinstance(weights, ElementWeights):
         return [], []
-    totals = _total(sums, 2 * count)
-    return totals[:count], totals[count:]
+    both = _total(sums, 2 * count)
+    return both[:count], both[count:]
 
 
 @dataclass(frozen=True)
@@ -197,11 +214,13 @@ class ElementWeights:
     statistic: Statistic
     normalization: Normalization
     temperature: float
+    priors: tuple[float, ...] = ()
 
     def replace(self, deltas_KC: list[Tensor], spare_C: Tensor) -> list[Tensor]:
         """Turn K deltas [C] in place into K numbers ≥ 0 that are proportional to the weights.
 
-        All K are zero at an element that no target moved (``sum``). Returns the sums of the K statistics.
+        All K are zero at an element that no target with a prior above 0 moved (``sum``). Returns the sums of the K
+        statistics.
         """
         statistic_sums = [_measure(delta_C, self.statistic) for delta_C in deltas_KC]
         if self.normalization == "softmax":
@@ -211,6 +230,9 @@ class ElementWeights:
             largest_C = torch.stack(deltas_KC).amax(dim=0)
             for delta_C in deltas_KC:
                 delta_C.sub_(largest_C).exp_()
+        for delta_C, prior in zip(deltas_KC, relative(self.priors), strict=False):
+            if prior != 1:
+                delta_C.mul_(prior)
         return statistic_sums
 
 

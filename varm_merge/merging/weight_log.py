@@ -4,14 +4,14 @@ import hashlib
 import json
 import threading
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from varm_common.files import atomic_file
 from varm_common.versions import versions
 
-__all__ = ["FILE_NAME", "UnitRecord", "WeightLog", "natural_order", "recipe_fingerprint"]
+__all__ = ["FILE_NAME", "UnitRecord", "WeightLog", "natural_order", "recipe_fingerprint", "scaled", "with_prior"]
 
 FILE_NAME = "varm_weights.json"
 FORMAT = 1
@@ -22,7 +22,8 @@ class UnitRecord:
     """One unit: its tensors, how many elements they have together, and each target's numbers.
 
     At ``parameter`` granularity every element is a unit of its own; the record then stands for one tensor and
-    holds the means over its elements.
+    holds the means over its elements. ``scales`` are the recipe's ``lambda``, one for each tensor, and ``priors``
+    its ``weight`` of each target.
     """
 
     unit: str
@@ -31,21 +32,41 @@ class UnitRecord:
     elements: int
     statistics: Mapping[Hashable, float]
     weights: Mapping[Hashable, float]
+    scales: Sequence[float] = ()
+    priors: Mapping[Any, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         moved = any(value > 0 for value in self.statistics.values())
+        weighted = any(self.weights.values())
+        reason = "no target moved" if weighted else "all weights are 0"
         return {
             "unit": self.unit,
             "granularity": self.granularity,
             "tensors": list(self.tensors),
             "elements": self.elements,
             "moved": moved,
-            **({} if moved else {"note": "no target moved; the pivot is kept"}),
+            **({} if moved and weighted else {"note": f"{reason}; the pivot is kept"}),
+            **scaled(self.scales),
             "targets": {
-                str(target): {"statistic": self.statistics[target], "weight": weight}
+                str(target): {
+                    "statistic": self.statistics[target],
+                    "weight": weight,
+                    **with_prior(self.priors, target),
+                }
                 for target, weight in self.weights.items()
             },
         }
+
+
+def scaled(scales: Sequence[float]) -> dict[str, list[float]]:
+    """The ``lambda`` of each tensor of a unit, where one is not 1."""
+    return {"lambda": list(scales)} if any(scale != 1 for scale in scales) else {}
+
+
+def with_prior(priors: Mapping[Any, float], target: Hashable) -> dict[str, float]:
+    """The ``prior`` of a target in a unit, where it is not 1."""
+    prior = priors.get(target, 1.0)
+    return {} if prior == 1 else {"prior": prior}
 
 
 class WeightLog:

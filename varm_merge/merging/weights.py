@@ -5,9 +5,9 @@ pooled over all elements of the unit, so it can be summed up tensor by tensor in
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 __all__ = [
     "Granularity",
@@ -16,7 +16,9 @@ __all__ = [
     "Statistic",
     "UnitStatistics",
     "block_of",
+    "conflict",
     "normalize",
+    "relative",
     "submodule_of",
     "unit_of",
 ]
@@ -28,13 +30,16 @@ TargetT = TypeVar("TargetT", bound=Hashable)
 
 SPANNING: frozenset[Granularity] = frozenset({"model", "layer", "module"})
 """Granularities whose units can hold more than one tensor."""
+RECIPE_NAMES = {"lambda": "scale", "weight": "priors"}
+"""Parameters that have another name in ``Settings``: ``lambda`` is a keyword, and a weight is also a result."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """The parameters of ``varm`` for one tensor, after mergekit's filters were resolved.
 
-    A tensor with ``keep_pivot`` is not merged. It is a unit of its own, without weights.
+    A tensor with ``keep_pivot`` is not merged. It is a unit of its own, without weights. ``scale`` is the
+    recipe's ``lambda``: of the merged task vector. ``priors`` are the recipe's ``weight``: the factor of each target's merge weight before these are made to sum to 1; 1 for a target that is not in it.
     """
 
     granularity: Granularity = "matrix"
@@ -44,6 +49,13 @@ class Settings:
     select_topk: float = 1.0
     erase_minority: bool = False
     keep_pivot: bool = False
+    scale: float = 1.0
+    priors: Mapping[Any, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any]) -> "Settings":
+        """The settings by the names that recipes use: ``lambda`` and, by target, ``weight``."""
+        return cls(**{RECIPE_NAMES.get(name, name): value for name, value in parameters.items()})
 
     def __post_init__(self) -> None:
         if self.keep_pivot:
@@ -56,6 +68,31 @@ class Settings:
     def weighting(self) -> tuple[Statistic, Normalization, float]:
         """The settings that every tensor of one unit must share."""
         return self.statistic, self.normalization, self.temperature
+
+    def priors_of(self, targets: Iterable[Hashable]) -> list[float]:
+        """The prior of each of ``targets``."""
+        return [self.priors.get(target, 1.0) for target in targets]
+
+
+def conflict(unit: str, settings_by_tensor: Mapping[str, Settings]) -> str | None:
+    """Why the tensors of one unit cannot share weights, or None where they can."""
+    (first_name, first), *others = settings_by_tensor.items()
+    own = _shared(first)
+    for name, settings in others:
+        for option, value in _shared(settings).items():
+            if own.setdefault(option, value) != value:
+                return (
+                    f"unit `{unit}` ({settings.granularity} granularity) cannot have two values of {option}: "
+                    f"{own[option]} for {first_name}, {value} for {name}. Give all tensors of the unit the same "
+                    "value, or use a finer granularity for some of them."
+                )
+    return None
+
+
+def _shared(settings: Settings) -> dict[str, Any]:
+    """What all tensors of a unit must share; the priors only of targets that both of two tensors have."""
+    options = {f"`{name}`": getattr(settings, name) for name in ("statistic", "normalization", "temperature")}
+    return {**options, **{f"`weight` of {target}": prior for target, prior in settings.priors.items()}}
 
 
 @dataclass
@@ -88,29 +125,43 @@ class UnitStatistics:
     def weights(self, settings: Settings, targets: Sequence[TargetT] | None = None) -> dict[TargetT, float]:
         """W_{j,m} of each target (of ``targets``, where an optional tensor is not in all of them)."""
         means = self.means(targets)
-        weights = normalize(list(means.values()), settings.normalization, settings.temperature)
+        priors = settings.priors_of(means)
+        weights = normalize(list(means.values()), settings.normalization, settings.temperature, priors)
         return dict(zip(means, weights, strict=True))
 
 
-def normalize(statistics: Sequence[float], normalization: Normalization, temperature: float) -> list[float]:
-    """Weights of the K targets of one unit, from their K statistics; they sum to 1.
+def normalize(
+    statistics: Sequence[float],
+    normalization: Normalization,
+    temperature: float,
+    priors: Sequence[float] | None = None,
+) -> list[float]:
+    """Weights of the K targets of one unit, from their K statistics and priors; they sum to 1.
 
-    ``sum``: W_j = s_j / Σ_i s_i (FusionChat, equation 7). ``softmax``: over s_j / (mean_i(s_i) · temperature),
-    so that neither depends on the scale of the deltas. A unit in which no target moved gets uniform weights.
-    There is no absolute threshold: the statistics are divided by the largest before anything else.
+    ``sum``: W_j ∝ p_j · s_j (FusionChat, equation 7, where every p_j is 1). ``softmax``: W_j ∝ p_j ·
+    exp(s_j / (mean_i(s_i) · temperature)). Neither depends on the scale of the deltas, nor on that of the priors.
+    Where no target with a prior above 0 moved, W_j ∝ p_j. Where all priors are 0, so are the weights.
+    There is no absolute threshold: statistics and priors are divided by the largest before anything else.
     """
-    largest = max(statistics)
-    if largest == 0:
-        return [1 / len(statistics)] * len(statistics)
-    scaled = [value / largest for value in statistics]
-    total = math.fsum(scaled)
-    if normalization == "sum":
-        return [value / total for value in scaled]
-    mean = total / len(scaled)
-    exponents = [(value - 1) / mean / temperature for value in scaled]
-    exponentials = [math.exp(exponent) for exponent in exponents]
-    denominator = math.fsum(exponentials)
-    return [value / denominator for value in exponentials]
+    largest, factors = max(statistics), relative(priors or [1.0] * len(statistics))
+    if largest == 0 or not any(factors):
+        shares = [1.0] * len(statistics)
+    else:
+        shares = [value / largest for value in statistics]
+        if normalization == "softmax":
+            mean = math.fsum(shares) / len(shares)
+            shares = [math.exp((value - 1) / mean / temperature) for value in shares]
+    parts = [share * factor for share, factor in zip(shares, factors, strict=True)]
+    if not any(parts):
+        parts = factors
+    total = math.fsum(parts) or 1.0
+    return [part / total for part in parts]
+
+
+def relative(priors: Sequence[float]) -> list[float]:
+    """Priors divided by the largest; exactly 1 where all are equal and above 0."""
+    largest = max(priors, default=0.0) or 1.0
+    return [prior / largest for prior in priors]
 
 
 def block_of(tensor: str) -> str | None:

@@ -85,7 +85,7 @@ def test_a_strided_view_is_read_in_the_order_of_its_elements() -> None:
     expected = np.square(float64(target) - float64(pivot)).sum()
     assert delta_sums(pivot, [target], "square", None) == pytest.approx([expected], rel=1e-14)
     out = torch.empty(4, 6)
-    blend([pivot, target], [0.25, 0.75], out)
+    blend(pivot, [pivot, target], [0.25, 0.75], out)
     torch.testing.assert_close(out, 0.25 * pivot + 0.75 * target)
 
 
@@ -94,7 +94,7 @@ def test_a_target_with_all_the_weight_is_copied_to_the_bit() -> None:
     targets = [noise(20, seed=k) for k in range(3)]
     targets[1][4] = -0.0
     out = torch.empty(20)
-    blend(targets, [0.0, 1.0, 0.0], out)
+    blend(targets[0], targets, [0.0, 1.0, 0.0], out)
     assert bits(out) == bits(targets[1])
 
 
@@ -103,7 +103,7 @@ def test_a_target_with_all_the_weight_is_copied_to_the_bit() -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_equal_targets_blend_to_that_target_to_the_bit(dtype: torch.dtype, weights: list[float]) -> None:
     target, out = noise(20, dtype=dtype), torch.empty(20, dtype=dtype)
-    blend([target] * len(weights), weights, out)
+    blend(target, [target] * len(weights), weights, out)
     assert bits(out) == bits(target)
 
 
@@ -119,7 +119,7 @@ def test_a_blend_stays_in_the_hull_of_its_targets(
 ) -> None:
     targets = list(torch.tensor(elements).T)
     out = torch.empty_like(targets[0])
-    blend(targets, normalize(statistics, "sum", 1.0), out)
+    blend(targets[0], targets, normalize(statistics, "sum", 1.0), out)
     moved = torch.stack([target for target, value in zip(targets, statistics, strict=True) if value])
     assert ((moved.amin(0) <= out) & (out <= moved.amax(0))).all()
 
@@ -216,7 +216,7 @@ def run(models: list[Tensor], out: Tensor) -> list[float]:
     pivot, *targets = models
     rule = ElementWeights("square", "softmax", 1.0)
     sums, _ = blend_elements(pivot, targets, rule, out, selection=select(pivot, targets, 0.4), erase_minority=True)
-    blend(targets, [0.3, 0.7], out)
+    blend(targets[0], targets, [0.3, 0.7], out)
     return delta_sums(pivot, targets, "square", None) + sums
 
 
