@@ -1,6 +1,8 @@
 """VaRM and SCE in a few lines of dense float64 numpy, written from the formulas and not from the code.
 
 W_{j,m} = E_m[Δ_j²] / Σ_i E_m[Δ_i²]        merged_m = Σ_j W_{j,m} θ_{j,m}       (FusionChat, section 3.3)
+
+With priors p_j and a scale λ: W_{j,m} ∝ p_j E_m[Δ_j²]        merged_m = θ_v + λ Σ_j W_{j,m} Δ_{j,m}
 """
 
 from collections import defaultdict
@@ -22,6 +24,8 @@ def merge(
     temperature: float = 1.0,
     select_topk: float = 1.0,
     erase_minority: bool = False,
+    priors: Sequence[float] | None = None,
+    scale: float = 1.0,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """(merged tensors by name, weights [K] by unit); ``unit_of`` None is granularity ``parameter``."""
     deltas = {
@@ -34,14 +38,16 @@ def merge(
     }
 
     if unit_of is None:
-        weights = {name: normalize(values_K, normalization, temperature) for name, values_K in measured.items()}
+        weights = {
+            name: normalize(values_K, normalization, temperature, priors) for name, values_K in measured.items()
+        }
         by_unit = {}
     else:
         pooled = defaultdict(list)
         for name, values_K in measured.items():
             pooled[unit_of(name)].append(values_K.reshape(len(targets), -1))
         by_unit = {
-            unit: normalize(np.concatenate(parts, axis=1).mean(axis=1), normalization, temperature)
+            unit: normalize(np.concatenate(parts, axis=1).mean(axis=1), normalization, temperature, priors)
             for unit, parts in pooled.items()
         }
         weights = {
@@ -57,12 +63,14 @@ def merge(
             kept_K = kept_K * (np.sign(masked_K) == majority)
             total = kept_K.sum(axis=0)
             kept_K = np.divide(kept_K, total, out=np.zeros_like(kept_K), where=total > 0)
-        merged[name] = pivot[name].astype(np.float64) + (kept_K * masked_K).sum(axis=0)
+        merged[name] = pivot[name].astype(np.float64) + scale * (kept_K * masked_K).sum(axis=0)
     return merged, by_unit
 
 
-def normalize(statistics_K: np.ndarray, normalization: str, temperature: float) -> np.ndarray:
-    """Weights along the first axis; uniform where every statistic is zero."""
+def normalize(
+    statistics_K: np.ndarray, normalization: str, temperature: float, priors: Sequence[float] | None = None
+) -> np.ndarray:
+    """Weights along the first axis; those of the priors where every statistic is zero."""
     total = statistics_K.sum(axis=0)
     safe = np.where(total > 0, total, 1)
     if normalization == "sum":
@@ -71,7 +79,11 @@ def normalize(statistics_K: np.ndarray, normalization: str, temperature: float) 
         exponents_K = statistics_K / (safe / len(statistics_K) * temperature)
         exponentials_K = np.exp(exponents_K - exponents_K.max(axis=0))
         weights_K = exponentials_K / exponentials_K.sum(axis=0)
-    return np.where(total > 0, weights_K, 1 / len(statistics_K))
+    priors_K = np.ones(len(statistics_K)) if priors is None else np.array(priors, np.float64)
+    priors_K = priors_K.reshape(-1, *[1] * (statistics_K.ndim - 1))
+    weighed_K = priors_K * np.where(total > 0, weights_K, 1)
+    weighed_K = np.where(weighed_K.sum(axis=0) > 0, weighed_K, priors_K)  # only targets of prior 0 moved
+    return weighed_K / np.where(weighed_K.sum(axis=0) > 0, weighed_K.sum(axis=0), 1)
 
 
 def select(delta_K: np.ndarray, fraction: float) -> np.ndarray:

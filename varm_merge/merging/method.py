@@ -6,7 +6,7 @@ statistics that were measured before.
 """
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -38,8 +38,7 @@ from varm_merge.merging.weights import (
     Statistic,
     UnitStatistics,
     block_of,
-    conflict,
-    unit_of,
+    units_of,
 )
 
 __all__ = [
@@ -55,7 +54,6 @@ __all__ = [
     "register",
     "selection_of",
     "tensor_statistics",
-    "units_of",
 ]
 
 METHOD_NAME = "varm"
@@ -400,28 +398,6 @@ def _form_units(
         units.get(name) or Unit(str(name), own.granularity, layout=layout)
         for name, own in zip(names, settings, strict=True)
     ]
-
-
-def units_of(
-    settings: Mapping[str, Settings], blocks: Mapping[str, str | None]
-) -> dict[tuple[Granularity, str], list[str]]:
-    """The tensors of each unit, by its granularity and name.
-
-    Args:
-        settings: Of each tensor.
-        blocks: The transformer block of each tensor inside one.
-
-    Raises:
-        UserError: The tensors of one unit have settings that contradict each other.
-    """
-    units: dict[tuple[Granularity, str], list[str]] = {}
-    for name, own in settings.items():
-        unit = unit_of(name, own.granularity, blocks.get(name))
-        units.setdefault((own.granularity, unit), []).append(name)
-    for (_, unit), names in units.items():
-        if message := conflict(unit, {name: settings[name] for name in names}):
-            raise UserError(message)
-    return units
 
 
 def _explain_inputs(input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: str | None) -> str | None:

@@ -32,7 +32,7 @@ from varm_merge.merging import method
 from varm_merge.merging.experts import Layout
 from varm_merge.merging.method import DtypeError, NonFiniteError, Unit
 from varm_merge.merging.weight_log import UnitRecord, WeightLog, natural_order
-from varm_merge.merging.weights import SPANNING, Settings, UnitStatistics
+from varm_merge.merging.weights import SPANNING, Settings, UnitStatistics, units_of
 
 __all__ = ["MeasureUnit", "MergeTensor", "settings_of", "tasks_with_units", "tensor_group"]
 
@@ -228,7 +228,7 @@ def tasks_with_units(
     by_name = {task.output_weight.name: task for task in tasks}
     settings = {name: settings_of(task) for name, task in by_name.items()}
     merges: dict[str, MergeTensor] = {}
-    for (granularity, unit_name), names in method.units_of(settings, blocks).items():
+    for (granularity, unit_name), names in units_of(settings, blocks).items():
         unit = Unit(unit_name, granularity, log=log, layout=layout)
         measure = None
         if granularity in SPANNING and len(names) > 1:

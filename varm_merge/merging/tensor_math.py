@@ -12,13 +12,10 @@ order of the chunks, so a result does not depend on the number of threads.
 Shapes: K targets, C elements of a chunk. Arguments are tensors of one shape and device, any floating dtype.
 """
 
-import functools
 import itertools
 import math
-import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -27,6 +24,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from varm_merge.merging.threads import MAX_THREADS, pool
 from varm_merge.merging.weights import Normalization, Statistic, relative
 
 __all__ = [
@@ -42,7 +40,6 @@ __all__ = [
 
 CPU_CHUNK = 1 << 17
 ACCELERATOR_CHUNK = 1 << 22
-MAX_THREADS = 8
 RADIX_BITS = 16
 
 ResultT = TypeVar("ResultT")
@@ -145,18 +142,15 @@ def blend_elements(
 ) -> tuple[list[float], list[float]]:
     """Write the element-wise weighted merge into ``out``; an element that keeps no target keeps the pivot.
 
-    ``scale`` is that of the merged task vector, as in ``blend``.
-
-    ``weights`` are K numbers, or the rule that makes each element's own. With ``erase_minority`` a delta whose
-    sign is not that of the summed delta loses its weight (a zero delta has no sign and loses it too; a zero sum
-    counts as positive) and the rest is renormalised: SCE's erase step.
+    ``weights`` are K numbers, or the rule that makes each element's own; ``scale`` is as in ``blend``. With
+    ``erase_minority`` a delta whose sign is not that of the summed delta loses its weight (a zero delta has no
+    sign and loses it too; a zero sum counts as positive) and the rest is renormalised: SCE's erase step.
     Returns, for ``ElementWeights`` only, Σ |Δ_j|² (or Σ |Δ_j|) and Σ of the weights over the elements, K each.
     """
     flat_out, count = out.view(-1), len(targets)
     priors = relative((isinstance(weights, ElementWeights) and weights.priors) or [1.0] * count)
-    totals = list(itertools.accumulate(priors))
-    of_earlier = [prior / (total or 1.0) for prior, total in zip(priors, totals, strict=True)]
-    of_all = [prior / (totals[-1] or 1.0) for prior in priors]
+    running = [prior / (total or 1.0) for prior, total in zip(priors, itertools.accumulate(priors), strict=True)]
+    alone = [prior / (sum(priors) or 1.0) for prior in priors]
 
     def write(chunk: _Chunk) -> list[Tensor]:
         merged_C, (total_C, share_C, *deltas_KC) = chunk.pivot_C, chunk.scratch_C[: count + 2]
@@ -176,23 +170,16 @@ def blend_elements(
         if keep_KC:
             if isinstance(weights, ElementWeights):
                 _sum(weights_KC, total_C)
-                whole = zip(weights_KC, of_all, strict=True)
-                sums += [_share(weight_C, total_C, share_C, alone).sum() for weight_C, alone in whole]
+                sums += _share_sums(weights_KC, alone, total_C, share_C)
             total_C.zero_()
             for values_C, weight_C, keep_C in zip(chunk.values_KC, weights_KC, keep_KC, strict=True):
                 total_C += weight_C.mul_(keep_C)
                 merged_C.lerp_(values_C, _share(weight_C, total_C, share_C, 0.0))
         else:
-            merged_C = chunk.values_KC[0]
-            total_C.copy_(weights_KC[0])
-            share_C.fill_(1.0)
-            for values_C, weight_C, alone in list(zip(chunk.values_KC, weights_KC, of_earlier, strict=True))[1:]:
-                total_C += weight_C
-                merged_C.lerp_(values_C, _share(weight_C, total_C, share_C, alone))
+            merged_C = _mean(chunk.values_KC, weights_KC, total_C, share_C, of_nothing=running)
             if isinstance(weights, ElementWeights):  # the last running share is the last weight
                 last = share_C.sum()
-                between = list(zip(weights_KC, of_all, strict=True))[1:-1]
-                middle = [_share(weight_C, total_C, share_C, alone).sum() for weight_C, alone in between]
+                middle = _share_sums(weights_KC[1:-1], alone[1:-1], total_C, share_C)
                 first = [len(share_C) - sum(middle, start=last)] if count > 1 else []
                 sums += [*first, *middle, last]
         if scale != 1:
@@ -219,8 +206,7 @@ class ElementWeights:
     def replace(self, deltas_KC: list[Tensor], spare_C: Tensor) -> list[Tensor]:
         """Turn K deltas [C] in place into K numbers ≥ 0 that are proportional to the weights.
 
-        All K are zero at an element that no target with a prior above 0 moved (``sum``). Returns the sums of the K
-        statistics.
+        All K can be zero at an element that no target moved (``sum``). Returns the sums of the K statistics.
         """
         statistic_sums = [_measure(delta_C, self.statistic) for delta_C in deltas_KC]
         if self.normalization == "softmax":
@@ -345,7 +331,7 @@ def _map_chunks(
     if pivot.device.type != "cpu":
         return run(starts)
     threads = max(min(torch.get_num_threads(), MAX_THREADS, len(starts)), 1)
-    by_thread = list(_pool().map(run, [starts[thread::threads] for thread in range(threads)]))
+    by_thread = list(pool().map(run, [starts[thread::threads] for thread in range(threads)]))
     return [by_thread[index % threads][index // threads] for index in range(len(starts))]
 
 
@@ -355,29 +341,6 @@ def _starts(pivot: Tensor) -> range:
 
 def _chunk_size(pivot: Tensor) -> int:
     return CPU_CHUNK if pivot.device.type == "cpu" else ACCELERATOR_CHUNK
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    """Threads in which torch does not split operations; the caller's setting stays what it was."""
-    threads = torch.get_num_threads()
-    workers = min(threads, MAX_THREADS)
-    all_started = threading.Barrier(workers + 1)
-
-    def become_serial() -> None:
-        torch.get_num_threads()  # a thread's first use of torch sets its number; only later settings last
-        torch.set_num_threads(1)  # also the number that threads started later begin with: restored below
-
-    pool = ThreadPoolExecutor(workers, "varm-merge", become_serial)
-    for _ in range(workers):
-        pool.submit(all_started.wait)
-    all_started.wait()
-    torch.set_num_threads(threads)
-    return pool
-
-
-if hasattr(os, "register_at_fork"):  # threads do not survive a fork
-    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _buffer(rows: int, size: int, like: Tensor) -> Tensor:
@@ -430,6 +393,31 @@ def _keep(deltas_KC: list[Tensor], spare_C: Tensor, erase_minority: bool, mask_C
 def _share(weight_C: Tensor, total_C: Tensor, out_C: Tensor, of_nothing: float) -> Tensor:
     """weight / total into ``out_C``; ``of_nothing`` where both are zero."""
     return torch.div(weight_C, total_C, out=out_C).nan_to_num_(nan=of_nothing)
+
+
+def _mean(
+    values_KC: Sequence[Tensor], weights_KC: Sequence[Tensor], *scratch: Tensor, of_nothing: Sequence[float]
+) -> Tensor:
+    """Σ_j w_j θ_j / Σ_j w_j, in place of the first values, by running shares w_j / Σ_{i≤j} w_i.
+
+    ``of_nothing`` are the shares where both are zero. The second scratch becomes the share of the last.
+    """
+    total_C, share_C = scratch
+    merged_C = values_KC[0]
+    total_C.copy_(weights_KC[0])
+    share_C.fill_(1.0)
+    for values_C, weight_C, share in zip(values_KC[1:], weights_KC[1:], of_nothing[1:], strict=True):
+        total_C += weight_C
+        merged_C.lerp_(values_C, _share(weight_C, total_C, share_C, share))
+    return merged_C
+
+
+def _share_sums(
+    weights_KC: Sequence[Tensor], of_nothing_K: Sequence[float], total_C: Tensor, share_C: Tensor
+) -> list[Tensor]:
+    """The sum over the elements of each weight / total; ``of_nothing_K`` where both are zero."""
+    pairs = zip(weights_KC, of_nothing_K, strict=True)
+    return [_share(weight_C, total_C, share_C, of_nothing).sum() for weight_C, of_nothing in pairs]
 
 
 def _variance_bits(deltas_KC: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,8 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
+from varm_common.errors import UserError
+
 __all__ = [
     "Granularity",
     "Normalization",
@@ -21,6 +23,7 @@ __all__ = [
     "relative",
     "submodule_of",
     "unit_of",
+    "units_of",
 ]
 
 Granularity = Literal["model", "layer", "module", "matrix", "parameter"]
@@ -38,8 +41,9 @@ RECIPE_NAMES = {"lambda": "scale", "weight": "priors"}
 class Settings:
     """The parameters of ``varm`` for one tensor, after mergekit's filters were resolved.
 
-    A tensor with ``keep_pivot`` is not merged. It is a unit of its own, without weights. ``scale`` is the
-    recipe's ``lambda``: of the merged task vector. ``priors`` are the recipe's ``weight``: the factor of each target's merge weight before these are made to sum to 1; 1 for a target that is not in it.
+    A tensor with ``keep_pivot`` is not merged. It is a unit of its own, without weights. ``scale`` is the recipe's
+    ``lambda``: of the merged task vector. ``priors`` are the recipe's ``weight``: the factor of each target's
+    merge weight before these are made to sum to 1; 1 for a target that is not in it.
     """
 
     granularity: Granularity = "matrix"
@@ -72,27 +76,6 @@ class Settings:
     def priors_of(self, targets: Iterable[Hashable]) -> list[float]:
         """The prior of each of ``targets``."""
         return [self.priors.get(target, 1.0) for target in targets]
-
-
-def conflict(unit: str, settings_by_tensor: Mapping[str, Settings]) -> str | None:
-    """Why the tensors of one unit cannot share weights, or None where they can."""
-    (first_name, first), *others = settings_by_tensor.items()
-    own = _shared(first)
-    for name, settings in others:
-        for option, value in _shared(settings).items():
-            if own.setdefault(option, value) != value:
-                return (
-                    f"unit `{unit}` ({settings.granularity} granularity) cannot have two values of {option}: "
-                    f"{own[option]} for {first_name}, {value} for {name}. Give all tensors of the unit the same "
-                    "value, or use a finer granularity for some of them."
-                )
-    return None
-
-
-def _shared(settings: Settings) -> dict[str, Any]:
-    """What all tensors of a unit must share; the priors only of targets that both of two tensors have."""
-    options = {f"`{name}`": getattr(settings, name) for name in ("statistic", "normalization", "temperature")}
-    return {**options, **{f"`weight` of {target}": prior for target, prior in settings.priors.items()}}
 
 
 @dataclass
@@ -195,3 +178,46 @@ def unit_of(tensor: str, granularity: Granularity, block: str | None) -> str:
     if block is None or granularity in ("matrix", "parameter"):
         return tensor
     return block if granularity == "layer" else submodule_of(tensor, block)
+
+
+def units_of(
+    settings: Mapping[str, Settings], blocks: Mapping[str, str | None]
+) -> dict[tuple[Granularity, str], list[str]]:
+    """The tensors of each unit, by its granularity and name.
+
+    Args:
+        settings: Of each tensor.
+        blocks: The transformer block of each tensor inside one.
+
+    Raises:
+        UserError: The tensors of one unit have settings that contradict each other.
+    """
+    units: dict[tuple[Granularity, str], list[str]] = {}
+    for name, own in settings.items():
+        unit = unit_of(name, own.granularity, blocks.get(name))
+        units.setdefault((own.granularity, unit), []).append(name)
+    for (_, unit), names in units.items():
+        if message := conflict(unit, {name: settings[name] for name in names}):
+            raise UserError(message)
+    return units
+
+
+def conflict(unit: str, settings_by_tensor: Mapping[str, Settings]) -> str | None:
+    """Why the tensors of one unit cannot share weights, or None where they can."""
+    (first_name, first), *others = settings_by_tensor.items()
+    own = _shared(first)
+    for name, settings in others:
+        for option, value in _shared(settings).items():
+            if own.setdefault(option, value) != value:
+                return (
+                    f"unit `{unit}` ({settings.granularity} granularity) cannot have two values of {option}: "
+                    f"{own[option]} for {first_name}, {value} for {name}. Give all tensors of the unit the same "
+                    "value, or use a finer granularity for some of them."
+                )
+    return None
+
+
+def _shared(settings: Settings) -> dict[str, Any]:
+    """What all tensors of a unit must share; the priors only of targets that both of two tensors have."""
+    options = {f"`{name}`": getattr(settings, name) for name in ("statistic", "normalization", "temperature")}
+    return {**options, **{f"`weight` of {target}": prior for target, prior in settings.priors.items()}}

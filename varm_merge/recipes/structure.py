@@ -231,8 +231,20 @@ def _inputs(recipe: Recipe, path: TreePath) -> None:
             contract.validate_ids(list(dict.fromkeys(merged)), pivot)
         except ValueError as error:
             recipe.add(path, str(error).replace("Merge method", spec.name))
+    _unused_parameters(recipe, path, models, pivot)
     if merged:
         recipe.families.append(Family(path, pivot if has_base and pivot else merged[0], merged, has_base))
+
+
+def _unused_parameters(
+    recipe: Recipe, path: TreePath, models: Sequence[ModelReference], pivot: ModelReference | None
+) -> None:
+    """Remark on parameters of the base model that only models with a task vector have."""
+    names = {own.name for own in recipe.spec.parameters if own.scope is ParameterScope.NON_BASE}
+    for index, (model, entry) in enumerate(zip(models, recipe.at(path), strict=True)):
+        for name in (entry.parameters or {}).keys() & names if model == pivot else ():
+            message = f"this `{name}` is not used: {model} is the base_model, which has no task vector"
+            recipe.remark((*path, index, "parameters", name), message)
 
 
 def _required_parameters(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from state_dicts import FLOATS, bits
 from torch import Tensor
 
-from varm_merge.merging import tensor_math
+from varm_merge.merging import tensor_math, threads
 from varm_merge.merging.tensor_math import ElementWeights, Selection, blend, blend_elements, delta_sums, select
 from varm_merge.merging.weights import Statistic, normalize
 
@@ -286,9 +286,9 @@ def test_deltas_that_differ_only_in_their_order_tie() -> None:
 
 
 def test_torch_does_not_split_operations_in_our_own_threads(threads: int) -> None:
-    tensor_math._pool.cache_clear()
+    threads.pool.cache_clear()
     torch.set_num_threads(threads)
-    assert set(tensor_math._pool().map(lambda _: torch.get_num_threads(), range(20))) == {1}
+    assert set(threads.pool().map(lambda _: torch.get_num_threads(), range(20))) == {1}
 
 
 def test_the_callers_threads_are_left_as_they_were() -> None:
