@@ -188,9 +188,7 @@ def blend_elements(
         return sums
 
     sums = _map_chunks(write, pivot, targets, scratch=count + 2 + (scale != 1))
-    if not isinstance(weights, ElementWeights):
-        return [], []
-    both = _total(sums, 2 * count)
+    both = _total(sums, 2 * count) if isinstance(weights, ElementWeights) else []
     return both[:count], both[count:]
 
 

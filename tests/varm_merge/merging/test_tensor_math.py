@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from state_dicts import FLOATS, bits
 from torch import Tensor
 
-from varm_merge.merging import tensor_math, threads
+from varm_merge.merging import tensor_math
 from varm_merge.merging.tensor_math import ElementWeights, Selection, blend, blend_elements, delta_sums, select
+from varm_merge.merging.threads import pool
 from varm_merge.merging.weights import Statistic, normalize
 
 property_test = settings(
@@ -286,9 +287,9 @@ def test_deltas_that_differ_only_in_their_order_tie() -> None:
 
 
 def test_torch_does_not_split_operations_in_our_own_threads(threads: int) -> None:
-    threads.pool.cache_clear()
+    pool.cache_clear()
     torch.set_num_threads(threads)
-    assert set(threads.pool().map(lambda _: torch.get_num_threads(), range(20))) == {1}
+    assert set(pool().map(lambda _: torch.get_num_threads(), range(20))) == {1}
 
 
 def test_the_callers_threads_are_left_as_they_were() -> None:
