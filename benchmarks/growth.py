@@ -111,7 +111,7 @@ def planning(work: Path, layers: int) -> Iterator[tuple[str, Command]]:
             "dtype": "float32",
         }
         path = written(folder / f"{granularity}.yaml", recipe)
-        yield f"merge planning, {granularity}", [*MERGE, "check", "--offline", str(path)]
+        yield f"merge planning, {granularity}", [*MERGE, "check", str(path)]
 
 
 def exponent(seconds: list[float]) -> float:
