@@ -153,7 +153,7 @@ class ExtractConfig(PrepareConfig):
     attention: str | None = None
     """transformers' attn_implementation, for example sdpa."""
     batch_tokens: int = Field(16384, ge=1)
-    """Maximum size of a batch, in tokens with padding."""
+    """Maximum size of a batch, in tokens with padding. A server makes its own batches."""
     shard_tokens: int = Field(262144, ge=1)
     """Size of a shard of the store, in pivot tokens."""
     device_map: str | None = None
@@ -164,6 +164,20 @@ class ExtractConfig(PrepareConfig):
     `accelerate launch`."""
     load_in: Quantisation | None = None
     """Quantise the model with bitsandbytes (install the extra `quant`)."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs the model. vllm: the vLLM servers of server_url; without server_url, vLLM in this process."""
+    engine_options: dict[str, Any] | None = None
+    """For vLLM in this process: arguments of vllm.LLM, for example tensor_parallel_size=8."""
+    server_url: Annotated[list[str], BeforeValidator(one_or_more)] = []
+    """For vllm: URL of a server that serves the model; several, separated by commas, share the work."""
+    server_model: str | None = None
+    """Name of the model at the server, if it is not that of `model`."""
+    server_key_env: str | None = None
+    """Environment variable with the key of the server."""
+    server_timeout: float = Field(600, gt=0)
+    """Seconds that one request may take, and that the run waits if no server can be reached."""
+    server_concurrency: int = Field(32, ge=1)
+    """Requests to each server at the same time."""
 
 
 class ImportConfig(Settings):

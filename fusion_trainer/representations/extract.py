@@ -5,24 +5,23 @@ divided into batches of similar length. So the bytes of the store do not depend 
 work, or on where an earlier run was interrupted."""
 
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fusion_trainer.config import ExtractConfig
 from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.data.prepare import prepare
 from fusion_trainer.data.readers import DIALOGUES, Reader, end_ids, source_reader
+from fusion_trainer.representations.engines import engine_identity, open_engine, unused_settings
 from fusion_trainer.representations.extraction import Extraction
 from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.representations.store_writer import StoreWriter, demand_free
 from fusion_trainer.text.tokenizer import TextTokenizer, load_tokenizer
 from varm_common.errors import UserError
-from varm_common.models import config_fingerprint, local_folder, resolved_dtype, weights_fingerprint
+from varm_common.models import config_fingerprint, local_folder, weight_files, weights_fingerprint
 
 __all__ = ["extract", "shard_starts", "store_identity"]
 
@@ -48,13 +47,16 @@ def extract(config: ExtractConfig) -> RepresentationStore:
     Raises:
         UserError: Something is wrong with the data, the model, the disk or the memory.
     """
+    import torch
     from accelerate import PartialState
 
+    if problem := unused_settings(config):
+        raise UserError(problem)
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
-    if config.device_map and state.num_processes > 1:
-        raise UserError("--device-map spreads one model over all GPUs: run it as one process, not with several")
     _demand_processes(config, state.num_processes)
-    folder, commit = local_folder(config.model, config.revision, code=config.trust_remote_code)
+    folder, commit = local_folder(
+        config.model, config.revision, weights=not config.server_url, code=config.trust_remote_code
+    )
     tokenizer = load_tokenizer(folder, config.model, config.trust_remote_code)
     if config.top_k > len(tokenizer.vocabulary):
         raise UserError(f"--top-k {config.top_k} is more than the {len(tokenizer.vocabulary)} tokens there are")
@@ -64,7 +66,7 @@ def extract(config: ExtractConfig) -> RepresentationStore:
     reader = _reader(config, dialogues, tokenizer, folder)
     identity = store_identity(config, dialogues, reader, folder, commit) if state.is_main_process else None
     starts = shard_starts(dialogues.lengths, config.shard_tokens)
-    writer = StoreWriter(config.output, identity, starts, _environment(state.device))
+    writer = StoreWriter(config.output, identity, starts)
     if state.is_main_process:
         writer.begin()
     state.wait_for_everyone()
@@ -74,8 +76,10 @@ def extract(config: ExtractConfig) -> RepresentationStore:
     writer.silent = config.tensor_parallel is not None and not state.is_main_process
     if mine := missing if config.tensor_parallel else missing[state.process_index :: state.num_processes]:
         try:
-            extraction = Extraction(config, dialogues, reader, folder, state.device, writer)
-            extraction.run(mine, silent=not state.is_main_process)
+            engine = open_engine(config, folder, tokenizer.vocabulary, state.device)
+            if state.is_main_process:
+                writer.also_made_with(engine.made_with)
+            Extraction(config, dialogues, reader, engine, writer).run(mine, silent=not state.is_main_process)
         except BaseException:
             if state.num_processes == 1:  # another process may still be writing
                 writer.abandon()
@@ -88,13 +92,18 @@ def extract(config: ExtractConfig) -> RepresentationStore:
 
 
 def _demand_processes(config: ExtractConfig, processes: int) -> None:
-    """Check that as many processes run as share the model."""
+    """Check that as many processes run as the settings are for."""
     wanted = config.tensor_parallel
-    if wanted is None:
-        return
-    if config.device_map or config.load_in:
+    if config.device_map and processes > 1:
+        raise UserError("--device-map spreads one model over all GPUs: run it as one process, not with several")
+    if config.engine == "vllm" and not config.server_url and processes > 1:
+        raise UserError(
+            "vLLM uses several GPUs by itself: run --engine vllm as one process, with --engine-options "
+            "tensor_parallel_size=N, or give a --server-url"
+        )
+    if wanted and (config.device_map or config.load_in):
         raise UserError("--tensor-parallel places the weights itself; leave out --device-map and --load-in")
-    if wanted != processes:
+    if wanted not in (None, processes):
         raise UserError(
             f"--tensor-parallel {wanted} needs {wanted} processes, and there {'is' if processes == 1 else 'are'} "
             f"{processes}: start it with `torchrun --nproc-per-node {wanted} -m fusion_trainer extract …`"
@@ -117,7 +126,7 @@ def store_identity(
     return {
         "model": config.model,
         "revision": commit,
-        "weights": weights_fingerprint(folder, config.model),
+        "weights": _weights(config, folder, commit),
         "config": config_fingerprint(folder, config.trust_remote_code),
         "tokenizer": tokenizer.sha256,
         "template": dialogues.manifest["request"]["template"],
@@ -126,15 +135,13 @@ def store_identity(
         "ends": end_ids(reader, folder),
         "top_k": config.top_k,
         "vocabulary": max(tokenizer.vocabulary) + 1,
-        "dtype": resolved_dtype(folder, config.dtype, config.trust_remote_code),
-        "attention": config.attention,
-        "load_in": config.load_in,
+        **engine_identity(config, folder),
         "shard_tokens": config.shard_tokens,
     }
 
 
-def _environment(device: torch.device) -> dict[str, str]:
-    """The devices and versions used; they affect rounding only."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    packages = ("torch", "transformers", "tokenizers", "varm-merge")
-    return {"device": name, **{package: version(package) for package in packages}}
+def _weights(config: ExtractConfig, folder: Path, commit: str | None) -> str | None:
+    """The hash of the weights. None if only a server has them: then the commit names them, if there is one."""
+    if config.server_url and (commit or not weight_files(folder, config.model)):
+        return None
+    return weights_fingerprint(folder, config.model)

@@ -1,38 +1,33 @@
 """One process's share of an extraction: blocks are tokenised, the model is queried, shards are written.
 
-While a shard is computed, the next one is tokenised and the last one written. While a batch is computed, the last
-one is copied to the host. The finished part of a shard is saved regularly, so a killed run loses little.
+While a shard is computed, the next one is tokenised and the last one written. An engine may compute several batches
+at once, also of two shards. The finished part of a shard is saved regularly, so a killed run loses little.
 """
 
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from fusion_trainer.config import ExtractConfig
 from fusion_trainer.data.blocks import Block
 from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.data.readers import Reader
-from fusion_trainer.representations.split_model import context_length
+from fusion_trainer.representations.engine import Distributions, Engine, EngineStoppedError, Pending, Query
 from fusion_trainer.representations.store import Representation, id_dtype
 from fusion_trainer.representations.store_writer import StoreWriter
-from fusion_trainer.representations.topk_model import TopKModel
 from fusion_trainer.text.tokenizer import supervised_positions
 from varm_common.console import is_quiet
 from varm_common.errors import UserError
 from varm_common.files import fingerprint, written_to
-from varm_common.models import load_causal_lm
 from varm_common.saved_arrays import load_arrays, save_arrays
 
 __all__ = ["Extraction", "batches"]
@@ -40,9 +35,8 @@ __all__ = ["Extraction", "batches"]
 PARTIAL = "fusion-trainer part of a shard"
 SAVED_EVERY = 240.0
 """Seconds between two saves of the finished part of a shard."""
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 COLUMNS = ("ids", "logprobs", "tail", "gold_logprob")
-LEAST = torch.finfo(torch.float16).min
+LEAST = np.finfo(np.float16).min
 
 
 @dataclass(frozen=True)
@@ -55,6 +49,12 @@ class Row:
     cut_tokens: int
     answers: list[list[int]]
 
+    @property
+    def query(self) -> Query:
+        block = self.block
+        name = f"conversation {block.conversation!r}, block {block.block} ({block.source})"
+        return Query(self.ids, self.positions, name)
+
     def stored(self, columns: dict[str, Any], first: int) -> Representation:
         """The row of the store; its positions are those from ``first`` on in ``columns`` of distributions."""
         here = slice(first, first + len(self.positions))
@@ -62,13 +62,23 @@ class Row:
         return Representation(conversation=self.block.conversation, block=self.block.block, **own)
 
 
-@dataclass(frozen=True)
-class Pending:
-    """A batch's distributions on their way to the host, and the numbers of its rows."""
+@dataclass
+class Part:
+    """A shard that is being computed: its rows, facts of their texts, and the finished rows by number."""
 
-    numbers: Sequence[int]
-    parts: dict[str, Tensor]
-    copied: torch.cuda.Event | None
+    shard: int
+    rows: Sequence[Row]
+    counts: Counter[str]
+    done: dict[int, Representation]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A batch that the engine computes: the numbers of its rows in the part. Without a batch, the part's end."""
+
+    part: Part
+    numbers: Sequence[int] = ()
+    pending: Pending | None = None
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -87,67 +97,47 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 
 
 class Extraction:
-    """The loaded model, and the store that is written.
-
-    Raises:
-        UserError: The model cannot be loaded.
-    """
+    """An engine with its model, and the store that is written."""
 
     def __init__(
-        self,
-        config: ExtractConfig,
-        dialogues: Dialogues,
-        reader: Reader,
-        folder: Path,
-        device: torch.device,
-        writer: StoreWriter,
+        self, config: ExtractConfig, dialogues: Dialogues, reader: Reader, engine: Engine, writer: StoreWriter
     ) -> None:
         self.config = config
         self.dialogues = dialogues
         self.reader = reader
+        self.engine = engine
         self.writer = writer
-        model = load_causal_lm(
-            folder,
-            config.model,
-            dtype=config.dtype,
-            attention=config.attention,
-            device=device,
-            device_map=config.device_map,
-            tensor_parallel=config.tensor_parallel,
-            load_in=config.load_in,
-            trust_remote_code=config.trust_remote_code,
-        )
-        if len(gpus := {*(getattr(model, "hf_device_map", None) or {}).values()}) > 1 and not is_quiet():
-            note = f"{config.model} is spread over {len(gpus)} devices, which take turns"
-            click.echo(f"{note}; with --tensor-parallel they work at the same time", err=True)
-        self.context = context_length(model)
-        with _out_of_memory(f"{config.model} leaves no GPU memory for a batch; try --device-map auto"):
-            self.model = TopKModel(model, reader.tokenizer.vocabulary)
-        self.tokens_read = 0
         self.id_dtype: Any = id_dtype(writer.identity["vocabulary"])
+        self._sent: deque[Sent] = deque()
+        self._saved_at = time.monotonic()
+        self._tokens_read = 0
 
     def run(self, shards: Sequence[int], silent: bool) -> None:
-        """Compute and write the shards. The bar counts the pivot's tokens, and shows the model's own rate."""
+        """Compute and write the shards. The bar counts the pivot's tokens, and shows the model's own rate.
+
+        Raises:
+            UserError: The engine cannot compute a row, or cannot be reached any more.
+        """
         lengths, starts = self.dialogues.lengths, self.writer.first_rows
         total = sum(int(lengths[starts[shard] : starts[shard + 1]].sum()) for shard in shards)
         name = self.config.model[-40:]
         bar = tqdm(total=total, unit="tok", unit_scale=True, disable=silent or is_quiet(), desc=name)
-        with bar, ThreadPoolExecutor(1, "tokeniser") as ahead:
-            reading = ahead.submit(self._read, shards[0])
-            for shard, following in zip(shards, [*shards[1:], None], strict=True):
-                rows, counts = reading.result()
-                if following is not None:
-                    reading = ahead.submit(self._read, following)
-                done = self._query(shard, rows, bar)
-                facts: dict[str, Any] = {
-                    "batch_tokens": self.config.batch_tokens,
-                    "positions": sum(map(len, done)),
-                    "tokens": sum(len(row.ids) for row in rows),
-                    "cut_tokens": sum(row.cut_tokens for row in rows),
-                    **dict(sorted(counts.items())),
-                }
-                self.writer.write(shard, done, facts, [row.answers for row in rows])
+        try:
+            with bar, ThreadPoolExecutor(1, "tokeniser") as ahead:
+                reading = ahead.submit(self._read, shards[0])
+                for shard, following in zip(shards, [*shards[1:], None], strict=True):
+                    rows, counts = reading.result()
+                    if following is not None:
+                        reading = ahead.submit(self._read, following)
+                    self._send(Part(shard, rows, counts, _load_partial(self._partial(shard), rows)), bar)
+                while self._sent:
+                    self._receive(bar)
             self.writer.wait()
+        except (EngineStoppedError, KeyboardInterrupt):
+            self._save_received()
+            raise
+        finally:
+            self.engine.close()
 
     def _read(self, shard: int) -> tuple[list[Row], Counter[str]]:
         """Render and tokenise the blocks of a shard; tokens beyond the model's context are cut off and counted."""
@@ -157,11 +147,11 @@ class Extraction:
         tokenised = reader.tokenizer.encode([reading.text for reading in readings])
         rows: list[Row] = []
         for block, reading, tokens in zip(blocks, readings, tokenised, strict=True):
-            ids = tokens.ids[: self.context]
-            if len(ids) and int(ids.max()) >= self.model.rows:
+            ids = tokens.ids[: self.engine.context]
+            if len(ids) and self.engine.rows is not None and int(ids.max()) >= self.engine.rows:
                 raise UserError(
                     f"{block.source}: token {int(ids.max())} of the tokenizer of {self.config.model} has no row "
-                    f"in the model, which has {self.model.rows}: the tokenizer does not belong to these weights"
+                    f"in the model, which has {self.engine.rows}: the tokenizer does not belong to these weights"
                 )
             positions = supervised_positions(tokens, reading.spans)
             answers = [
@@ -172,123 +162,94 @@ class Extraction:
             rows.append(Row(block, ids, positions[positions < len(ids) - 1], len(tokens) - len(ids), answers))
         return rows, reader.counts
 
-    def _query(self, shard: int, rows: Sequence[Row], bar: Any) -> list[Representation]:
-        """The distributions of every row of a shard."""
-        queried = [number for number, row in enumerate(rows) if len(row.positions)]
-        partial = self.writer.path(shard).with_suffix(".partial")
-        done = _load_partial(partial, rows)
-        pending: Pending | None = None
-        saved_at = time.monotonic()
-        for group in batches([len(rows[number].ids) for number in queried], self.config.batch_tokens):
+    def _partial(self, shard: int) -> Path:
+        return self.writer.path(shard).with_suffix(".partial")
+
+    def _send(self, part: Part, bar: Any) -> None:
+        """Let the engine compute the rows of a shard, while earlier batches are received."""
+        queried = [number for number, row in enumerate(part.rows) if len(row.positions)]
+        for group in batches([len(part.rows[number].ids) for number in queried], self.engine.batch_tokens):
             numbers = [queried[place] for place in group]
-            if not done.keys() >= set(numbers):
-                following = self._query_batch(rows, numbers)
-                self.tokens_read += sum(len(rows[number].ids) for number in numbers)
-                if pending is not None:
-                    done |= self._received(pending, rows)
-                pending = following
-                if time.monotonic() - saved_at > SAVED_EVERY and not self.writer.silent:
-                    with written_to(self.writer.folder):
-                        _save_partial(partial, rows, done)
-                    saved_at = time.monotonic()
-            own_rate = self.tokens_read / max(bar.format_dict["elapsed"], 1e-9)
-            bar.set_postfix_str(f"{bar.format_sizeof(own_rate)}tok/s of the model's own", refresh=False)
-            bar.update(sum(rows[number].block.tokens for number in numbers))
-        if pending is not None:
-            done |= self._received(pending, rows)
+            if part.done.keys() >= set(numbers):
+                bar.update(sum(part.rows[number].block.tokens for number in numbers))
+                continue
+            pending = self.engine.start([part.rows[number].query for number in numbers], self.config.top_k)
+            self._sent.append(Sent(part, numbers, pending))
+            while len(self._sent) > self.engine.ahead:
+                self._receive(bar)
+        self._sent.append(Sent(part))
+
+    def _receive(self, bar: Any) -> None:
+        """Wait for the batch that was sent first; after a shard's last batch, write the shard."""
+        sent = self._sent.popleft()
+        if sent.pending is None:
+            self._write(sent.part)
+            return
+        rows = [sent.part.rows[number] for number in sent.numbers]
+        sent.part.done |= self._received(sent.pending.result(), sent)
+        self._tokens_read += sum(len(row.ids) for row in rows)
+        rate = bar.format_sizeof(self._tokens_read / max(bar.format_dict["elapsed"], 1e-9))
+        bar.set_postfix_str(f"{rate}tok/s of the model's own", refresh=False)
+        bar.update(sum(row.block.tokens for row in rows))
+        if time.monotonic() - self._saved_at > SAVED_EVERY:
+            self._save_partials(sent.part)
+
+    def _write(self, part: Part) -> None:
         k = self.config.top_k
         columns = [np.zeros((0, k), self.id_dtype), np.zeros((0, k), np.float16), *2 * [np.zeros(0, np.float16)]]
         empty = dict(zip(COLUMNS, columns, strict=True))
-        return [done[number] if number in done else row.stored(empty, 0) for number, row in enumerate(rows)]
+        done = [part.done.get(number) or row.stored(empty, 0) for number, row in enumerate(part.rows)]
+        facts: dict[str, Any] = {
+            "batch_tokens": self.engine.batch_tokens,
+            "positions": sum(map(len, done)),
+            "tokens": sum(len(row.ids) for row in part.rows),
+            "cut_tokens": sum(row.cut_tokens for row in part.rows),
+            **dict(sorted(part.counts.items())),
+        }
+        self.writer.write(part.shard, done, facts, [row.answers for row in part.rows])
 
-    def _query_batch(self, rows: Sequence[Row], numbers: Sequence[int]) -> Pending:
-        batch = [rows[number] for number in numbers]
-        length = max(len(row.ids) for row in batch)
-        ids_BL = np.zeros((len(batch), length), np.int64)
-        mask_BL = np.zeros((len(batch), length), np.int64)
-        for place, row in enumerate(batch):
-            ids_BL[place, : len(row.ids)] = row.ids
-            mask_BL[place, : len(row.ids)] = 1
-        positions_S = np.concatenate(
-            [place * length + row.positions.astype(np.int64) for place, row in enumerate(batch)]
-        )
-        gold_S = ids_BL.ravel()[positions_S + 1]
-        alone = " and, because the batch is a single block, --max-length" if len(batch) == 1 else ""
-        message = (
-            f"out of memory on {self.model.device} with a batch of {len(batch)} × {length} tokens; lower "
-            f"--batch-tokens (now {self.config.batch_tokens}){alone}, and run the same command again"
-        )
-        with _out_of_memory(message):
-            top = self.model.distributions(
-                self._on_device(ids_BL),
-                None if mask_BL.all() else self._on_device(mask_BL),
-                self._on_device(positions_S),
-                self._on_device(gold_S),
-                self.config.top_k,
-            )
-            columns = {
-                "ids": top.ids_CK.to(torch.int32),
-                "logprobs": top.logprobs_CK.clamp(min=LEAST).to(torch.float16),
-                "tail": top.tail_C.to(torch.float16),
-                "gold_logprob": top.gold_logprob_C.clamp(min=LEAST).to(torch.float16),
-            }
-            host = {name: column.to("cpu", non_blocking=True) for name, column in columns.items()}
-            if top.tail_C.device.type != "cuda":
-                return Pending(numbers, host, None)
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record(torch.cuda.current_stream(top.tail_C.device))
-            return Pending(numbers, host, copied)
+    def _save_partials(self, *more: Part) -> None:
+        """Save the finished rows of the shards that are not written."""
+        parts = {part.shard: part for part in (*more, *(sent.part for sent in self._sent))}
+        if self.writer.silent:
+            return
+        with written_to(self.writer.folder):
+            for part in parts.values():
+                _save_partial(self._partial(part.shard), part.rows, part.done)
+        self._saved_at = time.monotonic()
 
-    def _on_device(self, array: NDArray[np.int64]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self.model.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.model.device, non_blocking=True)
+    def _save_received(self) -> None:
+        """Save what the engine has answered before it stopped."""
+        parts = [sent.part for sent in self._sent]
+        for sent in self._sent:
+            if sent.pending is not None and sent.pending.done():
+                with suppress(Exception):  # the error that is raised is the first one
+                    sent.part.done |= self._received(sent.pending.result(), sent)
+        with suppress(UserError):
+            self._save_partials(*parts)
 
-    def _received(self, pending: Pending, rows: Sequence[Row]) -> dict[int, Representation]:
+    def _received(self, found: Distributions, sent: Sent) -> dict[int, Representation]:
         """The distributions of a batch, by the number of their row."""
-        if pending.copied is not None:
-            pending.copied.synchronize()
-        columns: dict[str, NDArray[Any]] = {name: part.numpy() for name, part in pending.parts.items()}
-        columns["ids"] = columns["ids"].astype(self.id_dtype)
+        columns: dict[str, NDArray[Any]] = {"ids": found.ids.astype(self.id_dtype)}
+        for name in COLUMNS[1:]:
+            column = getattr(found, name)
+            columns[name] = np.maximum(column, LEAST).astype(np.float16, copy=False)
         finite = np.isfinite(columns["logprobs"]).all(1)
         finite &= np.isfinite(columns["tail"]) & np.isfinite(columns["gold_logprob"])
         received: dict[int, Representation] = {}
         start = 0
-        for number in pending.numbers:
-            row = rows[number]
+        for number in sent.numbers:
+            row = sent.part.rows[number]
             stop = start + len(row.positions)
             if not finite[start:stop].all():
-                raise UserError(self._not_finite(row, int(row.positions[np.argmin(finite[start:stop])])))
+                position = int(row.positions[np.argmin(finite[start:stop])])
+                raise UserError(
+                    f"{self.config.model} gives NaN or infinite logits, first at token position {position} of "
+                    f"{row.query.name}. {self.engine.why_not_finite()}"
+                )
             received[number] = row.stored(columns, start)
             start = stop
         return received
-
-    def _not_finite(self, row: Row, position: int) -> str:
-        message = (
-            f"{self.config.model} gives NaN or infinite logits, first at token position {position} of "
-            f"conversation {row.block.conversation!r}, block {row.block.block} ({row.block.source})"
-        )
-        for name, weight in self.model.model.named_parameters():
-            if weight.is_meta:
-                continue
-            wrong = ~torch.isfinite(weight.detach().flatten())
-            if wrong.any():
-                place = np.unravel_index(int(wrong.to(torch.uint8).argmax()), weight.shape)
-                return f"{message}. Its weights are not finite: {name}, first at {[int(i) for i in place]}"
-        return f"{message}. Its weights are finite; a wider --dtype may help"
-
-
-@contextmanager
-def _out_of_memory(message: str) -> Iterator[None]:
-    """Raise a UserError with this message if memory runs out in the block."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not named and not any(words in str(error) for words in OUT_OF_MEMORY):
-            raise
-        raise UserError(message) from error
 
 
 def _partial_identity(rows: Sequence[Row]) -> dict[str, Any]:

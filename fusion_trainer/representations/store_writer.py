@@ -134,6 +134,13 @@ class StoreWriter:
         plan = plan_in(self.folder / (MANIFEST if self.finished else PLAN))
         self.identity, self.made_with = plan["identity"], plan["made_with"]
 
+    def also_made_with(self, environment: dict[str, str]) -> None:
+        """Add to the devices and versions that the manifest names, in the process that has begun the store."""
+        if environment not in self.made_with:
+            self.made_with = [*self.made_with, environment]
+            with written_to(self.folder):
+                write_json(self.folder / PLAN, {"identity": self.identity, "made_with": self.made_with})
+
     def missing(self) -> list[int]:
         """The shards that are not written yet."""
         return [shard for shard in range(len(self.first_rows) - 1) if not self.path(shard).is_file()]

@@ -23,10 +23,10 @@ from tiny_sources import CONTEXT, END_OF_TURN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import fusion_trainer.representations.extraction as extraction
 from fusion_trainer.cli import main
 from fusion_trainer.config import ExtractConfig
 from fusion_trainer.data.dialogues import Dialogues
+from fusion_trainer.representations import transformers_engine
 from fusion_trainer.representations.extract import extract, shard_starts
 from fusion_trainer.representations.extraction import batches
 from fusion_trainer.representations.store import RepresentationStore
@@ -354,7 +354,7 @@ def test_a_second_run_does_nothing(world: Path, stores: dict[str, Path], monkeyp
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a finished store needs no model")
 
-    monkeypatch.setattr(extraction, "load_causal_lm", refuse)
+    monkeypatch.setattr(transformers_engine, "load_causal_lm", refuse)
     assert run(settings_of(world, "llama", stores["llama"])).exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in stores["llama"].parent.rglob("*")} == before
 
