@@ -53,6 +53,7 @@ from fusion_trainer.representations.store import Representation, RepresentationS
 from fusion_trainer.representations.store_writer import StoreWriter
 from fusion_trainer.representations.topk import top_k
 from fusion_trainer.representations.topk_model import TopKModel
+from fusion_trainer.representations.transformers_engine import TransformersEngine
 from fusion_trainer.text.tokenizer import load_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -134,7 +135,8 @@ def loaded(work: Path, layout: str, tokens: int, batch_tokens: int) -> Extractio
     reader = Reader(tokenizer, DIALOGUES)
     identity = store_identity(config, dialogues, reader, folder, None)
     writer = StoreWriter(config.output, identity, shard_starts(dialogues.lengths, config.shard_tokens))
-    return Extraction(config, dialogues, reader, folder, device, writer)
+    engine = TransformersEngine(config, folder, tokenizer.vocabulary, device)
+    return Extraction(config, dialogues, reader, engine, writer)
 
 
 # Time
@@ -153,13 +155,13 @@ def run(extraction: Extraction, output: Path) -> RepresentationStore:
 def recorded(extraction: Extraction, output: Path) -> tuple[RepresentationStore, list[Batch]]:
     """An extraction that is not timed, and its batches."""
     batches: list[Batch] = []
-    distributions = extraction.model.distributions
+    distributions = extraction.engine.model.distributions
 
     def recording(ids_BL: Tensor, mask_BL: Tensor | None, positions_S: Tensor, *others: Any) -> Any:
         batches.append(Batch(ids_BL, mask_BL, positions_S))
         return distributions(ids_BL, mask_BL, positions_S, *others)
 
-    with patch.object(extraction.model, "distributions", recording):
+    with patch.object(extraction.engine.model, "distributions", recording):
         return run(extraction, output), batches
 
 
@@ -199,8 +201,8 @@ def measure_rounds(
     """Seconds of each leg, round by round."""
     outputs = (work / f"round-{number}" for number in count())
     legs: dict[str, Callable[[], object]] = {
-        BARE: lambda: bare_forward(extraction.model, batches),
-        HEAD: lambda: layers_and_head(extraction.model, batches),
+        BARE: lambda: bare_forward(extraction.engine.model, batches),
+        HEAD: lambda: layers_and_head(extraction.engine.model, batches),
         EXTRACTION: lambda: run(extraction, next(outputs)),
     }
     spent: dict[str, list[Seconds]] = {leg: [] for leg in legs}
@@ -351,9 +353,9 @@ def timed(
     spent = measure_rounds(extraction, batches, rounds, work / f"{layout}-rounds")
     padded = sum(batch.ids_BL.numel() for batch in batches)
     read, supervised = store.manifest["tokens"], store.manifest["positions"]
-    parameters = sum(weight.numel() for weight in extraction.model.model.parameters())
+    parameters = sum(weight.numel() for weight in extraction.engine.model.model.parameters())
     setting = (
-        f"{layout}: {parameters:,} parameters in {extraction.model.model.dtype}, on {extraction.model.device}; "
+        f"{layout}: {parameters:,} parameters in {extraction.engine.model.model.dtype}, on {extraction.engine.model.device}; "
         f"{len(store):,} blocks of {read:,} tokens ({supervised / read:.0%} supervised) in {len(batches)} batches "
         f"of at most {batch_tokens:,} ({1 - read / padded:.1%} padding); rounds after one warm-up: {rounds}. "
         "Cells: median [min – max]; budgets are judged by the median."

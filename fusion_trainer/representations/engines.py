@@ -43,7 +43,8 @@ def unused_settings(config: ExtractConfig) -> str | None:
         return None
     names = ", ".join(f"`{name}`" for name in given)
     needed = "it needs `engine: vllm`" if config.engine == "transformers" else "remove it"
-    return f"{names} has no effect with the engine {config.engine}{' at a server' if config.server_url else ''}: {needed}"
+    engine = f"{config.engine} at a server" if config.server_url else config.engine
+    return f"{names}: no effect with the engine {engine}; {needed}"
 
 
 def engine_identity(config: ExtractConfig, folder: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """One process's share of an extraction: blocks are tokenised, the model is queried, shards are written.
 
-While a shard is computed, the next one is tokenised and the last one written. An engine may compute several batches
-at once, also of two shards. The finished part of a shard is saved regularly, so a killed run loses little.
+While a shard is computed, the next one is tokenised and the last one written. An engine may compute several
+batches at once, also of two shards. The finished part of a shard is saved regularly, so a killed run loses little.
 """
 
 import time

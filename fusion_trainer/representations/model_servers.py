@@ -1,8 +1,8 @@
 """Requests to one or several servers that serve the same model: shared, repeated, and never lost.
 
-A request goes to the server that has the fewest. If a server cannot be reached or is busy (429, 502, 503, 504), its
-requests go to the others, and it is tried again, at growing intervals. A reply that is broken, and one that does
-not come in time, is asked for again a few times.
+A request goes to the server with the fewest requests. If a server cannot be reached or is busy (429, 502, 503,
+504), its requests go to the others, and it is tried again at growing intervals. A request is repeated a few times
+if its reply is broken or does not come in time.
 """
 
 import json

@@ -75,8 +75,8 @@ class VllmServer:
                 return dict(one)
         served = ", ".join(f"`{one['id']}`" for one in models) or "nothing"
         raise UserError(
-            f"{url} serves {served} and not `{config.server_model or config.model}`. If it is the same model, give "
-            "the name there with --server-model; if not, start the server with this model"
+            f"{url} serves {served} and not `{config.server_model or config.model}`. If it is the same, give "
+            "its name there with --server-model; if not, start the server with this model"
         )
 
     def _try(self, url: str, k: int) -> None:
@@ -89,9 +89,7 @@ class VllmServer:
         try:
             entries_in(reply, len(tokens))
         except BrokenReplyError as error:
-            raise UserError(
-                f"{url} gives no log-probabilities of a prompt: {error}. Is it a vLLM server?"
-            ) from error
+            raise UserError(f"{url} gives no prompt_logprobs: {error}. Is it a vLLM server?") from error
 
     def _explained(self, error: RefusedError, url: str, k: int) -> UserError:
         if limit := LIMIT.search(error.message):

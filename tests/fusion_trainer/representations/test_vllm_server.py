@@ -1,0 +1,173 @@
+"""``fusion-trainer extract --engine vllm --server-url``: the store of transformers, whatever the servers do."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import vllm_protocol
+import numpy as np
+import pytest
+import tiny_sources
+from click.testing import CliRunner, Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusion_trainer.cli import main
+from fusion_trainer.representations.engine import Query
+from fusion_trainer.representations.store import RepresentationStore
+from fusion_trainer.representations.vllm_engine import TooFewError, reduced
+
+CHATS = tiny_sources.made_up_chats(10, words=12)
+FAULTS = [429, "reset", 503, "cut", "html", 500, "short", "no gold", 502, "sleep"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    tiny_sources.write_sharegpt(folder / "chats.jsonl", CHATS)
+    tiny_sources.save_source(folder / "mistral", "mistral", "sentencepiece_bpe")
+    tiny_sources.save_source(folder / "llama", "llama", "unigram", padded=300)
+    return folder
+
+
+def extract(world: Path, output: Path, **own: Any) -> Result:
+    given = {
+        "data": world / "chats.jsonl",
+        "pivot": world / "mistral",
+        "template": "openchat",
+        "source_template": "pivot",
+        "model": world / "mistral",
+        "output": output,
+        "shard_tokens": 300,
+        "dialogues": world / "dialogues",
+        **own,
+    }
+    flags = [text for name, value in given.items() for text in ("--" + name.replace("_", "-"), str(value))]
+    result = CliRunner().invoke(main, ["extract", *flags])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def at(*servers: vllm_protocol.Served, **own: Any) -> dict[str, Any]:
+    return {"engine": "vllm", "server_url": ",".join(one.url for one in servers), "server_timeout": 1, **own}
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("shard-*.arrow")}
+
+
+@pytest.fixture(scope="module")
+def healthy(world: Path) -> Path:
+    """The store from a server that never fails."""
+    with vllm_protocol.serving(world / "mistral") as server:
+        result = extract(world, world / "healthy", **at(server))
+    assert result.exit_code == 0, result.output
+    assert sorted(server.answered) == sorted({*server.answered})
+    return world / "healthy"
+
+
+@pytest.mark.parametrize("source", ["mistral", "llama"])
+def test_the_store_is_that_of_transformers(source: str, world: Path, tmp_path: Path) -> None:
+    """llama's rows that stand for no token are among the likeliest: then more are asked for."""
+    model = world / source
+    assert extract(world, tmp_path / "plain", model=model).exit_code == 0
+    with vllm_protocol.serving(model, max_logprobs=400) as server:
+        result = extract(world, tmp_path / "store", model=model, **at(server))
+    assert result.exit_code == 0, result.output
+    ours, theirs = RepresentationStore(tmp_path / "store"), RepresentationStore(tmp_path / "plain")
+    assert not list(ours.problems())
+    assert (
+        ours.manifest["identity"] | {"engine": None} == theirs.manifest["identity"] | {"engine": None}
+        or ours.identity["dtype"] == theirs.identity["dtype"]
+    )
+    assert ours.manifest["made_with"][0]["vllm"] == "0.0.test"
+    for one, other in zip(ours, theirs, strict=True):
+        for name in ("logprobs", "gold_logprob", "tail"):
+            np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=2**-10, atol=1e-4)
+        differ = one.ids != other.ids  # near-ties: as likely as the other, to the last place
+        np.testing.assert_allclose(one.logprobs[differ], other.logprobs[differ], rtol=2**-10, atol=1e-4)
+        assert differ.mean() < 0.01
+
+
+def test_faults_lose_nothing_and_store_nothing_twice(world: Path, healthy: Path, tmp_path: Path) -> None:
+    with vllm_protocol.serving(world / "mistral", FAULTS) as one, vllm_protocol.serving(world / "mistral") as two:
+        result = extract(world, tmp_path / "store", **at(one, two))
+    assert result.exit_code == 0, result.output
+    assert not one.faults
+    assert one.answered
+    assert two.answered
+    assert shards(tmp_path / "store") == shards(healthy)
+
+
+def test_a_server_that_dies_and_comes_back(world: Path, healthy: Path, tmp_path: Path) -> None:
+    with vllm_protocol.serving(world / "mistral", [None, None, *["reset"] * 20]) as first:
+        threading.Timer(0.5, first.faults.clear).start()
+        result = extract(world, tmp_path / "store", **at(first, server_timeout=20, server_concurrency=2))
+    assert result.exit_code == 0, result.output
+    assert shards(tmp_path / "store") == shards(healthy)
+
+
+def test_what_a_dead_server_has_answered_is_kept(world: Path, healthy: Path, tmp_path: Path) -> None:
+    with vllm_protocol.serving(world / "mistral", [None, None, None, *[503] * 10_000]) as server:
+        result = extract(world, tmp_path / "store", **at(server, server_concurrency=1))
+    assert result.exit_code == 1
+    for part in (server.url, "no server has answered for 1 s", "conversation 'chat-", "run the same command"):
+        assert part in result.output, result.output
+    with vllm_protocol.serving(world / "mistral") as again:
+        result = extract(world, tmp_path / "store", **at(again))
+    assert result.exit_code == 0, result.output
+    assert not {*server.answered} & {*again.answered} - {again.answered[0]}
+    assert shards(tmp_path / "store") == shards(healthy)
+
+
+REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ("too few", {"max_logprobs": 5}, {}, "--max-logprobs 10"),
+    ("another model", {"name": "other/model"}, {}, "--server-model"),
+    ("a key", {"key": "secret"}, {}, "--server-key-env"),
+    ("a setting", {}, {"attention": "sdpa"}, "`attention`: no effect"),
+    ("no url", {}, {"server_url": "localhost:8000"}, "must begin with http"),
+    ("out of reach", {}, {"server_url": "http://127.0.0.1:9"}, "start the server"),
+    (
+        "poison",
+        {"faults": ["short"] * 500},
+        {"server_concurrency": 1},
+        "no usable reply to 5 requests for conversation",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "message"), [case[1:] for case in REFUSALS], ids=[c[0] for c in REFUSALS]
+)
+def test_what_cannot_work_is_said(
+    own: dict[str, Any], given: dict[str, Any], message: str, world: Path, tmp_path: Path
+) -> None:
+    with vllm_protocol.serving(world / "mistral", **own) as server:
+        result = extract(world, tmp_path / "store", **at(server) | given)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert "secret" not in result.output
+    assert "Traceback" not in result.output
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_entries_become_the_k_likeliest_known_ids(data: Any) -> None:
+    k = data.draw(st.integers(1, 4))
+    weights = np.array(data.draw(st.lists(st.integers(1, 99), min_size=8, max_size=8, unique=True)), float)
+    logprobs = np.log(weights / weights.sum())
+    known = frozenset(data.draw(st.sets(st.integers(0, 7), min_size=k + 1)))
+    gold = data.draw(st.sampled_from(sorted(known)))
+    asked = data.draw(st.integers(k, 8))
+    entry = {int(one): float(logprobs[one]) for one in [*np.argsort(-logprobs)[:asked], gold]}
+    query = Query(np.array([0, gold], np.int32), np.array([0], np.int32), "a text")
+    expected = [int(one) for one in np.argsort(-logprobs) if one in known][:k]
+    try:
+        found = reduced(query, [entry], k, known)
+    except TooFewError:
+        assert len(entry.keys() & known) < k
+        return
+    if {*expected} <= entry.keys():
+        assert found.ids[0].tolist() == expected
+        np.testing.assert_allclose(found.tail[0], 1 - np.exp(logprobs[expected]).sum(), atol=1e-6)
+    np.testing.assert_allclose(found.gold_logprob[0], logprobs[gold], rtol=1e-6)
