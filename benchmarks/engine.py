@@ -117,8 +117,8 @@ def main(model: str, server_url: str, rows: int, max_length: int, top_k: int, sa
         f"# Engine comparison, {date.today()}",
         f"    vllm serve {Path(model).name} --dtype float32\n    python benchmarks/engine.py {Path(model).name} "
         f"--server-url URL --rows {rows} --max-length {max_length} --top-k {top_k}",
-        f"{machine()}; vLLM {server.made_with['vllm']}. {len(queries)} texts of {tokens:,} tokens, each text alone "
-        "in transformers, all at once at the server; run it on an idle machine to compare speed.",
+        f"{machine()}; vLLM {server.made_with['vllm']}. {len(queries)} texts of {tokens:,} tokens, each text "
+        "alone in transformers, all at once at the server; run it on an idle machine to compare speed.",
         table(
             ("", "value"),
             [(name, f"{value:.3g}" if value % 1 else f"{value:,.0f}") for name, value in found.items()],

@@ -355,7 +355,8 @@ def timed(
     read, supervised = store.manifest["tokens"], store.manifest["positions"]
     parameters = sum(weight.numel() for weight in extraction.engine.model.model.parameters())
     setting = (
-        f"{layout}: {parameters:,} parameters in {extraction.engine.model.model.dtype}, on {extraction.engine.model.device}; "
+        f"{layout}: {parameters:,} parameters in {extraction.engine.model.model.dtype}, "
+        f"on {extraction.engine.model.device}; "
         f"{len(store):,} blocks of {read:,} tokens ({supervised / read:.0%} supervised) in {len(batches)} batches "
         f"of at most {batch_tokens:,} ({1 - read / padded:.1%} padding); rounds after one warm-up: {rounds}. "
         "Cells: median [min – max]; budgets are judged by the median."

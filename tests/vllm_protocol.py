@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 class Served:
     """The state of a server: faults, one for each of the next requests, and the prompts it has answered.
 
-    A fault is a status or one of ``sleep``, ``reset``, ``cut``, ``html``, ``short`` (too few entries), ``no gold``.
+    Faults: a status, ``sleep``, ``reset``, ``cut``, ``html``, ``short`` (too few entries), ``no gold``.
     """
 
     name: str
@@ -101,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             return self._send(fault, {"error": {"message": "not now"}})
         if fault == "sleep":
-            time.sleep(1.5)
+            time.sleep(2.5)
         if fault == "reset":
             self.close_connection = True
             return None

@@ -44,7 +44,7 @@ class OnItsWay:
     copied: torch.cuda.Event | None
 
     def done(self) -> bool:
-        return self.copied is None or bool(self.copied.query())
+        return self.copied is None or bool(self.copied.query())  # type: ignore[no-untyped-call]
 
     def result(self) -> Distributions:
         if self.copied is not None:

@@ -27,24 +27,27 @@ SLACK = 1e-3
 
 
 class TooFewError(Exception):
-    """Among the entries of a position are ``absent`` ids that stand for no token, and so fewer than k others."""
+    """``absent`` of the likeliest ids stand for no token, and so fewer than k do."""
 
     def __init__(self, absent: int) -> None:
         super().__init__(f"{absent} of the likeliest ids stand for no token")
         self.absent = absent
 
 
-def reduced(query: Query, entries: Iterable[Mapping[int, float]], k: int, known: frozenset[int]) -> Distributions:
+def reduced(
+    query: Query, entries: Iterable[Mapping[int, float]], k: int, asked: int, known: frozenset[int]
+) -> Distributions:
     """The distributions at a query's positions.
 
     Args:
         query: The text.
         entries: For each position, log-probabilities by id: those of the likeliest ids and of the gold token.
         k: Entries kept.
+        asked: How many of the likeliest ids each entry has, at least k. The gold token may be one more.
         known: The ids that stand for a token.
 
     Raises:
-        TooFewError: A position has fewer than k entries with known ids.
+        TooFewError: Fewer than k of the likeliest ids are known.
         ValueError: The gold token is missing, or these are no log-probabilities.
     """
     ids_SK, logprobs_SK = np.empty((len(query.positions), k), np.int32), np.empty((len(query.positions), k))
@@ -53,12 +56,12 @@ def reduced(query: Query, entries: Iterable[Mapping[int, float]], k: int, known:
         gold = int(query.ids[position + 1])
         if gold not in entry:
             raise ValueError(f"no log-probability of token {gold} at position {position + 1}")
-        best = sorted(((token, value) for token, value in entry.items() if token in known), key=_likeliest_first)
+        likeliest = sorted(entry.items(), key=_likeliest_first)[:asked]
+        if len(likeliest) < asked:
+            raise ValueError(f"{len(entry)} log-probabilities at position {position + 1}, not {asked}")
+        best = [(token, value) for token, value in likeliest if token in known]
         if len(best) < k:
-            absent = len(entry) - len(best)
-            if not absent:
-                raise ValueError(f"{len(entry)} log-probabilities at position {position + 1} for k = {k}")
-            raise TooFewError(absent)
+            raise TooFewError(asked - len(best))
         ids_SK[place], logprobs_SK[place] = zip(*best[:k], strict=True)
         gold_S[place] = entry[gold]
     mass_S = np.exp(logprobs_SK).sum(1)
@@ -127,12 +130,12 @@ class VllmEngine:
                     for position in query.positions.tolist()
                 )
                 try:
-                    done[number] = reduced(query, entries, k, self.known)
+                    done[number] = reduced(query, entries, k, asked, self.known)
                 except TooFewError as error:
                     more = max(more, error.absent)
                 except ValueError as error:
                     raise UserError(f"vLLM gives {self.name}, {query.name}: {error}") from error
-            asked += more
+            asked = max(asked, k + more)
         return joined([done[number] for number in range(len(batch))])
 
     def _outputs(self, batch: Sequence[Query], k: int) -> Any:

@@ -123,22 +123,22 @@ class VllmServer:
         while True:
             try:
                 body = self._body(query.ids.tolist(), asked)
-                return self.servers.request(COMPLETIONS, body, query.name, partial(self._read, query, k))
+                return self.servers.request(COMPLETIONS, body, query.name, partial(self._read, query, k, asked))
             except TooFewError as error:
-                asked += error.absent
+                asked = k + error.absent
             except RefusedError as error:
                 if asked > k:
                     raise self._explained(error, "the server", asked) from error
                 raise
 
-    def _read(self, query: Query, k: int, reply: Any) -> Distributions:
+    def _read(self, query: Query, k: int, asked: int, reply: Any) -> Distributions:
         entries = entries_in(reply, len(query.ids))
         try:
             wanted = (
                 {int(token): float(entry["logprob"]) for token, entry in entries[position + 1].items()}
                 for position in query.positions.tolist()
             )
-            return reduced(query, wanted, k, self.known)
+            return reduced(query, wanted, k, asked, self.known)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise BrokenReplyError(f"its prompt_logprobs cannot be used: {error}") from error
 

@@ -1,5 +1,6 @@
-"""A real vLLM server against transformers, at every supervised position, before rounding to float16 (make engine)."""
+"""A real vLLM server against transformers, at every supervised position, in float32 (make engine)."""
 
+import json
 import os
 import socket
 import subprocess
@@ -52,27 +53,17 @@ def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_log_probabilities_are_those_of_transformers_within_1e_4(model: Path, url: str) -> None:
-    """Ids are equal but for the order of near-ties, which differ by as little; the report names the differences."""
-    command = [
-        sys.executable,
-        str(BENCHMARK),
-        str(model),
-        "--server-url",
-        url,
-        "--rows",
-        "6",
-        "--max-length",
-        "256",
-    ]
+    """Ids are equal but for the order of near-ties, which differ by as little; the program prints by how much."""
+    size = ["--rows", "6", "--max-length", "256"]
+    command = [sys.executable, str(BENCHMARK), str(model), "--server-url", url, *size]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_a_store_from_the_server_verifies(model: Path, url: str, tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
-    chats.write_text(
-        '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}\n'
-    )
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    chats.write_text(json.dumps({"messages": turns}) + "\n")
     trainer = [sys.executable, "-m", "fusion_trainer"]
     extract = ["extract", "--engine", "vllm", "--server-url", url, "--dtype", "float32", "--output", "store"]
     data = ["--data", str(chats), "--pivot", str(model), "--model", str(model)]

@@ -49,7 +49,7 @@ def extract(world: Path, output: Path, **own: Any) -> Result:
 
 
 def at(*servers: vllm_protocol.Served, **own: Any) -> dict[str, Any]:
-    return {"engine": "vllm", "server_url": ",".join(one.url for one in servers), "server_timeout": 1, **own}
+    return {"engine": "vllm", "server_url": ",".join(one.url for one in servers), "server_timeout": 30, **own}
 
 
 def shards(folder: Path) -> dict[str, bytes]:
@@ -88,9 +88,9 @@ def test_the_store_is_that_of_transformers(source: str, world: Path, tmp_path: P
 
 def test_faults_lose_nothing_and_store_nothing_twice(world: Path, healthy: Path, tmp_path: Path) -> None:
     with vllm_protocol.serving(world / "mistral", FAULTS) as one, vllm_protocol.serving(world / "mistral") as two:
-        result = extract(world, tmp_path / "store", **at(one, two))
+        result = extract(world, tmp_path / "store", **at(one, two, server_timeout=2))
     assert result.exit_code == 0, result.output
-    assert not one.faults
+    assert len(one.faults) < len(FAULTS)
     assert one.answered
     assert two.answered
     assert shards(tmp_path / "store") == shards(healthy)
@@ -106,9 +106,9 @@ def test_a_server_that_dies_and_comes_back(world: Path, healthy: Path, tmp_path:
 
 def test_what_a_dead_server_has_answered_is_kept(world: Path, healthy: Path, tmp_path: Path) -> None:
     with vllm_protocol.serving(world / "mistral", [None, None, None, *[503] * 10_000]) as server:
-        result = extract(world, tmp_path / "store", **at(server, server_concurrency=1))
+        result = extract(world, tmp_path / "store", **at(server, server_concurrency=1, server_timeout=3))
     assert result.exit_code == 1
-    for part in (server.url, "no server has answered for 1 s", "conversation 'chat-", "run the same command"):
+    for part in (server.url, "no server has answered for 3 s", "conversation 'chat-", "run the same command"):
         assert part in result.output, result.output
     with vllm_protocol.serving(world / "mistral") as again:
         result = extract(world, tmp_path / "store", **at(again))
@@ -159,12 +159,12 @@ def test_entries_become_the_k_likeliest_known_ids(data: Any) -> None:
     entry = {int(one): float(logprobs[one]) for one in [*np.argsort(-logprobs)[:asked], gold]}
     query = Query(np.array([0, gold], np.int32), np.array([0], np.int32), "a text")
     expected = [int(one) for one in np.argsort(-logprobs) if one in known][:k]
-    try:
-        found = reduced(query, [entry], k, known)
-    except TooFewError:
-        assert len(entry.keys() & known) < k
+    likeliest = [int(one) for one in np.argsort(-logprobs)[:asked]]
+    if len(known & {*likeliest}) < k:
+        with pytest.raises(TooFewError):
+            reduced(query, [entry], k, asked, known)
         return
-    if {*expected} <= entry.keys():
-        assert found.ids[0].tolist() == expected
-        np.testing.assert_allclose(found.tail[0], 1 - np.exp(logprobs[expected]).sum(), atol=1e-6)
+    found = reduced(query, [entry], k, asked, known)
+    assert found.ids[0].tolist() == expected
+    np.testing.assert_allclose(found.tail[0], 1 - np.exp(logprobs[expected]).sum(), atol=1e-6)
     np.testing.assert_allclose(found.gold_logprob[0], logprobs[gold], rtol=1e-6)
