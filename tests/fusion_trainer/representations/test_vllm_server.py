@@ -4,10 +4,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import vllm_protocol
 import numpy as np
 import pytest
 import tiny_sources
+import vllm_protocol
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
