@@ -174,6 +174,9 @@ def _decisive(settings: BaseModel) -> Settings:
     """The settings that decide the result of a stage."""
     skipped = HARMLESS | KNOWN_OTHERWISE
     decisive = {name: value for name, value in recorded(settings).items() if name not in skipped}
+    if decisive.get("engine") == "transformers":  # then results of earlier versions are up to date
+        for name in ("engine", "engine_options"):
+            decisive.pop(name, None)
     if "training" in decisive:
         decisive["training"] = {
             name: value

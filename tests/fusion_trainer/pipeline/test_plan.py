@@ -230,6 +230,28 @@ def test_the_stages_of_a_fusion_each_after_those_it_needs(folder: Path) -> None:
     assert "evaluate" not in {stage.kind for stage in plan(folder, evaluate=None)}
 
 
+def test_a_source_names_its_engine(folder: Path) -> None:
+    """Another server changes nothing of the result; a source behind a server is not scored by this program."""
+
+    def of(**own: Any) -> dict[str, Any]:
+        first, *others = PIPELINE["sources"]
+        return {"sources": [{**first, **own}, *others]}
+
+    served = of(engine="vllm", server_url="http://one:8000")
+    name = PIPELINE["sources"][0]["name"]
+    stages = {stage.title: stage for stage in plan(folder, **served)}
+    (text,) = stages[f"extract {name}"].inputs.values()
+    config = yaml.safe_load(text)
+    assert (config["engine"], config["server_url"]) == ("vllm", ["http://one:8000"])
+    assert "engine" not in stages["extract pivot"].settings
+    assert f"evaluate source-{name}" not in stages
+    before = marks(folder, **served)
+    assert marks(folder, **of(engine="vllm", server_url=["http://two:8000"], server_timeout=5)) == before
+    assert before[f"extract {name}"] != marks(folder)[f"extract {name}"]
+    problems = told(write(folder, **of(server_url="http://one:8000")))
+    assert any("sources[0]: `server_url`: no effect with the engine transformers" in one for one in problems)
+
+
 def test_until_and_only_choose_what_is_needed(folder: Path) -> None:
     stages = plan(folder)
 
