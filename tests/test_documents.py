@@ -48,6 +48,9 @@ ELSEWHERE = {
     "vllm serve report/models/": "as above",
     "torchrun --nproc-per-node 8 -m fusion_trainer extract": "test_fusion_programs.py shares a model",
     "sbatch examples/slurm/run.sbatch": "test_pipeline_runs.py starts stage.sh on two machines",
+    "vllm serve": "test_vllm_real.py starts a server",
+    "ray start": "it needs two machines",
+    "fusion-trainer extract --engine vllm": "test_vllm_server.py queries servers",
 }
 """Commands that are run by another test."""
 INSTEAD = {
