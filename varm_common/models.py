@@ -2,14 +2,17 @@
 
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from varm_common import checkpoints
 from varm_common.errors import UserError, reason_of, some
 from varm_common.files import fingerprint, read_mapping, sha256_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "TOKENIZER_FILES",
@@ -180,17 +183,18 @@ def load_causal_lm(
     tensor_parallel: int | None = None,
     load_in: str | None = None,
     trust_remote_code: bool = False,
+    tensors: "Mapping[str, Tensor] | None" = None,
 ) -> Any:
     """A causal language model in evaluation mode, on its device or devices. ``name`` names it in messages.
 
     Pickled weights are read without running their code. With ``tensor_parallel``, that many processes share the
-    model: each loads a part of every layer.
+    model: each loads a part of every layer. With ``tensors``, these are its weights, by their names in weight
+    files, and only its config is read.
 
     Raises:
         UserError: It cannot be loaded, has no lm head, or its files lack weights.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if attention:
@@ -201,13 +205,13 @@ def load_causal_lm(
         options |= _shared_by(tensor_parallel)
     elif device_map or load_in or device.type == "cuda":  # weights go straight to the device
         options["device_map"] = device_map or {"": device}
-    pickles = [file for file in weight_files(folder, name) if file.suffix != ".safetensors"]
-    _demand_readable(pickles, name)
-    options |= {"use_safetensors": not pickles, "weights_only": True, "trust_remote_code": trust_remote_code}
     try:
+        load, source, how = _source_of(folder, name, trust_remote_code, tensors)
         with _without_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+            model, info = load(source, output_loading_info=True, **options, **how)
         _fill_computed_buffers(model)
+    except UserError:
+        raise
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{name} does not fit into the GPU's memory; try --device-map auto or --load-in 8bit"
@@ -219,6 +223,24 @@ def load_causal_lm(
     if not placed and device.type != "cpu":  # FSDP leaves most processes' weights unmade
         model.to(device)
     return model.eval()
+
+
+def _source_of(
+    folder: Path, name: str, trust_remote_code: bool, tensors: "Mapping[str, Tensor] | None"
+) -> tuple[Callable[..., Any], Path | None, dict[str, Any]]:
+    """What loads the model, from where, and with which options: from the folder's files, or from ``tensors``."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if tensors is None:
+        pickles = [file for file in weight_files(folder, name) if file.suffix != ".safetensors"]
+        _demand_readable(pickles, name)
+        safe = {"use_safetensors": not pickles, "weights_only": True, "trust_remote_code": trust_remote_code}
+        return AutoModelForCausalLM.from_pretrained, folder, safe
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):  # a class takes tensors in place of files; AutoModel does not
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return type(empty).from_pretrained, None, {"config": config, "state_dict": dict(tensors)}
 
 
 @contextmanager

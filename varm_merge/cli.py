@@ -15,6 +15,7 @@ from varm_merge.commands.doctor import doctor
 from varm_merge.commands.evaluate import evaluate
 from varm_merge.commands.inspect import inspect
 from varm_merge.commands.push import push
+from varm_merge.commands.tune import tune
 from varm_merge.commands.yaml import yaml_command
 from varm_merge.version import __version__
 
@@ -43,11 +44,11 @@ def main() -> None:
     """Merge LLMs with mergekit and the merge method Variation Ratio Merge (VaRM).
 
     To merge, write `merge_method: varm` in a recipe and run `mergekit-yaml recipe.yaml out/`. The commands below
-    check, inspect, compare, evaluate and publish merges.
+    check, inspect, compare, tune, evaluate and publish merges.
 
     Exit codes: 0: success. 1: a problem was found and printed, or Ctrl-C was pressed. 2: bad usage.
     """
 
 
-for command in (check, inspect, compare, doctor, yaml_command, completion("varm-merge"), push, evaluate):
+for command in (check, inspect, compare, tune, doctor, yaml_command, completion("varm-merge"), push, evaluate):
     main.add_command(command)

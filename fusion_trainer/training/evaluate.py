@@ -10,7 +10,7 @@ A loss that is not finite is an error, never a score.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -37,7 +37,7 @@ from varm_common.files import written_to
 from varm_common.record import Record
 from varm_common.standard_errors import standard_error
 
-__all__ = ["ALL", "evaluate", "evaluate_each", "score"]
+__all__ = ["ALL", "by_conversation", "demand_finite", "evaluate", "evaluate_each", "score"]
 
 FORMAT, VERSION = "fusion-trainer evaluation", 2
 ALL = "all"
@@ -116,12 +116,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         tokens = write_tokens(dialogues, tokenizer)
     conversations = [dialogues[block].conversation for block in range(len(dialogues))]
     scored = score(model, tokens, conversations, config.batch_tokens)
-    _demand_finite(scored, model, name)
+    demand_finite(scored, model, name)
     results = {
         "model": name,
         "revision": revision,
         "groups": _groups(scored, name),
-        "conversations": {key: {"group": _group(key), **vars(sums)} for key, sums in scored.items()},
+        "conversations": by_conversation(scored),
     }
     if state.is_main_process:
         with written_to(output.parent):
@@ -131,7 +131,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     return {**identity, **results}
 
 
-def score(model: Any, tokens: Path, names: list[str], batch_tokens: int) -> dict[str, Sums]:
+def score(
+    model: Any, tokens: Path, names: list[str], batch_tokens: int, only: Container[str] | None = None
+) -> dict[str, Sums]:
     """Sums by conversation. Several processes share the batches.
 
     Args:
@@ -139,6 +141,7 @@ def score(model: Any, tokens: Path, names: list[str], batch_tokens: int) -> dict
         tokens: The dialogues in its own tokens (``batches.write_tokens``).
         names: The conversation of each block.
         batch_tokens: Most tokens in a batch, padding included.
+        only: The conversations to score; default all.
 
     Raises:
         UserError: The model cannot be split, or tokenizer and weights do not belong together.
@@ -148,10 +151,12 @@ def score(model: Any, tokens: Path, names: list[str], batch_tokens: int) -> dict
         raise UserError(f"{type(model).__name__} does not give its logits from its layers' output alone")
     context = context_length(model)
     file = TokenFile(tokens)
-    lengths = np.minimum(file.lengths, context or file.lengths.max(initial=0)).tolist()
+    lengths = np.minimum(file.lengths, context or file.lengths.max(initial=0))
+    chosen = [block for block, name in enumerate(names) if only is None or name in only]
     sums = {name: Sums() for name in names}
     state = PartialState()
-    mine = batches(lengths, batch_tokens)[state.process_index :: state.num_processes]
+    groups = batches(lengths[chosen].tolist(), batch_tokens)[state.process_index :: state.num_processes]
+    mine = [[chosen[row] for row in group] for group in groups]
     hidden = not state.is_main_process or is_quiet()
     with tqdm(total=sum(map(len, mine)), unit="row", desc="evaluate", disable=hidden) as bar:
         for blocks in mine:
@@ -214,7 +219,12 @@ def _scored(split: SplitModel, batch: dict[str, Tensor]) -> tuple[NDArray[np.flo
     return np.concatenate(nats), np.concatenate(hits)
 
 
-def _demand_finite(scored: Mapping[str, Sums], model: Any, name: str) -> None:
+def by_conversation(scored: Mapping[str, Sums]) -> dict[str, dict[str, Any]]:
+    """The group and the sums of each conversation."""
+    return {key: {"group": _group(key), **vars(sums)} for key, sums in scored.items()}
+
+
+def demand_finite(scored: Mapping[str, Sums], model: Any, name: str) -> None:
     """Check that every conversation has a number."""
     wrong = next((conversation for conversation, sums in scored.items() if not math.isfinite(sums.nats)), None)
     if wrong is None:

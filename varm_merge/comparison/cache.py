@@ -1,4 +1,4 @@
-"""The folder of a comparison: its lock, the results of finished steps, and the models in it."""
+"""The folder of a comparison or search: its lock, the results of finished steps, and the models in it."""
 
 import json
 import shutil
@@ -22,9 +22,8 @@ __all__ = [
     "state_of",
 ]
 
-MARKER = ".varm-merge-compare"
-MARK = "A comparison by varm-merge compare lies in this folder: it writes, replaces and removes files here.\n"
-"""The content of the marker file, which is also the lock. Only a folder with this marker is written to."""
+NOUNS = {"compare": "comparison", "tune": "search"}
+"""What lies in the folder of a command."""
 MODEL_FILES = {".safetensors", ".bin", ".json", ".model", ".jinja", ".txt", ".tiktoken", ".py"}
 """Suffixes of weights, configs, tokenizers and code; not of the README."""
 RECIPE = "mergekit_config.yml"
@@ -32,38 +31,50 @@ RECIPE = "mergekit_config.yml"
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Make a folder that of a comparison, and keep other processes from comparing into it.
+def exclusive(folder: Path, command: str = "compare") -> Iterator[None]:
+    """Make a folder that of a command, and keep other processes from writing into it.
 
     Raises:
-        UserError: Another process compares into it, or it cannot be written.
+        UserError: Another process writes into it, or it cannot be written.
     """
+    marker = folder / _marker(command)
     with written_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARKER).open("a").close()
-    busy = f"another `varm-merge compare` is running in `{folder}`; wait for it, or give another --out"
-    with locked(folder / MARKER, busy):
-        if not _is_marked(folder):
+        marker.open("a").close()
+    busy = f"another `varm-merge {command}` is running in `{folder}`; wait for it, or give another --out"
+    with locked(marker, busy):
+        if not _is_marked(folder, command):
             with written_to(folder):
-                (folder / MARKER).write_text(MARK, encoding="utf-8")  # in place: another file has another lock
+                marker.write_text(_mark(command), encoding="utf-8")  # in place: another file has another lock
         yield
 
 
-def demand_folder(folder: Path) -> None:
+def demand_folder(folder: Path, command: str = "compare") -> None:
     """Refuse a folder that holds the user's own files.
 
     Raises:
-        UserError: It holds files, and no marker of a comparison.
+        UserError: It holds files, and no marker of the command.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"`{folder}` is a file; --out is the folder of the report")
-    if folder.is_dir() and not _is_marked(folder) and any(file.name != MARKER for file in folder.iterdir()):
-        raise UserError(f"`{folder}` is not empty and holds no comparison; give another --out")
+    own = _is_marked(folder, command)
+    if folder.is_dir() and not own and any(file.name != _marker(command) for file in folder.iterdir()):
+        raise UserError(f"`{folder}` is not empty and holds no {NOUNS[command]}; give another --out")
 
 
-def _is_marked(folder: Path) -> bool:
+def _marker(command: str) -> str:
+    """The name of the marker file, which is also the lock. Only a folder with its marker is written to."""
+    return f".varm-merge-{command}"
+
+
+def _mark(command: str) -> str:
+    text = f"A {NOUNS[command]} by varm-merge {command} lies in this folder"
+    return f"{text}: it writes, replaces and removes files here.\n"
+
+
+def _is_marked(folder: Path, command: str) -> bool:
     try:
-        return (folder / MARKER).read_text(encoding="utf-8") == MARK
+        return (folder / _marker(command)).read_text(encoding="utf-8") == _mark(command)
     except (OSError, UnicodeDecodeError):
         return False
 

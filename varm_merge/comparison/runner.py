@@ -16,7 +16,6 @@ import click
 import psutil
 from mergekit.common import ModelReference
 
-from varm_common.checkpoints import weight_files
 from varm_common.errors import UserError
 from varm_common.files import sha256_of, sync_tree
 from varm_common.process_usage import MEMORY, CommandError, machine, measured
@@ -24,12 +23,12 @@ from varm_common.tables import short_names, size
 from varm_common.versions import versions
 from varm_merge.comparison.cache import RECIPE, Steps, content_of, is_a_merge, model_files, remove, state_of
 from varm_merge.comparison.distances import distances, moved_layers
+from varm_merge.comparison.inputs import model_folder, model_state
 from varm_merge.comparison.recipes import Entry, Family
 from varm_merge.comparison.scores import Scorers, differences, environment, text_config
 from varm_merge.comparison.settings import Row, Settings
 from varm_merge.comparison.suites import Task
 from varm_merge.comparison.tasks import Tasks
-from varm_merge.merging.lineage import Place
 from varm_merge.merging.weight_log import recipe_fingerprint
 
 __all__ = ["compare"]
@@ -105,8 +104,8 @@ class _Comparison:
     def _input_row(self, model: str, name: str, role: str) -> Row:
         row = Row(name, role, Path(model))
         try:
-            row.folder = self._folder(model)
-            row.fingerprint = self._fingerprint(model)
+            row.folder = model_folder(model, self.settings.cache_dir)
+            row.fingerprint = model_state(model, self.settings.cache_dir)
         except UserError as error:
             row.problems.append(str(error))
         return row
@@ -123,37 +122,13 @@ class _Comparison:
         return row
 
     def _merge_inputs(self, entry: Entry) -> dict[str, Any]:
-        inputs = {model: self._fingerprint(model) for model in entry.models}
+        inputs = {model: model_state(model, self.settings.cache_dir) for model in entry.models}
         for model in entry.tokenizers:  # only its tokenizer is used, so nothing is downloaded here
             folder = Path(ModelReference.model_validate(model).model.path)
             inputs[model] = state_of(model_files(folder)) if folder.is_dir() else model
         options = self.settings.merge_options()
         recipe = recipe_fingerprint(entry.content)
         return {"recipe": recipe, "inputs": inputs, "options": options, "versions": versions()}
-
-    def _folder(self, model: str) -> Path:
-        """The folder of a model; from the Hub it is downloaded."""
-        reference = ModelReference.model_validate(model)
-        if reference.lora is not None:
-            raise UserError(f"{model} is a model with an adapter; it is merged, but not measured by itself")
-        place = Place(reference.model.path, reference.model.revision, self.settings.cache_dir)
-        folder = place.folder()
-        if folder is not None and weight_files(folder).names:
-            return folder
-        if folder is not None and folder == Path(place.path):
-            raise UserError(f"the folder `{folder}` has no weights")
-        try:
-            return Path(reference.local_path(self.settings.cache_dir))
-        except Exception as error:  # whatever the HTTP client raises
-            raise UserError(f"`{model}` cannot be downloaded: {error}") from error
-
-    def _fingerprint(self, model: str) -> str:
-        """The fingerprint of a model's files; for an adapter also of those of the model under it."""
-        reference = ModelReference.model_validate(model)
-        folders = [self._folder(str(ModelReference(model=reference.model)))]
-        if reference.lora and (adapter := Path(reference.lora.path)).is_dir():
-            folders.append(adapter)
-        return state_of(file for folder in folders for file in model_files(folder))
 
     # Before the first merge
 

@@ -1,0 +1,115 @@
+"""Merge recipes and score the merged models without writing their weights.
+
+mergekit merges in this process. Each merged tensor goes through a pipe to ``fusion-trainer serve-scores``, which
+holds one model at a time. Config and tokenizer lie in a temporary folder.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+from varm_common.errors import UserError
+from varm_common.process_usage import CommandError, dies_with_parent, last_lines, outcome
+from varm_common.tensor_stream import send_message, send_tensor
+from varm_merge.comparison.scores import environment
+from varm_merge.merging.streamed import merge_streamed
+
+__all__ = ["Scorer"]
+
+Conversations = dict[str, dict[str, Any]]
+"""The sums of each conversation: ``nats``, ``bytes`` and more."""
+
+
+class Scorer:
+    """A running ``fusion-trainer serve-scores``. It is a context; at its end the program ends.
+
+    Attributes:
+        conversations: All conversations of the dialogues.
+
+    Raises:
+        CommandError: The program cannot use the dialogues.
+    """
+
+    def __init__(self, dialogues: Path, options: MergeOptions, device: str | None, log: Path) -> None:
+        self.options, self.log = options, log
+        trust = ["--trust-remote-code"] if options.trust_remote_code else []
+        command = [sys.executable, "-m", "fusion_trainer", "serve-scores", "--dialogues", str(dialogues), *trust]
+        with log.open("ab") as output:
+            self._begin = output.tell()
+            self._program = subprocess.Popen(
+                [*command, "--quiet"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                env=environment(device),
+                preexec_fn=dies_with_parent,
+            )
+        assert self._program.stdin
+        assert self._program.stdout
+        self._requests, self._answers = self._program.stdin, self._program.stdout
+        self.conversations: list[str] = self._answer()["conversations"]
+
+    def __enter__(self) -> "Scorer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._program.kill()
+        with suppress(OSError):
+            self._requests.close()
+        self._program.wait()
+
+    def merge(self, recipe: Mapping[str, Any], name: str, conversations: Sequence[str]) -> Conversations:
+        """Merge a recipe and score the result on some conversations.
+
+        Raises:
+            UserError: The loss is not finite, or the model cannot be scored.
+            CommandError: The program has failed.
+        """
+        with tempfile.TemporaryDirectory(prefix="varm-merge-") as folder:
+            config = MergeConfiguration.model_validate(recipe)
+            try:
+                merge_streamed(
+                    config, Path(folder), self.options, lambda *tensor: send_tensor(self._requests, *tensor)
+                )
+            except BrokenPipeError:
+                self._failed()
+            return self._score(Path(folder), name, conversations)
+
+    def model(self, folder: Path, name: str, conversations: Sequence[str]) -> Conversations:
+        """Score the model in a folder on some conversations; raises as ``merge`` does."""
+        return self._score(folder, name, conversations)
+
+    def _score(self, folder: Path, name: str, conversations: Sequence[str]) -> Conversations:
+        request = {"folder": str(folder), "name": name, "conversations": list(conversations)}
+        try:
+            send_message(self._requests, request)
+        except BrokenPipeError:
+            self._failed()
+        reply = self._answer()
+        if "problem" in reply:
+            raise UserError(reply["problem"])
+        scored: Conversations = reply["conversations"]
+        return scored
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._answers.readline()
+        if not line:
+            self._failed()
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _failed(self) -> None:
+        code = self._program.wait()
+        with self.log.open("rb") as output:
+            raise CommandError(f"serve-scores {outcome(code)}:\n{last_lines(output, self._begin)}")

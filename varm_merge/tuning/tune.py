@@ -1,0 +1,311 @@
+"""Search the numbers of a recipe on one part of held-out conversations, and report the result on the other.
+
+The choosing part alone decides which values are tried and kept. The reporting part is scored once at the end, so
+its figures are not too good by selection. Every score is stored, and a search that is repeated reads it.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from mergekit.options import MergeOptions
+
+from varm_common.errors import UserError
+from varm_common.files import fingerprint, write_file, write_json
+from varm_common.process_usage import CommandError, machine
+from varm_common.standard_errors import standard_error
+from varm_common.tables import short_names
+from varm_common.versions import versions
+from varm_merge.comparison.cache import Steps
+from varm_merge.comparison.inputs import model_folder, model_state
+from varm_merge.comparison.recipes import Entry, family
+from varm_merge.comparison.scores import HeldOut, Scorers, differences
+from varm_merge.merging.weight_log import recipe_fingerprint
+from varm_merge.recipes import recipe_file
+from varm_merge.recipes.check import check
+from varm_merge.recipes.problems import Looked, refuse
+from varm_merge.tuning.parameters import numbers, parameters, written
+from varm_merge.tuning.scorer import Conversations, Scorer
+from varm_merge.tuning.search import Values, search
+
+__all__ = ["FORMAT", "VERSION", "Tuning", "tune"]
+
+FORMAT, VERSION = "varm-merge tuning", 1
+LEAST, FEW = 4, 20
+"""Conversations that are needed, and those below which the standard errors of a part are uncertain."""
+EVALUATIONS = 12
+"""Evaluations for each number that is searched, by default."""
+TUNED, RECIPE = "tuned", "recipe"
+"""Names of the recipe that was found, and of the one that was given."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The settings of a search: the options of ``varm-merge tune``."""
+
+    recipe: Path
+    out: Path
+    held_out: HeldOut
+    parameters: tuple[str, ...] = ()
+    evaluations: int | None = None
+    report_share: float = 0.5
+    seed: int = 0
+    device: str | None = None
+    quiet: bool = False
+
+
+def tune(tuning: Tuning, options: MergeOptions, command: str) -> dict[str, Any]:
+    """Search, write ``recipe.yaml`` and ``tuned.json`` into the folder ``out``, and return the latter.
+
+    Raises:
+        UserError: The recipe, the data or a model cannot be used.
+    """
+    return _Search(tuning, options, command).run()
+
+
+class _Search:
+    def __init__(self, tuning: Tuning, options: MergeOptions, command: str) -> None:
+        self.tuning, self.command = tuning, command
+        self.options = options.model_copy(
+            update={
+                "quiet": True,
+                "random_seed": tuning.seed,
+                "write_model_card": False,
+                "device": tuning.device or options.device,
+            }
+        )
+        self.text = recipe_file.read(tuning.recipe)
+        entry = Entry(tuning.recipe.stem, tuning.recipe, self.text)
+        if not entry.content.get("merge_method"):
+            refuse(check(self.text, every=True, models=False), tuning.recipe, "cannot be tuned")
+        self.content = entry.content
+        refuse(
+            [one for one in check(self.text, every=True, models=False) if "merge_method" in one.path],
+            tuning.recipe,
+            "cannot be tuned",
+        )
+        self.numbers = numbers(self.content, parameters(self.content, tuning.parameters))
+        self.free = [number for number in self.numbers if not number.fixed]
+        if not self.free:
+            raise UserError(
+                "there is one target, and only the ratio of the targets' weights matters: search lambda"
+            )
+        self.evaluations = tuning.evaluations or EVALUATIONS * len(self.free)
+        self.family = family([entry])
+        self.cache_dir = options.transformers_cache
+        self.inputs = {model: model_state(model, self.cache_dir) for model in entry.models}
+        self.steps = Steps(tuning.out / "steps")
+        self.log = tuning.out / "log.txt"
+
+    def run(self) -> dict[str, Any]:
+        start = self._recipe(tuple(number.start for number in self.free))
+        text = yaml.safe_dump(start, sort_keys=False, allow_unicode=True)
+        with ExitStack() as stack:
+            if self.options.lora_merge_cache is None:
+                cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="varm-merge-"))
+                self.options = self.options.model_copy(update={"lora_merge_cache": cache})
+            problems = check(text, every=True, options=self.options, looked=Looked())
+            refuse(problems, self.tuning.recipe, "cannot be tuned")
+            try:
+                scorer = stack.enter_context(self._scorer())
+                choosing, reporting = self._parts(scorer.conversations)
+                tried = self._choose(scorer, choosing)
+                best = min(tried, key=lambda values: tried[values])
+                rows = self._rows(scorer, reporting, start, best)
+            except CommandError as error:
+                raise UserError(f"{error} ({self.log})") from error
+            chosen = {values: self._stored(self._recipe(values), choosing) for values in tried}
+        return self._report(chosen, best, rows, len(choosing), len(reporting))
+
+    # Parts
+
+    def _scorer(self) -> Scorer:
+        pivot = model_folder(self.family.pivot, self.cache_dir)
+        scorers = Scorers(
+            self.tuning.out / "work", self.tuning.device, self.options.trust_remote_code, with_tasks=False
+        )
+        self._print("preparing the held-out text")
+        dialogues = scorers.prepare(self.tuning.held_out, pivot, self._text_inputs(), self.log)
+        return Scorer(dialogues, self.options, self.tuning.device, self.log)
+
+    def _text_inputs(self) -> dict[str, Any]:
+        return {"pivot": model_state(self.family.pivot, self.cache_dir), **self.tuning.held_out.inputs()}
+
+    def _parts(self, conversations: Sequence[str]) -> tuple[list[str], list[str]]:
+        """The conversations that choose and those that report, by a hash of their names."""
+        if len(conversations) < LEAST:
+            raise UserError(
+                f"--held-out has {len(conversations)} conversations; at least {LEAST} are needed, of which some "
+                "choose the values and others report the result"
+            )
+
+        def draw(name: str) -> str:
+            return hashlib.sha256(f"{self.tuning.seed}/{name}".encode()).hexdigest()
+
+        number = round(len(conversations) * self.tuning.report_share)
+        number = min(max(number, LEAST // 2), len(conversations) - LEAST // 2)
+        shuffled = sorted(conversations, key=draw)
+        return shuffled[number:], shuffled[:number]
+
+    # Scores
+
+    def _recipe(self, values: Values) -> dict[str, Any]:
+        found = dict(zip(self.free, values, strict=True))
+        return written(self.content, {number: found.get(number, number.start) for number in self.numbers})
+
+    def _choose(self, scorer: Scorer, choosing: Sequence[str]) -> dict[Values, float]:
+        """The loss of every set of values that was tried, on the choosing part."""
+
+        def loss(values: Values) -> float:
+            shown = ", ".join(f"{number.label} {value:g}" for number, value in zip(self.free, values, strict=True))
+            scored = self._merge(scorer, self._recipe(values), shown, choosing)
+            found = _nats_per_byte(scored)
+            self._print(f"{shown}: {found:.5f} nats per byte")
+            return found
+
+        return search(self.free, loss, self.evaluations)
+
+    def _merge(
+        self, scorer: Scorer, recipe: Mapping[str, Any], name: str, conversations: Sequence[str]
+    ) -> Conversations:
+        about = self._about(
+            conversations, recipe=recipe_fingerprint(recipe), inputs=self.inputs, seed=self.tuning.seed
+        )
+        return self._scored(about, partial(scorer.merge, recipe, name, conversations))
+
+    def _stored(self, recipe: Mapping[str, Any], conversations: Sequence[str]) -> Conversations:
+        about = self._about(
+            conversations, recipe=recipe_fingerprint(recipe), inputs=self.inputs, seed=self.tuning.seed
+        )
+        stored = self.steps.load("scores", fingerprint(about)[:16], about)
+        assert stored
+        scored: Conversations = stored["conversations"]
+        return scored
+
+    def _about_merge(self, recipe: Mapping[str, Any], conversations: Sequence[str]) -> dict[str, Any]:
+        own = {"recipe": recipe_fingerprint(recipe), "inputs": self.inputs, "seed": self.tuning.seed}
+        return self._about(conversations, **own)
+
+    def _about(self, conversations: Sequence[str], **model: Any) -> dict[str, Any]:
+        """Everything that a score depends on."""
+        part = {"conversations": fingerprint(sorted(conversations)), "text": self._text_inputs()}
+        return {**model, **part, "device": self.tuning.device, "versions": versions()}
+
+    def _scored(self, about: Mapping[str, Any], compute: Callable[[], Conversations]) -> Conversations:
+        name = fingerprint(about)[:16]
+        if (stored := self.steps.load("scores", name, about)) is None:
+            stored = {"conversations": compute()}
+            self.steps.save("scores", name, about, stored)
+        scored: Conversations = stored["conversations"]
+        return scored
+
+    def _rows(
+        self, scorer: Scorer, reporting: Sequence[str], start: Mapping[str, Any], best: Values
+    ) -> dict[str, Conversations]:
+        """The scores of pivot, targets and both recipes on the reporting part."""
+        self._print("scoring the reporting part")
+        rows: dict[str, Conversations] = {}
+        names = short_names(self.family.models, [RECIPE, TUNED])
+        for model, name in zip(self.family.models, names, strict=True):
+            try:
+                folder = model_folder(model, self.cache_dir)
+            except UserError as error:  # an adapter is merged, but not scored by itself
+                self._print(str(error))
+                continue
+            about = self._about(reporting, model=model_state(model, self.cache_dir))
+            rows[name] = self._scored(about, partial(scorer.model, folder, name, reporting))
+        rows[RECIPE] = self._merge(scorer, start, RECIPE, reporting)
+        rows[TUNED] = self._merge(scorer, self._recipe(best), TUNED, reporting)
+        return rows
+
+    # The report
+
+    def _report(
+        self,
+        tried: Mapping[Values, Conversations],
+        best: Values,
+        rows: Mapping[str, Conversations],
+        choosing: int,
+        reporting: int,
+    ) -> dict[str, Any]:
+        recipe = self._recipe(best)
+        report: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "command": self.command,
+            "machine": machine(),
+            "versions": versions(),
+            "recipe": {"path": str(self.tuning.recipe), "sha256": recipe_fingerprint(self.content)},
+            "numbers": [
+                {
+                    "name": number.label,
+                    "range": [number.parameter.low, number.parameter.high],
+                    "searched": not number.fixed,
+                    "start": number.start,
+                    "found": dict(zip(self.free, best, strict=True)).get(number, number.start),
+                }
+                for number in self.numbers
+            ],
+            "conversations": {"choosing": choosing, "reporting": reporting},
+            "evaluations": [
+                {"values": list(values), **_score(scored), "minus_best": _minus(scored, tried[best])}
+                for values, scored in tried.items()
+            ],
+            "models": [
+                {"name": name, **_score(scored), "tuned_minus": _minus(rows[TUNED], scored)}
+                for name, scored in rows.items()
+            ],
+            "tuned": recipe,
+        }
+        report["remarks"] = list(self._remarks(report))
+        found = ", ".join(f"{one['name']} {one['found']:g}" for one in report["numbers"])
+        head = f"# {self.tuning.recipe.name}, tuned by varm-merge: {found}.\n"
+        write_file(
+            self.tuning.out / "recipe.yaml", head + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+        )
+        write_json(self.tuning.out / "tuned.json", report)
+        return report
+
+    def _remarks(self, report: Mapping[str, Any]) -> Sequence[str]:
+        remarks = []
+        for number, one in zip(self.numbers, report["numbers"], strict=True):
+            low, high = one["range"]
+            if not number.fixed and min(one["found"] - low, high - one["found"]) < 0.02 * (high - low):
+                remarks.append(
+                    f"the best {one['name']} lies at the edge of its range {low:g} to {high:g}; "
+                    f"--parameter {number.parameter}=LOW:HIGH gives a wider one"
+                )
+        if len(report["evaluations"]) >= self.evaluations:
+            remarks.append(f"the search used all {self.evaluations} evaluations; --evaluations allows more")
+        if min(report["conversations"].values()) < FEW:
+            remarks.append(f"a part has fewer than {FEW} conversations, so the standard errors are uncertain")
+        return remarks
+
+    def _print(self, message: str) -> None:
+        if not self.tuning.quiet:
+            click.echo(message, err=True)
+
+
+def _nats_per_byte(scored: Conversations) -> float:
+    size = sum(sums["bytes"] for sums in scored.values())
+    if not size:
+        raise UserError("there is nothing to score: the conversations of a part have no byte of an answer")
+    return float(sum(sums["nats"] for sums in scored.values()) / size)
+
+
+def _score(scored: Conversations) -> dict[str, Any]:
+    columns = [[sums[key] for sums in scored.values()] for key in ("nats", "bytes")]
+    return {"nats_per_byte": _nats_per_byte(scored), "error": standard_error((columns[0], columns[1]))}
+
+
+def _minus(scored: Conversations, other: Conversations) -> list[float | None]:
+    """The difference in nats per byte, and its standard error over conversations."""
+    both = differences({"conversations": scored}, {"conversations": other}, "all")
+    return list(both["nats_per_byte"])
