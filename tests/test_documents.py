@@ -60,6 +60,7 @@ INSTEAD = {
     "--methods varm:layer,ties,linear": "--methods linear",
     "--methods varm:layer,sce,ties,linear": "--methods linear",
     "--methods varm,sce,ties,dare_linear": "--methods dare_linear",
+    "--out tuned/": "--out tuned/ --evaluations 3",
 }
 """What stands in for what, where a machine like this has no such thing."""
 
