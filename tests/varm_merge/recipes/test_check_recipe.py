@@ -93,7 +93,7 @@ def test_the_published_merges_are_shipped_at_every_granularity() -> None:
         ("parameters:\n  select_topk: 0.0", 7, "not greater than 0"),
         ("parameters:\n  select_topk: 1.1", 7, "not less than or equal to 1"),
         ("parameters:\n  erase_minority: 3", 7, "`erase_minority` is `3`, not a valid boolean"),
-        ("parameters:\n  weight: 0.3", 7, "unknown parameter `weight` of varm; known are granularity"),
+        ("parameters:\n  density: 0.3", 7, "unknown parameter `density` of varm; known are granularity"),
         ("dtype: bf16", 6, "float32, float64; did you mean `bfloat16`?"),
         ("base_model: org/other", 6, "`base_model` is written twice"),
         ("tokenizer:\n  sorce: union", 7, "unknown key of the tokenizer `sorce`; did you mean `source`?"),
