@@ -149,9 +149,18 @@ def test_a_recipes_models_and_its_other_keys_are_taken_for_methods(mistral: Fami
     models = [{"model": str(target)} for target in mistral.targets]
     content = {"merge_method": "varm", "base_model": str(mistral.pivot), "models": models, "dtype": "bfloat16"}
     recipe.write_text(yaml.safe_dump(content))
-    found = entries([recipe], ["ties", "varm:layer"], None, [], tmp_path / "recipes")
-    assert [entry.name for entry in found] == ["mine", "ties", "varm-layer"]
-    ties, layer = found[1].content, found[2].content
+    methods = ["ties", "varm:layer", "ties:lambda=0.8", "varm:layer:lambda=1.5"]
+    found = entries([recipe], methods, None, [], tmp_path / "recipes")
+    assert [entry.name for entry in found] == [
+        "mine",
+        "ties",
+        "varm-layer",
+        "ties-lambda=0.8",
+        "varm-layer-lambda=1.5",
+    ]
+    ties, layer, scaled, both = (one.content for one in found[1:])
+    assert scaled["parameters"] == {"weight": 1.0, "density": 0.2, "lambda": 0.8}
+    assert both["parameters"] == {"granularity": "layer", "lambda": 1.5}
     assert (ties["base_model"], ties["models"], ties["dtype"]) == (str(mistral.pivot), models, "bfloat16")
     assert ties["parameters"] == {"weight": 1.0, "density": 0.2}
     assert layer["parameters"] == {"granularity": "layer"}
