@@ -112,7 +112,7 @@ def _only_item(path: Path) -> Iterator[Any]:
 def _array_items(path: Path) -> Iterator[Any]:
     """The items of a JSON array, one after the other; little more of the file is held than the longest of them."""
     with path.open(encoding="utf-8-sig") as file:
-        text, at, number = "", 0, 0
+        text, at, number, lines = "", 0, 0, 1
         try:
             while not (text := text.lstrip()):
                 text = file.read(READ_AT_ONCE)
@@ -122,6 +122,7 @@ def _array_items(path: Path) -> Iterator[Any]:
                     more = file.read(max(READ_AT_ONCE, len(text) - at)) if _may_be_cut(found) else ""
                     if not more:
                         raise found
+                    lines += text.count("\n", 0, at)
                     text, at = text[at:] + more, 0
                     continue
                 items, at = found
@@ -134,7 +135,8 @@ def _array_items(path: Path) -> Iterator[Any]:
         except (ValueError, RecursionError) as error:
             what = str(error)
             if isinstance(error, json.JSONDecodeError):
-                what = f"{error.msg}: {error.doc[error.pos : error.pos + 40]!r}"
+                here = f"line {lines + error.doc.count(chr(10), 0, error.pos)}"
+                what = f"{here}: {error.msg}: {error.doc[error.pos : error.pos + 40]!r}"
             raise _NotJsonError(f"row {number + 1}: {what}") from error
 
 

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fusion_trainer.config import ExtractConfig
-from fusion_trainer.representations.engine import Engine
 from varm_common.models import resolved_dtype
 
 if TYPE_CHECKING:
     import torch
+
+    from fusion_trainer.representations.engine import Engine
 
 __all__ = ["engine_identity", "open_engine", "unused_settings"]
 
@@ -58,7 +59,7 @@ def engine_identity(config: ExtractConfig, folder: Path) -> dict[str, Any]:
     return {"dtype": dtype, "engine": config.engine, **({"engine_options": options} if options else {})}
 
 
-def open_engine(config: ExtractConfig, folder: Path, known: frozenset[int], device: "torch.device") -> Engine:
+def open_engine(config: ExtractConfig, folder: Path, known: frozenset[int], device: "torch.device") -> "Engine":
     """The engine that ``config`` names, with its model.
 
     Args:

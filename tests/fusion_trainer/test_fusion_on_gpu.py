@@ -19,7 +19,7 @@ from pretend_gpu import GpuTensor, module_on_gpu, on_gpu, pretend_gpu
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from fusion_trainer.representations import extraction, split_model, topk_model
+from fusion_trainer.representations import split_model, topk_model, transformers_engine
 from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.representations.topk import TopK, top_k
 from fusion_trainer.training import evaluate, loss, rounding
@@ -123,7 +123,7 @@ def loads_onto_a_gpu(fusion: tiny_fusion.World, monkeypatch: pytest.MonkeyPatch)
     """An extraction of `bytes` has its model on a GPU."""
     model = AutoModelForCausalLM.from_pretrained(fusion.folder / "bytes").eval()
     with pretend_gpu():
-        monkeypatch.setattr(extraction, "load_causal_lm", lambda *_, **__: module_on_gpu(model))
+        monkeypatch.setattr(transformers_engine, "load_causal_lm", lambda *_, **__: module_on_gpu(model))
         yield
 
 

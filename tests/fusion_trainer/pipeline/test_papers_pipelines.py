@@ -68,6 +68,9 @@ def as_written(name: str) -> dict[str, Any]:
         source.pop("load_in", None)
         if source["model"] == OPEN_LLAMA:
             source["revision"] = REVISION
+    if others := settings["prepare"].get("fit_tokenizers"):
+        at_revision = {OPEN_LLAMA: f"{OPEN_LLAMA}@{REVISION}"}
+        settings["prepare"]["fit_tokenizers"] = [at_revision.get(other, other) for other in others]
     return settings
 
 

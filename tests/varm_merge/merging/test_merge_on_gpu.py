@@ -46,9 +46,9 @@ def blended(weights: Any, **steps: Any) -> Callable[..., Any]:
     return run
 
 
-def plainly_blended(_pivot: Tensor, *targets: Tensor) -> Tensor:
+def plainly_blended(pivot: Tensor, *targets: Tensor) -> Tensor:
     out = torch.empty(targets[0].shape, dtype=torch.bfloat16, device=targets[0].device)
-    blend(targets, [0.2, 0.5, 0.3], out)
+    blend(pivot, targets, [0.2, 0.5, 0.3], out)
     return out
 
 
