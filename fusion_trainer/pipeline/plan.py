@@ -117,7 +117,8 @@ def _build(builder: Builder) -> None:
     if isinstance(template, str) and template not in BUILT_IN_TEMPLATES and not Path(template).is_file():
         builder.wrong("prepare.template", f"no file `{template}`, and none of {', '.join(BUILT_IN_TEMPLATES)}")
     for model in builder.texts("prepare.fit_tokenizers", config.prepare.get("fit_tokenizers")):
-        builder.check_model("prepare.fit_tokenizers", model)
+        name = model if Path(model).is_dir() else model.partition("@")[0]
+        builder.check_model("prepare.fit_tokenizers", name)
     _add_prepare(builder, "dialogues", "data", config.data)
     names = _add_extractions(builder)
     for name in names:

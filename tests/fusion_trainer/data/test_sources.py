@@ -69,7 +69,7 @@ def test_a_broken_item_is_named_and_ends_the_reading(tmp_path: Path) -> None:
     path.write_text('[{"text": "One."},\n {"text": oops},\n' + ",\n".join(['{"text": "More."}'] * 10**5) + "]")
     source = open_source(str(path)).rows()
     assert next(source) == ("chats.json, row 1", {"text": "One."})
-    with pytest.raises(UserError, match=r"row 2: Expecting value: 'oops"):
+    with pytest.raises(UserError, match=r"row 2: line 2: Expecting value: 'oops"):
         next(source)
 
 
