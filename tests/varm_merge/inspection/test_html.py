@@ -347,9 +347,9 @@ def test_every_text_stands_out_in_both_themes(
     page.locator("#maps td[tabindex]").first.focus()
 
     def shown(theme: str) -> None:
+        grounds = (page.evaluate("getComputedStyle(document.body).backgroundColor") for _ in range(200))
+        assert any((sum(map(int, re.findall(r"\d+", ground))) < 200) == (theme == "dark") for ground in grounds)
         assert contrasts(page)[0][0] >= 4.5, contrasts(page)[:3]
-        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert (sum(map(int, re.findall(r"\d+", ground))) < 200) == (theme == "dark")
 
     shown(scheme)
     other = "light" if scheme == "dark" else "dark"
