@@ -283,6 +283,18 @@ def test_batches_hold_every_row_once_and_no_more_tokens_than_allowed(lengths: li
 
 
 @property_test
+@given(st.lists(st.integers(1, 600), min_size=1, max_size=200))
+def test_a_batch_of_some_size_is_hardly_padded(lengths: list[int]) -> None:
+    made = batches(lengths, 16384)
+    for batch in made:
+        longest = lengths[batch[0]]
+        for before, row in enumerate(batch):
+            assert lengths[row] >= 0.75 * longest or before * longest < 2048
+    padded = sum(lengths[batch[0]] * len(batch) for batch in made)
+    assert padded <= sum(lengths) / 0.75 + 2048 * len(made)
+
+
+@property_test
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000))
 def test_shards_hold_every_row_once_in_order_and_no_more_tokens_than_allowed(
     lengths: list[int], limit: int
