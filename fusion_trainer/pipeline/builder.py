@@ -41,7 +41,8 @@ class PipelineConfig(BaseModel):
     data: Annotated[list[str], BeforeValidator(one_or_more)] = Field(min_length=1)
     """Chat data."""
     sources: list[Settings] = Field(min_length=1)
-    """Source models: `model`, a `name`, and settings of `extract` for this source."""
+    """Source models: `model`, a `name`, settings of `extract` for this source, and its own settings of `align` under
+    `align`."""
     prepare: Settings = {}
     """Settings of `fusion-trainer prepare`."""
     extract: Settings = {}
@@ -87,6 +88,13 @@ class Builder:
             self.wrong(where, f"is {value!r}, but must be a text or a list of texts")
             return []
         return texts
+
+    def mapping(self, where: str, value: Any) -> Settings:
+        """The settings under a key that may be missing."""
+        if value is None or isinstance(value, dict):
+            return value or {}
+        self.wrong(where, f"is {value!r}, but must be settings by name")
+        return {}
 
     def check_name(self, where: str, name: str) -> None:
         if not re.fullmatch(r"\w[\w.+-]*", name):

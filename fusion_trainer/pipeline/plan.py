@@ -121,7 +121,8 @@ def _build(builder: Builder) -> None:
         builder.check_model("prepare.fit_tokenizers", name)
     _add_prepare(builder, "dialogues", "data", config.data)
     names = _add_extractions(builder)
-    for name in names:
+    chunks: list[str] = []
+    for number, (name, source) in enumerate(zip(names, config.sources, strict=True)):
         own = {
             "source_store": builder.work / "stores" / name,
             "pivot_store": builder.work / "stores" / "pivot",
@@ -130,9 +131,12 @@ def _build(builder: Builder) -> None:
             "maps": builder.work / "maps",
             **builder.common,
         }
-        settings = builder.settings(AlignConfig, own, ("align", config.align))
+        given = builder.mapping(f"sources[{number}].align", source.get("align"))
+        settings = builder.settings(AlignConfig, own, ("align", config.align), (f"sources[{number}].align", given))
+        if isinstance(settings, AlignConfig) and settings.chunks:
+            chunks.append(name)
         builder.add("align", name, own["output"], settings, ["extract pivot", f"extract {name}"], {})
-    add_merges(builder, *_add_trainings(builder, names))
+    add_merges(builder, *_add_trainings(builder, names, chunks))
     if config.evaluate is not None:
         _add_evaluations(builder, names, dict(config.evaluate))
 
@@ -183,7 +187,7 @@ def _add_extractions(builder: Builder) -> list[str]:
             continue
         builder.check_model(f"{where}.model", model)
         files = _template_file(builder, where, source, model)
-        source = {key: value for key, value in source.items() if key not in ("name", "model")}
+        source = {key: value for key, value in source.items() if key not in ("name", "model", "align")}
         add(name, model, ("extract", _own_template(config.extract)), (where, _own_template(source)), **files)
     return names
 
@@ -228,8 +232,14 @@ def _has_template(folder: Path) -> bool:
     return False
 
 
-def _add_trainings(builder: Builder, names: list[str]) -> tuple[list[str], list[str]]:
-    """Add the training of each target. Returns the names of all targets, and of the pairwise ones."""
+def _add_trainings(builder: Builder, names: list[str], chunks: list[str]) -> tuple[list[str], list[str]]:
+    """Add the training of each target. Returns the names of all targets, and of the pairwise ones.
+
+    Args:
+        builder: What the stages are added to.
+        names: The sources.
+        chunks: Those that are aligned with `chunks: true`.
+    """
     config, work = builder.config, builder.work
     targets = config.targets or {name: {"sources": [name]} for name in names}
     pairwise = []
@@ -256,7 +266,7 @@ def _add_trainings(builder: Builder, names: list[str]) -> tuple[list[str], list[
         if isinstance(settings, TrainConfig):
             if not sources and settings.clm_weight < 1:
                 builder.wrong(where, "has no `sources`; for CLM alone set `clm_weight: 1`")
-            if settings.alm_weight and sources and not config.align.get("chunks"):
+            if settings.alm_weight and not {*sources} <= {*chunks}:
                 builder.wrong(f"{where}.alm_weight", "needs chunks; set `chunks: true` under `align`")
             if settings.load_in and settings.lora is None:
                 builder.wrong(f"{where}.load_in", "needs `lora`: quantised weights themselves cannot be trained")

@@ -157,6 +157,8 @@ def test_everything_that_is_wrong_with_a_file_is_told_at_once_with_line_and_plac
         ({"pivot": None}, "`pivot` is not set (--pivot): Folder or Hub id of the model to fuse into."),
         ({"sources": []}, "sources: `sources` cannot be []: List should have at least 1 item"),
         ({"sources": ["./neox"]}, "sources[0]: `sources` cannot be './neox': Input should be a valid dictionary"),
+        ({"sources": [{"model": "./neox", "align": {"mep": 1}}]}, "sources[0].align.mep: unknown setting `mep`"),
+        ({"sources": [{"model": "./neox", "align": "dtw"}]}, "sources[0].align: is 'dtw', but must be settings"),
         ({"sources": [{"name": "pivot", "model": "./neox"}]}, "sources[0].name: `pivot` is the pivot's name"),
         ({"launch": {"merge": "srun"}}, "launch.merge: `launch` cannot be 'merge': Input should be 'extract'"),
         ({"launch__train": 3}, "launch.train: `launch` cannot be 3: Input should be a valid string"),
@@ -250,6 +252,23 @@ def test_a_source_names_its_engine(folder: Path) -> None:
     assert before[f"extract {name}"] != marks(folder)[f"extract {name}"]
     problems = told(write(folder, **of(server_url="http://one:8000")))
     assert any("sources[0]: `server_url`: no effect with the engine transformers" in one for one in problems)
+
+
+def test_a_source_is_aligned_in_its_own_way(folder: Path) -> None:
+    first, *others = PIPELINE["sources"]
+    own = {**first, "align": {"positions": "dtw", "map": "min_edit_distance"}}
+    changed = {"sources": [own, *others]}
+    aligned = {stage.name: stage.settings for stage in plan(folder, **changed) if stage.kind == "align"}
+    assert (aligned[first["name"]]["positions"], aligned[first["name"]]["map"]) == ("dtw", "min_edit_distance")
+    before, after = marks(folder), marks(folder, **changed)
+    assert {title for title in before if before[title] != after[title] and "align" in title} == {
+        f"align {first['name']}"
+    }
+    assert before[f"extract {first['name']}"] == after[f"extract {first['name']}"]
+    target = {"targets": {"a": {"sources": [first["name"]], "alm_weight": 0.5}}, "merges": {}}
+    assert any("targets.a.alm_weight: needs chunks" in one for one in told(write(folder, **changed, **target)))
+    own["align"] = {"chunks": True}
+    assert plan(folder, **changed, **target)
 
 
 def test_until_and_only_choose_what_is_needed(folder: Path) -> None:
