@@ -41,8 +41,8 @@ class PipelineConfig(BaseModel):
     data: Annotated[list[str], BeforeValidator(one_or_more)] = Field(min_length=1)
     """Chat data."""
     sources: list[Settings] = Field(min_length=1)
-    """Source models: `model`, a `name`, settings of `extract` for this source, and its own settings of `align` under
-    `align`."""
+    """Source models: `model`, a `name`, settings of `extract` for this source, and settings of `align` for it
+    under `align`."""
     prepare: Settings = {}
     """Settings of `fusion-trainer prepare`."""
     extract: Settings = {}
