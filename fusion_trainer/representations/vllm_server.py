@@ -3,7 +3,6 @@
 How the model is spread over GPUs and nodes, and in what dtype, is decided where the server is started.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -15,6 +14,7 @@ from fusion_trainer.config import ExtractConfig
 from fusion_trainer.representations.engine import Distributions, Query
 from fusion_trainer.representations.model_servers import BrokenReplyError, ModelServers, RefusedError
 from fusion_trainer.representations.vllm_engine import TooFewError, reduced
+from varm_common.endpoints import key_from
 from varm_common.errors import UserError
 
 __all__ = ["VllmServer"]
@@ -35,9 +35,7 @@ class VllmServer:
 
     def __init__(self, config: ExtractConfig, known: frozenset[int]) -> None:
         self.model, self.known = config.model, known
-        key = os.environ.get(config.server_key_env, "").strip() if config.server_key_env else ""
-        if config.server_key_env and not key:
-            raise UserError(f"set the environment variable {config.server_key_env} to the server's key")
+        key = key_from(config.server_key_env, "the server")
         urls = [url for given in config.server_url for url in given.split(",") if url]
         self.servers = ModelServers(urls, key, config.server_timeout, config.server_concurrency)
         try:

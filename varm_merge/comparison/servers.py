@@ -5,7 +5,6 @@ models have in the report. What a server lists under ``/models`` is checked befo
 """
 
 import json
-import os
 import re
 import urllib.error
 import urllib.request
@@ -13,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from varm_common.endpoints import checked_url, key_from
 from varm_common.errors import UserError, did_you_mean
 
 __all__ = ["Servers"]
@@ -48,14 +47,11 @@ class Servers:
         for text in given:
             match = NAMED.fullmatch(text)
             name, url = match.groups(default="") if match else ("", "")
-            parts = urlsplit(url)
-            if not parts.hostname:
+            if not match:
                 raise UserError(f"--server-url: `{text}` is neither URL nor NAME=URL; a URL begins with http://")
-            if parts.username or parts.password or parts.query:
-                raise UserError("--server-url contains a key; set it in the environment and use --server-key-env")
             if name in urls:
                 raise UserError(f"--server-url: two URLs for {f'`{name}`' if name else 'all models'}")
-            urls[name] = url.rstrip("/")
+            urls[name] = checked_url(url, "--server-url")
         servers = cls(urls, key_variable)
         servers.key()
         return servers
@@ -66,10 +62,7 @@ class Servers:
         Raises:
             UserError: The environment variable is not set.
         """
-        key = os.environ.get(self.key_variable, "").strip() if self.key_variable else ""
-        if self.key_variable and not key:
-            raise UserError(f"--server-key-env: the environment variable {self.key_variable} is not set")
-        return key
+        return key_from(self.key_variable, "the server of --server-key-env")
 
     def demand_names(self, names: Iterable[str]) -> None:
         """Check that the URLs are for models of the comparison.

@@ -6,7 +6,6 @@ from the environment and removed from every message.
 """
 
 import json
-import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from email.utils import mktime_tz, parsedate_tz
 from typing import Any
 from urllib.parse import urlsplit
 
+from varm_common.endpoints import checked_url, key_from, without_key
 from varm_common.errors import UserError
 
 __all__ = ["Endpoint", "Failed", "Reply", "Usage", "estimated_tokens"]
@@ -34,7 +34,6 @@ LONGEST_WAIT_SECONDS = 120
 """The client does not retry a request when the server wants it to wait longer."""
 BYTES_PER_TOKEN = 4
 """For estimates; tokenizers differ."""
-LONGEST_REASON = 200
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -91,17 +90,11 @@ class Endpoint:
             import openai
         except ImportError as error:
             raise UserError("endpoints need the openai package: pip install 'varm-merge[judge]'") from error
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError("the endpoint's URL must begin with http:// or https:// and a host")
-        if parts.username or parts.password or parts.query:
-            raise UserError("the endpoint's URL contains a key; set it in the environment instead")
+        parts = urlsplit(checked_url(url, "the endpoint's URL"))
         if key_variable is None and (parts.scheme, parts.hostname) == ("https", OPENAI_HOST):
             key_variable = OPENAI_KEY
         self.url, self.model, self.used = url, model, Usage()
-        self._key = os.environ.get(key_variable, "").strip() if key_variable else ""
-        if key_variable and not self._key:
-            raise UserError(f"{url} needs a key: set the environment variable {key_variable}")
+        self._key = key_from(key_variable, url)
         self._seconds_per_request = 60 / requests_per_minute if requests_per_minute else 0.0
         self._seconds_per_token = 60 / tokens_per_minute if tokens_per_minute else 0.0
         self._next_start = 0.0
@@ -162,7 +155,7 @@ class Endpoint:
             )
         except openai.APIStatusError as error:
             message = error.body.get("message", error.body) if isinstance(error.body, dict) else error.message
-            reason = f"{error.status_code} {self._without_key(str(message))}"
+            reason = f"{error.status_code} {without_key(str(message), self._key)}"
             if error.status_code == 400 and NEW_LIMIT in reason and limit != NEW_LIMIT:
                 self._limit = NEW_LIMIT
                 return self.ask(messages, max_tokens, **settings)
@@ -171,7 +164,7 @@ class Endpoint:
                 raise UserError(f"{self.url} accepts no request for `{self.model}`: {reason}{hint}") from None
             raise Failed("the replies have no text" if error.status_code == BROKEN_REPLY else reason) from None
         except openai.APIError as error:
-            raise Failed(self._without_key(str(error))) from None
+            raise Failed(without_key(str(error), self._key)) from None
         choice, usage = reply.choices[0].model_dump(), reply.usage
         with self._lock:
             self.used.requests += 1
@@ -180,10 +173,6 @@ class Endpoint:
             self.used.uncounted += usage is None
         total = (usage and usage.total_tokens) or 0
         return Reply(choice["message"]["content"], choice, total, time.monotonic() - began)
-
-    def _without_key(self, text: str) -> str:
-        line = " ".join((text.replace(self._key, "[key]") if self._key else text).split())
-        return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}…"
 
 
 def _retry_after_seconds(header: str) -> float:

@@ -107,7 +107,7 @@ def test_a_suite_is_read_with_other_tasks() -> None:
         (["--tasks", "mine", "--server-url", "http://a", "--server-url", "http://b"], "two URLs for all models"),
         (
             ["--tasks", "mine", "--server-key-env", "NO_SUCH_KEY"],
-            "the environment variable NO_SUCH_KEY is not set",
+            "needs a key: set the environment variable NO_SUCH_KEY",
         ),
     ],
 )
