@@ -145,7 +145,8 @@ class ExtractConfig(PrepareConfig):
     """Folder of the store to write."""
     source_template: str = "own"
     """Chat template in which a source is queried: own (the source's), pivot (the source reads the pivot's
-    rendering as plain text, as in the papers), the name of a built-in template, or a Jinja file."""
+    rendering as plain text, as in FuseLLM), pivot_own_end (the same, but answers end with the source's EOS token,
+    as in FuseChat), the name of a built-in template, or a Jinja file."""
     top_k: int = Field(10, ge=1, le=1024)
     """Number of probabilities kept per position."""
     dtype: Dtype = "auto"

@@ -7,6 +7,7 @@ text are packed into one block; a long one is cut into pieces.
 
 import json
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -84,12 +85,20 @@ class Block:
         return replace(self, text=text, bos=0, answers=tuple(answer.moved(-self.bos) for answer in self.answers))
 
     def with_marker(self, old: str, new: str) -> "Block":
-        """The block with another end-of-turn marker, in ``text`` and at the ends of its answers."""
-        raw, marker = self.text.encode(), old.encode()
-        stops = np.array([match.end() for match in re.finditer(re.escape(marker), raw)], np.int64)
+        """The block with another end-of-turn marker; within the content of an answer the text stays as it is."""
+        raw, marker, other = self.text.encode(), old.encode(), new.encode()
+        content = [piece for answer in self.answers for piece in answer.pieces]
+        stops = [
+            match.end()
+            for match in re.finditer(re.escape(marker), raw)
+            if not any(start <= match.start() < stop for start, stop, _ in content)
+        ]
+        edges = [0, *stops, len(raw)]
+        parts = [raw[start:stop] for start, stop in pairwise(edges)]
+        text = b"".join([*(part[: -len(marker)] + other for part in parts[:-1]), parts[-1]]).decode()
 
         def moved(place: int) -> int:
-            return place + (len(new.encode()) - len(marker)) * int(np.searchsorted(stops, place, "right"))
+            return place + (len(other) - len(marker)) * bisect_right(stops, place)
 
         answers = tuple(
             replace(
@@ -101,7 +110,7 @@ class Block:
             )
             for answer in self.answers
         )
-        return replace(self, text=self.text.replace(old, new), answers=answers)
+        return replace(self, text=text, answers=answers)
 
     def as_row(self) -> dict[str, Any]:
         """The block as a row of ``SCHEMA``."""

@@ -5,7 +5,7 @@ of an answer as far as both have it, and its end if both close it right after th
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from fusion_trainer.text.tokenizer import Span, TextTokenizer
 from varm_common.errors import UserError
 from varm_common.files import fingerprint
 
-__all__ = ["DIALOGUES", "Reader", "Reading", "end_ids", "reader_of_store", "source_reader", "template_notes"]
+__all__ = [
+    *("DIALOGUES", "Reader", "Reading"),
+    *("end_ids", "reader_of_store", "reader_with_own_end", "source_reader", "template_notes"),
+]
 
 DIALOGUES = "dialogues"
 """The way of the pivot: it reads the blocks as they are."""
@@ -49,8 +52,8 @@ class Reader:
         tokenizer: The model's.
         way: ``dialogues`` for the pivot; for a source ``pivot`` (it reads the pivot's text) or ``own``.
         template: With ``own``: how conversations are rendered; None if there is nothing but plain text.
-        marker: With ``pivot``: the pivot's end-of-turn marker, and the source's own that it reads instead. The
-            published representations were made this way.
+        marker: With ``pivot``: the pivot's end-of-turn marker, and the source's own that it reads instead, as in
+            FuseChat's code.
         counts: Blocks that were refused, system turns that were moved, bytes and turns that were left out.
     """
 
@@ -159,6 +162,23 @@ def source_reader(choice: str, tokenizer: TextTokenizer, chats: bool = True) -> 
         return Reader(tokenizer, OWN)
     template = find_template(None if choice == OWN else choice, tokenizer.tokenizer, tokenizer.name)
     return Reader(tokenizer, OWN, replace(template, name=f"of {tokenizer.name}" if choice == OWN else choice))
+
+
+def reader_with_own_end(
+    source: TextTokenizer, end: int | None, pivot: TextTokenizer, ends: Sequence[int]
+) -> Reader:
+    """The reader of a source that reads the pivot's text, but ends answers with its own token, as in FuseChat.
+
+    Args:
+        source: The source's tokenizer.
+        end: Its token for the end of an answer; None if it has none.
+        pivot: The pivot's tokenizer.
+        ends: The pivot's tokens for the end of an answer.
+    """
+    if end is None or not ends:
+        return Reader(source, PIVOT)
+    old, new = pivot.surfaces[ends[0]].decode(), source.surfaces[end].decode()
+    return Reader(source, PIVOT, marker=(old, new) if old != new else None)
 
 
 def reader_of_store(identity: Mapping[str, Any], tokenizer: TextTokenizer) -> Reader:

@@ -16,11 +16,11 @@ from fusion_trainer.data.markers import Markers, TemplateError
 from fusion_trainer.text.tokenizer import Span
 from varm_common.errors import UserError
 
-__all__ = ["BUILT_IN", "OWN", "PIVOT", "Rendered", "Template", "TemplateError", "find_template"]
+__all__ = ["BUILT_IN", "OWN", "PIVOT", "PIVOT_OWN_END", "Rendered", "Template", "TemplateError", "find_template"]
 
 FOLDER = Path(__file__).parent / "templates"
-OWN, PIVOT = "own", "pivot"
-"""A source's own template; the pivot's rendering, which a source reads as plain text."""
+OWN, PIVOT, PIVOT_OWN_END = "own", "pivot", "pivot_own_end"
+"""A source's own template; the pivot's rendering, which a source reads as text, and that with its own EOS."""
 BUILT_IN = BUILT_IN_TEMPLATES
 TODAY = datetime(2024, 7, 26)
 """The date in templates that write one (Llama 3.1's own default), so that a text is always the same."""

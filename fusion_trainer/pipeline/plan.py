@@ -33,7 +33,7 @@ from varm_common.errors import UserError, listed
 
 __all__ = ["chosen", "read_pipeline"]
 
-OF_THE_SOURCE = ("own", "pivot", *BUILT_IN_TEMPLATES)
+OF_THE_SOURCE = ("own", "pivot", "pivot_own_end", *BUILT_IN_TEMPLATES)
 """Names that `template` of a source may have instead of a file."""
 
 

@@ -20,8 +20,7 @@ from tqdm import tqdm
 from fusion_trainer.config import ImportConfig
 from fusion_trainer.data.conversations import bad_rows_message, kinds_of_problems
 from fusion_trainer.data.dialogues import VERSION, Dialogues, write_dialogues
-from fusion_trainer.data.readers import DIALOGUES, Reader, end_ids
-from fusion_trainer.data.templates import PIVOT
+from fusion_trainer.data.readers import DIALOGUES, Reader, end_ids, reader_with_own_end
 from fusion_trainer.published.distributions import Codec, are_normalised
 from fusion_trainer.published.matching import UNKNOWN, Matches, match, read_all
 from fusion_trainer.published.report import import_report
@@ -148,9 +147,7 @@ class Importer:
 
     def _source_reader(self, dialogues: Dialogues) -> Reader:
         """A source read the pivot's text with the token of its own that ends an answer."""
-        old = self._mark(self.pivot, dialogues.ends[0] if dialogues.ends else None)
-        new = self._mark(self.source, self._source_end())
-        return Reader(self.source, PIVOT, marker=(old, new) if old and new and old != new else None)
+        return reader_with_own_end(self.source, self._source_end(), self.pivot, dialogues.ends)
 
     def _source_end(self) -> int | None:
         """The token that ends most answers of the source's rows; its EOS if the rows are the pivot's."""
@@ -163,9 +160,6 @@ class Importer:
                 last = tokens.learnt & ~np.append(tokens.learnt[1:], False)
                 ends.update(token for token in tokens.ids[last].tolist() if token in self.source.special)
         return ends.most_common(1)[0][0] if ends else None
-
-    def _mark(self, tokenizer: TextTokenizer, token: int | None) -> str | None:
-        return None if token is None else tokenizer.surfaces[token].decode()
 
     # The stores
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from fusion_trainer.config import ExtractConfig
 from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.data.prepare import prepare
-from fusion_trainer.data.readers import DIALOGUES, Reader, end_ids, source_reader
+from fusion_trainer.data.readers import DIALOGUES, Reader, end_ids, reader_with_own_end, source_reader
+from fusion_trainer.data.templates import PIVOT_OWN_END
 from fusion_trainer.representations.engines import engine_identity, open_engine, unused_settings
 from fusion_trainer.representations.extraction import Extraction
 from fusion_trainer.representations.store import RepresentationStore
@@ -115,6 +116,9 @@ def _reader(config: ExtractConfig, dialogues: Dialogues, tokenizer: TextTokenize
     pivot, _ = local_folder(config.pivot, config.pivot_revision, weights=False, code=config.trust_remote_code)
     if folder.resolve() == pivot.resolve():
         return Reader(tokenizer, DIALOGUES)
+    if config.source_template == PIVOT_OWN_END:
+        pivots = load_tokenizer(pivot, config.pivot, config.trust_remote_code)
+        return reader_with_own_end(tokenizer, tokenizer.tokenizer.eos_token_id, pivots, dialogues.ends)
     return source_reader(config.source_template, tokenizer, chats=dialogues.report.turns > 0)
 
 

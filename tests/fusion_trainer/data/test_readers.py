@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import tiny_sources
 import tiny_tokenizers
+import torch
 from click.testing import CliRunner
 from tokenizers import AddedToken
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fusion_trainer.representations.extraction as extraction
 from fusion_trainer.alignment.align import align
@@ -278,6 +279,35 @@ def test_a_source_without_a_template_is_refused_with_what_to_choose(world: Path,
     with pytest.raises(UserError, match=r"bare has no chat template.* --source-template: openchat, .*`pivot`"):
         extract_store(world, "bare", output=tmp_path / "store")
     assert len(extract_store(world, "bare", output=tmp_path / "store", source_template="zephyr"))
+
+
+def test_a_source_reads_the_pivots_text_with_its_own_end_of_turn(world: Path, tmp_path: Path) -> None:
+    """As in FuseChat; what looks like a marker within an answer stays."""
+    store = extract_store(world, "gemma", output=tmp_path / "store", source_template="pivot_own_end")
+    tokenizer = AutoTokenizer.from_pretrained(world / "gemma")
+    model = AutoModelForCausalLM.from_pretrained(world / "gemma", dtype=torch.float32)
+    for row, data in zip(store, rows(), strict=True):
+        text, stops = "", []
+        for message in data["messages"]:
+            text += f"<|im_start|>{message['role']}\n"
+            first = len(text)
+            text += f"{message['content']}</s>"
+            stops += [(first, len(text))] * (message["role"] == "assistant")
+            text += "\n"
+        read = tokenizer(text, return_offsets_mapping=True)
+        offsets = read.pop("offset_mapping")
+        with torch.no_grad():
+            logprobs = model(torch.tensor([read.input_ids])).logits[0].double().log_softmax(-1)
+        gold = [
+            float(logprobs[place - 1, read.input_ids[place]])
+            for first, stop in stops
+            for place, (start, end) in enumerate(offsets)
+            if start < stop and end > first
+        ]
+        np.testing.assert_allclose(row.gold_logprob.astype(float), gold, atol=5e-3)  # float16
+    assert store.manifest["identity"]["marker"] == [PIVOT_END, "</s>"]
+    whole = aligned(world, "gemma", tmp_path / "aligned", source_store=tmp_path / "store")
+    assert whole.manifest["ends"] == whole.manifest["ends_paired"] == sum(map(len, CHATS))
 
 
 def test_another_template_is_another_store(world: Path) -> None:
