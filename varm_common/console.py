@@ -4,13 +4,15 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 from click.shell_completion import get_completion_class
 
-__all__ = ["completion", "is_quiet", "talks"]
+__all__ = ["completion", "is_quiet", "no_logs", "talks"]
 
 Command = Callable[..., None]
 
@@ -53,6 +55,19 @@ def talks(*, libraries: bool = True) -> Callable[[Command], Command]:
 def is_quiet() -> bool:
     """Whether progress is hidden, by ``--quiet`` or by tqdm's own variable."""
     return bool(os.environ.get("TQDM_DISABLE"))
+
+
+@contextmanager
+def no_logs() -> Iterator[None]:
+    """Without the log messages and warnings of the libraries."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def completion(program: str) -> click.Command:

@@ -22,13 +22,14 @@ from varm_common.models import local_folder
 __all__ = ["prepare"]
 
 
-def prepare(config: PrepareConfig, beside: Path, *, quiet: bool = False) -> Dialogues:
+def prepare(config: PrepareConfig, beside: Path, *, quiet: bool = False, repeat: bool = True) -> Dialogues:
     """The dialogues that ``config`` describes; they are made unless they are there.
 
     Args:
         config: Data, pivot, template and length.
         beside: The folder in which ``dialogues-<fingerprint>`` is made if ``config`` names no folder.
         quiet: Without bar and report.
+        repeat: Whether dialogues that were made earlier are reported, too.
 
     Raises:
         UserError: The data, the template or the tokenizer cannot be used, or the folder holds something else.
@@ -51,7 +52,7 @@ def prepare(config: PrepareConfig, beside: Path, *, quiet: bool = False) -> Dial
         **({"fit_tokenizers": [other.sha256 for other in others]} if others else {}),
     }
     path = config.dialogues or beside / f"dialogues-{fingerprint(request)[:12]}"
-    if not path.exists():
+    if made := not path.exists():
         skipped = Counter[str]() if config.bad_rows == "skip" else None
         preparation = Preparation(tokenizer, template, config.max_length, config.packing, skipped, others)
         rows = conversations(sources, skipped, preparation.report.unused)
@@ -67,7 +68,7 @@ def prepare(config: PrepareConfig, beside: Path, *, quiet: bool = False) -> Dial
         remedy,
     )
     if not quiet:
-        click.echo(f"{dialogues.folder}\n{dialogues.report}")
+        click.echo(f"{dialogues.folder}\n{dialogues.report}" if made or repeat else dialogues.folder)
     return dialogues
 
 

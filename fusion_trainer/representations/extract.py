@@ -63,7 +63,7 @@ def extract(config: ExtractConfig) -> RepresentationStore:
         raise UserError(f"--top-k {config.top_k} is more than the {len(tokenizer.vocabulary)} tokens there are")
     demand_free(config.output)
     with state.main_process_first():
-        dialogues = prepare(config, config.output.parent, quiet=not state.is_main_process)
+        dialogues = prepare(config, config.output.parent, quiet=not state.is_main_process, repeat=False)
     reader = _reader(config, dialogues, tokenizer, folder)
     identity = store_identity(config, dialogues, reader, folder, commit) if state.is_main_process else None
     starts = shard_starts(dialogues.lengths, config.shard_tokens)

@@ -5,10 +5,6 @@ uses what lies there unchecked, so a file beside each result records the adapter
 """
 
 import json
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ from mergekit.common import ModelReference, get_auto_cls
 from mergekit.options import MergeOptions
 
 from varm_common.checkpoints import content_sha256, file_tensors, fingerprint_of
+from varm_common.console import no_logs
 from varm_common.errors import some
 from varm_merge.merging.lineage import Place, weights_fingerprint
 
@@ -88,7 +85,7 @@ def why_unfit(reference: ModelReference, options: MergeOptions) -> str | None:
     if not tensors:
         return f"{name} has no tensors: train it, or leave it out"
     try:
-        with _silent():
+        with no_logs():
             problem = _try_to_load(reference, file.parent, options, kind)
     except Exception as error:  # peft and the model's class raise errors of all kinds, which would end the run
         problem = f"does not fit `{reference.model}`: {' '.join(str(error).split())[:300] or type(error).__name__}"
@@ -126,15 +123,3 @@ def _try_to_load(reference: ModelReference, folder: Path, options: MergeOptions,
     if result.unexpected_keys:
         return f"does not fit `{reference.model}`: it has tensors that fit nothing: {some(result.unexpected_keys)}"
     return None
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

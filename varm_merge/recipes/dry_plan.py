@@ -6,11 +6,10 @@ names and checks their shapes as in the real run; the merge method itself is not
 the planned tensors, again without data, and reports what the finished merge would lack.
 """
 
-import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -23,6 +22,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.tokenizer import PermutedVocabulary
 
+from varm_common.console import no_logs
 from varm_common.errors import UserError
 from varm_merge.merging import mergekit_io, output_model, planning
 from varm_merge.merging.loading import Unloadable, numberless, patterns
@@ -86,7 +86,7 @@ def dry_plan(
             return result
     with ExitStack() as stack:
         loaders = stack.enter_context(headers_only(models))
-        stack.enter_context(_quiet_logs())
+        stack.enter_context(no_logs())  # the real run will log it
         if by_name:
             stack.enter_context(planning.by_name())
         if by_name or recipe.merge_method == METHOD_NAME:
@@ -111,17 +111,6 @@ def dry_plan(
         dtype = out_dtype if out_dtype is not None and tensor.is_floating_point() else tensor.dtype
         result.outputs[name] = tuple(tensor.shape), dtype.itemsize
     return result
-
-
-@contextmanager
-def _quiet_logs() -> Iterator[None]:
-    """mergekit logs what it does with each model and token; the real run will log it."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 # Each planned tensor

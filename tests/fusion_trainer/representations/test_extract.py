@@ -93,11 +93,13 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def stores(world: Path) -> dict[str, Path]:
     """The store of each source, for reading only."""
-    made = {}
+    made, told = {}, []
     for source in SOURCES:
         made[source] = world / "stores" / source
         result = run(settings_of(world, source, made[source]))
         assert result.exit_code == 0, result.output
+        told.append("of which kept" in result.output)
+    assert told == [True] + [False] * (len(SOURCES) - 1)  # what the data has is told once
     return made
 
 
