@@ -202,6 +202,7 @@ def load_causal_lm(
     if load_in:
         options["quantization_config"] = _quantisation(load_in, options["dtype"])
     if tensor_parallel:
+        _demand_divisible(folder, name, tensor_parallel, trust_remote_code)
         options |= _shared_by(tensor_parallel)
     elif device_map or load_in or device.type == "cuda":  # weights go straight to the device
         options["device_map"] = device_map or {"": device}
@@ -217,6 +218,11 @@ def load_causal_lm(
             f"{name} does not fit into the GPU's memory; try --device-map auto or --load-in 8bit"
         ) from error
     except Exception as error:  # transformers checks few values of a config before it uses them
+        if tensor_parallel and "tp_plan" in str(error):
+            raise UserError(
+                f"transformers has no plan to divide {name} for --tensor-parallel: use --engine vllm, or "
+                "--device-map auto"
+            ) from error
         raise UserError(f"{name} cannot be loaded as a causal language model: {reason_of(error)}") from error
     _demand_all_weights(model, name, info)
     placed = tensor_parallel or "device_map" in options
@@ -276,6 +282,22 @@ def _fill_computed_buffers(model: Any) -> None:
         computed = dict(type(model)(model.config).named_buffers())
     for name in unsaved.keys() & computed.keys():
         unsaved[name].copy_(computed[name])
+
+
+def _demand_divisible(folder: Path, name: str, processes: int, trust_remote_code: bool) -> None:
+    """Check that every process gets whole attention heads."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or processes
+    own = getattr(config, "num_key_value_heads", None) or heads
+    if heads % processes or own % processes:
+        possible = [number for number in range(2, own + 1) if not heads % number and not own % number]
+        choice = f"it can be {', '.join(map(str, possible))}" if possible else "no number divides both"
+        raise UserError(
+            f"--tensor-parallel {processes} has to divide the {heads} attention heads and the {own} key/value "
+            f"heads of {name}: {choice}"
+        )
 
 
 def _shared_by(processes: int) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from fusion_trainer.representations.store import (
 from fusion_trainer.representations.store_tokenizer import place_of
 from fusion_trainer.representations.store_writer import StoreWriter, demand_free
 from varm_common.console import is_quiet
+from varm_common.errors import UserError
 from varm_common.files import fingerprint, sha256_of
 from varm_common.saved_arrays import path_of
 
@@ -66,6 +67,7 @@ def align(config: AlignConfig) -> tuple[RepresentationStore, str]:
     """
     demand_free(config.output)
     sides = open_sides(config)
+    _demand_known(sides)
     saved = _saved_map(sides)
     sides.map = saved.map
     shards = sides.pivot_store.manifest["shards"]
@@ -89,6 +91,18 @@ def align(config: AlignConfig) -> tuple[RepresentationStore, str]:
     store = RepresentationStore(config.output)
     covered = coverage(saved.map, sides.source, sides.pivot, mass_by_id(sides.source_store, sides.maps))
     return store, f"{_report(store.manifest)}\n\nvocabulary map      {saved.path}\n{covered}"
+
+
+def _demand_known(sides: Sides) -> None:
+    """Refuse what needs probabilities that an imported store does not have."""
+    needs = {"spread": ("tail", "gold_logprob"), "chunks": ("gold_logprob",)}
+    for option, columns in needs.items():
+        unknown = [column for column in columns if column in sides.source_store.unknown]
+        if getattr(sides.config, option) and unknown:
+            raise UserError(
+                f"`{option}` (--{option}) needs `{'` and `'.join(unknown)}`, which is not known everywhere in "
+                f"`{sides.source_store.folder}`: it was imported from published logits. Leave the option out"
+            )
 
 
 def _identity(sides: Sides, saved: SavedMap) -> dict[str, Any]:

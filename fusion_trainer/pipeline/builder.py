@@ -61,7 +61,7 @@ class PipelineConfig(BaseModel):
     """Held-out `data`, and settings of `fusion-trainer evaluate`. Default: no evaluation."""
     launch: dict[Literal["extract", "align", "train", "evaluate"], str] = {}
     """How to start a kind of stage: an accelerate config, or a command to put before `-m`. A source with
-    `device_map` is extracted by one process: an accelerate config does not apply to it."""
+    `device_map`, or with vLLM in this process, is extracted by one process, without an accelerate config."""
     trust_remote_code: bool = False
     """Run Python code from the model repositories."""
 
@@ -164,8 +164,8 @@ class Builder:
         if settings is None:
             return
         launch = {str(key): value for key, value in self.config.launch.items()}.get(kind)
-        if getattr(settings, "device_map", None) and launch and accelerate_config(launch):
-            launch = None  # one process spreads the model over all GPUs
+        if launch and accelerate_config(launch) and _uses_all_gpus(settings):
+            launch = None
         decisive = _decisive(settings)
         if kind == "train" and (divided := division(launch)):
             decisive["launch"] = divided
@@ -176,6 +176,12 @@ class Builder:
         self.stages.append(
             Stage(kind, name, output, command, {config: text}, decisive, list(needs), models, files or {})
         )
+
+
+def _uses_all_gpus(settings: BaseModel) -> bool:
+    """Whether one process spreads the model over all GPUs."""
+    in_process = getattr(settings, "engine", None) == "vllm" and not getattr(settings, "server_url", None)
+    return bool(getattr(settings, "device_map", None)) or in_process
 
 
 def _decisive(settings: BaseModel) -> Settings:

@@ -1,8 +1,8 @@
 """Requests to one or several servers that serve the same model: shared, repeated, and never lost.
 
-A request goes to the server with the fewest requests. If a server cannot be reached or is busy (429, 502, 503,
-504), its requests go to the others, and it is tried again at growing intervals. A request is repeated a few times
-if its reply is broken or does not come in time.
+A request goes to the server with the fewest requests. If a server cannot be reached, is busy (429, 502, 503,
+504), or sends a reply that is broken or late, its requests go to the others, and it is tried again at growing
+intervals. A request is repeated a few times if its reply is broken or late.
 """
 
 import json
@@ -49,7 +49,7 @@ class _BusyError(Exception):
         self.wait = wait
 
 
-@dataclass
+@dataclass(eq=False)
 class _Server:
     """A server, its requests under way, and since when none was answered."""
 
@@ -114,8 +114,10 @@ class ModelServers:
             RefusedError: A server does not accept the request.
             UserError: It gets no usable reply.
         """
+        tried: list[_Server] = []
         for attempt in range(1, TRIES + 1):
-            server, reply = self._from_any(path, body, name)
+            server, reply = self._from_any(path, body, name, tried)
+            tried.append(server)
             try:
                 if isinstance(reply, Exception):
                     raise reply
@@ -131,28 +133,34 @@ class ModelServers:
             f"What was answered is kept: {advice}, and run the same command again"
         )
 
-    def _from_any(self, path: str, body: Any, name: str) -> tuple[_Server, Any]:
+    def _from_any(self, path: str, body: Any, name: str, tried: Sequence[_Server]) -> tuple[_Server, Any]:
         """A server and its reply, or the BrokenReplyError or TimeoutError that came instead of one."""
         while True:
-            server = self._take(name)
-            busy: _BusyError | None = None
+            server = self._take(name, tried)
+            failure: Exception | None = None
             try:
                 return server, self._reply(server.url, path, body)
             except RefusedError as error:
                 raise RefusedError(f"{server.url} refuses {name}: {error.message}") from None
             except (BrokenReplyError, TimeoutError) as error:
+                failure = error
                 return server, error
             except _BusyError as error:
-                busy = error
+                failure = error
             finally:
-                self._give_back(server, busy)
+                self._give_back(server, failure)
 
-    def _take(self, name: str) -> _Server:
-        """The free server with the fewest requests, as soon as there is one."""
+    def _take(self, name: str, tried: Sequence[_Server]) -> _Server:
+        """The free server with the fewest requests, as soon as there is one.
+
+        One that has failed at this request is taken only if there is no other that works.
+        """
         with self._changed:
             while not self._closed.is_set():
                 now = time.monotonic()
-                free = [one for one in self._servers if one.requests < self.concurrency and one.not_before <= now]
+                others = [one for one in self._servers if one not in tried and not one.failures] if tried else []
+                able = [one for one in others or self._servers if one.requests < self.concurrency]
+                free = [one for one in able if one.not_before <= now]
                 if free:
                     server = min(free, key=lambda one: one.requests)
                     server.requests += 1
@@ -166,18 +174,20 @@ class ModelServers:
                 self._changed.wait(min(0.5, max(0.01, min(one.not_before for one in self._servers) - now)))
         raise EngineStoppedError("the extraction has ended")
 
-    def _give_back(self, server: _Server, busy: _BusyError | None) -> None:
+    def _give_back(self, server: _Server, failure: Exception | None) -> None:
+        """End a request. After a failure the server waits, so that the next tries go to others."""
         with self._changed:
             server.requests -= 1
             now = time.monotonic()
-            if busy is None:
+            if failure is None:
                 server.failures = 0
             elif server.not_before <= now:  # the first of several that fail together
                 if not server.failures:
                     server.failing_since = now
-                server.reason = str(busy)
+                server.reason = str(failure) or type(failure).__name__
                 wait = min(FIRST_WAIT_S * 2 ** min(server.failures, 10), LONGEST_WAIT_S)
-                server.not_before = now + max(wait, min(busy.wait, LONGEST_RETRY_AFTER_S))
+                asked = failure.wait if isinstance(failure, _BusyError) else 0.0
+                server.not_before = now + max(wait, min(asked, LONGEST_RETRY_AFTER_S))
                 server.failures += 1
             self._changed.notify_all()
 
@@ -236,7 +246,10 @@ class ModelServers:
             except HTTPException as error:
                 self._drop(connection)
                 raise BrokenReplyError(f"the reply is not complete ({error!r})") from error
-            connections[url] = connection
+            if response.will_close:
+                self._drop(connection)
+            else:
+                connections[url] = connection
             return response.status, response.headers, received
         raise AssertionError("the second connection is new")
 

@@ -40,6 +40,10 @@ def serve(folder: Path, batch_tokens: int, trust_remote_code: bool) -> None:
     names = [dialogues[block].conversation for block in range(len(dialogues))]
     _answer(answers, {"conversations": list(dict.fromkeys(names))})
     for request, tensors in messages(sys.stdin.buffer, state.device):
+        if not request:  # the tensors are of a merge that was not finished
+            tensors.clear()
+            _answer(answers, {})
+            continue
         try:
             source = Path(request["folder"])
             model = models.load_causal_lm(

@@ -19,6 +19,7 @@ __all__ = ["tune"]
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--held-out", multiple=True, required=True, help="Chats or text: JSONL, Parquet or a Hub id.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the result.")
+@click.option("--base", help="The pivot, if the recipe names none. Default: its base_model.")
 @click.option("--template", help="Chat template for --held-out. Default: the pivot's.")
 @click.option(
     "--parameter",

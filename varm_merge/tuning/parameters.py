@@ -4,7 +4,7 @@ import copy
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mergekit import merge_methods
@@ -17,7 +17,7 @@ from varm_common.tables import short_names
 from varm_merge.merging.method import METHOD_NAME
 from varm_merge.recipes import recipe_file
 
-__all__ = ["Number", "Parameter", "numbers", "parameters", "written"]
+__all__ = ["DEFAULTS", "Number", "Parameter", "numbers", "parameters", "written"]
 
 SYNTAX = re.compile(
     r"(?P<name>\w+)(?P<by>:target|:depth)?(?:=(?P<low>[^:]+):(?P<high>[^:]+))?",
@@ -44,12 +44,16 @@ PLACES = ("first layer", "middle", "last layer")
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a merge method that is searched: one number, or ``by`` target or depth several."""
+    """A parameter of a merge method that is searched: one number, or ``by`` target or depth several.
+
+    Its range is the usual one, or ``given`` by the user.
+    """
 
     name: str
     by: str
     low: float
     high: float
+    given: bool = False
 
     def __str__(self) -> str:
         return f"{self.name}:{self.by}" if self.by else self.name
@@ -162,7 +166,7 @@ def _parameter(
         raise UserError(f"the range of --parameter `{text}` is not one of `{name}`: {error}") from error
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise UserError(f"the range of --parameter `{text}` has to go from a lower to a higher number")
-    return Parameter(name, by, low, high)
+    return Parameter(name, by, low, high, given=True)
 
 
 def _normalises(spec: MergeMethodSpec, content: Mapping[str, Any]) -> bool:
@@ -184,30 +188,43 @@ def _numbers(
     shared = (content.get("parameters") or {}).get(name, default)
     _demand_one_place(content, parameter)
     if by == "target":
-        pivot = content.get("base_model")
+        pivot = content.get("base_model") if own.scope is ParameterScope.NON_BASE else None
         targets = [index for index, entry in enumerate(entries) if not _same(entry["model"], pivot)]
         names = short_names([str(entries[index]["model"]) for index in targets])
-        for index, label in zip(targets, names, strict=True):
-            given = (entries[index].get("parameters") or {}).get(name, shared)
-            (start,) = _values(given, parameter, 1)
-            yield Number(f"{name} of {label}", parameter, index, start, scales and index == targets[0])
-    elif by == "depth":
-        for index, start in enumerate(_values(shared, parameter, len(PLACES))):
-            yield Number(f"{name}, {PLACES[index]}", parameter, index, start)
+        given = [(entries[index].get("parameters") or {}).get(name, shared) for index in targets]
+        starts = [_values(value, parameter, 1)[0] for value in given]
+        parameter = _with_range_of(parameter, starts)
+        fixed = next((place for place, start in enumerate(starts) if start), 0) if scales else None
+        for place, (index, label) in enumerate(zip(targets, names, strict=True)):
+            yield Number(f"{name} of {label}", parameter, index, starts[place], place == fixed)
     else:
-        (start,) = _values(shared, parameter, 1)
-        yield Number(name, parameter, 0, start)
+        starts = _values(shared, parameter, len(PLACES) if by else 1)
+        parameter = _with_range_of(parameter, starts)
+        for index, start in enumerate(starts):
+            yield Number(f"{name}, {PLACES[index]}" if by else name, parameter, index, start)
+
+
+def _with_range_of(parameter: Parameter, starts: Sequence[float]) -> Parameter:
+    """The parameter with a range that has the recipe's values: the usual range is widened."""
+    low, high = min(parameter.low, *starts), max(parameter.high, *starts)
+    if parameter.given and (low, high) != (parameter.low, parameter.high):
+        outside = next(start for start in starts if not parameter.low <= start <= parameter.high)
+        raise UserError(
+            f"the recipe's value {outside:g} of `{parameter.name}` lies outside the range of --parameter, "
+            f"{parameter.low:g} to {parameter.high:g}: give a wider range, or change the recipe"
+        )
+    return replace(parameter, low=low, high=high)
 
 
 def _values(given: Any, parameter: Parameter, count: int) -> list[float]:
-    """The values that a search starts from, within the range."""
+    """The recipe's values, from which a search starts."""
     values = given if isinstance(given, list) and len(given) == count > 1 else [given] * count
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         raise UserError(
             f"the recipe gives `{parameter.name}` by filters or a gradient, which the search would replace: write "
             "one number, or leave it out"
         )
-    return [min(max(float(value), parameter.low), parameter.high) for value in values]
+    return [float(value) for value in values]
 
 
 def _demand_one_place(content: Mapping[str, Any], parameter: Parameter) -> None:

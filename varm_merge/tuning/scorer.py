@@ -17,7 +17,7 @@ from typing import Any
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from varm_common.errors import UserError
+from varm_common.errors import UserError, reason_of
 from varm_common.process_usage import CommandError, dies_with_parent, last_lines, outcome
 from varm_common.tensor_stream import send_message, send_tensor
 from varm_merge.comparison.scores import environment
@@ -73,7 +73,7 @@ class Scorer:
         """Merge a recipe and score the result on some conversations.
 
         Raises:
-            UserError: The loss is not finite, or the model cannot be scored.
+            UserError: mergekit cannot merge it, the loss is not finite, or the model cannot be scored.
             CommandError: The program has failed.
         """
         with tempfile.TemporaryDirectory(prefix="varm-merge-") as folder:
@@ -84,7 +84,18 @@ class Scorer:
                 )
             except BrokenPipeError:
                 self._failed()
+            except UserError:
+                self._forget()
+                raise
+            except Exception as error:  # a merge method raises what it likes at a value that it does not take
+                self._forget()
+                raise UserError(f"mergekit cannot merge it with {name}: {reason_of(error)}") from error
             return self._score(Path(folder), name, conversations)
+
+    def _forget(self) -> None:
+        """Let the program drop the tensors of a merge that was not finished."""
+        send_message(self._requests, {})
+        self._answer()
 
     def model(self, folder: Path, name: str, conversations: Sequence[str]) -> Conversations:
         """Score the model in a folder on some conversations; raises as ``merge`` does."""

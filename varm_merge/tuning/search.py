@@ -17,6 +17,8 @@ TOLERANCE = 0.005
 """The search ends when it moves by less than this share of the range."""
 LOSS_TOLERANCE = 1e-5
 """The simplex also has to differ by less than this, in nats per byte."""
+LARGE = 1e3
+"""Stands for an infinite loss, with which an optimiser cannot calculate."""
 FIRST_STEP = 0.25
 """Size of the first simplex, as a share of the range."""
 
@@ -53,7 +55,7 @@ def search(numbers: Sequence[Number], loss: Callable[[Values], float], evaluatio
 
     Args:
         numbers: What is searched, all of them free.
-        loss: To be minimised; called once for the same values.
+        loss: To be minimised; called once for the same values. Infinite where there is none.
         evaluations: How often at most.
     """
     from scipy import optimize
@@ -69,7 +71,8 @@ def search(numbers: Sequence[Number], loss: Callable[[Values], float], evaluatio
         return tried[values]
 
     def at_positions(positions: Sequence[float]) -> float:
-        return at(tuple(axis.to_value(float(one)) for axis, one in zip(axes, positions, strict=True)))
+        values = tuple(axis.to_value(float(one)) for axis, one in zip(axes, positions, strict=True))
+        return min(at(values), LARGE)
 
     try:
         at(tuple(number.start for number in numbers))

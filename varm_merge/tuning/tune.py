@@ -5,6 +5,7 @@ its figures are not too good by selection. Every score is stored, and a search t
 """
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -30,8 +31,8 @@ from varm_merge.comparison.scores import HeldOut, Scorers, differences
 from varm_merge.merging.weight_log import recipe_fingerprint
 from varm_merge.recipes import recipe_file
 from varm_merge.recipes.check import check
-from varm_merge.recipes.problems import Looked, refuse
-from varm_merge.tuning.parameters import numbers, parameters, written
+from varm_merge.recipes.problems import Looked, Problem, refuse
+from varm_merge.tuning.parameters import DEFAULTS, numbers, parameters, written
 from varm_merge.tuning.scorer import Conversations, Scorer
 from varm_merge.tuning.search import Values, search
 
@@ -53,6 +54,7 @@ class Tuning:
     recipe: Path
     out: Path
     held_out: HeldOut
+    base: str | None = None
     parameters: tuple[str, ...] = ()
     evaluations: int | None = None
     report_share: float = 0.5
@@ -86,23 +88,28 @@ class _Search:
         if not entry.content.get("merge_method"):
             refuse(check(self.text, every=True, models=False), tuning.recipe, "cannot be tuned")
         self.content = entry.content
-        refuse(
-            [one for one in check(self.text, every=True, models=False) if "merge_method" in one.path],
-            tuning.recipe,
-            "cannot be tuned",
-        )
+        refuse(self._problems(), tuning.recipe, "cannot be tuned")
         self.numbers = numbers(self.content, parameters(self.content, tuning.parameters))
         self.free = [number for number in self.numbers if not number.fixed]
+        self.failed: dict[Values, str] = {}
         if not self.free:
             raise UserError(
                 "there is one target, and only the ratio of the targets' weights matters: search lambda"
             )
         self.evaluations = tuning.evaluations or EVALUATIONS * len(self.free)
-        self.family = family([entry])
+        self.family = family([entry], tuning.base)
         self.cache_dir = options.transformers_cache
-        self.inputs = {model: model_state(model, self.cache_dir) for model in entry.models}
+        read = [*entry.models, *entry.tokenizers]
+        self.inputs = {model: model_state(model, self.cache_dir) for model in read}
         self.steps = Steps(tuning.out / "steps")
         self.log = tuning.out / "log.txt"
+
+    def _problems(self) -> list[Problem]:
+        """What is wrong with the recipe's structure. Missing parameters may be those that are searched."""
+        problems = check(self.text, every=True, models=False)
+        names = self.tuning.parameters or DEFAULTS
+        searched = {name.partition(":")[0].partition("=")[0] for name in names}
+        return [one for one in problems if not any(f"`{name}`" in one.message for name in searched)]
 
     def run(self) -> dict[str, Any]:
         start = self._recipe(tuple(number.start for number in self.free))
@@ -121,7 +128,8 @@ class _Search:
                 rows = self._rows(scorer, reporting, start, best)
             except CommandError as error:
                 raise UserError(f"{error} ({self.log})") from error
-            chosen = {values: self._stored(self._recipe(values), choosing) for values in tried}
+            scored = [values for values in tried if values not in self.failed]
+            chosen = {values: self._stored(self._recipe(values), choosing) for values in scored}
         return self._report(chosen, best, rows, len(choosing), len(reporting))
 
     # Parts
@@ -161,11 +169,22 @@ class _Search:
         return written(self.content, {number: found.get(number, number.start) for number in self.numbers})
 
     def _choose(self, scorer: Scorer, choosing: Sequence[str]) -> dict[Values, float]:
-        """The loss of every set of values that was tried, on the choosing part."""
+        """The loss of every set of values that was tried, on the choosing part.
+
+        The recipe's own values come first, and have to work. Others may fail: their loss is infinite.
+        """
+        own = tuple(number.start for number in self.free)
 
         def loss(values: Values) -> float:
             shown = ", ".join(f"{number.label} {value:g}" for number, value in zip(self.free, values, strict=True))
-            scored = self._merge(scorer, self._recipe(values), shown, choosing)
+            try:
+                scored = self._merge(scorer, self._recipe(values), shown, choosing)
+            except UserError as error:
+                if values == own:
+                    raise
+                self._print(f"{shown}: {error.message}")
+                self.failed[values] = f"{shown}: {error.message}"
+                return math.inf
             found = _nats_per_byte(scored)
             self._print(f"{shown}: {found:.5f} nats per byte")
             return found
@@ -175,15 +194,11 @@ class _Search:
     def _merge(
         self, scorer: Scorer, recipe: Mapping[str, Any], name: str, conversations: Sequence[str]
     ) -> Conversations:
-        about = self._about(
-            conversations, recipe=recipe_fingerprint(recipe), inputs=self.inputs, seed=self.tuning.seed
-        )
+        about = self._about_merge(recipe, conversations)
         return self._scored(about, partial(scorer.merge, recipe, name, conversations))
 
     def _stored(self, recipe: Mapping[str, Any], conversations: Sequence[str]) -> Conversations:
-        about = self._about(
-            conversations, recipe=recipe_fingerprint(recipe), inputs=self.inputs, seed=self.tuning.seed
-        )
+        about = self._about_merge(recipe, conversations)
         stored = self.steps.load("scores", fingerprint(about)[:16], about)
         assert stored
         scored: Conversations = stored["conversations"]
@@ -274,7 +289,7 @@ class _Search:
         return report
 
     def _remarks(self, report: Mapping[str, Any]) -> Sequence[str]:
-        remarks = []
+        remarks = [f"a value that cannot be used; {reason}" for reason in self.failed.values()]
         for number, one in zip(self.numbers, report["numbers"], strict=True):
             low, high = one["range"]
             if not number.fixed and min(one["found"] - low, high - one["found"]) < 0.02 * (high - low):
@@ -282,7 +297,7 @@ class _Search:
                     f"the best {one['name']} lies at the edge of its range {low:g} to {high:g}; "
                     f"--parameter {number.parameter}=LOW:HIGH gives a wider one"
                 )
-        if len(report["evaluations"]) >= self.evaluations:
+        if len(report["evaluations"]) + len(self.failed) >= self.evaluations:
             remarks.append(f"the search used all {self.evaluations} evaluations; --evaluations allows more")
         if min(report["conversations"].values()) < FEW:
             remarks.append(f"a part has fewer than {FEW} conversations, so the standard errors are uncertain")

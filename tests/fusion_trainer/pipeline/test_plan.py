@@ -125,7 +125,7 @@ ALL_WRONG = {
 """A problem of each line; some have two."""
 AND = {
     11: "prepare.fit_tokenizers: no model folder `./lost`",
-    10: "sources[3]: `./mistral` has no chat template: set `template` to pivot, openchat, ",
+    10: "sources[3]: `./mistral` has no chat template: set `template` to pivot, pivot_own_end, openchat, ",
     12: "extract.top_k: `top_k` cannot be 0: Input should be greater than or equal to 1",
     13: "align.map: `map` cannot be 'best': Input should be 'exact', 'min_edit_distance', 'co_occurrence', ",
     20: "targets.bytes.sources_: unknown setting `sources_`;",
@@ -252,6 +252,16 @@ def test_a_source_names_its_engine(folder: Path) -> None:
     assert before[f"extract {name}"] != marks(folder)[f"extract {name}"]
     problems = told(write(folder, **of(server_url="http://one:8000")))
     assert any("sources[0]: `server_url`: no effect with the engine transformers" in one for one in problems)
+
+
+def test_a_model_that_uses_all_gpus_is_extracted_by_one_process(folder: Path) -> None:
+    (folder / "ddp.yaml").write_text("num_processes: 8\n")
+    first, *others = PIPELINE["sources"]
+    for own, launched in (({}, True), ({"engine": "vllm"}, False), ({"device_map": "auto"}, False)):
+        changed = {"sources": [{**first, **own}, *others], "launch": {"extract": "ddp.yaml"}}
+        commands = {stage.title: stage.command for stage in plan(folder, **changed)}
+        assert ("accelerate.commands.launch" in commands[f"extract {first['name']}"]) is launched
+        assert "accelerate.commands.launch" in commands["extract pivot"]
 
 
 def test_a_source_is_aligned_in_its_own_way(folder: Path) -> None:

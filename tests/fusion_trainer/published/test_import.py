@@ -148,6 +148,13 @@ def test_the_positions_are_those_before_a_label(world: Path, imported: Path) -> 
         assert sorted(found) == (np.flatnonzero(labels[1:] != -100)).tolist()
 
 
+def test_what_needs_the_unknown_is_refused(imported: Path, tmp_path: Path) -> None:
+    stores = {"source_store": imported / "bytes", "pivot_store": imported / "pivot"}
+    with pytest.raises(UserError, match=r"(?s)`spread`.* needs `tail`, which is not known everywhere in .*bytes"):
+        align(AlignConfig(**stores, output=tmp_path / "aligned", workers=1, spread=True))
+    assert not (tmp_path / "aligned").exists()
+
+
 @pytest.mark.slow
 def test_imported_stores_are_aligned_and_train_a_target(world: Path, imported: Path, tmp_path: Path) -> None:
     stores = {"source_store": imported / "bytes", "pivot_store": imported / "pivot"}

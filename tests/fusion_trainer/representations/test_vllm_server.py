@@ -1,6 +1,8 @@
 """``fusion-trainer extract --engine vllm --server-url``: the store of transformers, whatever the servers do."""
 
 import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusion_trainer.cli import main
+from fusion_trainer.representations import model_servers
 from fusion_trainer.representations.engine import Query
 from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.representations.vllm_engine import TooFewError, reduced
@@ -95,6 +98,48 @@ def test_faults_lose_nothing_and_store_nothing_twice(world: Path, healthy: Path,
     assert one.answered
     assert two.answered
     assert shards(tmp_path / "store") == shards(healthy)
+
+
+def test_a_server_that_only_fails_does_not_end_what_another_can_do(
+    world: Path, healthy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_servers, "LONGEST_WAIT_S", 0.5)
+    broken, well = (vllm_protocol.serving(world / "mistral", faults) for faults in ([500] * 10_000, []))
+    with broken as one, well as two:
+        result = extract(world, tmp_path / "store", **at(one, two, server_concurrency=2))
+    assert result.exit_code == 0, result.output
+    assert len(one.faults) < 10_000
+    assert shards(tmp_path / "store") == shards(healthy)
+
+
+class _Closing(BaseHTTPRequestHandler):
+    """A server that takes its time and closes the connection after each reply."""
+
+    requests = 0
+
+    def do_POST(self) -> None:
+        type(self).requests += 1
+        time.sleep(0.5)
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(b"[]")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_server_that_closes_its_connections_has_the_whole_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_servers, "CONNECT_S", 0.2)
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Closing) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        servers = model_servers.ModelServers([f"http://127.0.0.1:{server.server_port}"], "", 30, 1)
+        replies = [servers.request("/x", {}, "a request", lambda reply: reply) for _ in range(3)]
+        servers.close()
+        server.shutdown()
+    assert replies == [[], [], []]
+    assert _Closing.requests == 3
 
 
 def test_a_server_that_dies_and_comes_back(world: Path, healthy: Path, tmp_path: Path) -> None:

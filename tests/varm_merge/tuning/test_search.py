@@ -92,6 +92,31 @@ def test_only_ratios_of_weights_are_searched_where_a_scale_does_the_rest() -> No
     assert free("varm", "weight:target") == free("ties", "weight:target") == 1
 
 
+def test_a_recipe_keeps_its_own_values() -> None:
+    """The usual range is widened; a target that has no weight is not the one that keeps it."""
+    weights = [{"model": "a/one", "parameters": {"weight": 0}}, {"model": "a/two", "parameters": {"weight": 20}}]
+    content = recipe("varm", models=weights, parameters={"lambda": 2.5})
+    scale, one, two = numbers(content, parameters(content, ["lambda", "weight:target"]))
+    assert (scale.start, scale.parameter.low, scale.parameter.high) == (2.5, 0.0, 2.5)
+    assert (one.start, one.fixed, two.start, two.fixed) == (0.0, False, 20.0, True)
+    tried = search([scale, one], lambda values: values[0] + values[1], 6)
+    assert next(iter(tried)) == (2.5, 0.0)
+    with pytest.raises(UserError, match=r"value 2.5 of `lambda` lies outside the range .* 0 to 2"):
+        numbers(content, parameters(content, ["lambda=0:2"]))
+
+
+def test_every_model_of_linear_has_a_weight_the_pivot_too() -> None:
+    content = recipe("linear", parameters={"normalize": True})
+    every = numbers(content, parameters(content, []))
+    assert [(number.label, number.fixed) for number in every] == [
+        ("weight of one", True),
+        ("weight of two", False),
+        ("weight of pivot", False),
+    ]
+    alone = recipe("linear", models=[{"model": "pivot"}, {"model": "a/one"}])
+    assert [number.fixed for number in numbers(alone, parameters(alone, []))] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("content", "given", "message"),
     [

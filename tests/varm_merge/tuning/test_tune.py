@@ -132,6 +132,42 @@ def test_a_method_that_drops_at_random_is_tuned_with_the_masks_of_its_merge(worl
     assert any(ratio(conversations, part) == pytest.approx(tuned, rel=1e-6) for part in parts)
 
 
+def test_values_that_a_method_refuses_do_not_end_the_search(world: Path, tmp_path: Path) -> None:
+    """della takes no density below its epsilon."""
+    path = recipe(world, "della", parameters={"weight": 0.5, "density": 0.5, "epsilon": 0.3})
+    out = tmp_path / "out"
+    done = tune(world, path, out, "--parameter", "density", "--evaluations", "6")
+    assert done.exit_code == 0, done.output
+    report = json.loads((out / "tuned.json").read_text())
+    failed = [one for one in report["remarks"] if "a value that cannot be used" in one]
+    assert failed
+    assert len(failed) + len(report["evaluations"]) == 6
+    assert all(0.3 <= one["values"][0] <= 0.7 for one in report["evaluations"])
+    assert math.isfinite(report["models"][-1]["nats_per_byte"])
+
+
+def test_a_recipe_without_a_base_model_is_tuned_with_base(world: Path, tmp_path: Path) -> None:
+    path = recipe(world, "linear", base_model=None)
+    path.write_text(path.read_text().replace("base_model: null\n", ""))
+    done = tune(world, path, tmp_path / "out", "--evaluations", "3")
+    assert done.exit_code == 1
+    assert "--base" in done.output
+    done = tune(world, path, tmp_path / "out", "--evaluations", "3", "--base", str(world / "pivot"))
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out" / "tuned.json").read_text())
+    assert [row["name"] for row in report["models"]] == ["pivot", "target_1", "target_2", "recipe", "tuned"]
+
+
+@pytest.mark.parametrize("models", [[{"modle": "./a"}], ["./a", "./b"]])
+def test_a_malformed_recipe_is_refused_with_its_line(models: list[Any], world: Path, tmp_path: Path) -> None:
+    for parameter in ("weight:target", "lambda"):
+        done = tune(world, recipe(world, "varm", models=models), tmp_path / "out", "--parameter", parameter)
+        assert done.exit_code == 1
+        assert isinstance(done.exception, SystemExit), done.exception
+        assert "cannot be tuned" in done.output
+        assert "line " in done.output
+
+
 @pytest.mark.parametrize(
     ("parameters", "more", "message"),
     [
