@@ -203,7 +203,7 @@ def import_published(config: Path | None, **flags: Any) -> None:
     \b
     Example:
       fusion-trainer import --data aligned-representations/ --pivot openchat/openchat_3.5 \\
-        --model mistralai/Mixtral-8x7B-Instruct-v0.1 --pivot-store stores/pivot --output aligned/mixtral
+        --model NousResearch/Nous-Hermes-2-Mixtral-8x7B-DPO --pivot-store stores/pivot --output aligned/mixtral
     """
     from fusion_trainer.config import ImportConfig, read_config
     from fusion_trainer.published.import_rows import import_rows

@@ -145,7 +145,7 @@ class ExtractConfig(PrepareConfig):
     """Folder of the store to write."""
     source_template: str = "own"
     """Chat template in which a source is queried: own (the source's), pivot (the source reads the pivot's
-    rendering as plain text, as in FuseLLM), pivot_own_end (the same, but answers end with the source's EOS token,
+    rendering as plain text, as in FuseLLM), pivot_own_end (the same, but answers end with the source's own token,
     as in FuseChat), the name of a built-in template, or a Jinja file."""
     top_k: int = Field(10, ge=1, le=1024)
     """Number of probabilities kept per position."""
@@ -207,8 +207,8 @@ class ImportConfig(Settings):
     """For aligned data: folder of the pivot's store. It is written from the same data if it does not exist."""
     dialogues: Path | None = None
     """Folder of the dialogues. If it does not exist, it is made from the rows. Default: next to the output."""
-    aligned_source: int = Field(0, ge=0)
-    """For FuseLLM's aligned data: the number of the source in the names of its columns."""
+    aligned_source: int | None = Field(None, ge=0)
+    """For data that was aligned for several sources: the number of the source in the names of its columns."""
     unpaired: Literal["pivot", "gold"] = "pivot"
     """For positions that were not aligned: use the pivot's distribution, or, as the authors do, give the next
     token probability 1."""

@@ -38,6 +38,7 @@ DOCUMENTS = [
 JUDGE = "http://localhost:8000/v1"
 PIVOT, SOLAR = "openchat/openchat_3.5", "NousResearch/Nous-Hermes-2-SOLAR-10.7B"
 TARGETS = ("FuseAI/OpenChat-3.5-7B-Mixtral", "FuseAI/OpenChat-3.5-7B-Solar")
+MIXTRAL = "NousResearch/Nous-Hermes-2-Mixtral-8x7B-DPO"
 
 ELSEWHERE = {
     "make demo": "examples/demo.py is test_small_world.py's; the pipeline it runs is test_pipeline_runs.py's",
@@ -249,6 +250,7 @@ def save_models(folder: Path) -> dict[str, Path]:
     tiny_sources.save_source(models[SOLAR], "llama", "byte_level_bpe", seed=1, template=chatml, special=special)
     for seed, target in enumerate(TARGETS):
         save_target(models[PIVOT], models[target], seed)
+    models[MIXTRAL] = Path(shutil.copytree(models[SOLAR], folder / "mixtral"))
     return models
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from varm_common import files
 from varm_common.errors import some
-from varm_common.stored_tensors import pickled_tensors
+from varm_common.stored_tensors import is_lfs_pointer, lfs_advice, pickled_tensors
 
 __all__ = [
     "CONVERSION",
@@ -211,6 +211,8 @@ def file_tensors(path: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]
                 part = file.get_slice(name)
                 yield name, (tuple(part.get_shape()), part.get_dtype())
     except (SafetensorError, OSError) as error:
+        if is_lfs_pointer(path):
+            raise ValueError(lfs_advice(path)) from error
         size = path.stat().st_size
         raise ValueError(
             f"`{path.name}` is cut off or damaged ({size:,} bytes; {error}): copy it again"

@@ -66,8 +66,12 @@ def convert(model: str, output: Path, revision: str | None = None, shard_bytes: 
         "config": config_fingerprint(folder, code=True),
         "shard_bytes": shard_bytes,
     }
+    output = output.resolve()
     if _is_there(output, identity):
         return False
+    if output.is_mount() or output == Path.cwd():
+        kind = "a mount point" if output.is_mount() else "the current folder"
+        raise UserError(f"`{output}` is {kind}, which cannot be replaced: give a folder in it as OUT")
     making = output.with_name(f"{output.name}.converting{TEMPORARY}")
     lock = output.with_name(f"{output.name}.lock{TEMPORARY}")
     with written_to(output.parent):

@@ -1,6 +1,7 @@
 """Models: a Hub id or folder becomes a local folder, a fingerprint, and a loaded causal language model."""
 
 import importlib.util
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -58,6 +59,15 @@ def local_folder(
         if (path := folder / f"{name}.json").exists():
             read_mapping(path)
     return folder, commit
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer in a folder has a chat template."""
+    if (folder / "chat_template.jinja").is_file() or (folder / "additional_chat_templates").is_dir():
+        return True
+    with suppress(OSError, ValueError, AttributeError):
+        return bool(json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("chat_template"))
+    return False
 
 
 def is_path(model: str) -> bool:

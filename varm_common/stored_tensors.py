@@ -1,6 +1,5 @@
 """Tensors as weight files hold them: safetensors, or pickles (``.bin``), of which no code is ever run."""
 
-import pickle
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -12,10 +11,10 @@ from varm_common.errors import some
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["pickled_tensors", "stored_tensor"]
+__all__ = ["is_lfs_pointer", "lfs_advice", "pickled_tensors", "stored_tensor"]
 
-UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError)
-"""What torch raises on a file that is cut off, or that would run code."""
+LFS_POINTER = b"version https://git-lfs"
+"""How a file begins that stands for one that Git LFS has not downloaded."""
 
 
 def pickled_tensors(path: Path, device: str = "cpu") -> "dict[str, Tensor]":
@@ -32,9 +31,11 @@ def pickled_tensors(path: Path, device: str = "cpu") -> "dict[str, Tensor]":
     """
     import torch
 
+    if is_lfs_pointer(path):
+        raise ValueError(lfs_advice(path))
     try:
         content: Any = torch.load(path, map_location=device, weights_only=True, mmap=is_zipfile(path) or None)
-    except UNREADABLE as error:
+    except Exception as error:  # torch raises errors of all kinds at a damaged file
         raise ValueError(f"`{path.name}` {_why(error)}") from error
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         nested = ": they lie under `state_dict`" if isinstance(content, dict) and "state_dict" in content else ""
@@ -45,6 +46,17 @@ def pickled_tensors(path: Path, device: str = "cpu") -> "dict[str, Tensor]":
     if sparse := [name for name, value in content.items() if value.layout != torch.strided]:
         raise ValueError(f"`{path.name}` has sparse tensors: {some(sparse)}. Save them dense, by .to_dense()")
     return content
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is not there but for its pointer of Git LFS."""
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
+def lfs_advice(path: Path) -> str:
+    """What to do about a pointer of Git LFS."""
+    return f"`{path.name}` is a pointer of Git LFS, not the file: run `git lfs pull` in its folder"
 
 
 def _why(error: Exception) -> str:

@@ -21,7 +21,7 @@ from varm_common.files import fingerprint
 
 __all__ = [
     *("DIALOGUES", "Reader", "Reading"),
-    *("end_ids", "reader_of_store", "reader_with_own_end", "source_reader", "template_notes"),
+    *("end_ids", "own_end", "reader_of_store", "reader_with_own_end", "source_reader", "template_notes"),
 ]
 
 DIALOGUES = "dialogues"
@@ -179,6 +179,19 @@ def reader_with_own_end(
         return Reader(source, PIVOT)
     old, new = pivot.surfaces[ends[0]].decode(), source.surfaces[end].decode()
     return Reader(source, PIVOT, marker=(old, new) if old != new else None)
+
+
+def own_end(source: TextTokenizer) -> int | None:
+    """The token that ends an answer in a source's own chat template, else its EOS token.
+
+    The published code takes the EOS token, and the template's where they differ: InternLM2, Llama 3, Gemma.
+    """
+    eos: int | None = source.tokenizer.eos_token_id
+    try:
+        ends = source_reader(OWN, source, chats=False).template
+    except UserError:  # its template cannot be used
+        return eos
+    return next(iter(ends.end_ids), eos) if ends else eos
 
 
 def reader_of_store(identity: Mapping[str, Any], tokenizer: TextTokenizer) -> Reader:

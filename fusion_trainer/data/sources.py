@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from varm_common.errors import UserError
+from varm_common.errors import UserError, some
 from varm_common.files import sha256_of
 
 __all__ = ["COLUMNS", "FORMATS", "Source", "load_table", "open_source"]
@@ -176,6 +176,8 @@ def load_table(data: str, name: str | None, split: str) -> Any:
             return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
         if (path.is_dir() and (path / "state.json").is_file()) or (path / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(path))
+            if isinstance(saved, datasets.DatasetDict) and split not in saved:
+                raise ValueError(f"no split `{split}`, but {some(list(saved))}: choose with --data-split")
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(str(path), name, split=split)
     except failures as error:

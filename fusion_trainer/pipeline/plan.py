@@ -30,6 +30,7 @@ from fusion_trainer.pipeline.merges import add_merges
 from fusion_trainer.pipeline.stage import KINDS, Stage
 from fusion_trainer.representations.engines import unused_settings
 from varm_common.errors import UserError, listed
+from varm_common.models import has_chat_template
 
 __all__ = ["chosen", "read_pipeline"]
 
@@ -205,7 +206,7 @@ def _template_file(builder: Builder, where: str, source: Settings, model: str) -
         if Path(template).is_file():
             return {"template": template}
         builder.wrong(place, f"no file `{template}`, and none of {', '.join(OF_THE_SOURCE)}")
-    lacks_template = Path(model).is_dir() and not _has_template(Path(model))
+    lacks_template = Path(model).is_dir() and not has_chat_template(Path(model))
     if template == "own" and lacks_template and _are_chats(builder.config.data):
         choices = ", ".join(OF_THE_SOURCE[1:])
         builder.wrong(where, f"`{model}` has no chat template: set `template` to {choices} or a Jinja file")
@@ -220,15 +221,6 @@ def _are_chats(data: Sequence[str]) -> bool:
                 with path.open(encoding="utf-8") as file:
                     row = json.loads(file.readline())
                 return isinstance(row, dict) and "text" not in row
-    return False
-
-
-def _has_template(folder: Path) -> bool:
-    """Whether the tokenizer in a folder has a chat template."""
-    if (folder / "chat_template.jinja").is_file() or (folder / "additional_chat_templates").is_dir():
-        return True
-    with suppress(OSError, ValueError, AttributeError):
-        return bool(json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("chat_template"))
     return False
 
 

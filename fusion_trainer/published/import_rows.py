@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 from tqdm import tqdm
 
@@ -71,6 +72,12 @@ class Importer:
                 config.model, config.revision, weights=False, code=code
             )
         self.source = load_tokenizer(self.source_folder, config.model or config.pivot, code)
+        if published.aligned and self.source.sha256 == self.pivot.sha256:
+            click.echo(
+                f"note: {config.model} has the pivot's tokenizer. --model names the source that was aligned, not "
+                "a target: the token that ends its answers is taken from it",
+                err=True,
+            )
         self.of_pivot = self.source_folder.resolve() == self.folder.resolve()
         if published.aligned and (self.of_pivot or config.pivot_store is None):
             missing = "--pivot-store for the pivot's store" if config.pivot_store is None else "--model"
@@ -253,6 +260,7 @@ class Importer:
             "unpaired": config.unpaired,
             "reading": source_reader.identity["reading"],
             "map": "published",
+            "columns": self.published.aligned[0] if self.published.aligned else None,
             **about,
         }
         end = self.pivot.tokenizer.get_vocab().get(marker[1]) if marker else None

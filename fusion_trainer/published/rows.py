@@ -42,6 +42,7 @@ ALIGNED = (
     ("fused_per_step_logits", "fused_per_step_indices", "fused_metric_ce"),
     ("per_step_aligned_logits_{n}", "per_step_aligned_indices_{n}", "metric_ce_aligned_{n}"),
 )
+NUMBERED = "per_step_aligned_logits_"
 ROWS_AT_ONCE = 256
 
 
@@ -177,10 +178,10 @@ class Published:
         return Values(logits.astype(np.float64), ids.astype(np.int64), offsets, mean, per_step)
 
 
-def open_published(data: Sequence[str], name: str | None, split: str, source: int) -> Published:
+def open_published(data: Sequence[str], name: str | None, split: str, source: int | None) -> Published:
     """Open published datasets: folders of ``save_to_disk``, Arrow or Parquet files, or Hub ids.
 
-    ``source`` is the number of FuseLLM's aligned source.
+    ``source`` is the number of the aligned source, which has to be given if there are several.
 
     Raises:
         UserError: One cannot be read, has no rows, or lacks columns.
@@ -196,10 +197,7 @@ def open_published(data: Sequence[str], name: str | None, split: str, source: in
         if not len(part):
             raise UserError(f"{called} has no rows")
     columns = set.intersection(*(set(part.column_names) for part in parts))
-    filled = [(a.format(n=source), b.format(n=source), c.format(n=source)) for a, b, c in ALIGNED]
-    aligned = next((names for names in filled if names[0] in columns), None)
-    if aligned is None and any(column.startswith("per_step_aligned_logits_") for column in columns):
-        raise UserError(f"{shown[0]} has no aligned source {source}; choose another --aligned-source")
+    aligned = _aligned_columns(columns, source, shown[0])
     for column in ("metric_ce", *(aligned[1:] if aligned else ())):
         if column not in columns:
             raise UserError(
@@ -216,6 +214,19 @@ def open_published(data: Sequence[str], name: str | None, split: str, source: in
         for file, part in zip(files, parts, strict=True)
     ]
     return Published(parts, shown, hashes, aligned, PER_STEP in columns, k)
+
+
+def _aligned_columns(columns: set[str], source: int | None, name: str) -> tuple[str, str, str] | None:
+    """The columns of the aligned source; None if there is none."""
+    numbers = sorted(int(column.removeprefix(NUMBERED)) for column in columns if column.startswith(NUMBERED))
+    if source is None and len(numbers) > 1:
+        shown = ", ".join(map(str, numbers))
+        raise UserError(f"{name} has the aligned sources {shown}: choose that of --model with --aligned-source")
+    chosen = source if source is not None else next(iter(numbers), 0)
+    if numbers and chosen not in numbers:
+        raise UserError(f"{name} has no aligned source {chosen}; choose another --aligned-source")
+    filled = ((a.format(n=chosen), b.format(n=chosen), c.format(n=chosen)) for a, b, c in ALIGNED)
+    return next((names for names in filled if names[0] in columns), None)
 
 
 def _array(table: pa.Table, column: str, number: int) -> NDArray[Any]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fusion_trainer.config import ExtractConfig
 from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.data.prepare import prepare
-from fusion_trainer.data.readers import DIALOGUES, Reader, end_ids, reader_with_own_end, source_reader
+from fusion_trainer.data.readers import DIALOGUES, Reader, end_ids, own_end, reader_with_own_end, source_reader
 from fusion_trainer.data.templates import PIVOT_OWN_END
 from fusion_trainer.representations.engines import engine_identity, open_engine, unused_settings
 from fusion_trainer.representations.extraction import Extraction
@@ -118,7 +118,7 @@ def _reader(config: ExtractConfig, dialogues: Dialogues, tokenizer: TextTokenize
         return Reader(tokenizer, DIALOGUES)
     if config.source_template == PIVOT_OWN_END:
         pivots = load_tokenizer(pivot, config.pivot, config.trust_remote_code)
-        return reader_with_own_end(tokenizer, tokenizer.tokenizer.eos_token_id, pivots, dialogues.ends)
+        return reader_with_own_end(tokenizer, own_end(tokenizer), pivots, dialogues.ends)
     return source_reader(config.source_template, tokenizer, chats=dialogues.report.turns > 0)
 
 

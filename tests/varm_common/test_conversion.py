@@ -1,24 +1,30 @@
 """``fusion-trainer convert``: pickled weights become safetensors, bit by bit, and no code is run."""
 
+import io
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_models import Family
 
 from fusion_trainer.cli import main
 from varm_common import conversion
-from varm_common.checkpoints import CONVERSION, fingerprint, read_header
+from varm_common.checkpoints import CONVERSION, file_tensors, fingerprint, read_header
 from varm_common.conversion import convert
 from varm_common.errors import UserError
 from varm_common.models import load_causal_lm, weights_fingerprint
-from varm_common.stored_tensors import stored_tensor
+from varm_common.stored_tensors import pickled_tensors, stored_tensor
 from varm_merge.merging.lineage import Place, foreign_targets
 
 SHARD = 3000
@@ -67,6 +73,45 @@ def tensors_of(folder: Path) -> Tensors:
     pickles = [torch.load(path, weights_only=True) for path in folder.glob("*.bin")]
     found = [*pickles, *(load_file(path) for path in folder.glob("*.safetensors"))]
     return {name: tensor for part in found for name, tensor in part.items()}
+
+
+def test_out_may_be_a_link_but_not_what_cannot_be_replaced(
+    pickled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_disk: Callable[[int], Path]
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert convert(str(pickled), tmp_path / "link")
+    assert not convert(str(pickled), tmp_path / "link")
+    assert tensors_of(tmp_path / "real").keys() == tensors_of(pickled).keys()
+    assert (tmp_path / "link").is_symlink()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(UserError, match="is the current folder, which cannot be replaced: give a folder in it"):
+        convert(str(pickled), Path())
+    with pytest.raises(UserError, match="is a mount point, which cannot be replaced: give a folder in it"):
+        convert(str(pickled), small_disk(1 << 20))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.booleans(), st.integers(0, 2999), st.integers(0, 255), st.booleans())
+def test_a_damaged_pickle_is_read_or_refused(new: bool, place: int, byte: int, cut: bool) -> None:
+    buffer = io.BytesIO()
+    torch.save({"a": torch.arange(6.0)}, buffer, _use_new_zipfile_serialization=new)
+    content = bytearray(buffer.getvalue())
+    place %= len(content)
+    content = content[:place] if cut else content[:place] + bytes([byte]) + content[place + 1 :]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "pytorch_model.bin")
+        path.write_bytes(content)
+        with suppress(ValueError):
+            pickled_tensors(path)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        with pytest.raises(ValueError, match="pointer of Git LFS, not the file: run `git lfs pull`"):
+            list(file_tensors(tmp_path / name))
 
 
 def test_every_tensor_keeps_its_name_dtype_and_bits(pickled: Path, tmp_path: Path) -> None:
@@ -187,7 +232,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(zipped: bool, pickled: Path, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04 cut off"])
+@pytest.mark.parametrize("content", [b"", b"\x80\x02 not a pickle", b"PK\x03\x04 cut off"])
 def test_a_damaged_pickle_is_a_sentence(content: bytes, pickled: Path, tmp_path: Path) -> None:
     (pickled / "pytorch_model-00002-of-00002.bin").write_bytes(content)
     done = CliRunner().invoke(main, ["convert", str(pickled), str(tmp_path / "out")])

@@ -17,12 +17,15 @@ from varm_merge.comparison.backends import CHAT, TRANSFORMERS, VLLM
 from varm_merge.comparison.suites import Task
 from varm_merge.comparison.tasks import Tasks
 
-__all__ = ["PRELOAD", "Run", "check", "evaluate", "measures"]
+__all__ = ["PRELOAD", "Run", "answer_tokens", "check", "evaluate", "measures"]
 
 PRELOAD = ("lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.models.openai_completions")
 RESULTS = ("results", "groups", "higher_is_better", "n-samples", "n-shot")
 """The parts of the harness's results that are used."""
 GENERATE = "generate_until"
+PROMPT_TOKENS = 1024
+LEAST_TIMEOUT_S, LEAST_TOKENS_PER_S = 300, 5
+"""How long a server may take for an answer."""
 ON_CPU, AT_ONCE = 8, 16
 """The batch size on a CPU, and the number of requests to a server at a time, for ``auto``."""
 
@@ -50,7 +53,7 @@ class Run:
         trust_remote_code: Whether code in its folder may run.
         url: Its server, without ``/completions``.
         served_name: Its name there.
-        length: Its context length in tokens.
+        length: Its context length in tokens, if its config names one.
     """
 
     model: Path
@@ -58,7 +61,7 @@ class Run:
     trust_remote_code: bool = False
     url: str = ""
     served_name: str = ""
-    length: int = 2048
+    length: int | None = None
 
 
 # Before the first merge
@@ -179,12 +182,12 @@ def evaluate(tasks: Tasks, task: Task, folders: Sequence[str], run: Run, output:
 
     is_file = task.name.endswith(".yaml")
     results = simple_evaluate(
-        **_model(tasks, run),
+        **_model(tasks, task, run),
         tasks=[str(Path(task.name).absolute()) if is_file else task.name],
         task_manager=TaskManager(include_path=list(folders), include_defaults=False),
         num_fewshot=task.shots,
         limit=tasks.limit,
-        gen_kwargs={"max_gen_toks": task.max_tokens} if task.max_tokens else None,
+        gen_kwargs={"max_gen_toks": answer_tokens(task, run.length)} if task.max_tokens else None,
         apply_chat_template=task.chat or tasks.backend == CHAT,
         confirm_run_unsafe_code=tasks.allow_code,
         log_samples=True,
@@ -194,7 +197,24 @@ def evaluate(tasks: Tasks, task: Task, folders: Sequence[str], run: Run, output:
     output.write_text(json.dumps({name: results.get(name) for name in RESULTS}, default=str), encoding="utf-8")
 
 
-def _model(tasks: Tasks, run: Run) -> dict[str, Any]:
+def answer_tokens(task: Task, length: int | None) -> int:
+    """The most tokens of an answer. The prompt keeps ``PROMPT_TOKENS``, or half of a short context."""
+    most = task.max_tokens or 0
+    return most if length is None else min(most, length - min(length // 2, PROMPT_TOKENS))
+
+
+def _adds_bos(run: Run, chat: bool) -> bool:
+    """Whether a text has to get the model's BOS token: its tokenizer adds one, and no chat template has."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(run.model, trust_remote_code=run.trust_remote_code)
+    if tokenizer.bos_token_id is None or tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:
+        return False
+    turns = [{"role": "user", "content": "a"}]
+    return not (chat and tokenizer.apply_chat_template(turns, tokenize=False).startswith(tokenizer.bos_token))
+
+
+def _model(tasks: Tasks, task: Task, run: Run) -> dict[str, Any]:
     """The arguments of ``simple_evaluate`` that say which model runs where."""
     import torch
     from lm_eval.utils import simple_parse_args_string
@@ -203,14 +223,24 @@ def _model(tasks: Tasks, run: Run) -> dict[str, Any]:
     automatic = tasks.batch_size == "auto"
     if tasks.served:
         path = "/chat/completions" if tasks.backend == CHAT else "/completions"
-        own = {"tokenizer": str(run.model), "tokenizer_backend": "huggingface", "max_length": run.length}
+        timeout = max(LEAST_TIMEOUT_S, (task.max_tokens or 0) // LEAST_TOKENS_PER_S)
+        own: dict[str, Any] = {}
+        if tasks.backend != CHAT:
+            own = {
+                "tokenizer": str(run.model),
+                "tokenizer_backend": "huggingface",
+                "trust_remote_code": run.trust_remote_code,
+                "add_bos_token": _adds_bos(run, task.chat),
+                **({} if run.length is None else {"max_length": run.length}),
+            }
         return {
             "model": "local-chat-completions" if tasks.backend == CHAT else "local-completions",
             "model_args": {
                 "model": run.served_name,
                 "base_url": run.url + path,
                 "num_concurrent": AT_ONCE if automatic else int(tasks.batch_size),
-                **({} if tasks.backend == CHAT else own | {"trust_remote_code": run.trust_remote_code}),
+                "timeout": timeout,
+                **own,
                 **arguments,
             },
             "batch_size": 1,

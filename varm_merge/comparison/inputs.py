@@ -7,9 +7,10 @@ from mergekit.common import ModelReference
 from varm_common.checkpoints import weight_files
 from varm_common.errors import UserError
 from varm_merge.comparison.cache import model_files, state_of
+from varm_merge.comparison.recipes import Entry
 from varm_merge.merging.lineage import Place
 
-__all__ = ["model_folder", "model_state"]
+__all__ = ["model_folder", "model_state", "states"]
 
 
 def model_folder(model: str, cache_dir: str | None) -> Path:
@@ -23,14 +24,24 @@ def model_folder(model: str, cache_dir: str | None) -> Path:
         raise UserError(f"{model} is a model with an adapter; it is merged, but not measured by itself")
     place = Place(reference.model.path, reference.model.revision, cache_dir)
     folder = place.folder()
-    if folder is not None and weight_files(folder).names:
-        return folder
+    files = weight_files(folder) if folder is not None else None
+    if folder and files and files.names and (folder == Path(place.path) or not files.problems):
+        return folder  # of a snapshot with problems, some files are not downloaded yet
     if folder is not None and folder == Path(place.path):
         raise UserError(f"the folder `{folder}` has no weights")
     try:
         return Path(reference.local_path(cache_dir))
     except Exception as error:  # whatever the HTTP client raises
         raise UserError(f"`{model}` cannot be downloaded: {error}") from error
+
+
+def states(entry: Entry, cache_dir: str | None) -> dict[str, str]:
+    """The state of every model that a recipe reads; one of which only the tokenizer is used is not downloaded."""
+    found = {model: model_state(model, cache_dir) for model in entry.models}
+    for model in entry.tokenizers:
+        folder = Path(ModelReference.model_validate(model).model.path)
+        found[model] = state_of(model_files(folder)) if folder.is_dir() else model
+    return found
 
 
 def model_state(model: str, cache_dir: str | None) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 
 import click
 import psutil
-from mergekit.common import ModelReference
 
 from varm_common.errors import UserError
 from varm_common.files import sha256_of, sync_tree
@@ -23,11 +22,12 @@ from varm_common.tables import short_names, size
 from varm_common.versions import versions
 from varm_merge.comparison.cache import RECIPE, Steps, content_of, is_a_merge, model_files, remove, state_of
 from varm_merge.comparison.distances import distances, moved_layers
-from varm_merge.comparison.inputs import model_folder, model_state
+from varm_merge.comparison.inputs import model_folder, model_state, states
 from varm_merge.comparison.recipes import Entry, Family
 from varm_merge.comparison.scores import Scorers, differences, environment, text_config
 from varm_merge.comparison.settings import Row, Settings
 from varm_merge.comparison.suites import Task
+from varm_merge.comparison.task_models import demand_template, short_contexts
 from varm_merge.comparison.tasks import Tasks
 from varm_merge.merging.weight_log import recipe_fingerprint
 
@@ -122,10 +122,7 @@ class _Comparison:
         return row
 
     def _merge_inputs(self, entry: Entry) -> dict[str, Any]:
-        inputs = {model: model_state(model, self.settings.cache_dir) for model in entry.models}
-        for model in entry.tokenizers:  # only its tokenizer is used, so nothing is downloaded here
-            folder = Path(ModelReference.model_validate(model).model.path)
-            inputs[model] = state_of(model_files(folder)) if folder.is_dir() else model
+        inputs = states(entry, self.settings.cache_dir)
         options = self.settings.merge_options()
         recipe = recipe_fingerprint(entry.content)
         return {"recipe": recipe, "inputs": inputs, "options": options, "versions": versions()}
@@ -147,6 +144,10 @@ class _Comparison:
             option = "--tasks"
             if tasks and missing - {"distances", "held-out"}:
                 self.task_files = self._known_tasks(tasks, log)
+                models = {row.name: row.folder for row in self.inputs if row.fingerprint}
+                demand_template(tasks, models.values(), [row.entry.content for row in self.merges if row.entry])
+                for note in short_contexts(tasks, models):
+                    self._print(note)
                 if tasks.served:
                     self._demand_servers(tasks, rows)
         except CommandError as error:

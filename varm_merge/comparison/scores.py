@@ -83,7 +83,7 @@ class Scorers:
         digest = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         folder = self.folder / f"dialogues-{digest[:12]}"
         if not folder.exists():
-            length = max(LEAST_TOKENS, min(MOST_TOKENS, _context(pivot)))
+            length = max(LEAST_TOKENS, min(MOST_TOKENS, context_length(pivot) or MOST_TOKENS))
             data = [part for name in held_out.data for part in ("--data", name)]
             template = ["--template", held_out.template] if held_out.template else []
             where = ["--pivot", str(pivot), "--dialogues", str(folder), "--max-length", str(length)]
@@ -129,10 +129,10 @@ class Scorers:
             CommandError: The harness failed, or the model answers NaN.
             UserError: A number is not finite, or the server does not have the model.
         """
-        run = harness.Run(model, self.device, self.trust_remote_code)
+        run = harness.Run(model, self.device, self.trust_remote_code, length=context_length(model))
         if tasks.served:
             url, served_name = tasks.servers.url(name) or "", tasks.servers.served_name(name, model)
-            run = replace(run, url=url, served_name=served_name, length=_context(model))
+            run = replace(run, url=url, served_name=served_name)
         output = self._output()
         self._run(harness.evaluate, tasks, task, folders, run, output, log=log, tasks=tasks)
         results = json.loads(output.read_text(encoding="utf-8"))
@@ -164,10 +164,10 @@ def environment(device: str | None) -> dict[str, str]:
     return {**os.environ, "TOKENIZERS_PARALLELISM": "false", **hidden}
 
 
-def _context(model: Path) -> int:
-    """The context length of a model in tokens; ``MOST_TOKENS`` if its config has none."""
+def context_length(model: Path) -> int | None:
+    """The context length of a model in tokens; None if its config has none."""
     config = text_config(model)
-    return next((config[name] for name in CONTEXT if isinstance(config.get(name), int)), MOST_TOKENS)
+    return next((config[name] for name in CONTEXT if isinstance(config.get(name), int)), None)
 
 
 def text_config(model: Path) -> dict[str, Any]:

@@ -112,6 +112,9 @@ class Servers:
                 models = json.load(reply)["data"]
             return [model for model in models if model["id"]]
         except urllib.error.HTTPError as error:
-            raise UserError(f"the server {url} answers {error.code} to {url}/models; is the URL right?") from error
+            advice = "name the variable with its key with --server-key-env"
+            if error.code not in (401, 403):
+                advice = "is the URL right?"
+            raise UserError(f"the server {url} answers {error.code} to {url}/models: {advice}") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"the server {url} does not answer, or lists no models: {error}") from error

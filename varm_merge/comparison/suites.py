@@ -106,6 +106,7 @@ FUSECHAT = Suite(
     "fusechat",
     "FuseChat-3.0 (arXiv 2503.04222); github.com/fanqiwan/FuseAI, FuseChat-3.0/FuseEval",
     (
+        Benchmark("MMLU", _chat("mmlu_cot_llama", STRICT, 2048), "not in the paper's list"),
         Benchmark("MMLU-Pro", _chat("mmlu_pro_llama", STRICT, 2048)),
         Benchmark("MMLU-redux", _chat("mmlu_redux_generative", DEFAULT, 2048), "here without reasoning"),
         Benchmark("GPQA-Diamond", _chat("gpqa_diamond_cot_zeroshot", FLEXIBLE, 2048)),

@@ -25,7 +25,7 @@ from varm_common.standard_errors import standard_error
 from varm_common.tables import short_names
 from varm_common.versions import versions
 from varm_merge.comparison.cache import Steps
-from varm_merge.comparison.inputs import model_folder, model_state
+from varm_merge.comparison.inputs import model_folder, model_state, states
 from varm_merge.comparison.recipes import Entry, family
 from varm_merge.comparison.scores import HeldOut, Scorers, differences
 from varm_merge.merging.weight_log import recipe_fingerprint
@@ -99,8 +99,7 @@ class _Search:
         self.evaluations = tuning.evaluations or EVALUATIONS * len(self.free)
         self.family = family([entry], tuning.base)
         self.cache_dir = options.transformers_cache
-        read = [*entry.models, *entry.tokenizers]
-        self.inputs = {model: model_state(model, self.cache_dir) for model in read}
+        self.inputs = states(entry, self.cache_dir)
         self.steps = Steps(tuning.out / "steps")
         self.log = tuning.out / "log.txt"
 

@@ -422,6 +422,25 @@ def test_rows_of_fusellm(world: Path, tmp_path: Path) -> None:
         assert np.array_equal(stored.ids[:, 0], ids)
     with pytest.raises(UserError, match="no aligned source 1"):
         bring(world, "twin", tmp_path / "other", data, pivot_store=tmp_path / "pivot", aligned_source=1)
+    for row in rows:
+        for name in ("per_step_aligned_logits", "per_step_aligned_indices", "metric_ce_aligned"):
+            row[f"{name}_1"] = row[f"{name}_0"]
+        row["metric_ce_aligned_1"] = 2 * row["metric_ce_aligned_0"]
+    datasets.Dataset.from_list(rows).to_parquet(several := tmp_path / "several.parquet")
+    with pytest.raises(UserError, match="aligned sources 0, 1: choose that of --model with --aligned-source"):
+        bring(world, "twin", tmp_path / "several", several, pivot_store=tmp_path / "own")
+    chosen = {"pivot_store": tmp_path / "own", "aligned_source": 0}
+    first = bring(world, "twin", tmp_path / "several", several, **chosen)[0]
+    with pytest.raises(UserError, match=r"(?s)other settings.*columns"):
+        bring(world, "twin", tmp_path / "several", several, **chosen | {"aligned_source": 1})
+    second = bring(world, "twin", tmp_path / "second", several, **chosen | {"aligned_source": 1})[0]
+    assert second.ce_per_token == pytest.approx(2 * first.ce_per_token)
+
+
+def test_a_dataset_without_the_split_names_those_it_has(world: Path, tmp_path: Path) -> None:
+    datasets.DatasetDict({"validation": datasets.Dataset.from_list([{"a": 1}])}).save_to_disk(tmp_path / "data")
+    with pytest.raises(UserError, match="no split `train`, but `validation`: choose with --data-split"):
+        bring(world, "pivot", tmp_path / "store", tmp_path / "data")
 
 
 def test_what_does_not_fit_is_refused(world: Path, fused: Path, imported: Path, tmp_path: Path) -> None:

@@ -3,16 +3,20 @@
 import json
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import model_server
 import pytest
 import tiny_models
+import tiny_sources
 import yaml
 from click.testing import CliRunner, Result
+from transformers import AutoTokenizer
 
 from varm_common.errors import UserError
 from varm_common.forked import run_forked
@@ -23,6 +27,7 @@ from varm_merge.comparison.backends import CHAT, COMPLETIONS, VLLM
 from varm_merge.comparison.harness import Run as ModelRun
 from varm_merge.comparison.servers import Servers
 from varm_merge.comparison.suites import SUITES, Task, read
+from varm_merge.comparison.task_models import demand_template, short_contexts
 from varm_merge.comparison.tasks import Tasks
 
 FOLDERS = (
@@ -353,27 +358,107 @@ def test_a_server_is_asked_what_it_serves(mistral: tiny_models.Family, tmp_path:
             Servers({"": server.url}).served_name("merged", one)
         with pytest.raises(UserError, match=f"has loaded `{re.escape(str(one))}`, not `{re.escape(str(two))}`"):
             Servers({"merged": server.url}).served_name("merged", two)
-        with pytest.raises(UserError, match=r"answers 404 to .*/v2/models; is the URL right"):
+        with pytest.raises(UserError, match=r"answers 404 to .*/v2/models: is the URL right"):
             Servers({"merged": server.url[:-1] + "2"}).served_name("merged", one)
 
 
 # Arguments of the harness
 
 
-def test_every_backend_gets_its_arguments() -> None:
+def test_every_backend_gets_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "_adds_bos", lambda run, chat: True)
     run = ModelRun(Path("m"), "cpu", url="http://host/v1", served_name="s", length=99)
-    tasks = Tasks((Task("t"),), model_args="dtype=float32,tensor_parallel_size=2")
+    task, long = Task("t"), Task("t", chat=True, max_tokens=32768)
+    tasks = Tasks((task,), model_args="dtype=float32,tensor_parallel_size=2")
     own = {"dtype": "float32", "tensor_parallel_size": 2}
     model = {"pretrained": "m", "trust_remote_code": False, **own}
-    assert harness._model(tasks, run) == {"model": "hf", "model_args": model, "batch_size": 8, "device": "cpu"}
-    assert harness._model(tasks, replace(run, device="cuda"))["batch_size"] == "auto"
-    assert harness._model(replace(tasks, batch_size="3"), run)["batch_size"] == "3"
-    on_vllm = harness._model(replace(tasks, backend=VLLM), run)
+    assert harness._model(tasks, task, run) == {
+        "model": "hf",
+        "model_args": model,
+        "batch_size": 8,
+        "device": "cpu",
+    }
+    assert harness._model(tasks, task, replace(run, device="cuda"))["batch_size"] == "auto"
+    assert harness._model(replace(tasks, batch_size="3"), task, run)["batch_size"] == "3"
+    on_vllm = harness._model(replace(tasks, backend=VLLM), task, run)
     assert on_vllm == {"model": "vllm", "model_args": model, "batch_size": "auto"}
-    served = harness._model(replace(tasks, backend=COMPLETIONS), run)
+    served = harness._model(replace(tasks, backend=COMPLETIONS), task, run)
     assert (served["model"], served["batch_size"]) == ("local-completions", 1)
     assert served["model_args"]["base_url"] == "http://host/v1/completions"
     assert (served["model_args"]["num_concurrent"], served["model_args"]["max_length"]) == (16, 99)
-    chat = harness._model(replace(tasks, backend=CHAT, batch_size="4"), run)["model_args"]
+    chat = harness._model(replace(tasks, backend=CHAT, batch_size="4"), long, run)["model_args"]
     assert (chat["base_url"], chat["num_concurrent"]) == ("http://host/v1/chat/completions", 4)
     assert "tokenizer" not in chat
+    assert (served["model_args"]["timeout"], chat["timeout"]) == (300, 6553)
+
+
+BOS_TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("template", [BOS_TEMPLATE, BOS_TEMPLATE.removeprefix("{{ bos_token }}")])
+@pytest.mark.parametrize("kind", ["sentencepiece_bpe", "byte_level_bpe"])
+def test_a_server_gets_the_tokens_that_transformers_gets(kind: str, template: str, tmp_path: Path) -> None:
+    """The first kind of tokenizer adds BOS, the second does not; a template may have one of its own."""
+    pytest.importorskip("tenacity")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    tiny_sources.save_source(tmp_path, "llama", kind, template=template)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    run = ModelRun(tmp_path, "cpu", url="http://host/v1", served_name="s", length=99)
+    tasks = Tasks((Task("t"),), backend=COMPLETIONS)
+    ours = HFLM(pretrained=str(tmp_path), device="cpu")
+    turns = [{"role": "user", "content": "the red fox"}]
+    chat = tokenizer.apply_chat_template(turns, tokenize=False)
+    for text, task in (("the red fox", Task("t")), (chat, Task("t", chat=True))):
+        served = LocalCompletionsAPI(**harness._model(tasks, task, run)["model_args"])
+        assert served._encode_pair(text, " jumps") == ours._encode_pair(text, " jumps")
+        generated = served.tok_encode([text], add_special_tokens=served.add_bos_token)[0]
+        assert generated == ours.tok_batch_encode([text])[0][0].tolist()
+        assert generated.count(tokenizer.bos_token_id) == (kind == "sentencepiece_bpe")
+
+
+def test_an_answer_leaves_room_for_the_question() -> None:
+    task = Task("t", max_tokens=32768)
+    assert [harness.answer_tokens(task, length) for length in (None, 131072, 33792, 32768, 2048, 256)] == [
+        32768,
+        32768,
+        32768,
+        31744,
+        1024,
+        128,
+    ]
+
+
+def test_chat_tasks_need_a_model_with_a_chat_template(tmp_path: Path) -> None:
+    tasks = Tasks((Task("asked", chat=True, max_tokens=512), Task("plain")))
+    with pytest.raises(UserError, match="asked need a chat template, and no model has one"):
+        demand_template(tasks, [tmp_path], [{"merge_method": "varm"}])
+    demand_template(tasks, [tmp_path], [{"merge_method": "varm", "chat_template": "chatml"}])
+    demand_template(replace(tasks, backend=CHAT), [tmp_path], [])
+    demand_template(Tasks((Task("plain"),)), [tmp_path], [])
+    (tmp_path / "chat_template.jinja").write_text(BOS_TEMPLATE)
+    demand_template(tasks, [tmp_path], [])
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 256}))
+    assert [*short_contexts(tasks, {"pivot": tmp_path})] == [
+        "asked: answers of pivot have at most 128 tokens: its context is 256"
+    ]
+
+
+class _Locked(BaseHTTPRequestHandler):
+    """A server that needs a key."""
+
+    def do_GET(self) -> None:
+        self.send_error(401)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_server_that_needs_a_key_says_so(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Locked) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        with pytest.raises(UserError, match=r"answers 401 .*--server-key-env"):
+            Servers({"": f"http://127.0.0.1:{server.server_port}/v1"}).served_name("merged", tmp_path)
+        server.shutdown()
