@@ -22,10 +22,12 @@ import yaml
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registered_methods
 from mergekit.options import MergeOptions
 from runs import checkpoint
+from safetensors.torch import save_file
 from tiny_models import Family
 
 import varm_merge.merging.method  # noqa: F401  registers varm
@@ -37,6 +39,7 @@ from varm_common.tables import short_names
 from varm_merge.cli import main
 from varm_merge.comparison.cache import Steps, demand_folder, exclusive, state_of
 from varm_merge.comparison.distances import distances, moved_layers
+from varm_merge.comparison.inputs import model_state
 from varm_merge.comparison.recipes import Entry, check, entries, family
 from varm_merge.comparison.scores import Scorers
 from varm_merge.comparison.suites import Task
@@ -739,3 +742,26 @@ def test_the_help_has_an_example_for_each_use() -> None:
     text = CliRunner().invoke(main, ["compare", "--help"]).output
     for use in ("--methods varm,varm:layer", "--no-keep", "--tasks hellaswag,mine", "--repeat 5", "--json >"):
         assert use in text
+
+
+def test_a_snapshot_that_lacks_a_shard_is_downloaded_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`check` downloads the index alone; what the shards are is known only when they are there."""
+    repository = tmp_path / "models--me--other"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text("{}")
+    shard = "model-00001-of-00001.safetensors"
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+
+    def download(reference: ModelReference, cache_dir: str | None = None, **_: Any) -> str:
+        save_file({"a": torch.zeros(1)}, snapshot / shard)
+        return str(snapshot)
+
+    monkeypatch.setattr(ModelReference, "local_path", download)
+    before = model_state("me/other", str(tmp_path))
+    assert (snapshot / shard).is_file()
+    assert model_state("me/other", str(tmp_path)) == before
