@@ -1,7 +1,7 @@
 """Fuse two real models in both directions, merge the targets, and compare: SmolLM2-135M-Instruct and Gemma 3 270M.
 
 \b
-  python examples/real_fusion/real.py              an estimated 80 minutes on two quiet cores; `make real`
+  python examples/real_fusion/real.py              about 80 minutes on two cores; `make real`
   python examples/real_fusion/real.py --full       three seeds; `make real-full`
   python examples/real_fusion/real.py --save       also writes benchmarks/results/YYYY-MM-DD-real.{md,json,png}
 
