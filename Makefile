@@ -16,6 +16,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# in two processes; tests/conftest.py puts the files that take longest first
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup browser demo demo-full real real-full evidence evidence-real test test-fast test-real engine lint bench bench-gpu clean
 
@@ -56,10 +58,10 @@ browser: # for the tests of the pages, which say so where there is none; install
 	  echo "no chromium: the tests of the pages are left out"
 
 test: $(READY) browser
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(TWO)
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not real and not engine"
+	$(BIN)/python -m pytest $(TWO) -m "not slow and not real and not engine"
 
 test-real: $(READY)
 	@test -d "$(VARM_REAL)" || { echo "VARM_REAL=FOLDER make test-real: the folder of the real tokenizers and models"; exit 2; }

@@ -17,6 +17,18 @@ import torch
 torch.set_num_threads(1)  # tiny tensors; a second thread only waits for the machine's other work
 
 
+LONGEST = (
+    *("test_documents", "test_runs", "test_fusion_programs", "test_train_programs", "test_papers_pipelines"),
+    *("test_compare", "test_compare_tasks", "test_compare_parts", "test_tune", "test_autoload", "test_refusals"),
+)
+"""The files that take longest, which are run first: then no process is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
     """What a command sets for the programs it starts ends with the test."""

@@ -58,7 +58,7 @@ INSTEAD = {
     "examples/accelerate/fsdp_8gpu.yaml": "examples/accelerate/cpu.yaml",
     "examples/accelerate/ddp_8gpu.yaml": "examples/accelerate/cpu.yaml",
     "--models demo_out/sharegpt": "--models demo_out/sharegpt --conversations 60",
-    "--methods varm:layer,ties,linear": "--methods linear",
+    "--methods varm:layer,ties,linear --held-out held_out.jsonl": "--methods linear",  # README's has held-out text
     "--methods varm:layer,sce,ties,linear": "--methods linear",
     "--methods varm,sce,ties,dare_linear": "--methods dare_linear",
     "--out tuned/": "--out tuned/ --evaluations 3",
