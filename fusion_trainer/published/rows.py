@@ -229,9 +229,15 @@ def _aligned_columns(columns: set[str], source: int | None, name: str) -> tuple[
     return next((names for names in filled if names[0] in columns), None)
 
 
+def _scalar(table: pa.Table, column: str, number: int) -> Any:
+    """A row's value; what `datasets` writes as an array of fixed shape is a list, too."""
+    scalar = table.column(column)[number]
+    return scalar.value if isinstance(scalar, pa.ExtensionScalar) else scalar
+
+
 def _array(table: pa.Table, column: str, number: int) -> NDArray[Any]:
     """A list of numbers in a row."""
-    scalar = table.column(column)[number]
+    scalar = _scalar(table, column, number)
     if not scalar.is_valid or scalar.values.null_count:
         raise RowError(f"`{column}` is missing or has missing entries")
     values: NDArray[Any] = scalar.values.to_numpy(zero_copy_only=False)
@@ -240,7 +246,7 @@ def _array(table: pa.Table, column: str, number: int) -> NDArray[Any]:
 
 def _lists(table: pa.Table, column: str, number: int, least: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """The first ``least`` lists of a row's list of lists (0: all), joined, and where each begins."""
-    scalar = table.column(column)[number]
+    scalar = _scalar(table, column, number)
     lists = scalar.values if scalar.is_valid else None
     if lists is None or lists.null_count:
         raise RowError(f"`{column}` is missing or has missing entries")

@@ -437,6 +437,32 @@ def test_rows_of_fusellm(world: Path, tmp_path: Path) -> None:
     assert second.ce_per_token == pytest.approx(2 * first.ce_per_token)
 
 
+def test_logits_may_be_arrays_of_fixed_shape(world: Path, imported: Path, tmp_path: Path) -> None:
+    rows = rows_of(world / "published" / "pivot")
+    table = datasets.Dataset.from_list(rows)
+    lengths = {len(row["per_step_logits"]) for row in rows}
+    longest, k = max(lengths), len(rows[0]["per_step_logits"][0])
+    padded = [
+        {
+            **row,
+            **{
+                name: row[name] + [[0] * k] * (longest - len(row[name]))
+                for name in ("per_step_logits", "per_step_indices")
+            },
+        }
+        for row in rows
+    ]
+    kinds = {"per_step_logits": "float32", "per_step_indices": "int64"}
+    features = datasets.Features(
+        {**table.features, **{name: datasets.Array2D((longest, k), kind) for name, kind in kinds.items()}}
+    )
+    datasets.Dataset.from_list(padded, features=features).save_to_disk(tmp_path / "data")
+    store = bring(world, "pivot", tmp_path / "store", tmp_path / "data")
+    for row, other in zip(store, RepresentationStore(imported / "pivot"), strict=True):
+        assert np.array_equal(row.ids, other.ids)
+        assert np.array_equal(row.logprobs, other.logprobs)
+
+
 def test_a_dataset_without_the_split_names_those_it_has(world: Path, tmp_path: Path) -> None:
     datasets.DatasetDict({"validation": datasets.Dataset.from_list([{"a": 1}])}).save_to_disk(tmp_path / "data")
     with pytest.raises(UserError, match="no split `train`, but `validation`: choose with --data-split"):
