@@ -13,6 +13,8 @@ from torch import Tensor
 __all__ = ["TopK", "top_k"]
 
 GROUP = 64
+CACHED_BYTES = 8 << 20
+"""Logits that a CPU reduces at once. They are read some ten times, so they should stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,15 @@ def top_k(logits_CV: Tensor, gold_C: Tensor, k: int, absent: Tensor | None = Non
         absent: int64, rows of the model's head that stand for no token (padding of the vocabulary). They take part
             in the normalisation, as in training, but are never among the k: their probability is tail.
     """
+    rows = max(1, CACHED_BYTES // (4 * logits_CV.shape[1]))
+    if logits_CV.device.type == "cpu" and len(logits_CV) > rows:
+        pairs = zip(torch.split(logits_CV, rows), torch.split(gold_C, rows), strict=True)
+        parts = [_top_k(logits, gold, k, absent) for logits, gold in pairs]
+        return TopK(*(torch.cat([getattr(part, name) for part in parts]) for name in TopK.__annotations__))
+    return _top_k(logits_CV, gold_C, k, absent)
+
+
+def _top_k(logits_CV: Tensor, gold_C: Tensor, k: int, absent: Tensor | None) -> TopK:
     logits_CV = logits_CV.float()
     peak_C1 = logits_CV.amax(-1, keepdim=True)
     logits_CV -= peak_C1

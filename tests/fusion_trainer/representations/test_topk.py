@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fusion_trainer.representations import topk
 from fusion_trainer.representations.topk import TopK, top_k
 
 property_test = settings(max_examples=120, deadline=None, derandomize=True)
@@ -137,6 +138,17 @@ def test_types_are_those_the_docstring_names_and_16_bit_logits_are_left_as_they_
     assert found.ids_CK.dtype == torch.int64
     assert {found.logprobs_CK.dtype, found.tail_C.dtype, found.gold_logprob_C.dtype} == {torch.float32}
     assert found.tail_C.shape == found.gold_logprob_C.shape == (3,)
+
+
+def test_more_positions_than_a_cache_holds_are_reduced_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits_CV, gold_C = logits_of(3, 37, 700, torch.float32, 3.0, None)
+    absent = torch.arange(650, 700)
+    whole = top_k(logits_CV.clone(), gold_C, 5, absent)
+    monkeypatch.setattr(topk, "CACHED_BYTES", 4 * 700 * 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = top_k(logits_CV.to(dtype, copy=True), gold_C, 5, absent)
+        assert_dense(found, logits_CV.to(dtype), gold_C, 5, absent)
+    assert torch.equal(top_k(logits_CV.clone(), gold_C, 5, absent).logprobs_CK, whole.logprobs_CK)
 
 
 def test_a_position_does_not_depend_on_the_positions_beside_it() -> None:
