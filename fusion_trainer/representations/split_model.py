@@ -5,17 +5,20 @@ So the hidden states of chosen positions alone can go through the head, a chunk 
 happens: for a chunk, the model's own forward runs with the layers' output already in place.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK_BYTES", "SplitModel", "context_length", "positions_at_a_time"]
+__all__ = ["CHUNK_BYTES", "SplitModel", "cached_parts", "context_length", "positions_at_a_time"]
 
 CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 """Size of one chunk's logits in float32."""
 LEAST_POSITIONS = {"cpu": 256, "cuda": 1}
 """Of a chunk, even if its logits are larger: every chunk reads the whole head, which a CPU has no cache for."""
+CACHED_BYTES = 8 << 20
+"""Logits in float32 that a CPU reduces at once. They are read some ten times, so they should stay in its cache."""
 CONTEXT_SETTINGS = ("max_position_embeddings", "max_seq_len", "n_positions")
 TRIAL_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -31,6 +34,14 @@ def positions_at_a_time(device: torch.device, vocabulary: int) -> int:
     """How many positions go through a head of ``vocabulary`` rows at once."""
     kind = device.type if device.type in CHUNK_BYTES else "cuda"
     return max(LEAST_POSITIONS[kind], CHUNK_BYTES[kind] // (4 * vocabulary))
+
+
+def cached_parts(logits_CV: Tensor, *columns: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Logits and columns of their positions, in parts of rows: on a CPU as many as its cache holds, else all."""
+    rows = max(1, CACHED_BYTES // (4 * logits_CV.shape[1])) if logits_CV.device.type == "cpu" else len(logits_CV)
+    for first in range(0, max(1, len(logits_CV)), max(1, rows)):
+        part = slice(first, first + rows)
+        yield logits_CV[part], *(None if column is None else column[part] for column in columns)
 
 
 class SplitModel:

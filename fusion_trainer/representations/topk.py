@@ -5,16 +5,17 @@ largest maxima. So the maximum of each group of ``GROUP`` neighbours is taken fi
 values are searched.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["TopK", "top_k"]
+from fusion_trainer.representations.split_model import cached_parts
+
+__all__ = ["TopK", "joined", "top_k"]
 
 GROUP = 64
-CACHED_BYTES = 8 << 20
-"""Logits that a CPU reduces at once. They are read some ten times, so they should stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,12 @@ def top_k(logits_CV: Tensor, gold_C: Tensor, k: int, absent: Tensor | None = Non
         absent: int64, rows of the model's head that stand for no token (padding of the vocabulary). They take part
             in the normalisation, as in training, but are never among the k: their probability is tail.
     """
-    rows = max(1, CACHED_BYTES // (4 * logits_CV.shape[1]))
-    if logits_CV.device.type == "cpu" and len(logits_CV) > rows:
-        pairs = zip(torch.split(logits_CV, rows), torch.split(gold_C, rows), strict=True)
-        parts = [_top_k(logits, gold, k, absent) for logits, gold in pairs]
-        return TopK(*(torch.cat([getattr(part, name) for part in parts]) for name in TopK.__annotations__))
-    return _top_k(logits_CV, gold_C, k, absent)
+    return joined([_top_k(logits, gold, k, absent) for logits, gold in cached_parts(logits_CV, gold_C)])
+
+
+def joined(parts: Sequence[TopK]) -> TopK:
+    """The distributions of consecutive positions as one."""
+    return TopK(*(torch.cat([getattr(part, name) for part in parts]) for name in TopK.__annotations__))
 
 
 def _top_k(logits_CV: Tensor, gold_C: Tensor, k: int, absent: Tensor | None) -> TopK:

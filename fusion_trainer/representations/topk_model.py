@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fusion_trainer.representations.split_model import SplitModel, positions_at_a_time
-from fusion_trainer.representations.topk import TopK, top_k
+from fusion_trainer.representations.topk import TopK, joined, top_k
 
 __all__ = ["TopKModel"]
 
@@ -74,8 +74,9 @@ class TopKModel:
             logits_SV = self.bare_forward(ids_BL, mask_BL).flatten(0, 1)
             logits_SV = logits_SV.index_select(0, positions_S.to(logits_SV.device))
             chunks = iter(torch.split(logits_SV, self.chunk))
-        parts = [
-            top_k(logits_CV, gold_C.to(logits_CV.device), k, self.absent)
-            for logits_CV, gold_C in zip(chunks, torch.split(gold_S, self.chunk), strict=True)
-        ]
-        return TopK(*(torch.cat([getattr(part, name) for part in parts]) for name in TopK.__annotations__))
+        return joined(
+            [
+                top_k(logits_CV, gold_C.to(logits_CV.device), k, self.absent)
+                for logits_CV, gold_C in zip(chunks, torch.split(gold_S, self.chunk), strict=True)
+            ]
+        )

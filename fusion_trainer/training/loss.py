@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fusion_trainer.representations.split_model import SplitModel, positions_at_a_time
+from fusion_trainer.representations.split_model import SplitModel, cached_parts, positions_at_a_time
 from fusion_trainer.training.divergences import Divergence, pull
 from fusion_trainer.training.likelihoods import Chunks, alm
 
@@ -83,29 +83,10 @@ class _SparseTerms(torch.autograd.Function):
         norms: bool,
         divergence: Divergence | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z_CV = logits_CV.float()
-        lse_C = z_CV.logsumexp(1)
-        clm_C = lse_C - z_CV.gather(1, gold_C[:, None])[:, 0]
-        saved: tuple[Tensor | None, ...]
-        outside_C = None if tail_C is None else _outside(z_CV, ids_CM, probabilities_CM).logsumexp(1)
-        if divergence is not None:
-            assert tail_C is not None
-            assert outside_C is not None
-            log_q_CM = z_CV.gather(1, ids_CM) - lse_C[:, None]
-            pulled = pull(divergence, log_q_CM, outside_C - lse_C, probabilities_CM, tail_C)
-            fusion_C = pulled.value
-            saved = (lse_C, None, gold_C, ids_CM, -pulled.ids, None, pulled.rest)
-        else:
-            fusion_C = (probabilities_CM * (lse_C[:, None] - z_CV.gather(1, ids_CM))).sum(1)
-            mass_C = probabilities_CM.sum(1)
-            if tail_C is not None and outside_C is not None:
-                fusion_C, mass_C = fusion_C + tail_C * (lse_C - outside_C), mass_C + tail_C
-            saved = (lse_C, outside_C, gold_C, ids_CM, probabilities_CM, tail_C, mass_C)
-        squares_C2 = logits_CV.new_zeros(len(clm_C), 2, dtype=torch.float32)
-        if norms:
-            one_C, zero_C = torch.ones_like(lse_C), torch.zeros_like(lse_C)
-            gradients = (_gradient(z_CV, *saved, *weights) for weights in ((one_C, zero_C), (zero_C, one_C)))
-            squares_C2 = torch.stack([gradient.square_().sum(1) for gradient in gradients], 1)
+        parts = cached_parts(logits_CV, gold_C, ids_CM, probabilities_CM, tail_C)
+        results = zip(*(_terms(norms, divergence, *part) for part in parts), strict=True)
+        columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in results]
+        clm_C, fusion_C, squares_C2, *saved = columns
         ctx.save_for_backward(logits_CV, *saved)
         ctx.mark_non_differentiable(squares_C2)
         return clm_C, fusion_C, squares_C2
@@ -113,8 +94,46 @@ class _SparseTerms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         logits_CV, *saved = ctx.saved_tensors
-        gradient_CV = _gradient(logits_CV.float(), *saved, *gradients[:2])
-        return gradient_CV.to(logits_CV.dtype), None, None, None, None, None, None
+        gradient_CV = torch.empty_like(logits_CV)
+        for gradient, *part in cached_parts(gradient_CV, logits_CV, *saved, *gradients[:2]):
+            gradient.copy_(_gradient(*part))
+        return gradient_CV, None, None, None, None, None, None
+
+
+def _terms(
+    norms: bool,
+    divergence: Divergence | None,
+    logits_CV: Tensor,
+    gold_C: Tensor,
+    ids_CM: Tensor,
+    probabilities_CM: Tensor,
+    tail_C: Tensor | None,
+) -> tuple[Any, ...]:
+    """Both terms, the squared norms of their gradients, and what ``_gradient`` takes after the logits."""
+    z_CV = logits_CV.float()
+    lse_C = z_CV.logsumexp(1)
+    clm_C = lse_C - z_CV.gather(1, gold_C[:, None])[:, 0]
+    saved: tuple[Tensor | None, ...]
+    outside_C = None if tail_C is None else _outside(z_CV, ids_CM, probabilities_CM).logsumexp(1)
+    if divergence is not None:
+        assert tail_C is not None
+        assert outside_C is not None
+        log_q_CM = z_CV.gather(1, ids_CM) - lse_C[:, None]
+        pulled = pull(divergence, log_q_CM, outside_C - lse_C, probabilities_CM, tail_C)
+        fusion_C = pulled.value
+        saved = (lse_C, None, gold_C, ids_CM, -pulled.ids, None, pulled.rest)
+    else:
+        fusion_C = (probabilities_CM * (lse_C[:, None] - z_CV.gather(1, ids_CM))).sum(1)
+        mass_C = probabilities_CM.sum(1)
+        if tail_C is not None and outside_C is not None:
+            fusion_C, mass_C = fusion_C + tail_C * (lse_C - outside_C), mass_C + tail_C
+        saved = (lse_C, outside_C, gold_C, ids_CM, probabilities_CM, tail_C, mass_C)
+    squares_C2 = logits_CV.new_zeros(len(clm_C), 2, dtype=torch.float32)
+    if norms:
+        one_C, zero_C = torch.ones_like(lse_C), torch.zeros_like(lse_C)
+        gradients = (_gradient(z_CV, *saved, *weights) for weights in ((one_C, zero_C), (zero_C, one_C)))
+        squares_C2 = torch.stack([gradient.square_().sum(1) for gradient in gradients], 1)
+    return clm_C, fusion_C, squares_C2, *saved
 
 
 def _gradient(
@@ -133,7 +152,7 @@ def _gradient(
 
     The fusion term's is softmax · ``mass_C`` − ``probabilities_CM`` at the ids − the tail's share of the rest.
     """
-    gradient_CV = (z_CV - lse_C[:, None]).exp_()
+    gradient_CV = (z_CV.float() - lse_C[:, None]).exp_()
     gradient_CV *= (clm_weight_C + fusion_weight_C * mass_C)[:, None]
     gradient_CV.scatter_add_(1, gold_C[:, None], -clm_weight_C[:, None])
     gradient_CV.scatter_add_(1, ids_CM, -(fusion_weight_C[:, None] * probabilities_CM))

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fusion_trainer.representations import topk
+from fusion_trainer.representations import split_model
 from fusion_trainer.representations.topk import TopK, top_k
 
 property_test = settings(max_examples=120, deadline=None, derandomize=True)
@@ -144,7 +144,7 @@ def test_more_positions_than_a_cache_holds_are_reduced_in_parts(monkeypatch: pyt
     logits_CV, gold_C = logits_of(3, 37, 700, torch.float32, 3.0, None)
     absent = torch.arange(650, 700)
     whole = top_k(logits_CV.clone(), gold_C, 5, absent)
-    monkeypatch.setattr(topk, "CACHED_BYTES", 4 * 700 * 8)
+    monkeypatch.setattr(split_model, "CACHED_BYTES", 4 * 700 * 8)
     for dtype in (torch.float32, torch.bfloat16):
         found = top_k(logits_CV.to(dtype, copy=True), gold_C, 5, absent)
         assert_dense(found, logits_CV.to(dtype), gold_C, 5, absent)
