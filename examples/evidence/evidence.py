@@ -184,11 +184,8 @@ def choosing_third(settings: Mapping[str, Any]) -> Path:
 
 def real_world(out: Path, pivot: str, seed: int) -> World:
     """The pipeline of `make real` with further targets, in its own folder: what it has made is used."""
-    folder = out / f"seed-{seed}"
-    written = folder / f"{pivot}.yaml"
-    if not written.is_file():
-        raise click.ClickException(f"there is no {written}: run examples/real_fusion/real.py first")
-    settings = yaml.safe_load(written.read_text("utf-8"))
+    written = real.written_pipeline(out, pivot, seed)
+    folder, settings = written.parent, yaml.safe_load(written.read_text("utf-8"))
     (source,) = [source for source in settings["sources"] if source["name"] == "own"]
     papers = {"positions": "dtw", "map": "min_edit_distance", "chunks": False}
     settings["sources"].append({**source, "name": PAPERS + "own", "template": "pivot", "align": papers})

@@ -84,14 +84,10 @@ Keep = Callable[[str], bool]
 def main(out: Path, seeds: tuple[int, ...], full: bool, save: bool) -> None:
     started = time.perf_counter()
     out, seeds = out.resolve(), seeds or (SEEDS if full else (SEED,))
-    models = make_models(out / "models")
     scores: dict[str, list[Scores]] = {pivot: [] for pivot in DIRECTIONS}
     for seed in seeds:
-        folder = out / f"seed-{seed}"
-        if not (folder / "data" / "held_out.jsonl").is_file():
-            make_data(folder / "data", seed)
-        for pivot, source in DIRECTIONS.items():
-            scores[pivot].append(fuse(folder, models[pivot], models[source], seed))
+        for pivot in DIRECTIONS:
+            scores[pivot].append(fuse(written_pipeline(out, pivot, seed)))
     text = report(scores, seeds)
     write(out / "results", text, scores, seeds)
     if save:
@@ -100,23 +96,31 @@ def main(out: Path, seeds: tuple[int, ...], full: bool, save: bool) -> None:
     click.echo(f"\n{text}\n{os.path.relpath(out / 'results.md')}, .json, .png; {spent:.0f} minutes")
 
 
-def fuse(folder: Path, pivot: Path, source: Path, seed: int) -> Scores:
-    """Run the pipeline for one pivot, as far as it has not run. Returns the scores of all its models."""
+def written_pipeline(out: Path, pivot: str, seed: int) -> Path:
+    """The pipeline for one pivot; models and data are made if they are not there."""
+    models, folder = make_models(out / "models"), out / f"seed-{seed}"
     data = folder / "data"
+    if not (data / "held_out.jsonl").is_file():
+        make_data(data, seed)
     settings = yaml.safe_load(PIPELINE.read_text("utf-8"))
-    settings["work"], settings["pivot"] = str(folder / pivot.name), str(pivot)
+    settings["work"], settings["pivot"] = str(folder / pivot), str(models[pivot])
     settings["data"] = [str(data / name) for name in ("chats.jsonl", "documents.jsonl")]
     settings["evaluate"]["data"] = str(data / "held_out.jsonl")
     for given in settings["sources"]:
-        given["model"] = str(source)
+        given["model"] = str(models[DIRECTIONS[pivot]])
     settings["train"]["training"]["seed"] = seed
-    pipeline = folder / f"{pivot.name}.yaml"
+    pipeline = folder / f"{pivot}.yaml"
     pipeline.write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
+    return pipeline
+
+
+def fuse(pipeline: Path) -> Scores:
+    """Run the pipeline, as far as it has not run. Returns the scores of all its models."""
     click.echo(f"$ fusion-trainer run {os.path.relpath(pipeline)}")
     done = subprocess.run([sys.executable, "-m", "fusion_trainer", "run", str(pipeline)])
     if done.returncode:
         raise click.ClickException(f"the pipeline {pipeline} ended with exit code {done.returncode}")
-    return read_scores(folder / pivot.name)
+    return read_scores(pipeline.with_suffix(""))
 
 
 def read_scores(work: Path) -> Scores:
