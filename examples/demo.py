@@ -8,7 +8,7 @@
 
 `small_world/world.py` makes the chats and trains the four models; `fusion-trainer run` does all the rest, as
 `small_world/pipeline.yaml` says; here the scores become the papers' tables. Table 1 compares pivot, sources,
-targets and merges; Table 2 VaRM's granularities. Killed, the same command goes on; a second time it does nothing.
+targets and merges; Table 2 VaRM's granularities. If interrupted, run the same command again.
 
 All scores are on questions that no model was trained on. Torch gets one thread: matrices this small gain nothing
 from a second one, and the numbers do not depend on how many cores there are.

@@ -350,9 +350,10 @@ def write_recipe(
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @talks()
 def convert(model: str, out: Path, revision: str | None) -> None:
-    """Write a copy of MODEL, a folder or Hub id with pickled weights (.bin), as safetensors to the folder OUT.
+    """Rewrite the pickled weights (.bin) of MODEL as safetensors in the folder OUT.
 
-    Pickles are read without running their code. If interrupted, run the same command again.
+    MODEL is a folder or a Hub id. Pickles are read without running their code. If interrupted, run the same
+    command again.
 
     \b
     Example:

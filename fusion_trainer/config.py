@@ -130,7 +130,7 @@ class PrepareConfig(Settings):
     packing: bool = True
     """For plain text: put several short documents into one block."""
     dialogues: Path | None = None
-    """Folder of the prepared dialogues, shared by all models. Default: next to the output."""
+    """Folder of the prepared dialogues, shared by all models. Default for `extract`: next to its output."""
     trust_remote_code: TrustRemoteCode = False
 
 
@@ -154,7 +154,7 @@ class ExtractConfig(PrepareConfig):
     attention: str | None = None
     """transformers' attn_implementation, for example sdpa."""
     batch_tokens: int = Field(16384, ge=1)
-    """Maximum size of a batch, in tokens with padding. A server makes its own batches."""
+    """Maximum size of a batch, in tokens with padding. Ignored for servers."""
     shard_tokens: int = Field(262144, ge=1)
     """Size of a shard of the store, in pivot tokens."""
     device_map: str | None = None
@@ -164,7 +164,7 @@ class ExtractConfig(PrepareConfig):
     """Number of processes that share one model, each with a part of every layer. Start them with torchrun or
     `accelerate launch`."""
     load_in: Quantisation | None = None
-    """Quantise the model with bitsandbytes (install the extra `quant`)."""
+    """Quantise the model with bitsandbytes, which has to be installed."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What runs the model. vllm: the vLLM servers of server_url; without server_url, vLLM in this process."""
     engine_options: dict[str, Any] | None = None
@@ -176,7 +176,7 @@ class ExtractConfig(PrepareConfig):
     server_key_env: str | None = None
     """Environment variable with the key of the server."""
     server_timeout: float = Field(600, gt=0)
-    """Seconds that one request may take, and that the run waits if no server can be reached."""
+    """Maximum seconds of one request. If no server can be reached, the run waits as long, then stops."""
     server_concurrency: int = Field(32, ge=1)
     """Requests to each server at the same time."""
 
@@ -236,13 +236,14 @@ class AlignConfig(Settings):
     map: Literal["exact", "min_edit_distance", "co_occurrence", "statistics", "statistics_published", "prefix"] = (
         "prefix"
     )
-    """How ids of the source are mapped to ids of the pivot."""
+    """How ids of the source are mapped to ids of the pivot. prefix: to the first pivot token of their text; exact:
+    to the same text; min_edit_distance: to the nearest text; co_occurrence: the same, ties decided by neighbouring
+    tokens; statistics: to the ids they were paired with; statistics_published: the same as FuseChat's release."""
     spread: bool = False
-    """For `prefix`: where the pivot stands inside a token of the source, use what the source's distribution before
-    that token says of the text that follows."""
+    """For `prefix`: where the pivot stands inside a token of the source, derive a distribution from the source's
+    previous position."""
     most: int = Field(0, ge=0)
-    """For statistics: map an id to this many of the pivot's ids that it was paired with most often. 0: only to the
-    nearest."""
+    """For statistics: map an id to this number of its most frequent partners. 0: only to the nearest."""
     unpaired: Literal["pivot", "gold"] = "pivot"
     """For unpaired positions: use the pivot's distribution, or give the next token probability 1."""
     chunks: bool = False
@@ -292,7 +293,7 @@ class TrainConfig(Settings):
     """Probability outside the top k. renormalise: dropped; bucket: kept as one more outcome."""
     divergence: Literal["forward_kl", "reverse_kl", "js"] = "forward_kl"
     """Divergence that the fusion term minimises. forward_kl: cross-entropy with the fused distribution, as in the
-    papers; reverse_kl: KL of the student from it; js: Jensen-Shannon, between the two. The last two need `tail:
+    papers; reverse_kl: KL(student ‖ fused); js: Jensen-Shannon, between the two. The last two need `tail:
     bucket`."""
     js_beta: float = Field(0.5, gt=0, lt=1)
     """For js: weight of the fused distribution in the mean. Towards 0 it learns as forward_kl, towards 1 as
@@ -317,7 +318,7 @@ class TrainConfig(Settings):
     attention: str | None = None
     """transformers' attn_implementation, for example sdpa."""
     load_in: Quantisation | None = None
-    """QLoRA: quantise the pivot with bitsandbytes (install the extra `quant`); set `lora` too."""
+    """Quantise the pivot with bitsandbytes, which has to be installed. It needs `lora`."""
     lora: Annotated[dict[str, Any] | None, _arguments_of("LoraConfig")] = None
     """Arguments of peft's LoraConfig. Default: train all weights."""
     training: Annotated[dict[str, Any], _arguments_of("TrainingArguments")]

@@ -62,6 +62,10 @@ INSTEAD = {
     "--methods varm:layer,sce,ties,linear": "--methods linear",
     "--methods varm,sce,ties,dare_linear": "--methods dare_linear",
     "--out tuned/": "--out tuned/ --evaluations 3",
+    "--output model_answer/VaRM.jsonl": "--output model_answer/VaRM.jsonl --max-new-tokens 64",
+    "--output model_answer/CLM.jsonl": "--output model_answer/CLM.jsonl --max-new-tokens 64",
+    "--name VaRM": "--name VaRM --max-new-tokens 64",
+    "--judge gpt": f"--judge-url {JUDGE} --judge gpt",
 }
 """What stands in for what, where a machine like this has no such thing."""
 
@@ -207,11 +211,6 @@ class Reader:
             if named := re.match(r"# .*?([\w./-]+\.yaml)", block):
                 (self.folder / named[1]).write_text(block)
 
-    def has_another_target(self) -> None:
-        """The paper's second one."""
-        if not (self.folder / "targets" / "mixtral").exists():
-            save_target(self.folder / "targets" / "solar", self.folder / "targets" / "mixtral", 0)
-
     def does(self, script: str) -> str:
         environment = dict(self.environment)
         script = script.replace(JUDGE, environment["JUDGE"])
@@ -271,8 +270,6 @@ def test_every_command_of_a_document_runs(readers: dict[str, Reader], document: 
     reader = readers["readme" if document == "README.md" else "docs"]
     reader.write_files(document)
     for command in commands(document):
-        if "targets/mixtral targets/solar" in command:
-            reader.has_another_target()
         reader.does(command)
     for program in blocks(document, "python"):
         subprocess.run([sys.executable, "-c", program], cwd=reader.folder, env=reader.environment, check=True)

@@ -74,8 +74,8 @@ def completion(program: str) -> click.Command:
     """The command ``completion`` of a program."""
     example = f"{program} completion bash"
     help_text = (
-        "Print the script that completes commands and options in SHELL.\n\n\b\nExample, for this shell and "
-        f'for all later ones:\n  eval "$({example})"\n  {example} >> ~/.bashrc'
+        "Print the script that completes commands and options in SHELL.\n\n\b\nExamples, for this shell "
+        f'and for all later ones:\n  eval "$({example})"\n  {example} >> ~/.bashrc'
     )
 
     @click.command(name="completion", help=help_text)

@@ -337,7 +337,7 @@ def _quantisation(load_in: str, dtype: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("--load-in needs bitsandbytes: pip install 'varm-merge[quant]'")
+        raise UserError("--load-in needs bitsandbytes: pip install bitsandbytes")
     if load_in == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = torch.bfloat16 if dtype == "auto" else dtype

@@ -26,7 +26,7 @@ def vocab_map() -> None:
     "--store",
     "store_folder",
     type=PATH,
-    help="The source's store: each id then counts as much as its probability in the store.",
+    help="The source's store: weight ids by their probability in it.",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model repositories.")
 def show_map(file: Path, store_folder: Path | None, trust_remote_code: bool, **moved_to: str | None) -> None:

@@ -17,7 +17,12 @@ __all__ = ["compare"]
 
 @click.command()
 @click.argument("recipes", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the report.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the report. `--tasks list` needs none.",
+)
 @click.option(
     "--methods",
     multiple=True,
@@ -48,7 +53,7 @@ __all__ = ["compare"]
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Random seed, for methods that drop elements at random."
 )
-@click.option("--mergekit", default="", help="Options to pass to mergekit-yaml, such as '--lazy-unpickle'.")
+@click.option("--mergekit", default="", help="Options for mergekit-yaml, for example --mergekit=--lazy-unpickle.")
 @click.option("--cache-dir", type=click.Path(file_okay=False), help="Where models from the Hub are stored.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the models.")
 @click.option("--json", "as_json", is_flag=True, help="Print the content of report.json.")

@@ -41,8 +41,8 @@ def push(folder: Path, repository: str, dry_run: bool, as_json: bool, quiet: boo
     """Publish a merged model with a model card: recipe, parents, merge weights, commands to reproduce it.
 
     REPOSITORY is user/name on the Hub; if it does not exist, it is created as private. FOLDER is checked before
-    anything is uploaded, and does not change. All files arrive in one commit. If a push is interrupted, run the
-    same command again. If nothing has changed, nothing is sent.
+    anything is uploaded, and does not change. All files are uploaded in one commit. If a push is interrupted, run
+    the same command again. If nothing has changed, nothing is sent.
 
     The token comes from `hf auth login` or HF_TOKEN. There is no option for it, because other users of the machine
     can read command lines.

@@ -70,11 +70,11 @@ OPTIONS = (
         default="auto",
         show_default=True,
         callback=lambda _context, _parameter, value: _batch_size(value),
-        help="For --tasks: batch size; for a server, requests at a time. auto: as large as fits on a GPU, 8 on a "
-        "CPU, 16 requests.",
+        help="For --tasks: batch size; for a server, the number of parallel requests. auto: as large as fits on a "
+        "GPU, 8 on a CPU, 16 requests.",
     ),
     click.option(
-        "--chat", is_flag=True, help="Use the models' chat templates for --tasks. A suite has its own choice."
+        "--chat", is_flag=True, help="Use the models' chat templates for --tasks. Suites set this themselves."
     ),
     click.option(
         "--backend",

@@ -26,7 +26,7 @@ __all__ = ["tune"]
     "parameters",
     multiple=True,
     metavar="NAME[:target|:depth][=LOW:HIGH]",
-    help="What to search: one number, one per target, or three over the depth. Default: see above.",
+    help="What to search: one number, one per target, or three over the depth. Default: lambda.",
 )
 @click.option(
     "--evaluations", type=click.IntRange(min=3), help="Maximum number of merges. Default: 12 for each number."
@@ -43,7 +43,7 @@ __all__ = ["tune"]
     type=int,
     default=0,
     show_default=True,
-    help="Random seed, of the parts and of methods that drop elements.",
+    help="Random seed, for splitting the conversations and for methods that drop elements.",
 )
 @click.option(
     "--device",
@@ -54,11 +54,11 @@ __all__ = ["tune"]
 @talks(libraries=False)
 @merge_flags
 def tune(recipe: Path, out: Path, as_json: bool, options: Any, quiet: bool, **settings: Any) -> None:
-    """Find the values of a recipe's parameters with the least loss on held-out text, and write the recipe.
+    """Find the values of a recipe's parameters with the lowest loss on held-out text, and write the recipe.
 
-    Works for every merge method with a number as parameter. By default it searches lambda, the scale of the merged
-    task vector; for methods without lambda it searches t, select_topk, or a weight for each target. Some of the
-    conversations choose the values, and the others report the result. Merged weights stay in memory. If
+    It works for every merge method that has a numeric parameter. By default it searches lambda, the scale of the
+    merged task vector; for methods without lambda it searches t, select_topk, or a weight for each target. Some of
+    the conversations choose the values, and the others report the result. Merged weights stay in memory. If
     interrupted, run the same command again: scores are kept. --parameter can be repeated.
 
     \b

@@ -7,16 +7,18 @@ import click
 __all__ = ["yaml_command"]
 
 AS_MERGEKIT_YAML = {"ignore_unknown_options": True, "allow_interspersed_args": False, "help_option_names": []}
+HELP = {"-h", "--help"}
 
 
 @click.command("yaml", context_settings=AS_MERGEKIT_YAML)
-@click.option("--by-name", is_flag=True, help="Match the tensors of the base model by name.")
+@click.option("--by-name", is_flag=True, help="Merge every tensor of the base model by its name.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def yaml_command(by_name: bool, arguments: tuple[str, ...]) -> None:
-    """Run mergekit-yaml with `varm`, without the start-up file of Python.
+@click.pass_context
+def yaml_command(context: click.Context, by_name: bool, arguments: tuple[str, ...]) -> None:
+    """Run mergekit-yaml with `varm`, without a .pth file.
 
-    Use it where such start-up files are forbidden. It takes the arguments of mergekit-yaml, and --by-name: the
-    tensors of the base model are then matched by name, without mergekit's definition of the architecture.
+    Use it where .pth files are forbidden. It takes the ARGUMENTS of mergekit-yaml, which are listed below, and
+    --by-name.
 
     \b
     Examples:
@@ -27,6 +29,9 @@ def yaml_command(by_name: bool, arguments: tuple[str, ...]) -> None:
 
     from varm_merge.merging import planning
 
+    if HELP.intersection(arguments):
+        click.echo(f"{context.get_help()}\n")
+        arguments = ("--help",)
     others = [argument for argument in arguments if argument != "--by-name"]  # it may stand after the recipe
     with planning.by_name() if by_name or len(others) < len(arguments) else nullcontext():
         mergekit_yaml.main(others, prog_name="varm-merge yaml")

@@ -5,10 +5,10 @@ __all__ = ["BACKENDS", "CHAT", "COMPLETIONS", "NEEDS", "SERVERS", "TRANSFORMERS"
 TRANSFORMERS, VLLM, COMPLETIONS, CHAT = BACKENDS = ("transformers", "vllm", "completions", "chat-completions")
 """Two libraries, and a server's ``/completions`` or ``/chat/completions``."""
 SERVERS = (COMPLETIONS, CHAT)
-API = (("lm_eval", "peft", "tenacity", "aiohttp", "requests"), "'varm-merge[eval]'")
+API = (("lm_eval", "peft", "tenacity", "aiohttp", "requests"), "'lm-eval[api]'")
 NEEDS = {
-    TRANSFORMERS: (("lm_eval", "peft"), "'varm-merge[eval]'"),
-    VLLM: (("lm_eval", "peft", "vllm"), "'varm-merge[eval]' 'lm-eval[vllm]'"),
+    TRANSFORMERS: (("lm_eval", "peft"), "'lm-eval[api]'"),
+    VLLM: (("lm_eval", "peft", "vllm"), "'lm-eval[vllm]'"),
     COMPLETIONS: API,
     CHAT: API,
 }

@@ -89,7 +89,7 @@ class Endpoint:
         try:
             import openai
         except ImportError as error:
-            raise UserError("endpoints need the openai package: pip install 'varm-merge[judge]'") from error
+            raise UserError("endpoints need the openai package: pip install openai") from error
         parts = urlsplit(checked_url(url, "the endpoint's URL"))
         if key_variable is None and (parts.scheme, parts.hostname) == ("https", OPENAI_HOST):
             key_variable = OPENAI_KEY

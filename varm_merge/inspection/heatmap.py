@@ -40,7 +40,7 @@ def draw(inspection: Mapping[str, Any], granularity: str, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UserError("a picture needs matplotlib: pip install 'varm-merge[plots]'") from error
+        raise UserError("a picture needs matplotlib: pip install matplotlib") from error
     targets = inspection["targets"]
     units = [unit for unit in inspection["units"][granularity] if unit["targets"]]
     places = grid([units])

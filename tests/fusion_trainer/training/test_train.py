@@ -240,7 +240,7 @@ def test_adapters_of_a_quantised_pivot_are_added_to_the_pivot_itself(
     bits: str, fusion: World, tmp_path: Path, trainers: list[FusionTrainer]
 ) -> None:
     """QLoRA: the pivot's own weights, not their quantised copies, are what the adapters are added to."""
-    pytest.importorskip("bitsandbytes", reason="pip install 'varm-merge[quant]'")
+    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
     pivot = shutil.copytree(fusion.folder / "pivot", tmp_path / "pivot")
     of_32 = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}  # what 4 bits on CPU divide by
     if bits == "4bit":

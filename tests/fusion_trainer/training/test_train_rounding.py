@@ -132,7 +132,7 @@ def test_with_lora_the_adapted_tensors_are_counted(
 ) -> None:
     """After the adapters were merged."""
     if load_in:
-        pytest.importorskip("bitsandbytes", reason="pip install 'varm-merge[quant]'")
+        pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
     settings = {"lora": LORA, "load_in": load_in, "training": {"learning_rate": 1e-3}}
     target = train(fusion.config(tmp_path / "target", **CLM, pivot=str(pivot), **settings))
     start = weights(pivot)

@@ -42,9 +42,6 @@ def test_both_print_their_version_and_exit_codes(program: str) -> None:
 
 @pytest.mark.parametrize(("program", "words", "command"), EVERY)
 def test_every_command_helps_with_an_example(program: str, words: list[str], command: click.Command) -> None:
-    if words == ["yaml"]:  # hands --help on to mergekit-yaml
-        assert "Example" in (command.help or "")
-        return
     result = CliRunner().invoke(PROGRAMS[program], [*words, "--help"], prog_name=program)
     assert result.exit_code == 0
     _, _, examples = result.output.partition("Example")

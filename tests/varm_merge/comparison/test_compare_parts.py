@@ -436,7 +436,7 @@ def test_two_comparisons_do_not_write_into_one_folder(tmp_path: Path) -> None:
 
 def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("varm_merge.comparison.tasks.find_spec", lambda _name: None)
-    with pytest.raises(UserError, match=r"pip install 'varm-merge\[eval\]'"):
+    with pytest.raises(UserError, match=r"pip install 'lm-eval\[api\]'"):
         Tasks((Task("arc"),)).demand()
 
 
