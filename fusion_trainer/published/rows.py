@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from fusion_trainer.data.conversations import RowError
 from fusion_trainer.data.sources import load_table
 from varm_common.errors import UserError
 from varm_common.files import fingerprint, sha256_of
@@ -44,10 +45,6 @@ ALIGNED = (
 )
 NUMBERED = "per_step_aligned_logits_"
 ROWS_AT_ONCE = 256
-
-
-class RowError(Exception):
-    """The problem of one row, without its place."""
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Scorer:
             except Exception as error:  # a merge method raises what it likes at a value that it does not take
                 self._forget()
                 raise UserError(f"mergekit cannot merge it with {name}: {reason_of(error)}") from error
-            return self._score(Path(folder), name, conversations)
+            return self.model(Path(folder), name, conversations)
 
     def _forget(self) -> None:
         """Let the program drop the tensors of a merge that was not finished."""
@@ -99,9 +99,6 @@ class Scorer:
 
     def model(self, folder: Path, name: str, conversations: Sequence[str]) -> Conversations:
         """Score the model in a folder on some conversations; raises as ``merge`` does."""
-        return self._score(folder, name, conversations)
-
-    def _score(self, folder: Path, name: str, conversations: Sequence[str]) -> Conversations:
         request = {"folder": str(folder), "name": name, "conversations": list(conversations)}
         try:
             send_message(self._requests, request)

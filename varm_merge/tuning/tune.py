@@ -128,7 +128,7 @@ class _Search:
             except CommandError as error:
                 raise UserError(f"{error} ({self.log})") from error
             scored = [values for values in tried if values not in self.failed]
-            chosen = {values: self._stored(self._recipe(values), choosing) for values in scored}
+            chosen = {values: self._merge(scorer, self._recipe(values), "", choosing) for values in scored}
         return self._report(chosen, best, rows, len(choosing), len(reporting))
 
     # Parts
@@ -193,19 +193,8 @@ class _Search:
     def _merge(
         self, scorer: Scorer, recipe: Mapping[str, Any], name: str, conversations: Sequence[str]
     ) -> Conversations:
-        about = self._about_merge(recipe, conversations)
-        return self._scored(about, partial(scorer.merge, recipe, name, conversations))
-
-    def _stored(self, recipe: Mapping[str, Any], conversations: Sequence[str]) -> Conversations:
-        about = self._about_merge(recipe, conversations)
-        stored = self.steps.load("scores", fingerprint(about)[:16], about)
-        assert stored
-        scored: Conversations = stored["conversations"]
-        return scored
-
-    def _about_merge(self, recipe: Mapping[str, Any], conversations: Sequence[str]) -> dict[str, Any]:
         own = {"recipe": recipe_fingerprint(recipe), "inputs": self.inputs, "seed": self.tuning.seed}
-        return self._about(conversations, **own)
+        return self._scored(self._about(conversations, **own), partial(scorer.merge, recipe, name, conversations))
 
     def _about(self, conversations: Sequence[str], **model: Any) -> dict[str, Any]:
         """Everything that a score depends on."""
