@@ -20,7 +20,7 @@ LOSS_TOLERANCE = 1e-5
 LARGE = 1e3
 """Stands for an infinite loss, with which an optimiser cannot calculate."""
 FIRST_STEP = 0.25
-"""Size of the first simplex, as a share of the range."""
+"""Size of the first simplex, as a share of the range; less if the recipe's value lies near the lower end."""
 
 
 class _Spent(Exception):  # noqa: N818  no error: it ends the search
@@ -87,7 +87,8 @@ def search(numbers: Sequence[Number], loss: Callable[[Values], float], evaluatio
             first = [axis.to_position(number.start) for axis, number in zip(axes, numbers, strict=True)]
             simplex = [first, *([*first] for _ in numbers)]
             for index, corner in enumerate(simplex[1:]):
-                corner[index] += FIRST_STEP if corner[index] < 1 - FIRST_STEP else -FIRST_STEP
+                step = min(FIRST_STEP, corner[index] / 2) or FIRST_STEP
+                corner[index] += step if corner[index] < 1 - step else -step
             optimize.minimize(
                 at_positions,
                 first,

@@ -46,6 +46,17 @@ def test_several_numbers_are_found_together() -> None:
     assert len(tried) <= 40
 
 
+@pytest.mark.parametrize("high", [2, 6, 20])
+def test_a_wide_range_hides_no_near_optimum(high: int) -> None:
+    best = (1.0, 0.6, 0.8)
+
+    def loss(values: Values) -> float:
+        return 0.2 + sum((value - one) ** 2 for value, one in zip(values, best, strict=True))
+
+    values, _ = found(recipe("varm"), [f"lambda:depth=0:{high}"], loss, 20)
+    assert loss(values) - 0.2 < 0.1 * (loss((1.0, 1.0, 1.0)) - 0.2)
+
+
 def test_a_search_repeats_itself() -> None:
     def loss(values: Values) -> float:
         return sum((value - 0.7) ** 2 for value in values)
