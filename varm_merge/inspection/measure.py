@@ -10,6 +10,7 @@ import json
 import math
 import operator
 import tempfile
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -101,6 +102,8 @@ def inspect(
         raise UserError(f"{path}: nothing to inspect, because no output tensor combines two or more models")
     targets = list(dict.fromkeys(target for part in measured for target in part.targets))
     wanted: list[Any] = [RECIPE, *(granularities or get_args(Granularity))]
+    units = {name: _units(measured, None if name == RECIPE else name) for name in wanted}
+    own = units[RECIPE]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -108,10 +111,10 @@ def inspect(
         "recipe": {"path": str(path), "sha256": recipe_fingerprint(content), "content": content},
         "base_model": str(config.base_model),
         "targets": [str(target) for target in targets],
-        "units": {name: _units(measured, None if name == RECIPE else name) for name in wanted},
+        "units": units,
         "tensors": [_described(part) for part in measured],
         "agreement": _agreement(measured, targets),
-        "remarks": [remark.message for remark in looked.remarks] + tally.remarks(content),
+        "remarks": [*(remark.message for remark in looked.remarks), *tally.remarks(content), *added_up(own)],
     }
 
 
@@ -211,6 +214,13 @@ def _element_weights(group: TensorGroup, settings: Settings) -> list[float]:
 
 # Units
 
+ALONE = 0.99
+"""The weight of a target that is practically alone in a unit."""
+MANY = 0.5
+"""Share of all elements in such units from which on it is remarked."""
+A_PART = 0.1
+"""Share of them that other targets than the first have to lead in."""
+
 
 def _units(measured: Sequence[_Measured], granularity: Granularity | None) -> list[dict[str, Any]]:
     """The units at a granularity, or at those that the recipe gives its tensors."""
@@ -254,6 +264,24 @@ def _unit(name: str, granularity: str, parts: Sequence[_Measured]) -> dict[str, 
         for target, weight in weights.items()
     }
     return {**unit, "moved": any(value > 0 for value in means.values()), "targets": numbers}
+
+
+def added_up(units: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A remark if the targets moved in different units, so that weights of 1 add up their task vectors."""
+    alone: Counter[str] = Counter()
+    for unit in units:
+        leading = max(unit["targets"], key=lambda target: unit["targets"][target]["weight"], default=None)
+        if leading is not None and len(unit["targets"]) > 1 and unit["targets"][leading]["weight"] > ALONE:
+            alone[leading] += unit["elements"]
+    share = alone.total() / max(sum(unit["elements"] for unit in units), 1)
+    scaled_already = any("lambda" in unit for unit in units)
+    if scaled_already or share < MANY or alone.most_common(1)[0][1] > (1 - A_PART) * alone.total():
+        return []
+    return [
+        f"{share:.0%} of the elements are in units that one target alone moved, and not always the same "
+        "target. It gets the weight 1 there, so the merge adds up task vectors instead of averaging them. That "
+        "is often too much: find a smaller `lambda` with `varm-merge tune`, or use a coarser `granularity`"
+    ]
 
 
 def _described(part: _Measured) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pty
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,39 @@ def test_agreement_counts_only_what_both_moved() -> None:
     found = tensor_math.agreement(pivot, [one, other])
     assert (found.pivot, found.squares) == (30.0, [6.0, 27.0])
     assert (found.products, found.moved, found.opposite) == ([0.0], [2.0], [1.0])
+
+
+def targets_that_moved(members: Family, folder: Path, *parts: tuple[str, ...]) -> Family:
+    """Targets of which each moved only the tensors whose names contain a word."""
+    pivot = load_file(members.pivot / "model.safetensors")
+    for number, (target, words) in enumerate(zip(members.targets, parts, strict=True)):
+        own = load_file(target / "model.safetensors")
+        kept = {name: own[name] if any(word in name for word in words) else pivot[name] for name in pivot}
+        shutil.copytree(target, folder / f"target-{number}")
+        save_file(kept, folder / f"target-{number}" / "model.safetensors", {"format": "pt"})
+    return Family(members.pivot, tuple(folder / f"target-{number}" for number in range(len(parts))))
+
+
+@pytest.mark.parametrize(
+    ("parts", "added_up"),
+    [
+        ((("self_attn",), ("mlp", "embed", "head", "norm")), True),
+        ((("",), ("",)), False),  # both moved everything
+        ((("",), ("norm",)), False),  # the first one nearly replaces the other, which is no sum
+    ],
+)
+def test_targets_that_moved_in_different_parts_are_remarked(
+    mistral: Family, tmp_path: Path, parts: tuple[tuple[str, ...], ...], added_up: bool
+) -> None:
+    targets = targets_that_moved(mistral, tmp_path, *parts)
+
+    def is_remarked(**parameters: Any) -> bool:
+        found = inspected(runs.recipe(targets, **parameters), tmp_path)
+        return any("adds up task vectors" in remark for remark in found["remarks"])
+
+    assert is_remarked() == is_remarked(granularity="parameter") == added_up
+    assert not is_remarked(granularity="model")
+    assert not is_remarked(**{"lambda": 0.5})
 
 
 def test_a_finished_merge_tells_its_own_weights(mistral: Family, tmp_path: Path) -> None:
