@@ -59,6 +59,34 @@ def test_every_fusion_and_every_merge_is_a_stage(small: evidence.World) -> None:
     assert len(small.choosing.read_text().splitlines()) == 4  # every third
 
 
+@pytest.mark.slow
+def test_the_real_models_have_every_fusion_and_every_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_models(folder: Path) -> dict[str, Path]:
+        for name in evidence.real.DIRECTIONS:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            (folder / name / "chat_template.jinja").write_text("")
+        return {name: folder / name for name in evidence.real.DIRECTIONS}
+
+    monkeypatch.setattr(evidence.real, "make_models", make_models)
+    for pivot in evidence.real.DIRECTIONS:
+        world = evidence.real_world(tmp_path, pivot, 0)
+        path = world.folder / "evidence.yaml"
+        path.write_text(yaml.safe_dump(world.settings))
+        stages = {stage.title: stage for stage in read_pipeline(path)[1]}
+        for fusion, (_, own) in evidence.FUSIONS.items():
+            settings = stages[f"train {fusion}-own"].settings
+            assert ({"clm_weight": 0.5} | own).items() <= settings.items()
+            assert f"evaluate target-{fusion}-own" in stages
+        assert {"evaluate pivot", "evaluate target-clm"} <= stages.keys()
+        for name in (*evidence.AS_PUBLISHED, *(evidence.STARTS.get(name, name) for name in evidence.TUNED)):
+            assert len(stages[f"merge default-{name}"].needs) == 4
+        ids = [json.loads(row)["id"] for row in world.choosing.read_text().splitlines()]
+        assert ids
+        assert all(name.startswith("choosing-") for name in ids)
+
+
 def scores(losses: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
     return {
         model: {

@@ -183,16 +183,15 @@ def choosing_third(settings: Mapping[str, Any]) -> Path:
 
 
 def real_world(out: Path, pivot: str, seed: int) -> World:
-    """The pipeline of `make real` with further targets, in its own folder: what it has made is used."""
+    """The pipeline of `make real` with further targets, in its own folder: stages that it has made are used."""
     written = real.written_pipeline(out, pivot, seed)
     folder, settings = written.parent, yaml.safe_load(written.read_text("utf-8"))
     (source,) = [source for source in settings["sources"] if source["name"] == "own"]
     papers = {"positions": "dtw", "map": "min_edit_distance", "chunks": False}
     settings["sources"].append({**source, "name": PAPERS + "own", "template": "pivot", "align": papers})
-    merged = [name for name in settings["targets"] if name != "clm"]
-    further = targets_of(["own"], {"clm_weight": 0.5})
-    del further["clm"], further["default-own"]  # they are those of `make real`
-    settings["targets"] |= further
+    fused = {"default-own" if name == "own-0.5" else name: own for name, own in settings["targets"].items()}
+    merged = [name for name in fused if name != "clm"]
+    settings["targets"] = targets_of(["own"], {"clm_weight": 0.5}) | fused
     settings["merges"] = {
         f"default-{name}": {**settings["merges"][name], "targets": merged} for name in AS_PUBLISHED
     }
