@@ -43,6 +43,7 @@ MIXTRAL = "NousResearch/Nous-Hermes-2-Mixtral-8x7B-DPO"
 ELSEWHERE = {
     "make demo": "examples/demo.py is test_small_world.py's; the pipeline it runs is test_pipeline_runs.py's",
     "make real": "it takes over an hour; test_real_fusion.py tests its data, its pipeline and its report",
+    "make evidence": "it takes 90 minutes; test_evidence.py tests its pipelines and its report",
     "make test": "this is it",
     "fusion-trainer run examples/fusechat_7b/pipeline.yaml\n": "test_pipeline_runs.py runs all stages of others",
     "varm-merge compare varm.yaml ties.yaml --out report/": "test_compare_tasks.py's server",
@@ -273,6 +274,12 @@ def test_every_command_of_a_document_runs(readers: dict[str, Reader], document: 
         reader.does(command)
     for program in blocks(document, "python"):
         subprocess.run([sys.executable, "-c", program], cwd=reader.folder, env=reader.environment, check=True)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_yaml_of_a_document_can_be_read(document: str) -> None:
+    for block in blocks(document, "yaml"):
+        assert isinstance(yaml.safe_load(block), dict), block
 
 
 def test_what_is_run_elsewhere_still_stands_in_a_document() -> None:

@@ -1,6 +1,7 @@
 """The comparison of fusions and merges: its pipelines are read whole, and its tables are those of its scores."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def test_the_real_models_have_every_fusion_and_every_merge(
             assert f"evaluate target-{fusion}-own" in stages
         assert {"evaluate pivot", "evaluate target-clm"} <= stages.keys()
         for name in (*evidence.AS_PUBLISHED, *(evidence.STARTS.get(name, name) for name in evidence.TUNED)):
-            assert len(stages[f"merge default-{name}"].needs) == 4
+            assert len(stages[f"merge real-{name}"].needs) == 4
         ids = [json.loads(row)["id"] for row in world.choosing.read_text().splitlines()]
         assert ids
         assert all(name.startswith("choosing-") for name in ids)
@@ -120,3 +121,47 @@ def test_the_mean_of_targets_is_their_mean_in_every_conversation() -> None:
     rows = evidence.averaged(run, ["a", "b"])
     assert [row["nats"] for row in rows.values()] == [2.0, 4.0]
     assert [row["bytes"] for row in rows.values()] == [2, 2]
+
+
+@pytest.mark.parametrize("sources", [["own"], ["letters", "numbers"]])
+def test_the_report_has_a_row_for_every_model(
+    sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses are known, so each difference is, too."""
+    kinds = [*sources, *(["multi"] if len(sources) > 1 else [])]
+    targets = [f"{fusion}-{kind}" for fusion in evidence.FUSIONS for kind in kinds]
+    case = "default" if len(sources) > 1 else "real"
+    world = evidence.World("w", tmp_path, {"work": "work"}, sources, {case: targets[:2]}, tmp_path, 1)
+    merges = [f"merge-{case}-{name}" for name in evidence.AS_PUBLISHED]
+    tuned = [f"tuned-{case}-{name}" for name in evidence.TUNED]
+    singles = ["pivot", "target-clm", f"best-{case}", *(f"source-{name}" for name in sources)]
+    models = [*singles, *(f"target-{name}" for name in targets), *merges, *tuned]
+    run = scores({model: [2.0 * place, 2.0 * place] for place, model in enumerate(models)})
+    monkeypatch.setattr(evidence, "found_values", lambda *_: "0.5")
+    text = evidence.report("python evidence.py", [world], [run])
+    for model in ("pivot", *(f"target-{name}" for name in targets[:2])):
+        title = {"pivot": "the pivot"}.get(model, model.replace("-", " ", 1))
+        own, linear = models.index(model), models.index(f"merge-{case}-linear")
+        cells = [cell.strip() for cell in row_of(text, title)]
+        assert cells[2:6] == [f"{own:.4f}", f"{own:.4f}", "100.0", f"{own - linear:+.4f} ± 0.0000"]
+    found = [cell.strip() for cell in row_of(text, "Does VaRM beat linear as it is?")]
+    difference = models.index(f"merge-{case}-varm") - models.index(f"merge-{case}-linear")
+    assert found[2:5] == [f"{difference:+.4f} ± 0.0000", "worse", "+0.0 ± 0.0"]
+    for title, _ in (*evidence.FUSIONS.values(), *evidence.TUNED.values()):
+        assert f"| {title} " in text
+
+
+def row_of(text: str, first: str) -> list[str]:
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| {first} ")]
+    return row.strip("|").split("|")
+
+
+def test_a_search_is_made_again_if_its_command_or_a_target_changed(tmp_path: Path) -> None:
+    target, tuned = tmp_path / "fusion.json", tmp_path / "tuned.json"
+    target.touch()
+    assert not evidence.is_tuned(tuned, ["a.yaml"], [target])
+    tuned.write_text(json.dumps({"command": "varm-merge tune a.yaml --evaluations 3"}))
+    assert evidence.is_tuned(tuned, [Path("a.yaml"), "--evaluations", "3"], [target])
+    assert not evidence.is_tuned(tuned, [Path("a.yaml"), "--evaluations", "4"], [target])
+    os.utime(target, (tuned.stat().st_mtime + 1,) * 2)
+    assert not evidence.is_tuned(tuned, [Path("a.yaml"), "--evaluations", "3"], [target])

@@ -11,8 +11,9 @@ of all sources; against CLM alone. Merges: each method with the pipeline's setti
 different times, and trained in different parts of the model.
 
 A third of the held-out questions (small world), or the part for choosing (real models), chooses the tuned values.
-The rest is reported. A difference is paired: both models are scored on the same conversations, and its standard
-error is over conversations. If the command is interrupted, run it again: finished stages are kept. `--save` writes
+The rest is reported: the loss over all bytes, the mean of the skills' losses, and exact answers. A difference is
+paired: both models are scored on the same conversations, and its standard error is over conversations. If the
+command is interrupted, run it again: finished stages are kept. `--save` writes
 benchmarks/results/YYYY-MM-DD-evidence-WORLD.{md,json}.
 """
 
@@ -20,6 +21,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -192,13 +194,13 @@ def real_world(out: Path, pivot: str, seed: int) -> World:
     fused = {"default-own" if name == "own-0.5" else name: own for name, own in settings["targets"].items()}
     merged = [name for name in fused if name != "clm"]
     settings["targets"] = targets_of(["own"], {"clm_weight": 0.5}) | fused
-    settings["merges"] = {
-        f"default-{name}": {**settings["merges"][name], "targets": merged} for name in AS_PUBLISHED
-    }
+    settings["merges"] = {f"real-{name}": {**settings["merges"][name], "targets": merged} for name in AS_PUBLISHED}
     choosing = folder / "data" / "choosing.jsonl"
     rows = (folder / "data" / "held_out.jsonl").read_text("utf-8").splitlines(keepends=True)
     choosing.write_text("".join(row for row in rows if json.loads(row)["id"].startswith(real.CHOOSING)), "utf-8")
-    return World(pivot, folder, settings, ["own"], {"default": merged}, choosing, os.cpu_count() or 1)
+    return World(
+        f"{pivot}-seed-{seed}", folder, settings, ["own"], {"real": merged}, choosing, os.cpu_count() or 1
+    )
 
 
 # Runs
@@ -226,16 +228,28 @@ def tune(world: World, case: str, name: str, evaluations: int) -> Path:
     """The folder of a tuned merge: `tuned.json`, `recipe.yaml` and the model."""
     out = world.work / "tuned" / f"{case}-{name}"
     recipe = world.work / "recipes" / f"{case}-{STARTS.get(name, name)}.yaml"
-    if not (out / "tuned.json").is_file():
-        searched = [word for parameter in TUNED[name][1] for word in ("--parameter", parameter)]
-        several = any(":target" in word or ":depth" in word for word in searched)
-        limit = ["--evaluations", str(evaluations * (2 if several else 1))]
-        command = [recipe, "--held-out", world.choosing, "--out", out, "--report-share", "0.05", *searched, *limit]
-        template = world.settings.get("prepare", {}).get("template")
-        world.call(BIN / "varm-merge", "tune", *command, *(["--template", template] if template else []))
+    searched = [word for parameter in TUNED[name][1] for word in ("--parameter", parameter)]
+    several = any(":target" in word or ":depth" in word for word in searched)
+    limit = ["--evaluations", str(evaluations * (2 if several else 1))]
+    command = [recipe, "--held-out", world.choosing, "--out", out, "--report-share", "0.05", *searched, *limit]
+    template = world.settings.get("prepare", {}).get("template")
+    command += ["--template", template] if template else []
+    inputs = [world.choosing, *(world.work / "targets" / target / "fusion.json" for target in world.cases[case])]
+    if not is_tuned(out / "tuned.json", command, inputs):
+        shutil.rmtree(out / "model", ignore_errors=True)
+        (out / "scores.json").unlink(missing_ok=True)
+        world.call(BIN / "varm-merge", "tune", *command)
     if not (out / "model" / "config.json").is_file():
         world.call(BIN / "mergekit-yaml", out / "recipe.yaml", out / "model", "--random-seed", "0")
     return out
+
+
+def is_tuned(tuned: Path, command: Sequence[str | Path], inputs: Iterable[Path]) -> bool:
+    """Whether this command has tuned a merge of these inputs."""
+    if not tuned.is_file() or any(path.stat().st_mtime > tuned.stat().st_mtime for path in inputs):
+        return False
+    words = json.loads(tuned.read_text("utf-8"))["command"].split()
+    return words[2:] == [str(word) for word in command]
 
 
 # Tables
@@ -265,40 +279,50 @@ def part(conversations: Conversations, keep: Callable[[str], bool]) -> Conversat
     return {name: row for name, row in conversations.items() if keep(name)}
 
 
+HEAD = ["nats per byte", "mean of the skills", "exact, %"]
+
+
 def columns(runs: Sequence[Run], model: str, *others: str) -> list[str]:
-    """Loss and exact answers of a model, and its loss minus that of others."""
+    """Loss, the mean of the skills' losses, exact answers, and the loss minus that of others."""
+    by_skill = [mean(real.ratio(run[model], skill.__eq__) for skill in skills(run[model])) for run in runs]
     exact = [100 * real.ratio(run[model], real.is_question, "matched", "rows") for run in runs]
     against = [real.shown(real.paired(runs, model, other, anything)) if other != model else "" for other in others]
-    return [real.loss(runs, model, anything), real.spread(exact, 1), *against]
+    return [real.loss(runs, model, anything), real.spread(by_skill, 4), real.spread(exact, 1), *against]
+
+
+def skills(conversations: Conversations) -> list[str]:
+    return sorted({row["group"] for row in conversations.values()})
 
 
 def fusions(worlds: Sequence[World], runs: Sequence[Run]) -> str:
     """Table 1. The mean of the pairwise targets is made a model of its own."""
     names, several = worlds[0].sources, len(worlds[0].sources) > 1
-    head = ["fusion", "pairwise: nats per byte", "exact, %", "− CLM"]
-    rows = [["CLM", *columns(runs, "target-clm"), *[""] * (5 if several else 1)]]
-    if several:
-        head += ["Multi: nats per byte", "exact, %", "− CLM", "− the default's"]
+    rows = [["pivot", "", *columns(runs, "pivot", "target-clm", "pivot")]]
+    rows += [[f"source {name}", "", *columns(runs, f"source-{name}", "target-clm", "pivot")] for name in names]
+    rows.append(["CLM", "", *columns(runs, "target-clm", "target-clm", "pivot")])
     for fusion, (title, _) in FUSIONS.items():
         for own in runs:
             own[fusion] = averaged(own, [f"target-{fusion}-{name}" for name in names])
-        row = [title, *columns(runs, fusion, "target-clm")]
+        rows.append([title, "one source", *columns(runs, fusion, "target-clm", "pivot")])
         if several:
-            row += columns(runs, f"target-{fusion}-multi", "target-clm", "target-default-multi")
-        rows.append(row)
-    return markdown(head, rows)
+            rows.append([title, "Multi", *columns(runs, f"target-{fusion}-multi", "target-clm", "pivot")])
+    return markdown(["fusion", "sources", *HEAD, "− CLM", "− pivot"], rows)
 
 
 def merges(worlds: Sequence[World], runs: Sequence[Run], case: str) -> str:
     """Table 2 of one case."""
-    head = ["merge", "settings", "nats per byte", "exact, %", "− linear", "− best target", "found"]
-    linear, best = f"merge-{case}-linear", f"best-{case}"
-    rows = [["the best target", "", *columns(runs, best, linear), "", ""]]
+    head = ["merge", "settings", *HEAD, "− linear", "− best target", "− pivot", "found"]
+    others = (f"merge-{case}-linear", f"best-{case}", "pivot")
+    rows = [["the pivot", "", *columns(runs, "pivot", *others), ""]]
+    rows += [
+        [f"target {name}", "", *columns(runs, f"target-{name}", *others), ""] for name in worlds[0].cases[case]
+    ]
+    rows.append(["the best target", "chosen for each seed", *columns(runs, f"best-{case}", *others), ""])
     for name, title in AS_PUBLISHED.items():
-        rows.append([title, "as in the pipeline", *columns(runs, f"merge-{case}-{name}", linear, best), ""])
+        rows.append([title, "as in the pipeline", *columns(runs, f"merge-{case}-{name}", *others), ""])
     for name, (title, _) in TUNED.items():
         found = "; ".join(found_values(world, case, name) for world in worlds)
-        rows.append([title, "tuned", *columns(runs, f"tuned-{case}-{name}", linear, best), found])
+        rows.append([title, "tuned", *columns(runs, f"tuned-{case}-{name}", *others), found])
     return markdown(head, rows)
 
 
@@ -311,6 +335,7 @@ CASES = {
     "default": "Targets of the default fusion",
     "time": "Targets that were trained for different times (2, 10 and 40 epochs)",
     "parts": "Targets that were trained in different parts with LoRA: attention, the MLP's inputs, its output",
+    "real": "Targets of `make real`: λ 0.9 and 0.5, in the source's template and on the pivot's text",
 }
 
 
@@ -318,16 +343,37 @@ def questions(runs: Sequence[Run], case: str) -> str:
     """What the tables answer, each by a paired difference."""
     pairs = [
         ("Does a tuned merge beat the best target?", f"tuned-{case}-varm", f"best-{case}"),
+        ("Does it beat the pivot?", f"tuned-{case}-varm", "pivot"),
         ("Does VaRM beat linear as it is?", f"merge-{case}-varm", f"merge-{case}-linear"),
         ("Does VaRM beat linear once both are scaled?", f"tuned-{case}-varm", f"tuned-{case}-task_arithmetic"),
         ("Does λ by depth beat one λ?", f"tuned-{case}-varm_depth", f"tuned-{case}-varm"),
         ("Do weights of targets beat none?", f"tuned-{case}-varm_targets", f"merge-{case}-varm"),
     ]
+    return compared(runs, pairs)
+
+
+def fusion_questions(runs: Sequence[Run], kind: str) -> str:
+    pairs = [
+        (f"Does {title} beat CLM?", f"target-{fusion}-{kind}", "target-clm")
+        for fusion, (title, _) in FUSIONS.items()
+    ]
+    pairs += [
+        (f"Does {title} beat the default?", f"target-{fusion}-{kind}", f"target-default-{kind}")
+        for fusion, (title, _) in FUSIONS.items()
+        if fusion != "default"
+    ]
+    return compared(runs, pairs)
+
+
+def compared(runs: Sequence[Run], pairs: Sequence[tuple[str, str, str]]) -> str:
+    """A row for each question: the difference in loss and in exact answers."""
     rows = []
     for question, model, other in pairs:
-        pair = real.paired(runs, model, other, anything)
-        rows.append([question, f"{model} − {other}", real.shown(pair), real.verdict(pair)])
-    return markdown(["question", "compared", "nats per byte", "the first is"], rows)
+        loss = real.paired(runs, model, other, anything)
+        points, error = (100 * one for one in real.paired(runs, model, other, real.is_question, "matched", "rows"))
+        difference = [f"{model} − {other}", real.shown(loss), real.verdict(loss), f"{points:+.1f} ± {error:.1f}"]
+        rows.append([question, *difference])
+    return markdown(["question", "compared", "nats per byte", "the first is", "exact answers, points"], rows)
 
 
 def report(command: str, worlds: Sequence[World], runs: Sequence[Run]) -> str:
@@ -338,9 +384,11 @@ def report(command: str, worlds: Sequence[World], runs: Sequence[Run]) -> str:
         f"# Fusions and merges, compared: {', '.join(world.name for world in worlds)}",
         f"`{command}`, {date.today()}; {platform.machine()}, {os.cpu_count()} cores; Python "
         f"{platform.python_version()}, {packages}. {number} held-out conversations report; others choose. "
-        "Loss: mean ± standard deviation over the seeds. A difference has its standard error over conversations; "
-        "up to two standard errors are noise. Lower is better.",
+        "Mean ± standard deviation over the seeds. Loss: over the bytes of all answers, and the mean of the "
+        "skills' losses. A difference of losses over all bytes has its standard error over conversations; up to "
+        "two standard errors are noise. Lower is better.",
         "## Fusions",
+        fusion_questions(runs, "multi" if len(worlds[0].sources) > 1 else worlds[0].sources[0]),
         fusions(worlds, runs),
     ]
     for case in worlds[0].cases:

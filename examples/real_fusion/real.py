@@ -164,9 +164,11 @@ def loss(runs: Sequence[Scores], model: str, keep: Keep) -> str:
     return spread([ratio(run[model], keep) for run in runs], 4)
 
 
-def paired(runs: Sequence[Scores], model: str, other: str, keep: Keep) -> tuple[float, float]:
-    """The difference in nats per byte, and its standard error; the mean over the seeds of both."""
-    pairs = [difference(*(sums(run[name], keep, "nats", "bytes") for name in (model, other))) for run in runs]
+def paired(
+    runs: Sequence[Scores], model: str, other: str, keep: Keep, top: str = "nats", bottom: str = "bytes"
+) -> tuple[float, float]:
+    """The difference, by default in nats per byte, and its standard error; the mean over the seeds of both."""
+    pairs = [difference(*(sums(run[name], keep, top, bottom) for name in (model, other))) for run in runs]
     errors = [error or 0.0 for _, error in pairs]
     return mean(value for value, _ in pairs), sum(error**2 for error in errors) ** 0.5 / len(errors)
 

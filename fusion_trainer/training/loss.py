@@ -94,9 +94,13 @@ class _SparseTerms(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         logits_CV, *saved = ctx.saved_tensors
-        gradient_CV = torch.empty_like(logits_CV)
-        for gradient, *part in cached_parts(gradient_CV, logits_CV, *saved, *gradients[:2]):
-            gradient.copy_(_gradient(*part))
+        parts = [*cached_parts(logits_CV, *saved, *gradients[:2])]
+        if len(parts) == 1:
+            gradient_CV = _gradient(*parts[0]).to(logits_CV.dtype)
+        else:
+            gradient_CV = torch.empty_like(logits_CV)
+            for rows_CV, part in zip(torch.split(gradient_CV, len(parts[0][0])), parts, strict=True):
+                rows_CV.copy_(_gradient(*part))
         return gradient_CV, None, None, None, None, None, None
 
 

@@ -217,7 +217,7 @@ def _element_weights(group: TensorGroup, settings: Settings) -> list[float]:
 ALONE = 0.99
 """The weight of a target that is practically alone in a unit."""
 MANY = 0.5
-"""Share of all elements in such units from which on it is remarked."""
+"""Share of the elements that moved, in such units, from which on it is remarked."""
 A_PART = 0.1
 """Share of them that other targets than the first have to lead in."""
 
@@ -269,18 +269,21 @@ def _unit(name: str, granularity: str, parts: Sequence[_Measured]) -> dict[str, 
 def added_up(units: Sequence[Mapping[str, Any]]) -> list[str]:
     """A remark if the targets moved in different units, so that weights of 1 add up their task vectors."""
     alone: Counter[str] = Counter()
-    for unit in units:
-        leading = max(unit["targets"], key=lambda target: unit["targets"][target]["weight"], default=None)
-        if leading is not None and len(unit["targets"]) > 1 and unit["targets"][leading]["weight"] > ALONE:
+    moved = [unit for unit in units if unit.get("moved")]
+    for unit in moved:
+        numbers = unit["targets"]
+        leading = max(numbers, key=lambda target: numbers[target]["statistic"])
+        whole = sum(target["statistic"] for target in numbers.values())
+        least = min(numbers[leading]["statistic"] / whole, numbers[leading]["weight"])
+        if len(numbers) > 1 and least > ALONE and max(unit.get("lambda", [1.0])) >= 1:
             alone[leading] += unit["elements"]
-    share = alone.total() / max(sum(unit["elements"] for unit in units), 1)
-    scaled_already = any("lambda" in unit for unit in units)
-    if scaled_already or share < MANY or alone.most_common(1)[0][1] > (1 - A_PART) * alone.total():
+    share = alone.total() / max(sum(unit["elements"] for unit in moved), 1)
+    if share < MANY or alone.most_common(1)[0][1] > (1 - A_PART) * alone.total():
         return []
     return [
-        f"{share:.0%} of the elements are in units that one target alone moved, and not always the same "
-        "target. It gets the weight 1 there, so the merge adds up task vectors instead of averaging them. That "
-        "is often too much: find a smaller `lambda` with `varm-merge tune`, or use a coarser `granularity`"
+        f"{share:.0%} of the elements that moved are in units that one target alone moved, and not always the "
+        "same target. It gets the weight 1 there, so the merge adds up task vectors instead of averaging them. "
+        "That is often too much: find a smaller `lambda` with `varm-merge tune`, or use a coarser `granularity`"
     ]
 
 

@@ -19,8 +19,9 @@ LOSS_TOLERANCE = 1e-5
 """The simplex also has to differ by less than this, in nats per byte."""
 LARGE = 1e3
 """Stands for an infinite loss, with which an optimiser cannot calculate."""
-FIRST_STEP = 0.25
-"""Size of the first simplex, as a share of the range; less if the recipe's value lies near the lower end."""
+FIRST_STEP, LEAST_STEP = 0.25, 0.025
+"""Size of the first simplex, as a share of the range. On a linear scale it is half the recipe's value, within
+these limits."""
 
 
 class _Spent(Exception):  # noqa: N818  no error: it ends the search
@@ -86,8 +87,8 @@ def search(numbers: Sequence[Number], loss: Callable[[Values], float], evaluatio
         else:
             first = [axis.to_position(number.start) for axis, number in zip(axes, numbers, strict=True)]
             simplex = [first, *([*first] for _ in numbers)]
-            for index, corner in enumerate(simplex[1:]):
-                step = min(FIRST_STEP, corner[index] / 2) or FIRST_STEP
+            for index, (axis, corner) in enumerate(zip(axes, simplex[1:], strict=True)):
+                step = FIRST_STEP if axis.low > 0 else min(max(corner[index] / 2, LEAST_STEP), FIRST_STEP)
                 corner[index] += step if corner[index] < 1 - step else -step
             optimize.minimize(
                 at_positions,

@@ -140,6 +140,7 @@ def targets_that_moved(members: Family, folder: Path, *parts: tuple[str, ...]) -
         ((("self_attn",), ("mlp", "embed", "head", "norm")), True),
         ((("",), ("",)), False),  # both moved everything
         ((("",), ("norm",)), False),  # the first one nearly replaces the other, which is no sum
+        ((("q_proj", "k_proj"), ("v_proj", "o_proj")), True),  # most tensors did not move at all
     ],
 )
 def test_targets_that_moved_in_different_parts_are_remarked(
@@ -154,6 +155,14 @@ def test_targets_that_moved_in_different_parts_are_remarked(
     assert is_remarked() == is_remarked(granularity="parameter") == added_up
     assert not is_remarked(granularity="model")
     assert not is_remarked(**{"lambda": 0.5})
+    assert is_remarked(**{"lambda": 2.0}) == added_up
+
+
+def test_weights_of_1_are_not_remarked_if_both_targets_moved(mistral: Family, tmp_path: Path) -> None:
+    text = runs.recipe(mistral, normalization="softmax", temperature=1e-9)
+    found = inspected(text, tmp_path)
+    assert all(max(of["weight"] for of in unit["targets"].values()) > 0.99 for unit in found["units"]["recipe"])
+    assert not found["remarks"]
 
 
 def test_a_finished_merge_tells_its_own_weights(mistral: Family, tmp_path: Path) -> None:

@@ -57,6 +57,17 @@ def test_a_wide_range_hides_no_near_optimum(high: int) -> None:
     assert loss(values) - 0.2 < 0.1 * (loss((1.0, 1.0, 1.0)) - 0.2)
 
 
+@pytest.mark.parametrize("start", [0.0, 0.001, 0.01, 1.99])
+def test_a_start_at_the_end_of_a_range_is_left(start: float) -> None:
+    content = recipe("varm", parameters={"lambda": [start, start, start]})
+
+    def loss(values: Values) -> float:
+        return 0.2 + sum((value - 0.9) ** 2 for value in values)
+
+    values, _ = found(content, ["lambda:depth"], loss, 30)
+    assert loss(values) - 0.2 < 0.15 * (loss((start,) * 3) - 0.2)
+
+
 def test_a_search_repeats_itself() -> None:
     def loss(values: Values) -> float:
         return sum((value - 0.7) ** 2 for value in values)
