@@ -180,8 +180,14 @@ def choosing_third(settings: Mapping[str, Any]) -> Path:
     held_out = Path(EXAMPLES.parent, settings["evaluate"]["data"])
     rows = held_out.read_text("utf-8").splitlines(keepends=True)
     chosen = held_out.with_name("choosing.jsonl")
-    chosen.write_text("".join(rows[::3]), "utf-8")
+    write_if_new(chosen, "".join(rows[::3]))
     return chosen
+
+
+def write_if_new(path: Path, text: str) -> None:
+    """Leave the time of a file alone that has the text already: a search is repeated if its inputs are newer."""
+    if not path.is_file() or path.read_text("utf-8") != text:
+        path.write_text(text, "utf-8")
 
 
 def real_world(out: Path, pivot: str, seed: int) -> World:
@@ -197,7 +203,7 @@ def real_world(out: Path, pivot: str, seed: int) -> World:
     settings["merges"] = {f"real-{name}": {**settings["merges"][name], "targets": merged} for name in AS_PUBLISHED}
     choosing = folder / "data" / "choosing.jsonl"
     rows = (folder / "data" / "held_out.jsonl").read_text("utf-8").splitlines(keepends=True)
-    choosing.write_text("".join(row for row in rows if json.loads(row)["id"].startswith(real.CHOOSING)), "utf-8")
+    write_if_new(choosing, "".join(row for row in rows if json.loads(row)["id"].startswith(real.CHOOSING)))
     return World(
         f"{pivot}-seed-{seed}", folder, settings, ["own"], {"real": merged}, choosing, os.cpu_count() or 1
     )
