@@ -103,7 +103,6 @@ def inspect(
     targets = list(dict.fromkeys(target for part in measured for target in part.targets))
     wanted: list[Any] = [RECIPE, *(granularities or get_args(Granularity))]
     units = {name: _units(measured, None if name == RECIPE else name) for name in wanted}
-    own = units[RECIPE]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -114,7 +113,7 @@ def inspect(
         "units": units,
         "tensors": [_described(part) for part in measured],
         "agreement": _agreement(measured, targets),
-        "remarks": [*(remark.message for remark in looked.remarks), *tally.remarks(content), *added_up(own)],
+        "remarks": [*(one.message for one in looked.remarks), *tally.remarks(content), *added_up(units[RECIPE])],
     }
 
 
