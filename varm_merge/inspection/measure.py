@@ -91,13 +91,9 @@ def inspect(
         if by_name:
             stack.enter_context(planning.by_name())
         stack.enter_context(mergekit_io.as_merged(options))
-        tensors = planning.planned_tensors(config, options)
+        tensors = tqdm(planning.planned_tensors(config, options), "measure", unit="tensor", disable=options.quiet)
         tally = rounding.Tally(looked)
-        measured = [
-            part
-            for tensor in tqdm(tensors, unit="tensor", desc="measure", disable=options.quiet)
-            for part in _measure(tensor, tally)
-        ]
+        measured = [part for tensor in tensors for part in _measure(tensor, tally)]
     if not measured:
         raise UserError(f"{path}: nothing to inspect, because no output tensor combines two or more models")
     targets = list(dict.fromkeys(target for part in measured for target in part.targets))
