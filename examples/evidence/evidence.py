@@ -1,7 +1,7 @@
 """Which fusion, and which merge? Two tables: fusions by their settings, and merges as published and tuned.
 
 \b
-  python examples/evidence/evidence.py small     three seeds of the world of `make demo`, about 90 minutes
+  python examples/evidence/evidence.py small     three seeds of the world of `make demo`, over 90 minutes
   python examples/evidence/evidence.py real      the models of `make real`, in its folder, an estimated 2 hours
   python examples/evidence/evidence.py small --seed 1 --seed 2 --save
 
