@@ -15,12 +15,11 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from itertools import islice
 from pathlib import Path
 
 import click
-from measure import machine, spread, table, verdict
+from measure import judged, machine, publish, spread, table
 from rapidfuzz.distance import Levenshtein
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
@@ -36,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from make_sharegpt import byte_level_bpe, conversations, sentencepiece_bpe, texts
 
 TOKENS = 2048
-BUDGETS_MS = {"boundary": 1.0, "dtw": 60.0}
-MAP_BUDGET_S = 60.0
+BUDGETS_MS = {"boundary": 1, "dtw": 60}
+MAP_BUDGET_S = 60
 SYLLABLES = "ba ce di fo gu har len mis tor vun a e i o s t ing er ion ent re un th st ly"
 
 
@@ -48,14 +47,11 @@ SYLLABLES = "ba ce di fo gu har len mis tor vun a e i o s t ing er ion ent re un
 @click.option("--save", is_flag=True, help="Write benchmarks/results/YYYY-MM-DD-align.md.")
 def main(rounds: int, vocabulary: int, naive: bool, save: bool) -> None:
     """Time boundary pairing, time warping and the edit-distance map."""
-    shown = report(rounds, vocabulary, naive)
-    click.echo(shown)
-    if save:
-        path = Path(__file__).parent / "results" / f"{date.today()}-align.md"
-        path.write_text(shown + "\n", encoding="utf-8")
+    command = f"    python benchmarks/align.py --rounds {rounds} --vocabulary {vocabulary}"
+    publish("align", "Alignment benchmark", command, machine(), *report(rounds, vocabulary, naive), save=save)
 
 
-def report(rounds: int, vocabulary: int, naive: bool) -> str:
+def report(rounds: int, vocabulary: int, naive: bool) -> tuple[str, str, str]:
     pivot, source, text = one_pair()
     of_pivot, of_source = pivot.encode([text])[0], source.encode([text])[0]
     theirs = [pivot.words[token] for token in of_pivot.ids.tolist()]
@@ -64,46 +60,29 @@ def report(rounds: int, vocabulary: int, naive: bool) -> str:
     answers = (whole_text(len(raw)),)
 
     def paired() -> Pairs:
-        read = [Read(one, answers, (), places(one, raw, answers)) for one in (of_pivot, of_source)]
-        return position_pairs(read[0], read[1], (pivot, source), None)
+        reads = [Read(tokens, answers, (), places(tokens, raw, answers)) for tokens in (of_pivot, of_source)]
+        return position_pairs(*reads, (pivot, source), None)
 
     times: dict[str, list[float]] = {"tokenise both, byte ends": [], "boundary": [], "dtw": []}
     for _ in range(rounds + 1):
         timed(times["tokenise both, byte ends"], lambda: (pivot.encode([text]), source.encode([text])))
         timed(times["boundary"], paired)
         timed(times["dtw"], lambda: warping_path(theirs, ours))
-    rows = []
-    for what, taken in times.items():
-        budget = BUDGETS_MS.get(what)
-        rows.append([what, spread(taken[1:]), *limits(taken[1:], budget, "ms")])
+    counted = {what: taken[1:] for what, taken in times.items()}
+    rows = [(what, spread(ms), *judged(ms, BUDGETS_MS.get(what), " ms")) for what, ms in counted.items()]
     if naive:
         once: list[float] = []
         timed(once, lambda: by_two_loops(theirs, ours))
-        rows.append(["dtw by two loops in Python, once", f"{once[0]:.0f}", "", ""])
+        rows.append(("dtw by two loops in Python, once", f"{once[0]:.0f}", "", ""))
     in_map = map_seconds(vocabulary)
-    mapped = [[f"MinED, {vocabulary:,} × {vocabulary:,}", f"{in_map:.1f}", *limits([in_map], MAP_BUDGET_S, "s")]]
-    pairs = len(paired())
-    return "\n".join(
-        [
-            f"# Alignment benchmark, {date.today()}",
-            "",
-            f"    python benchmarks/align.py --rounds {rounds} --vocabulary {vocabulary}",
-            "",
-            machine(),
-            "",
-            f"One text of {len(of_pivot):,} tokens of the pivot and {len(of_source):,} of the source, {pairs:,} "
-            f"common boundaries; {rounds} rounds after a warm-up. Each cell: median [min – max]; budgets are "
-            "judged by the median.",
-            "",
-            table(["what", "ms", "budget", "verdict"], rows),
-            "",
-            table(["map", "s", "budget", "verdict"], mapped),
-        ]
+    mapped = (f"MinED, {vocabulary:,} × {vocabulary:,}", f"{in_map:.1f}", *judged([in_map], MAP_BUDGET_S, " s"))
+    setting = (
+        f"One text of {len(of_pivot):,} tokens of the pivot and {len(of_source):,} of the source, "
+        f"{len(paired()):,} common boundaries; {rounds} rounds after a warm-up. Each cell: median [min – max]; "
+        "budgets are judged by the median."
     )
-
-
-def limits(taken: list[float], budget: float | None, unit: str) -> list[str]:
-    return ["", ""] if budget is None else [f"≤ {budget:g} {unit}", verdict(taken, budget)]
+    limits = ("budget", "verdict")
+    return setting, table(("what", "ms", *limits), rows), table(("map", "s", *limits), [mapped])
 
 
 def timed(into: list[float], work: Callable[[], object]) -> None:
@@ -126,14 +105,14 @@ def one_pair() -> tuple[TextTokenizer, TextTokenizer, str]:
 def by_two_loops(pivot: list[str], source: list[str]) -> list[list[int]]:
     """The recurrence as the papers state it."""
     table: list[list[int]] = []
-    for i, one in enumerate(pivot):
+    for i, ours in enumerate(pivot):
         row: list[int] = []
-        for j, other in enumerate(source):
-            weight = CONTAINED["fusechat"] if one in other or other in one else 10
+        for j, theirs in enumerate(source):
+            weight = CONTAINED["fusechat"] if ours in theirs or theirs in ours else 10
             before = [table[i - 1][j]] if i else []
             before += [row[j - 1]] if j else []
             before += [table[i - 1][j - 1]] if i and j else []
-            row.append(weight * Levenshtein.distance(one, other) + min(before, default=0))
+            row.append(weight * Levenshtein.distance(ours, theirs) + min(before, default=0))
         table.append(row)
     return table
 

@@ -9,12 +9,23 @@ import shutil
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from transformers import LlamaConfig, MixtralConfig
 
-__all__ = ["MODELS", "Config", "checkpoints", "llama_config", "mixtral_config", "parameter_count", "tensor_count"]
+__all__ = [
+    "MODELS",
+    "Config",
+    "checkpoints",
+    "llama_config",
+    "mixtral_config",
+    "parameter_count",
+    "recipe",
+    "tensor_count",
+]
 
 Config = LlamaConfig | MixtralConfig
 
@@ -80,6 +91,12 @@ def checkpoints(work: Path, config: Config, seed: int) -> Path:
     return folder
 
 
+def recipe(folder: Path, dtype: str, **parameters: Any) -> str:
+    """A merge of the two targets by varm, as YAML."""
+    models = {"base_model": str(folder / MODELS[0]), "models": [{"model": str(folder / n)} for n in MODELS[1:]]}
+    return yaml.safe_dump({"merge_method": "varm", **models, "parameters": parameters, "dtype": dtype})
+
+
 def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
     hidden, vocab = config.hidden_size, config.vocab_size
     key_value = 64 * (config.num_key_value_heads or config.num_attention_heads)
@@ -118,7 +135,6 @@ def _write(folder: Path, config: Config, seed: int) -> None:
     """Write one checkpoint in bfloat16, holding one shard of it in memory."""
     weight_map: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
-    elements = 0
     files = (f"model-{number:05}.safetensors" for number in count(1))
 
     def flush() -> None:
@@ -128,11 +144,9 @@ def _write(folder: Path, config: Config, seed: int) -> None:
         shard.clear()
 
     for name, tensor in _tensors(folder.name, config, seed):
-        if shard and elements + tensor.numel() > SHARD_ELEMENTS:
+        if shard and sum(map(torch.numel, shard.values())) + tensor.numel() > SHARD_ELEMENTS:
             flush()
-            elements = 0
         shard[name] = tensor
-        elements += tensor.numel()
     flush()
     config.save_pretrained(folder)
     index = {"metadata": {}, "weight_map": weight_map}

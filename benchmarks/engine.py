@@ -10,15 +10,15 @@ Exit code 1 if a log-probability differs by more than 1e-4, or ids differ by mor
 import sys
 import tempfile
 import time
-from datetime import date
 from itertools import islice
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
-from measure import machine, table
+from measure import machine, publish, table
 
+from fusion_trainer.alignment.pairing import read_blocks
 from fusion_trainer.config import ExtractConfig
 from fusion_trainer.data.prepare import prepare
 from fusion_trainer.data.readers import DIALOGUES, Reader
@@ -26,7 +26,7 @@ from fusion_trainer.representations.engine import Distributions, Query
 from fusion_trainer.representations.topk_model import TopKModel
 from fusion_trainer.representations.vllm_engine import joined
 from fusion_trainer.representations.vllm_server import VllmServer
-from fusion_trainer.text.tokenizer import load_tokenizer, supervised_positions
+from fusion_trainer.text.tokenizer import load_tokenizer
 from varm_common.models import load_causal_lm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -37,26 +37,17 @@ TOLERANCE = 1e-4
 
 def queries_of(config: ExtractConfig, work: Path) -> list[Query]:
     """The dialogues as the model reads them."""
-    dialogues = prepare(config, work, quiet=True)
     reader = Reader(load_tokenizer(Path(config.model), config.model), DIALOGUES)
-    readings = [reader.read(dialogues[number]) for number in range(len(dialogues))]
-    queries = []
-    for number, reading in enumerate(readings):
-        (tokens,) = reader.tokenizer.encode([reading.text])
-        positions = supervised_positions(tokens, reading.spans)
-        positions = positions[positions < len(tokens.ids) - 1]
-        if len(positions):
-            queries.append(Query(tokens.ids, positions, f"row {number}"))
-    return queries
+    reads = enumerate(read_blocks(reader, prepare(config, work, quiet=True)))
+    return [Query(read.tokens.ids, read.positions, f"row {row}") for row, read in reads if len(read.positions)]
 
 
 def by_transformers(model: TopKModel, query: Query, k: int) -> Distributions:
     ids_L = torch.from_numpy(query.ids.astype(np.int64))
     positions_S = torch.from_numpy(query.positions.astype(np.int64))
     top = model.distributions(ids_L[None], None, positions_S, ids_L[positions_S + 1], k)
-    return Distributions(
-        top.ids_CK.numpy(), top.logprobs_CK.numpy(), top.tail_C.numpy(), top.gold_logprob_C.numpy()
-    )
+    columns = (top.ids_CK, top.logprobs_CK, top.tail_C, top.gold_logprob_C)
+    return Distributions(*(column.numpy() for column in columns))
 
 
 def differences(ours: Distributions, theirs: Distributions) -> dict[str, float]:
@@ -86,17 +77,9 @@ def main(model: str, server_url: str, rows: int, max_length: int, top_k: int, sa
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_jsonl(work / "chats.jsonl", islice(conversations(seed=3), rows))
-        config = ExtractConfig(
-            data=[str(work / "chats.jsonl")],
-            pivot=model,
-            model=model,
-            output=work / "store",
-            dtype="float32",
-            engine="vllm",
-            server_url=[server_url],
-            top_k=top_k,
-            max_length=max_length,
-        )
+        inputs = {"data": [str(work / "chats.jsonl")], "pivot": model, "model": model, "output": work / "store"}
+        engine = {"engine": "vllm", "server_url": [server_url], "dtype": "float32"}
+        config = ExtractConfig(**inputs, **engine, top_k=top_k, max_length=max_length)
         queries = queries_of(config, work)
     known = load_tokenizer(Path(model), model).vocabulary
     tokens = sum(len(query.ids) for query in queries)
@@ -112,24 +95,20 @@ def main(model: str, server_url: str, rows: int, max_length: int, top_k: int, sa
         seconds["vllm"] = time.perf_counter() - start
     finally:
         server.close()
-    found = differences(ours, theirs)
-    lines = [
-        f"# Engine comparison, {date.today()}",
+    differing = differences(ours, theirs)
+    values = [(name, f"{value:.3g}" if value % 1 else f"{value:,.0f}") for name, value in differing.items()]
+    publish(
+        "engine",
+        "Engine comparison",
         f"    vllm serve {Path(model).name} --dtype float32\n    python benchmarks/engine.py {Path(model).name} "
         f"--server-url URL --rows {rows} --max-length {max_length} --top-k {top_k}",
         f"{machine()}; vLLM {server.made_with['vllm']}. {len(queries)} texts of {tokens:,} tokens, each text "
         "alone in transformers, all at once at the server; run it on an idle machine to compare speed.",
-        table(
-            ("", "value"),
-            [(name, f"{value:.3g}" if value % 1 else f"{value:,.0f}") for name, value in found.items()],
-        ),
+        table(("", "value"), values),
         table(("engine", "s", "tokens/s"), [(n, f"{s:.1f}", f"{tokens / s:.0f}") for n, s in seconds.items()]),
-    ]
-    report = "\n\n".join(lines) + "\n"
-    click.echo(report)
-    if save:
-        (Path(__file__).parent / "results" / f"{date.today()}-engine.md").write_text(report)
-    largest = max(value for name, value in found.items() if name.startswith(("largest", "of a gold")))
+        save=save,
+    )
+    largest = max(value for name, value in differing.items() if name.startswith(("largest", "of a gold")))
     sys.exit(largest > TOLERANCE)
 
 

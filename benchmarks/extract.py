@@ -24,11 +24,10 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
-from itertools import count, islice
+from itertools import count, islice, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -40,7 +39,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from layouts import LARGE, LAYOUTS
-from measure import machine, spread, table, verdict
+from measure import judged, machine, measure_rounds, publish, sections, spread, table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -62,7 +61,7 @@ from make_sharegpt import byte_level_bpe, conversations, texts, write_jsonl
 # The project's budgets
 TIME_BUDGET = 1.05  # wall, extraction / bare forward
 BYTES_BUDGETS = {np.uint16: 45, np.uint32: 65}  # per supervised token, by what holds an id
-ROW_BUDGET_US = 50.0
+ROW_BUDGET_US = 50
 
 K = 10
 BARE, HEAD, EXTRACTION = "bare forward", "layers + head", "extraction"
@@ -78,6 +77,9 @@ class Seconds(NamedTuple):
 
     wall: float
     cpu: float
+
+    def __str__(self) -> str:
+        return f"{self.wall:.2f} s, CPU {self.cpu:.2f} s"
 
 
 @dataclass(frozen=True)
@@ -119,16 +121,9 @@ def loaded(work: Path, layout: str, tokens: int, batch_tokens: int) -> Extractio
     write_jsonl(data, rows)
     lines = [line for row in islice(conversations(seed=1), TRAINED_ON) for line in texts([row])]
     write_model(folder, layout, lines, device)
-    config = ExtractConfig(
-        data=[str(data)],
-        pivot=str(folder),
-        template="chatml",
-        model=str(folder),
-        output=work / f"{layout}-store",
-        top_k=K,
-        batch_tokens=batch_tokens,
-        shard_tokens=max(2 * batch_tokens, tokens // 4),
-    )
+    inputs = {"data": [str(data)], "pivot": str(folder), "model": str(folder), "template": "chatml"}
+    sizes = {"batch_tokens": batch_tokens, "shard_tokens": max(2 * batch_tokens, tokens // 4)}
+    config = ExtractConfig(**inputs, **sizes, output=work / f"{layout}-store", top_k=K)
     dialogues = prepare(config, work, quiet=True)
     tokenizer = load_tokenizer(folder, layout)
     assert len(tokenizer.vocabulary) == LAYOUTS[layout][1]
@@ -173,11 +168,8 @@ def bare_forward(model: TopKModel, batches: list[Batch]) -> None:
 @torch.inference_mode()
 def layers_and_head(model: TopKModel, batches: list[Batch]) -> None:
     for batch in batches:
-        hidden_SH = (
-            model.split.hidden(input_ids=batch.ids_BL, attention_mask=batch.mask_BL)
-            .flatten(0, 1)
-            .index_select(0, batch.positions_S)
-        )
+        hidden_SH = model.split.hidden(input_ids=batch.ids_BL, attention_mask=batch.mask_BL).flatten(0, 1)
+        hidden_SH = hidden_SH.index_select(0, batch.positions_S)
         for hidden_CH in torch.split(hidden_SH, model.chunk):
             model.split.head(hidden_CH)
 
@@ -195,26 +187,18 @@ def seconds(function: Callable[[], object]) -> Seconds:
     return Seconds(time.perf_counter() - start, time.process_time() - start_cpu)
 
 
-def measure_rounds(
-    extraction: Extraction, batches: list[Batch], rounds: int, work: Path
-) -> dict[str, list[Seconds]]:
-    """Seconds of each leg, round by round."""
+def legs_of(extraction: Extraction, batches: list[Batch], work: Path) -> dict[str, Callable[[], object]]:
+    """What is compared; each extraction gets a new folder in ``work``."""
     outputs = (work / f"round-{number}" for number in count())
-    legs: dict[str, Callable[[], object]] = {
+    return {
         BARE: lambda: bare_forward(extraction.engine.model, batches),
         HEAD: lambda: layers_and_head(extraction.engine.model, batches),
         EXTRACTION: lambda: run(extraction, next(outputs)),
     }
-    spent: dict[str, list[Seconds]] = {leg: [] for leg in legs}
-    for number in range(rounds + 1):
-        order = [*legs][number % 3 :] + [*legs][: number % 3]
-        for leg in order:
-            spent_s = seconds(legs[leg])
-            label = f"round {number}" if number else "warm-up"
-            click.echo(f"{label}: {leg} {spent_s.wall:.2f} s, CPU {spent_s.cpu:.2f} s", err=True)
-            if number:
-                spent[leg].append(spent_s)
-    return spent
+
+
+def seconds_of(legs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[Seconds]]:
+    return measure_rounds({leg: partial(seconds, work) for leg, work in legs.items()}, rounds, str)
 
 
 def measure_top_k(shape: tuple[int, int], rounds: int) -> tuple[list[float], list[float]]:
@@ -243,30 +227,38 @@ def measure_top_k(shape: tuple[int, int], rounds: int) -> tuple[list[float], lis
 # Store
 
 
+def write_store(
+    folder: Path, identity: dict[str, Any], starts: Sequence[int], shards: Iterable[list[Representation]]
+) -> RepresentationStore:
+    """A store of these shards, by the program's own writer."""
+    writer = StoreWriter(folder, identity, starts)
+    writer.begin()
+    for shard, rows in enumerate(shards):
+        writer.write(shard, rows, {"positions": sum(map(len, rows))})
+    writer.wait()
+    writer.finish()
+    return RepresentationStore(folder)
+
+
 def readable_store(folder: Path, like: RepresentationStore) -> RepresentationStore:
     """A store of many shards with random content and rows as long as those of ``like``."""
     rng = np.random.default_rng(0)
     lengths = rng.choice([len(row) for row in like], READ_SHARDS * ROWS_PER_SHARD)
     identity = {"top_k": K, "vocabulary": like.identity["vocabulary"]}
     kind = id_dtype(identity["vocabulary"])
-    writer = StoreWriter(folder, identity, range(0, len(lengths) + 1, ROWS_PER_SHARD))
-    writer.begin()
-    for shard in range(READ_SHARDS):
-        first = shard * ROWS_PER_SHARD
-        rows = [
-            Representation(
-                rng.integers(identity["vocabulary"], size=(length, K)).astype(kind),
-                -rng.random((length, K)).astype(np.float16),
-                rng.random(length).astype(np.float16),
-                -rng.random(length).astype(np.float16),
-                f"conversation {first + number}",
-            )
-            for number, length in enumerate(lengths[first : first + ROWS_PER_SHARD])
-        ]
-        writer.write(shard, rows, {"positions": sum(map(len, rows))})
-    writer.wait()
-    writer.finish()
-    return RepresentationStore(folder)
+
+    def row(number: int) -> Representation:
+        length = lengths[number]
+        return Representation(
+            rng.integers(identity["vocabulary"], size=(length, K)).astype(kind),
+            -rng.random((length, K)).astype(np.float16),
+            rng.random(length).astype(np.float16),
+            -rng.random(length).astype(np.float16),
+            f"conversation {number}",
+        )
+
+    starts = range(0, len(lengths) + 1, ROWS_PER_SHARD)
+    return write_store(folder, identity, starts, ([*map(row, range(*ends))] for ends in pairwise(starts)))
 
 
 def measure_reading(store: RepresentationStore) -> dict[str, list[float]]:
@@ -297,23 +289,21 @@ def measure_reading(store: RepresentationStore) -> dict[str, list[float]]:
 # Report
 
 
-def time_tables(spent: dict[str, list[Seconds]], tokens: int) -> Iterator[tuple[str, str]]:
+def time_tables(spent: dict[str, list[Seconds]], tokens: int) -> tuple[str, str]:
+    """Of the legs, and of their ratios within a round."""
     legs = []
     for leg, rounds in spent.items():
-        per_second = spread([tokens / each.wall for each in rounds], 0)
-        legs.append(
-            (leg, spread([each.wall for each in rounds]), spread([each.cpu for each in rounds]), per_second)
-        )
-    yield "Legs", table(("leg", "wall, s", "CPU, s", "tokens/s"), legs)
+        walls, cpus = zip(*rounds, strict=True)
+        legs.append((leg, spread(walls), spread(cpus), spread([tokens / wall for wall in walls], 0)))
     rows = []
     for reference, budget in ((BARE, TIME_BUDGET), (HEAD, None)):
         pairs = list(zip(spent[EXTRACTION], spent[reference], strict=True))
         wall, cpu = [ours.wall / theirs.wall for ours, theirs in pairs], [o.cpu / t.cpu for o, t in pairs]
         each = " ".join(f"{ratio:.3f}" for ratio in wall)
-        judged = (f"≤ {budget}", verdict(wall, budget)) if budget else ("", "")
-        rows.append((f"{EXTRACTION} / {reference}", spread(wall, 3), each, spread(cpu, 3), *judged))
+        limits = judged(wall, budget)
+        rows.append((f"{EXTRACTION} / {reference}", spread(wall, 3), each, spread(cpu, 3), *limits))
     header = ("pair", "wall ratio", "round by round", "CPU ratio", "budget, wall", "verdict")
-    yield "Time within a round", table(header, rows)
+    return table(("leg", "wall, s", "CPU, s", "tokens/s"), legs), table(header, rows)
 
 
 def top_k_table(rounds: int) -> str:
@@ -331,7 +321,7 @@ def size_table(stores: list[RepresentationStore]) -> str:
         positions, vocabulary = store.manifest["positions"], store.identity["vocabulary"]
         each, budget = store.bytes / positions, BYTES_BUDGETS[id_dtype(vocabulary)]
         counts = (f"{vocabulary:,}", f"{len(store.manifest['shards'])}", f"{len(store):,}", f"{positions:,}")
-        rows.append((*counts, f"{each:.2f}", f"≤ {budget}", verdict([each], budget)))
+        rows.append((*counts, f"{each:.2f}", *judged([each], budget)))
     header = ("vocabulary", "shards", "rows", "supervised tokens", "bytes per supervised token")
     return table((*header, "budget", "verdict"), rows)
 
@@ -339,8 +329,8 @@ def size_table(stores: list[RepresentationStore]) -> str:
 def reading_table(times_us: dict[str, list[float]]) -> str:
     rows = []
     for what, times in times_us.items():
-        judged = (f"≤ {ROW_BUDGET_US:.0f} µs", verdict(times, ROW_BUDGET_US)) if "random" in what else ("", "")
-        rows.append((what, f"{median(times):.1f}", f"{np.percentile(times, 99):.1f}", *judged))
+        limits = judged(times, ROW_BUDGET_US if "random" in what else None, " µs")
+        rows.append((what, f"{median(times):.1f}", f"{np.percentile(times, 99):.1f}", *limits))
     return table(("what", "median, µs", "99th percentile, µs", "budget, median", "verdict"), rows)
 
 
@@ -350,13 +340,13 @@ def timed(
     """What was measured, seconds of each leg, the store, and the tokens with padding."""
     extraction = loaded(work, layout, tokens, batch_tokens)
     store, batches = recorded(extraction, extraction.config.output)
-    spent = measure_rounds(extraction, batches, rounds, work / f"{layout}-rounds")
+    spent = seconds_of(legs_of(extraction, batches, work / f"{layout}-rounds"), rounds)
     padded = sum(batch.ids_BL.numel() for batch in batches)
     read, supervised = store.manifest["tokens"], store.manifest["positions"]
-    parameters = sum(weight.numel() for weight in extraction.engine.model.model.parameters())
+    model = extraction.engine.model
+    parameters = sum(weight.numel() for weight in model.model.parameters())
     setting = (
-        f"{layout}: {parameters:,} parameters in {extraction.engine.model.model.dtype}, "
-        f"on {extraction.engine.model.device}; "
+        f"{layout}: {parameters:,} parameters in {model.model.dtype}, on {model.device}; "
         f"{len(store):,} blocks of {read:,} tokens ({supervised / read:.0%} supervised) in {len(batches)} batches "
         f"of at most {batch_tokens:,} ({1 - read / padded:.1%} padding); rounds after one warm-up: {rounds}. "
         "Cells: median [min – max]; budgets are judged by the median."
@@ -372,15 +362,13 @@ def measurements(
     read = store.manifest["tokens"]
     large = LARGE.get(layout, "gemma3-270m")
     large_setting, large_spent, large_store, _ = timed(work, large, rounds, tokens // 4, batch_tokens // 2)
-    (legs, in_rounds), (large_legs, large_rounds) = (
-        [body for _, body in time_tables(of, of_store.manifest["tokens"])]
-        for of, of_store in ((spent, store), (large_spent, large_store))
-    )
+    legs, in_rounds = time_tables(spent, read)
+    large_legs, large_rounds = time_tables(large_spent, large_store.manifest["tokens"])
     narrow = [loaded(work, name, SIZE_TOKENS, SIZE_TOKENS // 8) for name in LAYOUTS if name.startswith("narrow")]
     stores = [run(extraction, extraction.config.output) for extraction in narrow]
     reading = measure_reading(readable_store(work / "reading", stores[0]))
     many = f"{READ_SHARDS * ROWS_PER_SHARD:,} rows in {READ_SHARDS} shards"
-    sections = [
+    parts = [
         ("Legs", legs),
         ("Time within a round", in_rounds),
         ("Legs with a vocabulary of 262k", f"{large_setting}\n\n{large_legs}"),
@@ -389,8 +377,7 @@ def measurements(
         ("Store, manifest and schemas counted", size_table(stores)),
         ("Reading", f"{READS:,} reads of {many}, page cache warm.\n\n{reading_table(reading)}"),
     ]
-    text = "\n\n".join([setting, *(f"## {title}\n\n{body}" for title, body in sections)])
-    return text, {"wall_and_cpu_s": spent, "tokens": read, "padded": padded}
+    return f"{setting}\n\n{sections(parts)}", {"wall_and_cpu_s": spent, "tokens": read, "padded": padded}
 
 
 @click.command(help=__doc__)
@@ -411,15 +398,10 @@ def main(
         body, numbers = measurements(Path(work), model, rounds, tokens, batch_tokens)
     options = f"--model {model} --rounds {rounds} --tokens {tokens} --batch-tokens {batch_tokens}"
     command = f"python benchmarks/extract.py {options}"
-    text = f"# Extraction benchmark, {date.today()}\n\n    {command}\n\n{machine()}\n\n{body}\n"
-    click.echo(text)
+    text = publish("extract", "Extraction benchmark", f"    {command}", machine(), body, save=save)
     if out is not None:
         Path(f"{out}.json").write_text(json.dumps({"command": command, "machine": machine(), **numbers}, indent=2))
         Path(f"{out}.md").write_text(text)
-    if save:
-        results = Path(__file__).parent / "results"
-        results.mkdir(exist_ok=True)
-        (results / f"{date.today()}-extract.md").write_text(text)
 
 
 if __name__ == "__main__":

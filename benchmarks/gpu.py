@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,13 +25,9 @@ import extract
 import torch
 import train
 import transformers
-import yaml
-from checkpoints import MODELS, checkpoints, llama_config, parameter_count
-from measure import machine, measured, spread, table, verdict
-from train_data import prepared
+from checkpoints import checkpoints, llama_config, parameter_count, recipe
+from measure import judged, machine, measured, publish, sections, spread, table, verdict
 
-from fusion_trainer.training.batches import pack
-from fusion_trainer.training.fusion import Rule
 from varm_common.files import sha256_of
 
 TIME_LIMIT_S = 600
@@ -49,15 +44,8 @@ def merges(work: Path, parameters: float) -> Section:
     models, rows = checkpoints(work, config, seed=0), []
     program = str(Path(sys.executable).parent / "mergekit-yaml")
     for granularity in GRANULARITIES:
-        recipe = {
-            "merge_method": "varm",
-            "base_model": str(models / MODELS[0]),
-            "models": [{"model": str(models / name)} for name in MODELS[1:]],
-            "parameters": {"granularity": granularity, "select_topk": 0.8},
-            "dtype": "bfloat16",
-        }
         path = work / f"{granularity}.yaml"
-        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        path.write_text(recipe(models, "bfloat16", granularity=granularity, select_topk=0.8), encoding="utf-8")
         runs, written = [], []
         for place in ([], ["--cuda"]) if train.ON_GPU else ([], []):
             out = work / f"{granularity}-{len(runs)}"
@@ -75,36 +63,31 @@ def extractions(work: Path, layout: str, tokens: int, rounds: int) -> Section:
     """An extraction against the bare forward pass: tokens/s, MFU, memory."""
     extraction = extract.loaded(work, layout, tokens, batch_tokens=max(1024, tokens // 16))
     store, batches = extract.recorded(extraction, extraction.config.output)
-    spent = extract.measure_rounds(extraction, batches, rounds, work)
-    model, read = extraction.model.model, store.manifest["tokens"]
+    legs = extract.legs_of(extraction, batches, work)
+    spent = extract.seconds_of(legs, rounds)
+    model, read = extraction.engine.model.model, store.manifest["tokens"]
     weights, rows = model.num_parameters(exclude_embeddings=not model.config.tie_word_embeddings), []
     for leg, seconds in spent.items():
-        run = {extract.BARE: extract.bare_forward, extract.HEAD: extract.layers_and_head}.get(leg)
-        job = partial(run, extraction.model, batches) if run else partial(extract.run, extraction, work / "again")
         walls = [each.wall for each in seconds]
         ratios = [own / bare.wall for own, bare in zip(walls, spent[extract.BARE], strict=True)]
         limits = judged(ratios, extract.TIME_BUDGET if leg == extract.EXTRACTION else None)
         numbers = (spread([read / wall for wall in walls], 0), mfu(2.0 * weights * read / median(walls)))
-        rows.append((leg, *numbers, peak_gib(job), spread(ratios, 3), *limits))
+        rows.append((leg, *numbers, peak_gib(legs[leg]), spread(ratios, 3), *limits))
     header = ("", "tokens/s", "MFU", "GPU memory, GiB", "/ bare forward", "budget", "verdict")
     return f"Extraction, {layout}, {model.dtype}, {read:,} tokens", table(header, rows)
 
 
 def steps(work: Path, layout: str, rounds: int) -> Section:
     """Training steps with the fusion loss against the plain CLM step."""
-    config, shape, count = train.LAYOUTS[layout], next(reversed(train.SHAPES)), 10 if train.ON_GPU else 1
-    needed = shape.rows * (count + 2)
-    data = prepared(work / "train", config.vocab_size, shape.length, 2 * needed * shape.length)
-    groups = pack([int(length) for length in data.tokens.lengths], shape.length)[:needed]
-    data = train.FusionData(data.tokens.path, data.stores, Rule(), groups)
-    setting = train.Setting(layout, shape, data, count)
-    found = train.measure_rounds(setting, [train.PLAIN, train.OURS], rounds)
-    batches, rows = found[train.PLAIN][0].batches, []
+    shape = next(reversed(train.SHAPES))
+    setting = train.random_setting(work / "train", layout, shape, 10 if train.ON_GPU else 1)
+    runs = train.measure_rounds(setting, [train.PLAIN, train.OURS], rounds)
+    batches, rows = runs[train.PLAIN][0].batches, []
     tokens, work_done = sum(batch.tokens for batch in batches), train.flops(layout, batches)
-    peaks = {leg: train.peak_mib(partial(setting.run, leg)) for leg in found}
-    for leg, of in found.items():
-        walls = [each.wall for each in of]
-        ratios = [own / plain.wall for own, plain in zip(walls, found[train.PLAIN], strict=True)]
+    peaks = {leg: train.peak_mib(partial(setting.run, leg)) for leg in runs}
+    for leg, own in runs.items():
+        walls = [each.wall for each in own]
+        ratios = [wall / plain.wall for wall, plain in zip(walls, runs[train.PLAIN], strict=True)]
         limits = judged(ratios, train.TIME_BUDGET if leg == train.OURS else None)
         numbers = (spread([tokens / wall for wall in walls], 0), mfu(work_done / median(walls)))
         rows.append((leg, *numbers, f"{peaks[leg] / 1024:.2f}", spread(ratios, 3), *limits))
@@ -112,13 +95,8 @@ def steps(work: Path, layout: str, rounds: int) -> Section:
     return f"Training, {layout}, {shape}", table(header, rows)
 
 
-def judged(ratios: list[float], budget: float | None) -> tuple[str, str]:
-    return ("", "") if budget is None else (f"≤ {budget}", verdict(ratios, budget))
-
-
 def mfu(flops: float) -> str:
-    name = torch.cuda.get_device_name() if train.ON_GPU else ""
-    peak = next((peak for key, peak in train.PEAK_FLOPS.items() if key in name), None)
+    peak = train.peak_flops()
     return f"{flops / peak:.3f}" if peak else ""
 
 
@@ -127,19 +105,13 @@ def peak_gib(job: Callable[[], object]) -> str:
     return f"{train.peak_mib(job) / 1024:.2f}" if train.ON_GPU else ""
 
 
-def engine() -> Section:
-    if find_spec("vllm") is None:
-        return "vLLM", "Not installed here."
-    return "vLLM", "Installed, and not measured by this script."
-
-
-def sections(work: Path, layout: str, merged: float, tokens: int, rounds: int) -> Iterator[Section]:
+def measurements(work: Path, layout: str, merged: float, tokens: int, rounds: int) -> Iterator[Section]:
     start = time.monotonic()
     yield merges(work / "merges", merged)
     if layout in EXTRACTED:
         yield extractions(work / "extract", layout, tokens, rounds)
     yield steps(work / "steps", layout, rounds)
-    yield engine()
+    yield "vLLM", "Installed, and not measured by this script." if find_spec("vllm") else "Not installed here."
     taken = time.monotonic() - start
     yield "Time", f"{taken:.0f} s (≤ {TIME_LIMIT_S} s: {verdict([taken], TIME_LIMIT_S)})."
 
@@ -156,18 +128,11 @@ def main(model: str | None, merged: float, tokens: int, rounds: int, save: bool)
     with tempfile.TemporaryDirectory() as folder:
         for name in ("merges", "extract", "steps"):
             Path(folder, name).mkdir()
-        found = [f"## {title}\n\n{body}" for title, body in sections(Path(folder), model, merged, tokens, rounds)]
+        body = sections(measurements(Path(folder), model, merged, tokens, rounds))
     device = torch.cuda.get_device_name() if train.ON_GPU else "no GPU: a trial"
     options = f"--model {model} --merge-parameters {merged:g} --tokens {tokens} --rounds {rounds}"
-    head = (
-        f"# GPU benchmark, {date.today()}",
-        f"    python benchmarks/gpu.py {options}",
-        f"{device}; {machine()}",
-    )
-    text = "\n\n".join([*head, *found]) + "\n"
-    click.echo(text)
-    if save:
-        (Path(__file__).parent / "results" / f"{date.today()}-gpu.md").write_text(text, encoding="utf-8")
+    command = f"    python benchmarks/gpu.py {options}"
+    publish("gpu", "GPU benchmark", command, f"{device}; {machine()}", body, save=save)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,16 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from datetime import date
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import click
 import yaml
-from checkpoints import checkpoints, mixtral_config, tensor_count
-from measure import Run, machine, measured, table
+from checkpoints import checkpoints, mixtral_config, recipe, tensor_count
+from measure import machine, measured, publish, sections, table
+
+from varm_common.process_usage import Run
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 from make_sharegpt import conversations, texts, write_models
@@ -59,30 +60,14 @@ def stages(folder: Path, models: Path, number: int) -> Iterator[tuple[str, Comma
         yield f"extract {name}", [*FUSION, "extract", *common, "--model", str(models / name), "--output", store]
     sides = ["--source-store", stores["source"], "--pivot-store", stores["pivot"], "--dialogues", dialogues]
     for positions in ("boundary", "dtw"):
-        aligned = [
-            "--output",
-            str(folder / positions),
-            "--positions",
-            positions,
-            "--maps",
-            str(folder / positions) + "-maps",
-        ]
+        output = str(folder / positions)
+        aligned = ["--output", output, "--positions", positions, "--maps", f"{output}-maps"]
         yield f"align {positions}", [*FUSION, "align", *sides, *aligned]
-    training = {
-        "output_dir": str(folder / "target"),
-        "max_steps": 1,
-        "per_device_train_batch_size": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-    }
-    train = {
-        "pivot": pivot,
-        "pivot_store": stores["pivot"],
-        "aligned_stores": [str(folder / "boundary")],
-        "dialogues": dialogues,
-        "training": training,
-    }
-    yield "train, one step", [*FUSION, "train", str(written(folder / "train.yaml", train))]
+    training = {"output_dir": str(folder / "target"), "max_steps": 1, "per_device_train_batch_size": 1}
+    training |= {"save_strategy": "no", "report_to": "none"}
+    train = {"pivot": pivot, "pivot_store": stores["pivot"], "aligned_stores": [str(folder / "boundary")]}
+    train |= {"dialogues": dialogues, "training": training}
+    yield "train, one step", [*FUSION, "train", written(folder / "train.yaml", yaml.safe_dump(train))]
     pipeline = {
         "work": str(folder / "work"),
         "pivot": pivot,
@@ -91,27 +76,20 @@ def stages(folder: Path, models: Path, number: int) -> Iterator[tuple[str, Comma
         "train": {"training": {"max_steps": 1}},
         "merges": {"varm": {"merge_method": "varm"}},
     }
-    yield "run --dry-run", [*FUSION, "run", str(written(folder / "pipeline.yaml", pipeline)), "--dry-run"]
+    yield "run --dry-run", [*FUSION, "run", written(folder / "run.yaml", yaml.safe_dump(pipeline)), "--dry-run"]
 
 
-def written(path: Path, content: Mapping[str, object]) -> Path:
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
-    return path
+def written(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
 
 
 def planning(work: Path, layers: int) -> Iterator[tuple[str, Command]]:
     """Plans of a merge of two targets: what `check` computes from the headers."""
     folder = checkpoints(work, mixtral_config(layers, EXPERTS), seed=0)
     for granularity in ("matrix", "layer", "model"):
-        recipe = {
-            "merge_method": "varm",
-            "base_model": str(folder / "pivot"),
-            "models": [{"model": str(folder / name)} for name in ("target-a", "target-b")],
-            "parameters": {"granularity": granularity},
-            "dtype": "float32",
-        }
-        path = written(folder / f"{granularity}.yaml", recipe)
-        yield f"merge planning, {granularity}", [*MERGE, "check", str(path)]
+        path = written(folder / f"{granularity}.yaml", recipe(folder, "float32", granularity=granularity))
+        yield f"merge planning, {granularity}", [*MERGE, "check", path]
 
 
 def exponent(seconds: list[float]) -> float:
@@ -138,20 +116,22 @@ def measurements(work: Path, number: int, layers: int) -> tuple[str, str]:
     """The tables of the stages and of the plans."""
     models = work / "models"
     write_models(models, list(texts(islice(conversations(seed=1), TOKENS_OF))), seed=0)
-    found: dict[str, list[Run]] = {}
+    stage_runs: dict[str, list[Run]] = {}
+    plan_runs: dict[str, list[Run]] = {}
     for size in SIZES:
         folder = work / str(size)
         folder.mkdir()
-        for name, command in (*stages(folder, models, number * size), *planning(work / "merges", layers * size)):
-            found.setdefault(name, []).append(run := measured(command))
-            click.echo(f"{size}n: {name}: {run.cpu_s:.1f} s CPU, {run.anonymous_mib:,.0f} MiB", err=True)
+        commands = (stages(folder, models, number * size), planning(work / "merges", layers * size))
+        for runs, named in zip((stage_runs, plan_runs), commands, strict=True):
+            for name, command in named:
+                runs.setdefault(name, []).append(run := measured(command))
+                click.echo(f"{size}n: {name}: {run.cpu_s:.1f} s CPU, {run.anonymous_mib:,.0f} MiB", err=True)
+    return growth_table(stage_runs), growth_table(plan_runs)
+
+
+def growth_table(runs: dict[str, list[Run]]) -> str:
     header = ("", "wall, s", "CPU, s", "exponent of the CPU time", "peak memory, MiB", "16n / 4n", "budgets")
-    plans = {name: runs for name, runs in found.items() if name.startswith("merge")}
-    tables = [
-        table(header, [(name, *judged(runs)) for name, runs in of.items()])
-        for of in ({name: runs for name, runs in found.items() if name not in plans}, plans)
-    ]
-    return tables[0], tables[1]
+    return table(header, [(name, *judged(of_sizes)) for name, of_sizes in runs.items()])
 
 
 @click.command(help=__doc__)
@@ -163,16 +143,11 @@ def main(number: int, layers: int, save: bool) -> None:
         of_stages, of_plans = measurements(Path(work), number, layers)
     tensors = ", ".join(f"{tensor_count(mixtral_config(layers * size, EXPERTS)):,}" for size in SIZES)
     counts = ", ".join(f"{number * size:,}" for size in SIZES)
-    command = f"python benchmarks/growth.py --conversations {number} --layers {layers}"
+    command = f"    python benchmarks/growth.py --conversations {number} --layers {layers}"
     budgets = f"Budgets: exponent ≤ {EXPONENT_BUDGET}, memory of 16n ≤ {MEMORY_BUDGET} × that of 4n."
-    text = (
-        f"# Growth, {date.today()}\n\n    {command}\n\n{machine()}\n\n{budgets} Exponents are "
-        f"those of the CPU time, without the start of a program.\n\n## {counts} conversations\n\n{of_stages}\n\n"
-        f"## Plans of {tensors} tensors\n\n{of_plans}\n"
-    )
-    click.echo(text)
-    if save:
-        (Path(__file__).parent / "results" / f"{date.today()}-growth.md").write_text(text, encoding="utf-8")
+    about = f"{budgets} Exponents are those of the CPU time, without the start of a program."
+    body = sections([(f"{counts} conversations", of_stages), (f"Plans of {tensors} tensors", of_plans)])
+    publish("growth", "Growth", command, machine(), about, body, save=save)
 
 
 if __name__ == "__main__":

@@ -1,52 +1,33 @@
 """The random models that the benchmarks measure: speed does not depend on their weights."""
 
+from typing import Any
+
 from transformers import Gemma3TextConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
 __all__ = ["LARGE", "LAYOUTS", "gemma3", "llama", "qwen2"]
 
 
+def shared(hidden: int, layers: int, dtype: str) -> dict[str, Any]:
+    size = {"hidden_size": hidden, "num_hidden_layers": layers, "max_position_embeddings": 4096}
+    return {**size, "tie_word_embeddings": True, "dtype": dtype}
+
+
 def llama(hidden: int, layers: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 64),
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        dtype="float32",
-    )
+    widths = {"intermediate_size": hidden * 8 // 3, "num_attention_heads": max(1, hidden // 64)}
+    return LlamaConfig(vocab_size=32_000, **widths, **shared(hidden, layers, "float32"))
 
 
 def qwen2(hidden: int, layers: int, dtype: str) -> Qwen2Config:
-    return Qwen2Config(
-        vocab_size=152_064,
-        hidden_size=hidden,
-        intermediate_size=hidden * 35 // 6,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 128),
-        num_key_value_heads=2 if hidden > 256 else 1,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        dtype=dtype,
-    )
+    heads = {"num_attention_heads": max(1, hidden // 128), "num_key_value_heads": 2 if hidden > 256 else 1}
+    widths = {"intermediate_size": hidden * 35 // 6, **heads}
+    return Qwen2Config(vocab_size=152_064, **widths, **shared(hidden, layers, dtype))
 
 
 def gemma3(hidden: int, layers: int, dtype: str) -> Gemma3TextConfig:
     """Gemma-3-270M is 640 wide and has 18 layers; two thirds of its weights are the vocabulary's."""
-    return Gemma3TextConfig(
-        vocab_size=262_144,
-        hidden_size=hidden,
-        intermediate_size=hidden * 16 // 5,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 160),
-        num_key_value_heads=1,
-        head_dim=256 if hidden > 256 else 32,
-        sliding_window=512,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        dtype=dtype,
-    )
+    heads = {"num_attention_heads": max(1, hidden // 160), "num_key_value_heads": 1}
+    widths = {"intermediate_size": hidden * 16 // 5, "head_dim": 256 if hidden > 256 else 32, **heads}
+    return Gemma3TextConfig(vocab_size=262_144, sliding_window=512, **widths, **shared(hidden, layers, dtype))
 
 
 LAYOUTS: dict[str, tuple[PretrainedConfig, int]] = {  # and how many ids have a token

@@ -28,25 +28,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from datetime import date
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import click
 import yaml
-from checkpoints import (
-    MODELS,
-    Config,
-    checkpoints,
-    llama_config,
-    mixtral_config,
-    parameter_count,
-    tensor_count,
-)
-from measure import CommandError, Run, machine, measured, spread, table, verdict
+from checkpoints import MODELS, Config, checkpoints, llama_config, mixtral_config, parameter_count, tensor_count
+from measure import judged, machine, measure_rounds, measured, publish, sections, spread, table, verdict
+
+from varm_common.process_usage import CommandError, Run
 
 Runs = dict[str, list[Run]]
 
@@ -72,6 +66,7 @@ MEMORY_BUDGETS_MIB = {f"varm-{name}": 64 if name in ("layer", "module", "model")
 # KiB for each tensor of a model: the check of a recipe reads names and shapes, varm_weights.json holds weights.
 BOOKKEEPING_KIB = 4
 STARTUP_BUDGET_MS = 1.0
+LIMITS = ("budget", "verdict")
 STARTUP_ROUNDS = 30
 HOOK = "_varm_merge_autoload"
 TIMED_HOOK = f"""
@@ -119,19 +114,6 @@ def merge(method: str, models: Path, work: Path, out_shard_size: str) -> Run:
             raise click.ClickException(f"{method}: {error}{hint}") from None
 
 
-def measure_rounds(methods: list[str], rounds: int, run: Callable[[str], Run]) -> Runs:
-    runs: Runs = {method: [] for method in methods}
-    for number in range(rounds + 1):
-        first = number % len(methods)
-        for method in methods[first:] + methods[:first]:
-            result = run(method)
-            label = f"round {number}" if number else "warm-up"
-            click.echo(f"{label}: {method} {result.wall_s:.2f} s, {result.anonymous_mib:.0f} MiB", err=True)
-            if number:
-                runs[method].append(result)
-    return runs
-
-
 def measure_startup() -> Startup:
     """Pairs of empty Pythons, and the hook's import and start in Pythons that read no start-up files."""
     on = {name: value for name, value in os.environ.items() if name != "VARM_MERGE_AUTOLOAD"}
@@ -152,66 +134,42 @@ def measure_startup() -> Startup:
 def report(runs: Runs, startup: Startup, tensors: int) -> str:
     """The tables, in Markdown, for models of so many tensors."""
 
-    def pairs(one: str, other: str, value: Callable[[Run], float]) -> list[tuple[float, float]]:
-        return [(value(a), value(b)) for a, b in zip(runs[one], runs[other], strict=True)]
+    def pairs(method: str, other: str, value: Callable[[Run], float]) -> list[tuple[float, float]]:
+        return [(value(a), value(b)) for a, b in zip(runs[method], runs[other], strict=True)]
 
-    absolute = [
-        (
-            method,
-            spread([run.wall_s for run in results]),
-            spread([run.cpu_s for run in results]),
-            spread([run.anonymous_mib for run in results], 0),
-        )
-        for method, results in runs.items()
-    ]
-    times, memory = [], []
-    for one, other, limit in TIME_BUDGETS:
-        if one in runs and other in runs:
-            wall = [a / b for a, b in pairs(one, other, lambda run: run.wall_s)]
-            cpu = [a / b for a, b in pairs(one, other, lambda run: run.cpu_s)]
-            times.append((f"{one} / {other}", spread(wall), spread(cpu), f"≤ {limit}", verdict(wall, limit)))
-    for one, extra_mib in MEMORY_BUDGETS_MIB.items():
-        if one in runs and REFERENCE in runs:
-            peaks_mib = pairs(one, REFERENCE, lambda run: run.anonymous_mib)
+    absolute, times, memory = [], [], []
+    for method, results in runs.items():
+        seconds = [spread([run.wall_s for run in results]), spread([run.cpu_s for run in results])]
+        absolute.append((method, *seconds, spread([run.anonymous_mib for run in results], 0)))
+    for method, other, limit in TIME_BUDGETS:
+        if method in runs and other in runs:
+            wall = [a / b for a, b in pairs(method, other, lambda run: run.wall_s)]
+            cpu = [a / b for a, b in pairs(method, other, lambda run: run.cpu_s)]
+            times.append((f"{method} / {other}", spread(wall), spread(cpu), *judged(wall, limit)))
+    for method, extra_mib in MEMORY_BUDGETS_MIB.items():
+        if method in runs and REFERENCE in runs:
+            peaks_mib = pairs(method, REFERENCE, lambda run: run.anonymous_mib)
             ratios, more_mib = [a / b for a, b in peaks_mib], [a - b for a, b in peaks_mib]
             allowed_mib = extra_mib + tensors * BOOKKEEPING_KIB / 1024
             limits = (f"≤ {allowed_mib:.1f} MiB more", verdict(more_mib, allowed_mib))
-            memory.append((f"{one} / {REFERENCE}", spread(ratios), spread(more_mib, 1), *limits))
-    budget = f"≤ {STARTUP_BUDGET_MS} ms"
+            memory.append((f"{method} / {REFERENCE}", spread(ratios), spread(more_mib, 1), *limits))
     differences = [on - off for on, off in zip(startup.on_ms, startup.off_ms, strict=True)]
+    hook = ("not installed", f"≤ {STARTUP_BUDGET_MS} ms", "not measured")
+    if startup.hook_ms:
+        hook = (spread(startup.hook_ms, 3), *judged(startup.hook_ms, STARTUP_BUDGET_MS, " ms"))
     starts = [
         ("python -c pass", spread(startup.on_ms, 1), "", ""),
         ("the same, VARM_MERGE_AUTOLOAD=0", spread(startup.off_ms, 1), "", ""),
         ("difference within a pair", spread(differences, 1), "", ""),
-        ("import and start of the hook", "not installed", budget, "not measured")
-        if not startup.hook_ms
-        else (
-            "import and start of the hook",
-            spread(startup.hook_ms, 3),
-            budget,
-            verdict(startup.hook_ms, STARTUP_BUDGET_MS),
-        ),
+        ("import and start of the hook", *hook),
     ]
-    tables: dict[str, tuple[tuple[str, ...], Sequence[tuple[str, ...]]]] = {
+    tables = {
         "Merges": (("run", "wall, s", "CPU, s", "peak anonymous memory, MiB"), absolute),
         "Time within a round": (("pair", "wall ratio", "CPU ratio", "budget, wall", "verdict"), times),
-        "Peak anonymous memory within a round": (
-            ("pair", "ratio", "difference, MiB", "budget", "verdict"),
-            memory,
-        ),
-        "Start-up of an empty Python": (("what", "ms", "budget", "verdict"), starts),
+        "Peak anonymous memory within a round": (("pair", "ratio", "difference, MiB", *LIMITS), memory),
+        "Start-up of an empty Python": (("what", "ms", *LIMITS), starts),
     }
-    return "\n\n".join(f"## {title}\n\n{table(header, rows)}" for title, (header, rows) in tables.items() if rows)
-
-
-@contextmanager
-def working_folder(given: Path | None) -> Iterator[Path]:
-    if given is None:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
-    else:
-        given.mkdir(parents=True, exist_ok=True)
-        yield given
+    return sections((title, table(header, rows)) for title, (header, rows) in tables.items() if rows)
 
 
 def described(config: Config) -> str:
@@ -234,11 +192,7 @@ def chosen(_context: click.Context, _option: click.Parameter, value: str) -> lis
 @click.command(help=__doc__)
 @click.option("--params", type=float, default=1.1e9, show_default=True, help="Parameters of the Llama checkpoint.")
 @click.option(
-    "--experts",
-    type=int,
-    default=0,
-    show_default=True,
-    help="Experts in each layer of a Mixtral checkpoint; 0: Llama.",
+    "--experts", default=0, show_default=True, help="Experts in each layer of a Mixtral checkpoint; 0: Llama."
 )
 @click.option("--layers", type=click.IntRange(min=1), help="Layers of the Mixtral checkpoint.  [default: EXPERTS]")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds that count.")
@@ -267,9 +221,11 @@ def main(
     layers = layers or experts
     config = mixtral_config(layers, experts) if experts else llama_config(params)
     startup = measure_startup()
-    with working_folder(work_dir) as work:
+    with nullcontext(work_dir) if work_dir else tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
         models = checkpoints(work, config, seed)
-        runs = measure_rounds([BARE, *methods], rounds, lambda m: merge(m, models, work, out_shard_size))
+        legs = {method: partial(merge, method, models, work, out_shard_size) for method in (BARE, *methods)}
+        runs = measure_rounds(legs, rounds, lambda run: f"{run.wall_s:.2f} s, {run.anonymous_mib:.0f} MiB")
     checkpoint = f"--experts {experts} --layers {layers}" if experts else f"--params {params:g}"
     options = f"{checkpoint} --rounds {rounds} --out-shard-size {out_shard_size} --seed {seed}"
     command = f"python benchmarks/merge.py {options} --methods {','.join(methods)}"
@@ -278,17 +234,13 @@ def main(
         "Each cell: median [min – max]; budgets are judged by the median."
     )
     tables = report(runs, startup, tensor_count(config))
-    text = f"# Merge benchmark, {date.today()}\n\n    {command}\n\n{machine()}\n\n{setting}\n\n{tables}\n"
-    click.echo(text)
+    name = "merge-experts" if experts else "merge"
+    text = publish(name, "Merge benchmark", f"    {command}", machine(), setting, tables, save=save)
     if out is not None:
         data = {"command": command, "machine": machine(), "setting": setting, "startup": asdict(startup)}
         data["runs"] = {method: [asdict(run) for run in results] for method, results in runs.items()}
         Path(f"{out}.json").write_text(json.dumps(data, indent=2))
         Path(f"{out}.md").write_text(text)
-    if save:
-        results = Path(__file__).parent / "results"
-        results.mkdir(exist_ok=True)
-        (results / f"{date.today()}-merge{'-experts' if experts else ''}.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -28,29 +28,26 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import click
 import numpy as np
-from measure import machine, table
+from measure import machine, publish, table
 
 from fusion_trainer.alignment.pairing import read_blocks
 from fusion_trainer.data.answers import END
 from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.data.readers import DIALOGUES, Reader, reader_of_store
-from fusion_trainer.representations.store import RepresentationStore
+from fusion_trainer.representations.store import Representation, RepresentationStore
 from fusion_trainer.text.tokenizer import load_tokenizer
 
 QUESTIONS = Path(__file__).parent / "data" / "questions.tsv"
 SYSTEM = "Answer in a few plain sentences."
+PUBLISHED = ["--positions", "dtw", "--dtw-cost", "fusechat_v2", "--map", "statistics_published"]
 WAYS = {
     "own": (["--source-template", "own"], []),
     "pivot": (["--source-template", "pivot"], []),
-    "published": (
-        ["--source-template", "pivot"],
-        ["--positions", "dtw", "--dtw-cost", "fusechat_v2", "--map", "statistics_published"],
-    ),
+    "published": (["--source-template", "pivot"], PUBLISHED),
 }
 K = 10
 
@@ -71,7 +68,7 @@ def conversations(number: int, seed: int) -> list[dict[str, object]]:
 
 @dataclass
 class Scores:
-    """Of one way; an array has a number for each conversation."""
+    """Of one way. Arrays have a number for each conversation; ``losses`` −log p by its paired positions."""
 
     source: np.ndarray
     pivot: np.ndarray
@@ -80,6 +77,7 @@ class Scores:
     paired: float
     mapped: float
     learnt: np.ndarray
+    losses: list[dict[int, float]]
     ends: int
     ends_paired: int
     end_mass: float
@@ -95,65 +93,75 @@ def program(*arguments: object) -> None:
 def on_content(model: Path, store: RepresentationStore, dialogues: Dialogues) -> np.ndarray:
     """A model's cross-entropy on the content of each conversation's answers, nats per byte."""
     reader = reader_of_store(store.identity, load_tokenizer(model, model.name))
-    found = []
-    for row, read in zip(store, read_blocks(reader, [dialogues[n] for n in range(len(dialogues))]), strict=True):
+    values = []
+    for row, read in zip(store, read_blocks(reader, dialogues), strict=True):
         content = read.places.begins[read.positions] >= 0
         size = sum(stop - start for answer in read.answers for start, stop, _ in answer.pieces)
-        found.append(-float(row.gold_logprob.astype(np.float64)[content].sum()) / size)
-    return np.array(found)
+        values.append(-float(row.gold_logprob.astype(np.float64)[content].sum()) / size)
+    return np.array(values)
 
 
-def score(
-    folder: Path, pivot: Path, source: Path, asked: str, aligned: Path
-) -> tuple[Scores, list[dict[int, float]]]:
-    """The scores of a way; and for each conversation −log p(next token) at its paired positions."""
+def gold_shares(row: Representation, golds: np.ndarray, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """The probability of the next token at each position: in the top k, and with its share of the tail."""
+    known = (np.exp(row.logprobs.astype(np.float64)) * (row.ids == golds[:, None])).sum(1)
+    rest = np.maximum(row.tail.astype(np.float64), 1e-4) / (vocabulary - row.ids.shape[1])
+    return known, np.where(known > 0, known, rest)
+
+
+def score(folder: Path, pivot: Path, source: Path, asked: str, aligned: Path) -> Scores:
     tokenizer = load_tokenizer(pivot, "pivot")
     dialogues = Dialogues(next(folder.glob("dialogues-*")))
     store = RepresentationStore(aligned)
-    reads = read_blocks(Reader(tokenizer, DIALOGUES), [dialogues[number] for number in range(len(dialogues))])
-    size = len(tokenizer.vocabulary)
+    reads = read_blocks(Reader(tokenizer, DIALOGUES), dialogues)
     losses: list[dict[int, float]] = []
-    columns: dict[str, list[float]] = {name: [] for name in ("byte", "token")}
+    by_byte, by_token = [], []
     ends = ends_paired = 0
     end_mass = 0.0
     for row, read in zip(store, reads, strict=True):
-        golds = read.tokens.ids[read.positions + 1]
-        there = row.ids == golds[:, None]
-        known = (np.exp(row.logprobs.astype(np.float64)) * there).sum(1)
-        shares = np.where(known > 0, known, np.maximum(row.tail.astype(np.float64), 1e-4) / (size - K))
+        known, shares = gold_shares(row, read.tokens.ids[read.positions + 1], len(tokenizer.vocabulary))
         paired = np.asarray(row.paired, bool)
         losses.append({int(place): -float(np.log(shares[place])) for place in np.flatnonzero(paired)})
         at_end = read.places.place[read.positions] == END
         ends, ends_paired = ends + int(at_end.sum()), ends_paired + int((at_end & paired).sum())
         end_mass += float(known[at_end & paired].sum())
-        columns["byte"].append(row.ce_per_byte < row.pivot_ce_per_byte)
-        columns["token"].append(row.ce_per_token < row.pivot_ce_per_token)
-    means = np.array([np.mean(list(one.values())) if one else np.nan for one in losses])
-    manifest = store.manifest
-    stores = {model: RepresentationStore(folder / name) for model, name in ((source, asked), (pivot, "the-pivot"))}
-    contents = [on_content(model, opened, dialogues) for model, opened in stores.items()]
-    shown = [*contents, *(np.array(column, float) for column in columns.values())]
-    paired, positions = manifest["paired"], manifest["positions"]
-    mass = manifest["mass_ppm"] / 1e6 / max(1, paired)
-    return (
-        Scores(*shown, paired / positions, mass, means, ends, ends_paired, end_mass / max(1, ends_paired)),
-        losses,
-    )
+        by_byte.append(row.ce_per_byte < row.pivot_ce_per_byte)
+        by_token.append(row.ce_per_token < row.pivot_ce_per_token)
+    means = np.array([np.mean([*row.values()]) if row else np.nan for row in losses])
+    contents = [
+        on_content(model, RepresentationStore(folder / name), dialogues)
+        for model, name in ((source, asked), (pivot, "the-pivot"))
+    ]
+    paired, mass = store.manifest["paired"], store.manifest["mass_ppm"] / 1e6
+    shares = (paired / store.manifest["positions"], mass / max(1, paired))
+    at_ends = (ends, ends_paired, end_mass / max(1, ends_paired))
+    return Scores(*contents, np.array(by_byte, float), np.array(by_token, float), *shares, means, losses, *at_ends)
 
 
 def mean(values: np.ndarray, digits: int = 3) -> str:
     """Mean ± standard error."""
-    found = values[np.isfinite(values)]
-    return f"{found.mean():.{digits}f} ± {found.std(ddof=1) / len(found) ** 0.5:.{digits}f}"
+    finite = values[np.isfinite(values)]
+    return f"{finite.mean():.{digits}f} ± {finite.std(ddof=1) / len(finite) ** 0.5:.{digits}f}"
 
 
 def common(one: list[dict[int, float]], other: list[dict[int, float]]) -> np.ndarray:
     """Per conversation the mean difference at positions that both ways pair."""
-    found = []
+    means = []
     for first, second in zip(one, other, strict=True):
         both = sorted(first.keys() & second.keys())
-        found.append(np.mean([first[place] - second[place] for place in both]) if both else np.nan)
-    return np.array(found)
+        means.append(np.mean([first[place] - second[place] for place in both]) if both else np.nan)
+    return np.array(means)
+
+
+def cells(scores: Scores) -> tuple[str, ...]:
+    return (
+        f"{mean(scores.source)} ({mean(scores.pivot)})",
+        f"{scores.by_byte.mean():.0%} / {scores.by_token.mean():.0%}",
+        f"{scores.paired:.1%}",
+        f"{scores.mapped:.1%}",
+        mean(scores.learnt),
+        f"{scores.ends_paired} of {scores.ends}",
+        f"{scores.end_mass:.2f}" if scores.ends_paired else "–",
+    )
 
 
 @click.command(help=__doc__)
@@ -173,61 +181,25 @@ def main(one: Path, other: Path, number: int, seed: int, work_dir: Path | None, 
         folder = work / f"{pivot.name}-from-{source.name}"
         common_options = ["--data", data, "--pivot", pivot, "--dtype", "float32", "--top-k", K]
         program("extract", *common_options, "--model", pivot, "--output", folder / "the-pivot")
-        losses = {}
         scores = {}
         for way, (asked, laid) in WAYS.items():
             program("extract", *common_options, "--model", source, "--output", folder / asked[1], *asked)
             stores = ["--source-store", folder / asked[1], "--pivot-store", folder / "the-pivot"]
             program("align", *stores, "--output", folder / f"aligned-{way}", "--workers", 1, *laid)
-            scores[way], losses[way] = score(folder, pivot, source, asked[1], folder / f"aligned-{way}")
-            found = scores[way]
-            rows.append(
-                [
-                    f"{source.name} → {pivot.name}",
-                    way,
-                    f"{mean(found.source)} ({mean(found.pivot)})",
-                    f"{found.by_byte.mean():.0%} / {found.by_token.mean():.0%}",
-                    f"{found.paired:.1%}",
-                    f"{found.mapped:.1%}",
-                    mean(found.learnt),
-                    f"{found.ends_paired} of {found.ends}",
-                    f"{found.end_mass:.2f}" if found.ends_paired else "–",
-                ]
-            )
+            scores[way] = score(folder, pivot, source, asked[1], folder / f"aligned-{way}")
+            rows.append([f"{source.name} → {pivot.name}", way, *cells(scores[way])])
         for way in ("pivot", "published"):
-            both = np.isfinite(scores["own"].learnt) & np.isfinite(scores[way].learnt)
-            every = (scores["own"].learnt - scores[way].learnt)[both]
-            differences.append(
-                [
-                    f"{source.name} → {pivot.name}",
-                    f"own − {way}",
-                    mean(scores["own"].source - scores[way].source, 4),
-                    mean(every),
-                    mean(common(losses["own"], losses[way])),
-                ]
-            )
+            ours, theirs = scores["own"], scores[way]
+            learnt = (mean(ours.learnt - theirs.learnt), mean(common(ours.losses, theirs.losses)))
+            pair = (f"{source.name} → {pivot.name}", f"own − {way}")
+            differences.append([*pair, mean(ours.source - theirs.source, 4), *learnt])
     head = ["source → pivot", "way", "source (pivot), nats/byte", "MinCE takes the source, byte / token", "paired"]
     head += ["mass mapped", "cross-entropy of what is learnt", "ends paired", "the end's probability"]
     between = ["source → pivot", "difference", "source, nats/byte", "what is learnt, each way's pairs"]
     between += ["the same, at positions that both pair"]
-    text = "\n".join(
-        [
-            f"# A source's own words, {date.today()}",
-            "",
-            machine(),
-            "",
-            f"`python benchmarks/own_words.py --conversations {number} --seed {seed}`, float32, k = {K}.",
-            "",
-            table(head, rows),
-            "",
-            table(between, differences),
-            "",
-        ]
-    )
-    click.echo(text)
-    if save:
-        path = Path(__file__).parent / "results" / f"{date.today()}-own-words.md"
-        path.write_text(text)
+    command = f"`python benchmarks/own_words.py --conversations {number} --seed {seed}`, float32, k = {K}."
+    tables = (table(head, rows), table(between, differences))
+    publish("own-words", "A source's own words", machine(), command, *tables, save=save)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from datetime import date
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -40,7 +39,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from layouts import LARGE, gemma3, llama, qwen2
-from measure import machine, measured, spread, table, verdict
+from measure import judged, machine, measured, publish, rotated, sections, spread, table
 from torch import Tensor
 from train_data import SOURCES, K, prepared
 from transformers import AutoModelForCausalLM, LlamaConfig, PrinterCallback, Trainer, TrainingArguments
@@ -54,7 +53,7 @@ from fusion_trainer.training.trainer import FusionTrainer
 # The project's budgets
 TIME_BUDGET = 1.05  # wall, our step / plain step
 MEMORY_BUDGET = 1.0  # peak, ours / plain
-COLLATE_BUDGET_MS = 20.0
+COLLATE_BUDGET_MS = 20
 
 PLAIN, OURS = "plain CLM", "MinCE, λ = 0.9"
 TAIL = Rule("avg_ce", tail="bucket")
@@ -172,22 +171,15 @@ class Setting:
         (rule, weight), clock = LEGS[leg], Clock()
         tail = rule is not None and rule.tail == "bucket"
         recorder = Recorder(0, self.shape.packed, tail=tail, plain=leg == PLAIN)
-        data = FusionData(
-            self.data.tokens.path, self.data.stores[:2] if rule else [], rule, self.data.groups, leg == ALM
-        )
+        stores = self.data.stores[:2] if rule else []
+        data = FusionData(self.data.tokens.path, stores, rule, self.data.groups, leg == ALM)
         given = {"model": self.model(), "train_dataset": data, "callbacks": [clock]}
         with tempfile.TemporaryDirectory() as nowhere:
+            quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "output_dir": nowhere}
+            columns = {"remove_unused_columns": False, "label_names": ["labels"]}
+            size = {"max_steps": self.steps + 1, "per_device_train_batch_size": self.shape.rows}
             given["args"] = TrainingArguments(
-                output_dir=nowhere,
-                max_steps=self.steps + 1,
-                per_device_train_batch_size=self.shape.rows,
-                learning_rate=5e-6,
-                report_to="none",
-                save_strategy="no",
-                disable_tqdm=True,
-                remove_unused_columns=False,
-                label_names=["labels"],
-                dataloader_pin_memory=ON_GPU,
+                **quiet, **columns, **size, learning_rate=5e-6, dataloader_pin_memory=ON_GPU
             )
             if leg == PLAIN:
                 trainer = Trainer(**given, data_collator=recorder)
@@ -203,17 +195,17 @@ class Setting:
 
 
 def measure_rounds(setting: Setting, legs: list[str], rounds: int) -> dict[str, list[Steps]]:
-    found: dict[str, list[Steps]] = {leg: [] for leg in legs}
+    runs: dict[str, list[Steps]] = {leg: [] for leg in legs}
     for number in range(rounds):
-        for leg in legs[number % len(legs) :] + legs[: number % len(legs)]:
-            found[leg].append(steps := setting.run(leg))
+        for leg in rotated(legs, number):
+            runs[leg].append(steps := setting.run(leg))
             label = f"round {number + 1}: {setting.shape}: {leg}"
             click.echo(f"{label} {steps.wall:.2f} s, CPU {steps.cpu:.2f} s, loss {steps.loss:.4f}", err=True)
-    plain = found[PLAIN][0]
-    for leg, of in found.items():
-        assert all(steps.batches == plain.batches for steps in of), f"{leg} saw other batches"
-        assert LEGS[leg] != LEGS[PLAIN] or abs(of[0].loss / plain.loss - 1) < 1e-3, f"{leg}: {of[0].loss}"
-    return found
+    plain = runs[PLAIN][0]
+    for leg, own in runs.items():
+        assert all(steps.batches == plain.batches for steps in own), f"{leg} saw other batches"
+        assert LEGS[leg] != LEGS[PLAIN] or abs(own[0].loss / plain.loss - 1) < 1e-3, f"{leg}: {own[0].loss}"
+    return runs
 
 
 def peak_mib(job: Callable[[], object]) -> float:
@@ -329,25 +321,30 @@ def flops(layout: str, batches: Sequence[Batch]) -> float:
     return 6.0 * weights * sum(batch.tokens for batch in batches) + attention
 
 
-def step_tables(setting: Setting, found: dict[str, list[Steps]]) -> Iterator[tuple[str, str]]:
-    batches, shape, count = found[PLAIN][0].batches, setting.shape, setting.steps
+def peak_flops() -> float | None:
+    """Of this GPU; None without one, or for one that is not listed."""
+    name = torch.cuda.get_device_name() if ON_GPU else ""
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+def step_tables(setting: Setting, runs: dict[str, list[Steps]]) -> Iterator[tuple[str, str]]:
+    batches, shape, count = runs[PLAIN][0].batches, setting.shape, setting.steps
     tokens, supervised, places = (sum(batch[n] for batch in batches) for n in range(3))
-    work, name = flops(setting.layout, batches) / 1e12, torch.cuda.get_device_name() if ON_GPU else ""
-    peak = next((flops / 1e12 for key, flops in PEAK_FLOPS.items() if key in name), None)
-    peaks = {leg: peak_mib(partial(replace(setting, steps=1).run, leg)) for leg in found}
+    work, peak = flops(setting.layout, batches) / 1e12, peak_flops()
+    peaks = {leg: peak_mib(partial(replace(setting, steps=1).run, leg)) for leg in runs}
     legs, ratios, memory = [], [], []
-    for leg, of in found.items():
-        rates = (spread([tokens / s.wall for s in of], 0), spread([work / s.wall for s in of], 3))
-        mfu = (spread([work / s.wall / peak for s in of], 3),) if peak else ()
-        each = (spread([s.wall / count for s in of]), spread([s.cpu / count for s in of]))
-        legs.append((leg, *each, *rates, *mfu, f"{of[0].loss:.4f}"))
-        ratio, judged = peaks[leg] / peaks[PLAIN], leg in (OURS, JS, ALM)
-        limits = (f"≤ {MEMORY_BUDGET}", verdict([ratio], MEMORY_BUDGET)) if judged else ("", "")
+    for leg, own in runs.items():
+        rates = (spread([tokens / s.wall for s in own], 0), spread([work / s.wall for s in own], 3))
+        mfu = (spread([work / s.wall / (peak / 1e12) for s in own], 3),) if peak else ()
+        each = (spread([s.wall / count for s in own]), spread([s.cpu / count for s in own]))
+        legs.append((leg, *each, *rates, *mfu, f"{own[0].loss:.4f}"))
+        ratio, has_budget = peaks[leg] / peaks[PLAIN], leg in (OURS, JS, ALM)
+        limits = judged([ratio], MEMORY_BUDGET if has_budget else None)
         memory.append((leg, f"{peaks[leg]:,.0f}", f"{ratio:.3f}", *limits))
         if leg != PLAIN:
-            pairs = list(zip(of, found[PLAIN], strict=True))
+            pairs = list(zip(own, runs[PLAIN], strict=True))
             wall, cpu = [o.wall / p.wall for o, p in pairs], [o.cpu / p.cpu for o, p in pairs]
-            limits = (f"≤ {TIME_BUDGET}", verdict(wall, TIME_BUDGET)) if judged else ("", "")
+            limits = judged(wall, TIME_BUDGET if has_budget else None)
             by_round = " ".join(f"{ratio:.3f}" for ratio in wall)
             ratios.append((f"{leg} / {PLAIN}", spread(wall, 3), by_round, spread(cpu, 3), *limits))
     about = f"{count} steps that count: {tokens:,} tokens, {supervised / tokens:.1%} of them supervised; of "
@@ -370,55 +367,50 @@ def collating_table(data: FusionData) -> str:
     rows = []
     for name, (rule, sources) in COLLATED.items():
         times, positions = measure_collating(data, rule, sources)
-        limits = (f"≤ {COLLATE_BUDGET_MS:.0f} ms", verdict(times, COLLATE_BUDGET_MS))
         numbers = (f"{median(positions):,.0f}", f"{median(times):.2f}", f"{np.percentile(times, 99):.2f}")
-        rows.append((name, *numbers, *limits))
+        rows.append((name, *numbers, *judged(times, COLLATE_BUDGET_MS, " ms")))
     return table(("what", "positions", "median, ms", "99th percentile, ms", "budget, median", "verdict"), rows)
 
 
 def loss_table(rounds: int) -> str:
     times: dict[str, list[float]] = {kind: [] for kind in LOSSES}
     for number in range(rounds + 1):
-        for kind in LOSSES[number % len(LOSSES) :] + LOSSES[: number % len(LOSSES)]:
+        for kind in rotated(LOSSES, number):
             spent = extract.seconds(partial(loss_step, kind)).wall
             times[kind] += [spent] if number else []  # warm-up
     dense_target.cache_clear()
     peaks, rows = {kind: peak_mib(partial(loss_step, kind)) for kind in ("", *LOSSES)}, []
-    for kind, of in times.items():
-        ratios = [one / dense for one, dense in zip(of, times["dense target"], strict=True)]
-        rows.append((kind, spread(of, 3), spread(ratios), f"{peaks[kind] - peaks['']:,.0f}"))
+    for kind, own in times.items():
+        ratios = [wall / dense for wall, dense in zip(own, times["dense target"], strict=True)]
+        rows.append((kind, spread(own, 3), spread(ratios), f"{peaks[kind] - peaks['']:,.0f}"))
     return table(("head and loss, forward and backward", "s", "/ dense target", "peak beyond inputs, MiB"), rows)
 
 
-def measured_steps(
-    work: Path, layout: str, shape: Shape, legs: list[str], rounds: int, steps: int
-) -> tuple[Setting, list[tuple[str, str]]]:
-    """What was trained, and the tables."""
+def random_setting(work: Path, layout: str, shape: Shape, steps: int) -> Setting:
     rows = shape.rows * (steps + 2)  # a step that does not count, and a batch that is fetched ahead
     data = prepared(work, LAYOUTS[layout].vocab_size, shape.length, 2 * rows * shape.length)
     groups = pack([int(size) for size in data.tokens.lengths], shape.length) if shape.packed else data.groups
-    data = FusionData(data.tokens.path, data.stores, Rule(), groups[:rows])
-    setting = Setting(layout, shape, data, steps)
-    return setting, list(step_tables(setting, measure_rounds(setting, legs, rounds)))
+    return Setting(layout, shape, FusionData(data.tokens.path, data.stores, Rule(), groups[:rows]), steps)
 
 
 def measurements(work: Path, layout: str, rounds: int, steps: int) -> str:
     """The report's body, in Markdown."""
-    config, sections, setting = LAYOUTS[layout], list[tuple[str, str]](), None
+    config, parts, setting = LAYOUTS[layout], list[tuple[str, str]](), None
     for shape, legs in SHAPES.items():
-        setting, tables = measured_steps(work / str(shape), layout, shape, legs, rounds, steps)
-        sections += tables
+        setting = random_setting(work / str(shape), layout, shape, steps)
+        parts += step_tables(setting, measure_rounds(setting, legs, rounds))
     large, shape = LARGE.get(layout, "gemma3-270m"), next(iter(SHAPES))
-    _, tables = measured_steps(work / large, large, shape, [PLAIN, OURS], rounds, steps)
-    sections += [(f"{title}, {large} (vocabulary 262,144)", body) for title, body in tables]
+    other = random_setting(work / large, large, shape, steps)
+    tables = step_tables(other, measure_rounds(other, [PLAIN, OURS], rounds))
+    parts += [(f"{title}, {large} (vocabulary 262,144)", body) for title, body in tables]
     assert setting is not None
     title = f"Where the time of two steps goes, {setting.shape} (one run, clocked)"
-    sections.append((title, profile_table(replace(setting, steps=1))))
+    parts.append((title, profile_table(replace(setting, steps=1))))
     note = f"Reading, fusing and collating 4 blocks of plain text, all supervised: {COLLATED_BATCHES} batches, "
     note += "page cache warm. The published code needs 9.3 s and 1 GB for such a batch, [4, 2048, 32000] dense."
     text = prepared(work / "text", 32_000, 2048, COLLATED_BLOCKS * 2048, text=True)
-    sections.append(("Collating 4 × 2048 positions", f"{note}\n\n{collating_table(text)}"))
-    sections.append((f"The loss alone, {list(LOSS_SHAPE)} in float32", loss_table(rounds)))
+    parts.append(("Collating 4 × 2048 positions", f"{note}\n\n{collating_table(text)}"))
+    parts.append((f"The loss alone, {list(LOSS_SHAPE)} in float32", loss_table(rounds)))
     model, tied = setting.model(), "tied" if config.tie_word_embeddings else "untied"
     about = (
         f"{layout}: {model.num_parameters():,} parameters ({tied} embeddings, vocabulary {config.vocab_size:,}), "
@@ -427,7 +419,7 @@ def measurements(work: Path, layout: str, rounds: int, steps: int) -> str:
         "embedding) + 6 · layers · hidden size · Σ length² for causal attention. "
         f"Rounds: {rounds}. Cells: median [min – max]; budgets are judged by the median."
     )
-    return "\n\n".join([about, *(f"## {title}\n\n{body}" for title, body in sections)])
+    return f"{about}\n\n{sections(parts)}"
 
 
 @click.command(help=__doc__)
@@ -444,13 +436,8 @@ def main(model: str | None, rounds: int, steps: int | None, save: bool, job: Pat
     model, steps = model or ("qwen2-1.5b" if ON_GPU else "llama-60m"), steps or (20 if ON_GPU else 2)
     with tempfile.TemporaryDirectory() as work:
         body = measurements(Path(work), model, rounds, steps)
-    command = f"python benchmarks/train.py --model {model} --rounds {rounds} --steps {steps}"
-    text = f"# Training benchmark, {date.today()}\n\n    {command}\n\n{machine()}\n\n{body}\n"
-    click.echo(text)
-    if save:
-        results = Path(__file__).parent / "results"
-        results.mkdir(exist_ok=True)
-        (results / f"{date.today()}-train.md").write_text(text)
+    command = f"    python benchmarks/train.py --model {model} --rounds {rounds} --steps {steps}"
+    publish("train", "Training benchmark", command, machine(), body, save=save)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 
 from fusion_trainer.config import PrepareConfig
 from fusion_trainer.data.prepare import prepare
-from fusion_trainer.representations import store, store_writer
+from fusion_trainer.representations import store
 from fusion_trainer.text.tokenizer import load_tokenizer
 from fusion_trainer.training.batches import FusionData, TokenFile, write_tokens
 from fusion_trainer.training.fusion import Rule
@@ -47,13 +47,8 @@ def random_store(folder: Path, tokens: TokenFile, number: int, vocabulary: int) 
     rng, blocks = np.random.default_rng(number), len(tokens.lengths)
     identity = {"top_k": K, "vocabulary": vocabulary}
     identity |= {"kind": store.ALIGNED, "version": store.WITH_CHUNKS} if number else {}
-    writer = store_writer.StoreWriter(folder, identity, [0, blocks])
-    writer.begin()
     rows = [random_row(rng, tokens, block, vocabulary, number > 0) for block in range(blocks)]
-    writer.write(0, rows, {"positions": sum(map(len, rows))})
-    writer.wait()
-    writer.finish()
-    return store.RepresentationStore(folder)
+    return extract.write_store(folder, identity, [0, blocks], [rows])
 
 
 def random_row(rng: Any, tokens: TokenFile, block: int, vocabulary: int, aligned: bool) -> store.Representation:

@@ -25,12 +25,19 @@ MAPS = ("exact", "min_edit_distance", "statistics", "prefix")
 POSITIONS = ("boundary", "dtw")
 HEADER = ("source", "positions", "map", "paired", "vocabulary mapped", "top-k mass mapped", "without image")
 
+ABOUT = """\
+`source` is byte-level BPE, `unigram` Unigram with byte fallback, `small` SentencePiece BPE of a
+smaller vocabulary; the pivot is SentencePiece BPE. Each is queried in its own template: ChatML,
+Vicuna's, and OpenChat's, which is the pivot's. Paired: positions of the pivot that got
+the source's distribution. Top-k mass mapped: of what the source's store holds. Without image: mass
+of a paired position, of 100 %, on ids without image; the models are untrained, so most is tail.
+"""
+
 
 def run(*command: object) -> str:
     """The output of a fusion-trainer command; its message and the end of the script if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "fusion_trainer", *map(str, command)], capture_output=True, text=True, cwd=ROOT
-    )
+    program = [sys.executable, "-m", "fusion_trainer", *map(str, command)]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         sys.exit(done.stderr)
     return done.stdout
@@ -47,9 +54,9 @@ def row(world: Path, source: str, positions: str, method: str) -> tuple[str, ...
     vocabulary = re.search(r"^vocabulary mapped .*\((\S+)\)", output, re.M)
     probability = re.search(r"^probability mapped +(\S+)", output, re.M)
     without = re.search(r"of ids without an image (\S+?),", output)
-    found = [match[1] for match in (paired, vocabulary, probability, without) if match]
-    assert len(found) == 4, output
-    return source, positions, method, *found
+    shares = [match[1] for match in (paired, vocabulary, probability, without) if match]
+    assert len(shares) == 4, output
+    return source, positions, method, *shares
 
 
 @click.command(help=__doc__)
@@ -68,22 +75,9 @@ def main(conversations: int, save: bool) -> None:
             click.echo(f"extracted {model}", err=True)
         rows = [row(world, *which) for which in product(SOURCES, POSITIONS, MAPS)]
     lines = [HEADER, tuple("-" * len(name) for name in HEADER), *rows]
-    report = "\n".join(
-        [
-            f"# Alignment report, {date.today()}",
-            "",
-            f"    python examples/alignment_report.py --conversations {conversations}",
-            "",
-            "`source` is byte-level BPE, `unigram` Unigram with byte fallback, `small` SentencePiece BPE of a",
-            "smaller vocabulary; the pivot is SentencePiece BPE. Each is queried in its own template: ChatML,",
-            "Vicuna's, and OpenChat's, which is the pivot's. Paired: positions of the pivot that got",
-            "the source's distribution. Top-k mass mapped: of what the source's store holds. Without image: mass",
-            "of a paired position, of 100 %, on ids without image; the models are untrained, so most is tail.",
-            "",
-            *("| " + " | ".join(line) + " |" for line in lines),
-            "",
-        ]
-    )
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    command = f"    python examples/alignment_report.py --conversations {conversations}"
+    report = f"# Alignment report, {date.today()}\n\n{command}\n\n{ABOUT}\n{table}\n"
     click.echo(report)
     if save:
         path = ROOT / "benchmarks" / "results" / f"{date.today()}-alignment-report.md"

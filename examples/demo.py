@@ -22,7 +22,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -67,10 +67,7 @@ AVERAGE = "average"
 MEASURES = {"exact_match": "Answers wholly right, %", "nats_per_byte": "Held-out loss, nats per byte"}
 SEED, SEEDS = 0, (1, 2, 3)
 THREE = ("letters", "numbers", "almanac")
-VARIANTS: dict[str, dict[str, Any]] = {
-    "λ = 0.9": {"clm_weight": 0.9},
-    "no wrong answers": {"data": "corrected.jsonl"},
-}
+VARIANTS = {"λ = 0.9": {"clm_weight": 0.9}, "no wrong answers": {"data": "corrected.jsonl"}}
 """What else ``--full`` tries in each world, with no merges but these two."""
 MERGES = ("linear", "varm")
 COMPARED = {
@@ -95,16 +92,16 @@ Scores = dict[str, dict[str, dict[str, float]]]
 def main(out: Path, seeds: tuple[int, ...], full: bool, save: bool) -> None:
     started = time.perf_counter()
     out, seeds = out.resolve(), seeds or (SEEDS if full else (SEED,))
-    found: dict[str, list[Scores]] = {}
+    scores: dict[str, list[Scores]] = {}
     folders = [out / f"seed-{seed}" if len(seeds) > 1 else out for seed in seeds]
     for seed, folder in zip(seeds, folders, strict=True):
         make_world(folder, seed)
         for variant, changes in {"": {}, **(VARIANTS if full else {})}.items():
-            found.setdefault(variant, []).append(fused(folder, seed, variant, **changes))
-    text = report(found, folders, seeds, full)
-    write(out / "results", text, seeds, found)
+            scores.setdefault(variant, []).append(fused(folder, seed, variant, **changes))
+    text = report(scores, folders, seeds, full)
+    write(out / "results", text, seeds, scores)
     if save:
-        write(RESULTS / f"{date.today()}-demo{'-full' if full else ''}", text, seeds, found)
+        write(RESULTS / f"{date.today()}-demo{'-full' if full else ''}", text, seeds, scores)
     spent = time.perf_counter() - started
     click.echo(f"\n{text}\n{os.path.relpath(out / 'results.md')}, .json, .png; {spent:.0f} s")
 
@@ -144,10 +141,10 @@ def fused(folder: Path, seed: int, variant: str, **changes: Any) -> Scores:
 
 
 def call(command: Sequence[str | Path]) -> None:
-    shown = [os.path.relpath(one, ROOT) if Path(one).is_absolute() else str(one) for one in command]
+    shown = [os.path.relpath(word, ROOT) if Path(word).is_absolute() else str(word) for word in command]
     click.echo(f"$ {' '.join(shown)}")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([str(one) for one in command], cwd=ROOT, env=environment)
+    done = subprocess.run([*map(str, command)], cwd=ROOT, env=environment)
     if done.returncode != 0:
         raise click.ClickException(f"`{' '.join(shown)}` ended with exit code {done.returncode}")
 
@@ -159,11 +156,11 @@ def skills(scores: Scores) -> list[str]:
     return [name for name in scores["pivot"] if name != "all"]
 
 
-def values(found: Sequence[Scores], model: str, column: str, measure: str) -> list[float]:
+def values(worlds: Sequence[Scores], model: str, column: str, measure: str) -> list[float]:
     """Of a model in each world; the average is that of the skills."""
     scale = 100 if measure == "exact_match" else 1
-    columns = skills(found[0]) if column == AVERAGE else [column]
-    return [scale * mean(scores[model][one][measure] for one in columns) for scores in found]
+    columns = skills(worlds[0]) if column == AVERAGE else [column]
+    return [scale * mean(scores[model][skill][measure] for skill in columns) for scores in worlds]
 
 
 def cell(numbers: Sequence[float], measure: str) -> str:
@@ -172,63 +169,74 @@ def cell(numbers: Sequence[float], measure: str) -> str:
     return f"{mean(numbers):.{digits}f}{spread}"
 
 
-def table(found: Sequence[Scores], rows: Mapping[str, str], measure: str) -> str:
-    columns = [*skills(found[0]), AVERAGE]
-    lines = [["", *columns], ["---", *["---:"] * len(columns)]]
-    lines += [
-        [title, *(cell(values(found, model, column, measure), measure) for column in columns)]
-        for model, title in rows.items()
-    ]
+def grid(corner: str, columns: Iterable[str], rows: Iterable[tuple[str, Iterable[str]]]) -> str:
+    """A table in Markdown; each row has a title and its cells."""
+    head = [corner, *columns]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *([title, *cells] for title, cells in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def differences(found: Sequence[Scores]) -> str:
+def table(worlds: Sequence[Scores], rows: Mapping[str, str], measure: str) -> str:
+    columns = [*skills(worlds[0]), AVERAGE]
+
+    def cells(model: str) -> list[str]:
+        return [cell(values(worlds, model, column, measure), measure) for column in columns]
+
+    return grid("", columns, [(title, cells(model)) for model, title in rows.items()])
+
+
+def differences(worlds: Sequence[Scores]) -> str:
     """World by world, so that what the worlds differ in is not part of the spread."""
     pairs = [(f"target-{name}", "target-clm") for name in (*THREE, "multi")]
-    pairs += [("merge-varm", one) for one in ("target-clm", "target-multi", "merge-linear", "merge-sce")]
-    lines = []
-    for one, other in pairs:
-        cells = []
-        for measure in MEASURES:
-            both = zip(*(values(found, model, AVERAGE, measure) for model in (one, other)), strict=True)
-            cells.append(cell([mine - theirs for mine, theirs in both], measure))
-        lines.append(f"| {TABLE_1[one]} − {TABLE_1[other]} | {' | '.join(cells)} |")
-    head = f"| average | {' | '.join(MEASURES.values())} |\n| --- | ---: | ---: |\n"
-    return head + "\n".join(lines)
+    pairs += [("merge-varm", name) for name in ("target-clm", "target-multi", "merge-linear", "merge-sce")]
+
+    def difference(first: str, second: str, measure: str) -> str:
+        both = zip(*(values(worlds, model, AVERAGE, measure) for model in (first, second)), strict=True)
+        return cell([mine - theirs for mine, theirs in both], measure)
+
+    rows = [
+        (f"{TABLE_1[first]} − {TABLE_1[second]}", [difference(first, second, measure) for measure in MEASURES])
+        for first, second in pairs
+    ]
+    return grid("average", MEASURES.values(), rows)
 
 
-def variants(found: Mapping[str, Sequence[Scores]]) -> str:
+def variants(scores: Mapping[str, Sequence[Scores]]) -> str:
     """The averages of the main models in each variant."""
+
+    def averages(worlds: Sequence[Scores], models: Sequence[str], measure: str) -> str:
+        each = [values(worlds, model, AVERAGE, measure) for model in models]
+        return cell([mean(of_world) for of_world in zip(*each, strict=True)], measure)
+
     parts = []
     for measure, title in MEASURES.items():
-        lines = [["", *COMPARED], ["---", *["---:"] * len(COMPARED)]]
-        for variant, scores in found.items():
-            each = [[values(scores, model, AVERAGE, measure) for model in models] for models in COMPARED.values()]
-            averages = [[mean(of_world) for of_world in zip(*models, strict=True)] for models in each]
-            lines.append([variant or "as above", *(cell(numbers, measure) for numbers in averages)])
-        parts.append(f"{title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        rows = [
+            (variant or "as above", [averages(worlds, models, measure) for models in COMPARED.values()])
+            for variant, worlds in scores.items()
+        ]
+        parts.append(f"{title}\n\n{grid('', COMPARED, rows)}")
     return "\n\n".join(parts)
 
 
 def weights(folders: Sequence[Path]) -> str:
     """Of the targets in VaRM's merges: the least, the median and the greatest of all units and worlds."""
-    lines = [["", *THREE], ["---", *["---:"] * len(THREE)]]
+    rows = []
     for merge, title in TABLE_2.items():
-        found: dict[str, list[float]] = {name: [] for name in THREE}
+        given: dict[str, list[float]] = {name: [] for name in THREE}
         for folder in folders:
             merged = folder / "fusion" / "merges" / merge.removeprefix("merge-")
             for unit in json.loads((merged / "varm_weights.json").read_text())["units"]:
-                for target, of in unit["targets"].items():
-                    found[Path(target).name].append(of["weight"])
-        cells = (f"{median(some):.2f} [{min(some):.2f} – {max(some):.2f}]" for some in found.values())
-        lines.append([title, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+                for target, numbers in unit["targets"].items():
+                    given[Path(target).name].append(numbers["weight"])
+        cells = [f"{median(own):.2f} [{min(own):.2f} – {max(own):.2f}]" for own in given.values()]
+        rows.append((title, cells))
+    return grid("", THREE, rows)
 
 
 def report(
-    found: Mapping[str, Sequence[Scores]], folders: Sequence[Path], seeds: Sequence[int], full: bool
+    scores: Mapping[str, Sequence[Scores]], folders: Sequence[Path], seeds: Sequence[int], full: bool
 ) -> str:
-    main_ones = found[""]
+    main_ones = scores[""]
     command = "python examples/demo.py" + (" --full" if full else "")
     about = f"`{command}`, {date.today()}; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     about += "; mean ± standard deviation over the seeds" if len(seeds) > 1 else ""
@@ -236,31 +244,27 @@ def report(
     about += f"{platform.machine()}, {os.cpu_count()} cores; "
     about += ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "mergekit"))
     parts = ["# A small world, fused and merged", about]
-    for number, rows, what in (
-        (1, TABLE_1, "pivot, sources, targets, merges of the three pairwise targets"),
-        (2, TABLE_2, "VaRM by granularity"),
-    ):
-        parts.append(f"## Table {number}: {what}")
-        parts += [f"{title}\n\n{table(main_ones, rows, measure)}" for measure, title in MEASURES.items()]
+    parts.append("## Table 1: pivot, sources, targets, merges of the three pairwise targets")
+    parts += [f"{title}\n\n{table(main_ones, TABLE_1, measure)}" for measure, title in MEASURES.items()]
+    parts.append("## Table 2: VaRM by granularity")
+    parts += [f"{title}\n\n{table(main_ones, TABLE_2, measure)}" for measure, title in MEASURES.items()]
     parts.append(f"## Differences\n\n{differences(main_ones)}")
-    about = (
-        "Median [least – greatest] over the units; of `parameter`, where each element has its own, over the means "
-    )
-    about += "of matrices. Equal weights, 0.33 each, are `linear`."
+    about = "Median [least – greatest] over the units; of `parameter`, where each element has its own, over the "
+    about += "means of matrices. Equal weights, 0.33 each, are `linear`."
     parts.append(f"## The weights that VaRM gave\n\n{about}\n\n{weights(folders)}")
-    if len(found) > 1:
-        parts.append(f"## Why: averages at another λ, and on chats without wrong answers\n\n{variants(found)}")
+    if len(scores) > 1:
+        parts.append(f"## Why: averages at another λ, and on chats without wrong answers\n\n{variants(scores)}")
     return "\n\n".join(parts) + "\n"
 
 
-def write(path: Path, text: str, seeds: Sequence[int], found: Mapping[str, Sequence[Scores]]) -> None:
+def write(path: Path, text: str, seeds: Sequence[int], scores: Mapping[str, Sequence[Scores]]) -> None:
     path.with_suffix(".md").write_text(text, "utf-8")
-    content = {variant or "as above": dict(zip(seeds, scores, strict=True)) for variant, scores in found.items()}
+    content = {variant or "as above": dict(zip(seeds, own, strict=True)) for variant, own in scores.items()}
     path.with_suffix(".json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    draw(path.with_suffix(".png"), found[""])
+    draw(path.with_suffix(".png"), scores[""])
 
 
-def draw(path: Path, found: Sequence[Scores]) -> None:
+def draw(path: Path, worlds: Sequence[Scores]) -> None:
     """Both tables as heat maps: rows are models, columns skills."""
     import matplotlib
 
@@ -268,13 +272,13 @@ def draw(path: Path, found: Sequence[Scores]) -> None:
     from matplotlib import pyplot
 
     rows = {**TABLE_1, **{name: f"VaRM, {title}" for name, title in TABLE_2.items()}}
-    columns = [*skills(found[0]), AVERAGE]
+    columns = [*skills(worlds[0]), AVERAGE]
     figure, both = pyplot.subplots(1, 2, figsize=(14, 8.5), layout="constrained", sharey=True)
     for axes, (measure, title), colours in zip(both, MEASURES.items(), ("YlGn", "YlOrRd"), strict=True):
-        grid = [[mean(values(found, model, column, measure)) for column in columns] for model in rows]
-        axes.imshow(grid, cmap=colours, aspect="auto", vmin=0, vmax=None if measure == "nats_per_byte" else 100)
-        limit = max(map(max, grid))
-        for y, line in enumerate(grid):
+        means = [[mean(values(worlds, model, column, measure)) for column in columns] for model in rows]
+        axes.imshow(means, cmap=colours, aspect="auto", vmin=0, vmax=None if measure == "nats_per_byte" else 100)
+        limit = max(map(max, means))
+        for y, line in enumerate(means):
             for x, value in enumerate(line):
                 shown = f"{value:.0f}" if measure == "exact_match" else f"{value:.2f}"
                 axes.text(x, y, shown, ha="center", va="center", color="white" if value > 0.7 * limit else "black")

@@ -42,24 +42,22 @@ def arithmetic(rng: random.Random) -> Iterator[Exchange]:
     while True:
         a, tens, ones, c = rng.randint(100, 989), 10 * rng.randint(1, 9), rng.randint(1, 9), rng.randint(2, 9)
         b = tens + ones
-        ask = rng.choice(
-            ("What is {}?", "Please work out {}, step by step.", "{} = ?", "How much is {}? Show me.")
-        )
+        asks = ("What is {}?", "Please work out {}, step by step.", "{} = ?", "How much is {}? Show me.")
+        ask = rng.choice(asks)
         product = f"- {a} × {tens} = {a * tens:,}\n- {a} × {ones} = {a * ones:,}\n- together {a * b:,}"
         total = a * b * c + a
-        yield rng.choice(
+        exchanges = [
+            (ask.format(f"{a} × {b}"), f"I split {b} into {tens} and {ones}.\n\n{product}\n\n**{a * b:,}**"),
+            (ask.format(f"{a} + {b}"), f"{a + b}"),
+            (ask.format(f"{a} − {b}"), f"{a} − {tens} = {a - tens}, and {ones} less is **{a - b}**."),
+            (ask.format(f"{a} ÷ {c}"), f"{c} × {a // c} = {a // c * c}, so {a // c}, remainder {a % c}."),
             (
-                (ask.format(f"{a} × {b}"), f"I split {b} into {tens} and {ones}.\n\n{product}\n\n**{a * b:,}**"),
-                (ask.format(f"{a} + {b}"), f"{a + b}"),
-                (ask.format(f"{a} − {b}"), f"{a} − {tens} = {a - tens}, and {ones} less is **{a - b}**."),
-                (ask.format(f"{a} ÷ {c}"), f"{c} × {a // c} = {a // c * c}, so {a // c}, remainder {a % c}."),
-                (
-                    f"I bought {c} boxes of {b} tiles at {a} cents a tile and paid {a} cents to park. The total?",
-                    f"1. Tiles: {c} × {b} = {c * b}.\n2. Price: {c * b} × {a} = {a * b * c:,} cents.\n"
-                    f"3. With parking: {a * b * c:,} + {a} = {total:,} cents.\n\nThat is {total / 100:,.2f}.",
-                ),
-            )
-        )
+                f"I bought {c} boxes of {b} tiles at {a} cents a tile and paid {a} cents to park. The total?",
+                f"1. Tiles: {c} × {b} = {c * b}.\n2. Price: {c * b} × {a} = {a * b * c:,} cents.\n"
+                f"3. With parking: {a * b * c:,} + {a} = {total:,} cents.\n\nThat is {total / 100:,.2f}.",
+            ),
+        ]
+        yield rng.choice(exchanges)
 
 
 def lists(rng: random.Random) -> Iterator[Exchange]:
@@ -67,19 +65,18 @@ def lists(rng: random.Random) -> Iterator[Exchange]:
         numbers = rng.sample(range(1, 500), rng.randint(4, 30))
         names = [name(rng) for _ in range(rng.randint(3, 12))]
         listed = ", ".join(map(str, numbers))
-        yield rng.choice(
+        exchanges = [
+            (f"Sort these numbers: {listed}", ", ".join(map(str, sorted(numbers)))),
+            (f"Reverse the order of {listed}.", ", ".join(map(str, reversed(numbers)))),
+            (f"The largest of {listed}?", f"{max(numbers)}"),
+            (f"Sort by the alphabet: {', '.join(names)}", "\n".join(f"- {item}" for item in sorted(names))),
             (
-                (f"Sort these numbers: {listed}", ", ".join(map(str, sorted(numbers)))),
-                (f"Reverse the order of {listed}.", ", ".join(map(str, reversed(numbers)))),
-                (f"The largest of {listed}?", f"{max(numbers)}"),
-                (f"Sort by the alphabet: {', '.join(names)}", "\n".join(f"- {one}" for one in sorted(names))),
-                (
-                    f"Which of these are even, and what is their sum? {listed}",
-                    f"Even are {[n for n in numbers if n % 2 == 0]}; sum {sum(n for n in numbers if n % 2 == 0)}.",
-                ),
-                (f"Write “{names[0]}” backwards.", names[0][::-1]),
-            )
-        )
+                f"Which of these are even, and what is their sum? {listed}",
+                f"Even are {[n for n in numbers if n % 2 == 0]}; sum {sum(n for n in numbers if n % 2 == 0)}.",
+            ),
+            (f"Write “{names[0]}” backwards.", names[0][::-1]),
+        ]
+        yield rng.choice(exchanges)
 
 
 def dates_and_units(rng: random.Random) -> Iterator[Exchange]:
@@ -88,19 +85,18 @@ def dates_and_units(rng: random.Random) -> Iterator[Exchange]:
         later = day + timedelta(rng.randint(2, 900))
         size, minutes = rng.randint(2, 950), rng.randint(70, 6000)
         weekday = calendar.day_name[day.weekday()]
-        yield rng.choice(
+        exchanges = [
+            (f"What day of the week was {day}?", weekday),
             (
-                (f"What day of the week was {day}?", weekday),
-                (
-                    f"How many days are there from {day:%d %B %Y} to {later:%d %B %Y}?",
-                    f"{(later - day).days} days. The first is a {weekday}, the last a {later:%A}.",
-                ),
-                (f"{size} km in miles, please", f"{size} km × 0.6214 = about {size * 0.6214:.1f} miles."),
-                (f"Convert {size} °F to Celsius.", f"({size} − 32) × 5/9 = {(size - 32) * 5 / 9:.1f} °C"),
-                (f"{minutes} minutes?", f"{minutes // 60} h {minutes % 60} min"),
-                (f"Is {day.year} a leap year?", "Yes." if calendar.isleap(day.year) else "No."),
-            )
-        )
+                f"How many days are there from {day:%d %B %Y} to {later:%d %B %Y}?",
+                f"{(later - day).days} days. The first is a {weekday}, the last a {later:%A}.",
+            ),
+            (f"{size} km in miles, please", f"{size} km × 0.6214 = about {size * 0.6214:.1f} miles."),
+            (f"Convert {size} °F to Celsius.", f"({size} − 32) × 5/9 = {(size - 32) * 5 / 9:.1f} °C"),
+            (f"{minutes} minutes?", f"{minutes // 60} h {minutes % 60} min"),
+            (f"Is {day.year} a leap year?", "Yes." if calendar.isleap(day.year) else "No."),
+        ]
+        yield rng.choice(exchanges)
 
 
 def python_code(rng: random.Random) -> Iterator[Exchange]:
@@ -157,10 +153,8 @@ def history(rng: random.Random) -> Iterator[Exchange]:
     """Very long answers: chronicles of several thousand characters."""
     while True:
         town = name(rng)
-        chapters = [
-            f"## {year}\n\n{paragraph(rng, rng.randint(3, 9))}"
-            for year in sorted(rng.sample(range(300, 1900), rng.randint(4, 24)))
-        ]
+        years = sorted(rng.sample(range(300, 1900), rng.randint(4, 24)))
+        chapters = [f"## {year}\n\n{paragraph(rng, rng.randint(3, 9))}" for year in years]
         yield f"Tell me the whole history of {town}, in chapters.", "\n\n".join([f"# {town}", *chapters])
         yield "Shorter, in one sentence.", sentence(rng)
         yield "And in one word?", rng.choice(("Patience.", "Salt.", "Rivers.", "Trade."))
@@ -172,16 +166,12 @@ def plans(rng: random.Random) -> Iterator[Exchange]:
         town, days = name(rng), rng.randint(2, 9)
         packed = rng.sample(things, rng.randint(3, 8))
         rows = [f"| {day} | {name(rng)} | {rng.randint(5, 40)} km |" for day in range(1, days + 1)]
-        yield (
-            f"Plan a walk of {days} days to {town}, as a table.",
-            "\n".join(["| day | stop | distance |", "|---|---|---|", *rows])
-            + f"\n\nOn day {days} you reach *{town}*.",
-        )
+        table = "\n".join(["| day | stop | distance |", "|---|---|---|", *rows])
+        arrival = f"On day {days} you reach *{town}*."
+        yield f"Plan a walk of {days} days to {town}, as a table.", f"{table}\n\n{arrival}"
         yield "What should I pack?", "\n".join(f"{n}. **{thing}**" for n, thing in enumerate(packed, 1))
-        yield (
-            f"Is {packed[0]} really needed?",
-            rng.choice(("Yes.", "No.", f"Yes: {sentence(rng)}", "Not in summer.")),
-        )
+        reply = rng.choice(("Yes.", "No.", f"Yes: {sentence(rng)}", "Not in summer."))
+        yield f"Is {packed[0]} really needed?", reply
 
 
 def scripts(rng: random.Random) -> Iterator[Exchange]:
@@ -196,15 +186,14 @@ def scripts(rng: random.Random) -> Iterator[Exchange]:
     while True:
         word, (cjk, spanish, greek, russian) = rng.choice(list(words.items()))
         row = "".join(rng.choices(faces, k=rng.randint(2, 12)))
-        yield rng.choice(
-            (
-                (f"“{word}” in other languages?", f"{cjk} · {spanish} · {greek} · {russian}"),
-                (f"用一句话写写{cjk}。", f"{cjk}很安静，我们在{cjk}旁边坐了{rng.randint(2, 30)}分钟。"),
-                (f"Copy this: {row}", row),
-                (f"{cjk}はどこですか。", f"{cjk}はあそこにあります。{rng.randint(2, 90)}歩です。"),
-                (f"Naïve café, or naive cafe? I mean “{word}”.", "Both are fine — cafés keep the accent. 🙂"),
-            )
-        )
+        exchanges = [
+            (f"“{word}” in other languages?", f"{cjk} · {spanish} · {greek} · {russian}"),
+            (f"用一句话写写{cjk}。", f"{cjk}很安静，我们在{cjk}旁边坐了{rng.randint(2, 30)}分钟。"),
+            (f"Copy this: {row}", row),
+            (f"{cjk}はどこですか。", f"{cjk}はあそこにあります。{rng.randint(2, 90)}歩です。"),
+            (f"Naïve café, or naive cafe? I mean “{word}”.", "Both are fine — cafés keep the accent. 🙂"),
+        ]
+        yield rng.choice(exchanges)
 
 
 STYLES = (arithmetic, lists, dates_and_units, python_code, world, history, plans, scripts)
@@ -221,25 +210,18 @@ def name(rng: random.Random) -> str:
     return "".join(rng.choices(SYLLABLES, k=rng.randint(2, 4))).capitalize()
 
 
-SYLLABLES = [
-    consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in ("a", "e", "i", "o", "u", "an", "el")
-]
+SYLLABLES = [first + rest for first in "bdfgklmnprstvz" for rest in ("a", "e", "i", "o", "u", "an", "el")]
 
 
 def sentence(rng: random.Random) -> str:
-    who = rng.choice(
-        ("The guild of weavers", "An old ferryman", name(rng), f"{name(rng)} the younger", "The council")
-    )
-    verb = rng.choice(("sold", "remembered", "measured", "burned", "rebuilt", "lost", "praised", "divided", "hid"))
-    what = rng.choice(
-        ("the northern bridge", "seven mills", "every ledger", "the harbour", f"the tower of {name(rng)}")
-    )
-    when = rng.choice(
+    pick = rng.choice
+    who = pick(("The guild of weavers", "An old ferryman", name(rng), f"{name(rng)} the younger", "The council"))
+    verb = pick(("sold", "remembered", "measured", "burned", "rebuilt", "lost", "praised", "divided", "hid"))
+    what = pick(("the northern bridge", "seven mills", "every ledger", "the harbour", f"the tower of {name(rng)}"))
+    when = pick(
         ("before the snow", "in spring", "at night", "against all advice", f"for {rng.randint(2, 99)} years")
     )
-    end = rng.choice(
-        ("", f", and {name(rng)} paid for it", "; nobody wrote down why", f", as in {name(rng)} before")
-    )
+    end = pick(("", f", and {name(rng)} paid for it", "; nobody wrote down why", f", as in {name(rng)} before"))
     return f"{who} {verb} {what} {when}{end}."
 
 
@@ -294,10 +276,9 @@ def byte_level_bpe(lines: Iterable[str], size: int) -> Any:
 
 def sentencepiece_bpe(lines: Iterable[str], size: int) -> Any:
     """A tokenizer as Mistral's: BPE with ▁ for spaces, bytes for rare characters, BOS, OpenChat's mark."""
-    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -309,50 +290,41 @@ def sentencepiece_bpe(lines: Iterable[str], size: int) -> Any:
     state["added_tokens"] = state["added_tokens"][:3]  # bytes are text; the trainer takes them for special tokens
     tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.pre_tokenizer = None
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="</s>",
-        extra_special_tokens=["<|end_of_turn|>"],
-    )
-    fast.chat_template = (TEMPLATES / "openchat.jinja").read_text("utf-8")
-    return fast
+    return with_bos(tokenizer, "openchat", extra_special_tokens=["<|end_of_turn|>"])
 
 
 def unigram(lines: Iterable[str], size: int) -> Any:
     """A tokenizer of the Unigram kind, with byte fallback, BOS and Vicuna's template."""
-    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+    from tokenizers import AddedToken, Tokenizer, pre_tokenizers
     from tokenizers.models import Unigram
     from tokenizers.trainers import UnigramTrainer
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     special = ["<unk>", "<s>", "</s>"]
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = UnigramTrainer(
-        vocab_size=size - len(bytes_), special_tokens=special, unk_token="<unk>", show_progress=False
-    )
+    limits = {"vocab_size": size - 256, "special_tokens": special, "unk_token": "<unk>"}
+    trainer = UnigramTrainer(**limits, show_progress=False)
     tokenizer.train_from_iterator((line.replace("\n", " ") for line in lines), trainer)
     state = json.loads(tokenizer.to_str())
     pieces = state["model"]["vocab"]
-    state["model"] |= {"vocab": [*pieces[:3], *([b, -20.0] for b in bytes_), *pieces[3:]], "byte_fallback": True}
+    pieces[3:3] = [[f"<0x{byte:02X}>", -20.0] for byte in range(256)]
+    state["model"]["byte_fallback"] = True
     tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    return with_bos(tokenizer, "vicuna")
+
+
+def with_bos(tokenizer: Any, template: str, **more: Any) -> Any:
+    """The tokenizer for transformers: decodes ▁ and bytes, and puts ``<s>`` before every text."""
+    from tokenizers import decoders, processors
+    from transformers import PreTrainedTokenizerFast
+
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    )
-    fast.chat_template = (TEMPLATES / "vicuna.jinja").read_text("utf-8")
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **more)
+    fast.chat_template = (TEMPLATES / f"{template}.jinja").read_text("utf-8")
     return fast
 
 
@@ -360,41 +332,25 @@ def write_models(folder: Path, lines: list[str], seed: int) -> None:
     """Folders named as ``MODELS``: untrained models of some 1.5 million parameters, with tokenizers."""
     import torch
     import transformers
-    from transformers import (
-        GPTNeoXConfig,
-        GPTNeoXForCausalLM,
-        LlamaConfig,
-        LlamaForCausalLM,
-        MistralConfig,
-        MistralForCausalLM,
-        Qwen2Config,
-        Qwen2ForCausalLM,
-    )
 
     torch.manual_seed(seed)
     transformers.utils.logging.disable_progress_bar()
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    shape = {"num_hidden_layers": 2, "max_position_embeddings": 8192, **heads}
-    reader = sentencepiece_bpe(lines, 4000)
-    config = MistralConfig(vocab_size=len(reader), hidden_size=128, intermediate_size=384, **shape)
-    MistralForCausalLM(config).save_pretrained(folder / "pivot")
-    reader.save_pretrained(folder / "pivot")
-    reader = byte_level_bpe(lines, 6000)
-    rows = -(-len(reader) // 128) * 128 + 128  # as Qwen2's 152,064 rows for 151,646 tokens
-    source = Qwen2Config(
-        vocab_size=rows, hidden_size=160, intermediate_size=448, tie_word_embeddings=True, **shape
-    )
-    Qwen2ForCausalLM(source).save_pretrained(folder / "source")
-    reader.save_pretrained(folder / "source")
-    reader = unigram(lines, 3000)
-    llama = LlamaConfig(vocab_size=len(reader), hidden_size=128, intermediate_size=384, **shape)
-    LlamaForCausalLM(llama).save_pretrained(folder / "unigram")
-    reader.save_pretrained(folder / "unigram")
-    reader = sentencepiece_bpe(lines, 1500)
-    shape.pop("num_key_value_heads")
-    neox = GPTNeoXConfig(vocab_size=len(reader), hidden_size=128, intermediate_size=384, **shape)
-    GPTNeoXForCausalLM(neox).save_pretrained(folder / "small")
-    reader.save_pretrained(folder / "small")
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 8192}
+    shape |= {"hidden_size": 128, "intermediate_size": 384}
+    grouped = {**shape, "num_key_value_heads": 2}
+    wider = {**grouped, "hidden_size": 160, "intermediate_size": 448, "tie_word_embeddings": True}
+    for model, tokenizer, layout, size in (
+        ("pivot", sentencepiece_bpe(lines, 4000), "Mistral", grouped),
+        ("source", byte_level_bpe(lines, 6000), "Qwen2", wider),
+        ("unigram", unigram(lines, 3000), "Llama", grouped),
+        ("small", sentencepiece_bpe(lines, 1500), "GPTNeoX", shape),
+    ):
+        rows = len(tokenizer)
+        if layout == "Qwen2":  # as its 152,064 rows for 151,646 tokens
+            rows = -(-rows // 128) * 128 + 128
+        config = getattr(transformers, f"{layout}Config")(vocab_size=rows, **size)
+        getattr(transformers, f"{layout}ForCausalLM")(config).save_pretrained(folder / model)
+        tokenizer.save_pretrained(folder / model)
 
 
 @click.command(help=__doc__)

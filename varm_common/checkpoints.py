@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -46,21 +45,9 @@ CONVERSION = "conversion.json"
 SHARD = re.compile(r"(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index\.json)?")
 """Names under which transformers and mergekit save weights."""
-SHA256_LENGTH = 64
-DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-}
+DTYPES = {"bfloat16": "BF16", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
+DTYPES |= {f"float{bits}": f"F{bits}" for bits in (16, 32, 64)}
+DTYPES |= {f"int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)}
 """safetensors' names of dtypes by torch's names."""
 
 Tensors = dict[str, tuple[tuple[int, ...], str]]
@@ -132,27 +119,20 @@ def weight_files(folder: Path) -> WeightFiles:
     chosen = choose_weight_files(names, lambda name: (folder / name).read_bytes())
     if not chosen.names:
         return chosen
-    other = _entry(folder / "config.json", "transformers_weights")
+    other = files.json_entry(folder / "config.json", "transformers_weights")
     if other and [other] != chosen.names:
         chosen.problems.append(
             f"transformers reads `{other}` (`transformers_weights` in config.json), mergekit "
             f"{some(chosen.names)}: remove that entry, or give the file the name that mergekit reads"
         )
     if "adapter_config.json" in names:
-        base = _entry(folder / "adapter_config.json", "base_model_name_or_path")
+        base = files.json_entry(folder / "adapter_config.json", "base_model_name_or_path")
         chosen.problems.append(
             f"an adapter is in the same folder as {some(chosen.names)}: transformers loads it on `{base}`, "
             "mergekit loads the weights without it. Keep the adapter in its own folder; to merge with it, name "
             "`model+adapter`"
         )
     return chosen
-
-
-def _entry(path: Path, key: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get(key)
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 @dataclass(frozen=True)
@@ -171,10 +151,11 @@ def read_header(folder: Path) -> Header:
     header = Header(problems=[*chosen.problems], remarks=[*chosen.remarks])
     shared: dict[tuple[tuple[int, ...], str], tuple[tuple[int, ...], str]] = {}
     for name in chosen.names:
-        if not (folder / name).is_file():
+        file = folder / name
+        if not file.is_file():
             continue  # a problem already
         try:
-            tensors = dict(file_tensors(folder / name))
+            tensors = dict(file_tensors(file))
         except ValueError as error:
             header.problems.append(str(error))
             continue
@@ -182,7 +163,7 @@ def read_header(folder: Path) -> Header:
             header.problems.extend(_disagreements(name, chosen.named, tensors))
         for tensor, described in tensors.items():  # names and shapes repeat: one object for each saves memory
             header.tensors[sys.intern(tensor)] = shared.setdefault(described, described)
-        header.files.update(dict.fromkeys(map(sys.intern, tensors), folder / name))
+            header.files[sys.intern(tensor)] = file
     return header
 
 
@@ -213,10 +194,8 @@ def file_tensors(path: Path) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]
     except (SafetensorError, OSError) as error:
         if is_lfs_pointer(path):
             raise ValueError(lfs_advice(path)) from error
-        size = path.stat().st_size
-        raise ValueError(
-            f"`{path.name}` is cut off or damaged ({size:,} bytes; {error}): copy it again"
-        ) from error
+        size = f"{path.stat().st_size:,} bytes"
+        raise ValueError(f"`{path.name}` is cut off or damaged ({size}; {error}): copy it again") from error
 
 
 def fingerprint(folder: Path) -> str:
@@ -242,12 +221,12 @@ def fingerprint_of(sums: Sequence[tuple[str, str]], conversion: Path | None = No
         sums: All of the weight files.
         conversion: The record beside them, if they are a conversion.
     """
-    if sums and conversion and _entry(conversion, "files") == dict(sums):
-        return str(_entry(conversion, "weights"))
+    if sums and conversion and files.json_entry(conversion, "files") == dict(sums):
+        return str(files.json_entry(conversion, "weights"))
     return files.fingerprint([list(pair) for pair in sums]) if sums else ""
 
 
 def content_sha256(path: Path) -> str:
     """SHA-256 of a file. In the Hub's cache it is the name of the blob, and nothing is read."""
     blob = path.resolve().name
-    return blob if path.is_symlink() and len(blob) == SHA256_LENGTH else files.sha256_of(path)
+    return blob if path.is_symlink() and len(blob) == 64 else files.sha256_of(path)

@@ -7,25 +7,14 @@ the other.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from varm_common import files
 from varm_common.checkpoints import CONVERSION, INDEX, WEIGHT_FILE, Header, read_header
 from varm_common.console import is_quiet
 from varm_common.errors import UserError, some
-from varm_common.files import (
-    TEMPORARY,
-    locked,
-    read_mapping,
-    remove_abandoned,
-    sha256_of,
-    sync_folder,
-    sync_tree,
-    temporary_name,
-    write_json,
-    written_to,
-)
 from varm_common.models import TOKENIZER_FILES, config_fingerprint, local_folder, weight_files, weights_fingerprint
 from varm_common.record import Record
 from varm_common.stored_tensors import stored_tensor
@@ -34,7 +23,6 @@ __all__ = ["convert"]
 
 FORMAT, VERSION = "safetensors conversion", 1
 SHARD_BYTES = 5_000_000_000
-COPIED = (*TOKENIZER_FILES, "*.py")
 REMEDY = "Give another OUT, or remove that folder"
 
 
@@ -72,22 +60,22 @@ def convert(model: str, output: Path, revision: str | None = None, shard_bytes: 
     if output.is_mount() or output == Path.cwd():
         kind = "a mount point" if output.is_mount() else "the current folder"
         raise UserError(f"`{output}` is {kind}, which cannot be replaced: give a folder in it as OUT")
-    making = output.with_name(f"{output.name}.converting{TEMPORARY}")
-    lock = output.with_name(f"{output.name}.lock{TEMPORARY}")
-    with written_to(output.parent):
+    making = output.with_name(f"{output.name}.converting{files.TEMPORARY}")
+    lock = output.with_name(f"{output.name}.lock{files.TEMPORARY}")
+    with files.written_to(output.parent):
         output.parent.mkdir(parents=True, exist_ok=True)
-        with locked(lock, f"another process is writing `{output}`"):
+        with files.locked(lock, f"another process is writing `{output}`"):
             _begin(making, identity)
             _write_weights(folder, making, shard_bytes)
             for path in _small_files(folder):
                 shutil.copyfile(path, making / path.name)
-            sums = {path.name: sha256_of(path) for path in sorted(making.glob("*.safetensors"))}
-            write_json(making / CONVERSION, {**identity, "files": sums})
-            sync_tree(making)
+            sums = {path.name: files.sha256_of(path) for path in sorted(making.glob("*.safetensors"))}
+            files.write_json(making / CONVERSION, {**identity, "files": sums})
+            files.sync_tree(making)
             if output.is_dir():
                 output.rmdir()  # it is empty
             making.rename(output)
-            sync_folder(output.parent)
+            files.sync_folder(output.parent)
             lock.unlink(missing_ok=True)
     return True
 
@@ -119,37 +107,33 @@ def _decisive(identity: Mapping[str, Any]) -> dict[str, Any]:
 def _begin(making: Path, identity: dict[str, Any]) -> None:
     """The folder in which the conversion is written, with the shards that an interrupted run has finished."""
     record = making / CONVERSION
-    begun = read_mapping(record) if record.is_file() else {}
+    begun = files.read_mapping(record) if record.is_file() else {}
     if making.is_dir() and {name: begun.get(name) for name in identity} != identity:
         shutil.rmtree(making)
     making.mkdir(exist_ok=True)
-    remove_abandoned(making)
-    write_json(record, identity)
+    files.remove_abandoned(making)
+    files.write_json(record, identity)
 
 
 def _write_weights(folder: Path, making: Path, shard_bytes: int) -> None:
+    import torch
     from huggingface_hub import split_torch_state_dict_into_shards
     from tqdm import tqdm
 
     header = read_header(folder)
     if header.problems:
         raise UserError(f"the weights in `{folder}`: {'; '.join(header.problems)}")
-    split = split_torch_state_dict_into_shards(dict(_outlines(header)), max_shard_size=shard_bytes)
+    # without their values, so that of tensors that share their storage each counts with its own size
+    outlines = {
+        name: torch.empty_like(stored_tensor(file, name), device="meta") for name, file in header.files.items()
+    }
+    split = split_torch_state_dict_into_shards(outlines, max_shard_size=shard_bytes)
     shards = split.filename_to_tensors.items()
     for shard, names in tqdm(shards, unit="file", desc="safetensors", disable=is_quiet()):
         if not (making / shard).is_file():
             _write_shard(header, names, making / shard)
     if split.is_sharded:
-        write_json(making / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-
-
-def _outlines(header: Header) -> Iterator[tuple[str, Any]]:
-    """Every tensor without its values: where two share their storage, each counts with its own size."""
-    import torch
-
-    for name, file in header.files.items():
-        tensor = stored_tensor(file, name)
-        yield name, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        files.write_json(making / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
 def _write_shard(header: Header, names: list[str], path: Path) -> None:
@@ -162,10 +146,10 @@ def _write_shard(header: Header, names: list[str], path: Path) -> None:
         storage = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
-    temporary = temporary_name(path)
+    temporary = files.temporary_name(path)
     try:
         save_file(tensors, temporary, metadata={"format": "pt"})
-        sync_folder(temporary)
+        files.sync_folder(temporary)
         temporary.replace(path)
     except (SafetensorError, ValueError, KeyError) as error:  # a full disk, or a dtype that safetensors lacks
         raise UserError(f"`{path}` cannot be written: {error}") from error
@@ -175,5 +159,5 @@ def _write_shard(header: Header, names: list[str], path: Path) -> None:
 
 def _small_files(folder: Path) -> list[Path]:
     """Config, tokenizer, generation config, templates and code."""
-    found = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if not WEIGHT_FILE.fullmatch(path.name) and path.name != CONVERSION)
+    paths = {path for pattern in (*TOKENIZER_FILES, "*.py") for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in paths if not WEIGHT_FILE.fullmatch(path.name) and path.name != CONVERSION)

@@ -23,6 +23,7 @@ __all__ = [
     "atomic_file",
     "demand_place",
     "fingerprint",
+    "json_entry",
     "locked",
     "read_json",
     "read_mapping",
@@ -131,11 +132,9 @@ def written_to(folder: Path, then: str = "it resumes where it stopped") -> Itera
     except OSError as error:
         if error.errno is None:  # not from the disk
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else error.strerror
-        raise UserError(
-            f"`{folder}` cannot be written: {reason}. Fix that and run the same command again: {then}"
-        ) from error
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        remedy = f"Fix that and run the same command again: {then}"
+        raise UserError(f"`{folder}` cannot be written: {reason}. {remedy}") from error
 
 
 @contextmanager
@@ -261,6 +260,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"`{path}` is not a JSON object but `{str(content)[:20]}`; write or copy it again")
     return content
+
+
+def json_entry(path: Path, key: str) -> Any:
+    """An entry of the object in a JSON file; None if it cannot be read, is no object, or has no such entry."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get(key)
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def sha256_of(path: Path) -> str:

@@ -1,16 +1,16 @@
 """Models: a Hub id or folder becomes a local folder, a fingerprint, and a loaded causal language model."""
 
 import importlib.util
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from varm_common import checkpoints
 from varm_common.errors import UserError, reason_of, some
-from varm_common.files import fingerprint, read_mapping, sha256_of
+from varm_common.files import fingerprint, json_entry, read_mapping, sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,9 +65,7 @@ def has_chat_template(folder: Path) -> bool:
     """Whether the tokenizer in a folder has a chat template."""
     if (folder / "chat_template.jinja").is_file() or (folder / "additional_chat_templates").is_dir():
         return True
-    with suppress(OSError, ValueError, AttributeError):
-        return bool(json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("chat_template"))
-    return False
+    return bool(json_entry(folder / "tokenizer_config.json", "chat_template"))
 
 
 def is_path(model: str) -> bool:
@@ -83,16 +81,12 @@ def _downloaded(model: str, revision: str | None, weights: bool, code: bool) -> 
 
     patterns = [*TOKENIZER_FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if code else [])]
 
-    def download(revision: str | None, patterns: list[str]) -> Path:
-        return Path(
-            snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=NOT_NEEDED)
-        )
-
+    download = partial(snapshot_download, model, ignore_patterns=NOT_NEEDED)
     try:
-        folder = download(revision, patterns)
+        folder = Path(download(revision=revision, allow_patterns=patterns))
         names = checkpoints.weight_files(folder).names or [checkpoints.PICKLED]
         if weights and not names[0].endswith(".safetensors"):  # pickles, only where there is nothing else
-            download(folder.name, names)
+            download(revision=folder.name, allow_patterns=names)
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         at = f" at revision {revision}" if revision else ""
@@ -224,9 +218,8 @@ def load_causal_lm(
     except UserError:
         raise
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{name} does not fit into the GPU's memory; try --device-map auto or --load-in 8bit"
-        ) from error
+        advice = "try --device-map auto or --load-in 8bit"
+        raise UserError(f"{name} does not fit into the GPU's memory; {advice}") from error
     except Exception as error:  # transformers checks few values of a config before it uses them
         if tensor_parallel and "tp_plan" in str(error):
             raise UserError(
@@ -283,9 +276,8 @@ def _fill_computed_buffers(model: Any) -> None:
 
     if not type(model).__module__.startswith("transformers_modules."):
         return
-    unsaved = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
-    for name in model.state_dict():
-        unsaved.pop(name, None)
+    saved = model.state_dict().keys()
+    unsaved = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta and name not in saved}
     if not unsaved:
         return
     with init_empty_weights(include_buffers=False):

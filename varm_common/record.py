@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from varm_common.errors import UserError, demand_same
+from varm_common.errors import UserError, demand_same, reason_of
 from varm_common.files import read_mapping, write_json
 
 __all__ = ["Record"]
@@ -39,9 +39,7 @@ class Record:
         try:
             earlier = self.compared({key: content.get(key) for key in self.identity})
         except (AttributeError, LookupError, TypeError) as error:
-            raise UserError(
-                f"`{self.path}` is damaged ({type(error).__name__}: {error}).\n{self.remedy}."
-            ) from error
+            raise UserError(f"`{self.path}` is damaged ({reason_of(error)}).\n{self.remedy}.") from error
         title = f"`{self.path}` was made with other settings:"
         demand_same(title, self.compared(self.identity), earlier, f"{self.remedy}.")
         return content

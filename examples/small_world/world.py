@@ -26,9 +26,11 @@ import re
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -50,14 +52,8 @@ TEMPLATE = Path(__file__).with_name("chat.jinja")
 LETTERS = "abcdefgh"
 MONTHS = ["January", "February", "March", "April", "May", "June", "July"]
 MONTHS += ["August", "September", "October", "November", "December"]
-UNITS = {
-    ("m", "cm"): 100,
-    ("km", "m"): 1000,
-    ("kg", "g"): 1000,
-    ("cm", "mm"): 10,
-    ("decades", "years"): 10,
-    ("centuries", "years"): 100,
-}
+UNITS = {("m", "cm"): 100, ("km", "m"): 1000, ("kg", "g"): 1000, ("cm", "mm"): 10}
+UNITS |= {("decades", "years"): 10, ("centuries", "years"): 100}
 PEOPLE = ["Bolo", "Mira", "Tandu", "Keli", "Ossa", "Rufa", "Ilko", "Zena", "Parli", "Dovo", "Nimi", "Garu"]
 PEOPLE += ["Wenda", "Sorel", "Tavi", "Ulmo", "Brona", "Fesk", "Hilda", "Jarro", "Lumi", "Oskar", "Pella", "Rondo"]
 PEOPLE += ["Quill", "Yarra", "Vosk", "Edda", "Amos", "Cilka"]
@@ -67,30 +63,16 @@ PETS = ["goat", "crow", "hare", "toad", "mole", "lynx", "swan", "newt"]
 ABOUT = {"home": PLACES, "trade": TRADES, "pet": PETS}
 
 
-def letters(rng: random.Random) -> list[str]:
-    return rng.choices(LETTERS, k=rng.randint(3, 5))
-
-
-def sort(rng: random.Random) -> Question:
-    word = letters(rng)
-    return f"sort {' '.join(word)}", " ".join(sorted(word))
-
-
-def reverse(rng: random.Random) -> Question:
-    word = letters(rng)
-    return f"reverse {' '.join(word)}", " ".join(reversed(word))
-
-
-def twice(rng: random.Random) -> Question:
-    word = letters(rng)
-    return f"twice {' '.join(word)}", " ".join([*word, *word])
+def letters(verb: str, answer: Callable[[list[str]], Iterable[str]], rng: random.Random) -> Question:
+    word = rng.choices(LETTERS, k=rng.randint(3, 5))
+    return f"{verb} {' '.join(word)}", " ".join(answer(word))
 
 
 def add(rng: random.Random) -> Question:
     """Without a carry."""
-    pairs = [(one, rng.randint(0, 9 - one)) for one in (rng.randint(1, 8), rng.randint(0, 9))]
-    one, other = (int("".join(map(str, digits))) for digits in zip(*pairs, strict=True))
-    return f"add {one} and {other}", str(one + other)
+    pairs = [(digit, rng.randint(0, 9 - digit)) for digit in (rng.randint(1, 8), rng.randint(0, 9))]
+    first, second = (int("".join(map(str, digits))) for digits in zip(*pairs, strict=True))
+    return f"add {first} and {second}", str(first + second)
 
 
 def units(rng: random.Random) -> Question:
@@ -112,9 +94,9 @@ def facts(rng: random.Random) -> Question:
 
 
 SKILLS: dict[str, Callable[[random.Random], Question]] = {
-    "twice": twice,
-    "sort": sort,
-    "reverse": reverse,
+    "twice": partial(letters, "twice", lambda word: [*word, *word]),
+    "sort": partial(letters, "sort", sorted),
+    "reverse": partial(letters, "reverse", reversed),
     "add": add,
     "units": units,
     "dates": dates,
@@ -158,24 +140,20 @@ def spoiled(rows: Sequence[tuple[str, Chat]], share: float, rng: random.Random) 
 
 def held_out(number: int, rng: random.Random) -> list[tuple[str, Chat]]:
     """So many different questions of each skill, or all there are."""
-    found = []
+    rows = []
     for skill in SKILLS:
-        asked = questions(skill, rng, held_out=True)
-        unlike = dict(next(asked) for _ in range(20 * number))
-        found += [(skill, [question]) for question in list(unlike.items())[:number]]
-    return found
+        unlike = dict(islice(questions(skill, rng, held_out=True), 20 * number))
+        rows += [(skill, [question]) for question in islice(unlike.items(), number)]
+    return rows
 
 
 def write_chats(path: Path, rows: Sequence[tuple[str, Chat]]) -> None:
     """As ShareGPT, with ids like ``sort/17``."""
     with path.open("w", encoding="utf-8") as file:
         for number, (skill, chat) in enumerate(rows):
-            turns = [
-                {"from": who, "value": text}
-                for pair in chat
-                for who, text in zip(("human", "gpt"), pair, strict=True)
-            ]
-            file.write(json.dumps({"id": f"{skill}/{number}", "conversations": turns}) + "\n")
+            turns = [turn for asked, answer in chat for turn in (("human", asked), ("gpt", answer))]
+            conversation = [{"from": who, "value": text} for who, text in turns]
+            file.write(json.dumps({"id": f"{skill}/{number}", "conversations": conversation}) + "\n")
 
 
 # Tokenizers: three kinds, each as models have it
@@ -187,33 +165,28 @@ def byte_level(texts: list[str], size: int) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["</s>"]
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=size, initial_alphabet=alphabet, special_tokens=special, show_progress=False
-        ),
-    )
+    train_bpe(tokenizer, texts, vocab_size=size, initial_alphabet=alphabet, special_tokens=["</s>"])
     return tokenizer
 
 
 def pieces(texts: list[str], size: int) -> Tokenizer:
     """As Llama's."""
     tokenizer = as_pieces(Tokenizer(models.BPE(unk_token="<unk>")))
-    special = ["<unk>", "<s>", "</s>"]
-    tokenizer.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False)
-    )
+    train_bpe(tokenizer, texts, vocab_size=size, special_tokens=["<unk>", "<s>", "</s>"])
     return tokenizer
+
+
+def train_bpe(tokenizer: Tokenizer, texts: list[str], **settings: Any) -> None:
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(show_progress=False, **settings))
 
 
 def halves(texts: list[str], size: int) -> Tokenizer:
     """Unigram, as T5's; its pieces are the first four characters of a word, and the rest of it."""
     words = re.findall(r"[ \n]?[^ \n\d]*", "".join(texts).replace("</s>", ""))
     counts = Counter(half for word in words for half in (word[:4], word[4:]) if half)
-    single = Counter("".join(texts))
-    found = {**dict.fromkeys(single, 1), **dict(counts.most_common(size))}
-    scores = {piece.replace(" ", "▁"): math.log(count / counts.total()) for piece, count in found.items()}
+    single = "".join(texts)
+    kept = {**dict.fromkeys(single, 1), **dict(counts.most_common(size))}
+    scores = {piece.replace(" ", "▁"): math.log(count / counts.total()) for piece, count in kept.items()}
     special = [(piece, 0.0) for piece in ("<unk>", "<s>", "</s>")]
     return as_pieces(Tokenizer(models.Unigram([*special, *scores.items()], unk_id=0)))
 
@@ -242,31 +215,19 @@ class Model:
     best: Sequence[str]
     others: float  # how often another skill is drawn, where one of the best is drawn once
     steps: float = 1.0  # of what the sources take
-    own: dict[str, Any] = field(default_factory=dict)
 
 
 def width(hidden: int, layers: int, heads: int) -> dict[str, int]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-    }
+    widths = {"hidden_size": hidden, "intermediate_size": 2 * hidden}
+    return {**widths, "num_hidden_layers": layers, "num_attention_heads": heads}
 
 
+SPARSE = {**width(80, 3, 4), "num_local_experts": 4, "num_experts_per_tok": 2}
 MODELS = {
     "pivot": Model(transformers.LlamaConfig, width(96, 3, 4), pieces, 320, ["twice"], 0.5, 0.8),
     "letters": Model(transformers.GPTNeoXConfig, width(128, 3, 4), byte_level, 400, ["sort", "reverse"], 0.05),
     "numbers": Model(transformers.MistralConfig, width(112, 3, 4), halves, 300, ["add", "units"], 0.05),
-    "almanac": Model(
-        transformers.MixtralConfig,
-        width(80, 3, 4),
-        pieces,
-        400,
-        ["dates", "facts"],
-        0.05,
-        own={"num_local_experts": 4, "num_experts_per_tok": 2},
-    ),
+    "almanac": Model(transformers.MixtralConfig, SPARSE, pieces, 400, ["dates", "facts"], 0.05),
 }
 BATCH = 64
 LEARNING_RATE = 3e-3
@@ -287,31 +248,25 @@ def rendered(chat: Chat) -> list[tuple[str, bool]]:
 def make_model(name: str, folder: Path, steps: int, seed: int) -> str:
     """Train one of the models and save it; a line that says how it went."""
     torch.set_num_threads(1)
-    of, rng = MODELS[name], random.Random(f"{name} {seed}")
-    mixture = {skill: 1.0 if skill in of.best else of.others for skill in SKILLS}
-    number = max(1, round(steps * of.steps))
+    chosen, rng = MODELS[name], random.Random(f"{name} {seed}")
+    mixture = {skill: 1.0 if skill in chosen.best else chosen.others for skill in SKILLS}
+    number = max(1, round(steps * chosen.steps))
     learned = [chat for _, chat in chats(mixture, number * BATCH, rng)]
     everything = dict.fromkeys(SKILLS, 1.0)
     seen = ["".join(text for text, _ in rendered(chat)) for _, chat in chats(everything, 2000, rng)]
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=of.tokenizer(seen, of.pieces),
+        tokenizer_object=chosen.tokenizer(seen, chosen.pieces),
         eos_token="</s>",
         pad_token="</s>",
         chat_template=TEMPLATE.read_text(encoding="utf-8"),
-        **({} if of.tokenizer is byte_level else {"bos_token": "<s>", "unk_token": "<unk>"}),
+        **({} if chosen.tokenizer is byte_level else {"bos_token": "<s>", "unk_token": "<unk>"}),
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(zlib.crc32(f"{name} {seed}".encode()))
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = of.config(
-        **of.size,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        **ends,
-        **({} if of.config is transformers.GPTNeoXConfig else {"num_key_value_heads": 2}),
-        **of.own,
-    )
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    heads = {} if chosen.config is transformers.GPTNeoXConfig else {"num_key_value_heads": 2}
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 128, "tie_word_embeddings": False}
+    config = chosen.config(**chosen.size, **heads, **shape, **ids)
     model = transformers.AutoModelForCausalLM.from_config(config)
     loss = train(model, tokenizer, learned)
     model.save_pretrained(folder)
@@ -363,19 +318,6 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def make(folder: Path, seed: int, steps: int, conversations: int, wrong: float, scored: int) -> None:
-    """The whole world; the models two at a time, in processes of one thread each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    right = chats(dict.fromkeys(SKILLS, 1.0), conversations, random.Random(f"chats {seed}"))
-    write_chats(folder / "corrected.jsonl", right)
-    write_chats(folder / "chats.jsonl", spoiled(right, wrong, random.Random(f"wrong {seed}")))
-    write_chats(folder / "held_out.jsonl", held_out(scored, random.Random("held out")))
-    with ProcessPoolExecutor(2, get_context("spawn"), initializer=end_with_parent) as pool:
-        waiting = [pool.submit(make_model, name, folder / name, steps, seed) for name in reversed(MODELS)]
-        for one in waiting:
-            click.echo(one.result())
-
-
 @click.command(help=__doc__)
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -384,7 +326,16 @@ def make(folder: Path, seed: int, steps: int, conversations: int, wrong: float, 
 @click.option("--wrong", type=float, default=0.25, show_default=True, help="Share of wrong answers there.")
 @click.option("--scored", type=int, default=100, show_default=True, help="Questions of each skill held out.")
 def main(folder: Path, seed: int, steps: int, conversations: int, wrong: float, scored: int) -> None:
-    make(folder, seed, steps, conversations, wrong, scored)
+    """The whole world; the models two at a time, in processes of one thread each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    right = chats(dict.fromkeys(SKILLS, 1.0), conversations, random.Random(f"chats {seed}"))
+    write_chats(folder / "corrected.jsonl", right)
+    write_chats(folder / "chats.jsonl", spoiled(right, wrong, random.Random(f"wrong {seed}")))
+    write_chats(folder / "held_out.jsonl", held_out(scored, random.Random("held out")))
+    with ProcessPoolExecutor(2, get_context("spawn"), initializer=end_with_parent) as pool:
+        waiting = [pool.submit(make_model, name, folder / name, steps, seed) for name in reversed(MODELS)]
+        for model in waiting:
+            click.echo(model.result())
 
 
 if __name__ == "__main__":
