@@ -10,22 +10,18 @@ import click
 
 from varm_common.console import talks
 from varm_common.tables import size
-from varm_merge.commands.flags import by_name_flag, merge_flags
+from varm_merge.commands.flags import NEW_FOLDER, READ, flag, merge_flags, option, with_by_name, with_json
 
 __all__ = ["check"]
 
 
 @click.command()
-@click.argument("recipes", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@click.option("--offline", is_flag=True, help="Check only the recipe; read no model and use no network.")
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder where the merge will be written; checks its free space.",
-)
+@click.argument("recipes", nargs=-1, required=True, type=READ)
+@with_json
+@flag("--offline", help="Check only the recipe; read no model and use no network.")
+@option("--out", type=NEW_FOLDER, help="Folder where the merge will be written; checks its free space.")
 @talks(libraries=False)
-@by_name_flag
+@with_by_name
 @merge_flags
 def check(
     recipes: tuple[Path, ...], as_json: bool, offline: bool, out: Path | None, by_name: bool, options: Any

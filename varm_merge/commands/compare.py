@@ -10,53 +10,33 @@ import click
 
 from varm_common.console import talks
 from varm_common.tables import show
-from varm_merge.commands.task_flags import comma_separated, task_flags
+from varm_merge.commands.flags import COUNT, PLACE, READ, flag, option, with_cache_dir, with_device, with_trust
+from varm_merge.commands.task_flags import task_flags, with_commas
 
 __all__ = ["compare"]
 
 
 @click.command()
-@click.argument("recipes", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder of the report. `--tasks list` needs none.",
-)
-@click.option(
+@click.argument("recipes", nargs=-1, type=READ)
+@option("--out", required=True, type=PLACE, help="Folder of the report. `--tasks list` needs none.")
+@with_commas(
     "--methods",
-    multiple=True,
-    callback=comma_separated,
     help="Merge methods, comma-separated; varm:GRANULARITY is VaRM at that granularity, della:density=0.6 sets a "
     "parameter.",
 )
-@click.option("--base", help="The pivot, for --methods or if the recipes do not name it.")
-@click.option(
-    "--models", multiple=True, callback=comma_separated, help="Targets for --methods, comma-separated or repeated."
-)
-@click.option("--held-out", multiple=True, help="Chats or text to score on: JSONL, Parquet or a Hub id.")
-@click.option("--template", help="Chat template for --held-out. Default: the pivot's.")
+@option("--base", help="The pivot, for --methods or if the recipes do not name it.")
+@with_commas("--models", help="Targets for --methods, comma-separated or repeated.")
+@option("--held-out", multiple=True, help="Chats or text to score on: JSONL, Parquet or a Hub id.")
+@option("--template", help="Chat template for --held-out. Default: the pivot's.")
 @task_flags
-@click.option(
-    "--repeat",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="How often each recipe is merged; times are medians.",
-)
-@click.option("--keep/--no-keep", default=True, show_default=True, help="Keep the merged models, in OUT/models.")
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    help="Default: cpu for merges, a GPU for scores if there is one.",
-)
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Random seed, for methods that drop elements at random."
-)
+@option("--repeat", type=COUNT, default=1, help="How often each recipe is merged; times are medians.")
+@option("--keep/--no-keep", default=True, help="Keep the merged models, in OUT/models.")
+@with_device
+@option("--seed", default=0, help="Random seed, for methods that drop elements at random.")
 @click.option("--mergekit", default="", help="Options for mergekit-yaml, for example --mergekit=--lazy-unpickle.")
-@click.option("--cache-dir", type=click.Path(file_okay=False), help="Where models from the Hub are stored.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the models.")
-@click.option("--json", "as_json", is_flag=True, help="Print the content of report.json.")
+@with_cache_dir
+@with_trust
+@flag("--json", "as_json", help="Print the content of report.json.")
 @talks(libraries=False)
 def compare(
     recipes: tuple[Path, ...], out: Path, methods: tuple[str, ...], as_json: bool, quiet: bool, **options: Any

@@ -55,11 +55,7 @@ def doctor() -> None:
 def _problems() -> list[str]:
     """Why a new Python of this environment does not know the method; prints the start-up hook and the program."""
     probe = subprocess.run(  # away from the current folder, as mergekit-yaml itself starts
-        [sys.executable, "-c", PROBE],
-        capture_output=True,
-        text=True,
-        cwd=Path(sys.executable).parent,
-        check=False,
+        [sys.executable, "-c", PROBE], capture_output=True, text=True, cwd=Path(sys.executable).parent
     )
     if probe.returncode:
         reason = probe.stderr.strip().splitlines()[-1] if probe.stderr.strip() else "no message"
@@ -80,10 +76,8 @@ def _problems() -> list[str]:
     if script is None:
         problems.append(f"`mergekit-yaml` is not on PATH; it should be {own}. Activate this environment.")
     elif Path(script).resolve() not in {own.resolve(), user.resolve()}:
-        problems.append(
-            f"`mergekit-yaml` on PATH is that of another environment ({script}); this one's is {own}. "
-            "Activate this environment, or install varm-merge into the other."
-        )
+        other = f"`mergekit-yaml` on PATH is that of another environment ({script}); this one's is {own}."
+        problems.append(f"{other} Activate this environment, or install varm-merge into the other.")
     return problems
 
 

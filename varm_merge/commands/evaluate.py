@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable
-from functools import partial, reduce
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from varm_common.console import talks
 from varm_common.tables import show
+from varm_merge.commands.flags import COUNT, POSITIVE, READ, WRITTEN, Command, flag, option, with_options
 
 if TYPE_CHECKING:
     from varm_merge.evaluation.collect import Judging, Outcome
@@ -19,14 +20,13 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
-READ = click.Path(exists=True, dir_okay=False, path_type=Path)
-WRITTEN = click.Path(dir_okay=False, path_type=Path)
-POSITIVE = click.FloatRange(min=0, min_open=True)
-COUNT = click.IntRange(min=1)
+AMOUNT = click.FloatRange(min=0)
+DTYPE = click.Choice(["auto", "float32", "bfloat16", "float16"])
 LOCAL = ("revision", "device", "dtype", "batch_size", "chat_template", "trust_remote_code")
 CLIENT = ("key_variable", "timeout", "max_retries", "requests_per_minute", "tokens_per_minute")
 REMOTE = (*CLIENT, "concurrency")
 """Options of a model on this machine, of the client of an endpoint, and of all requests to it."""
+SAMPLING = ("max_new_tokens", "num_choices", "temperature", "seed")
 CUT_ANSWERS = {
     "length": "answers cut at --max-new-tokens",
     "context": "answers cut at the end of the model's context",
@@ -35,9 +35,6 @@ CUT_ANSWERS = {
 """Messages about answers that did not end by themselves."""
 SHOWN = 10
 """How many failures are listed; the others are only counted."""
-Command = Callable[..., None]
-option = partial(click.option, show_default=True)
-flag = partial(click.option, is_flag=True)
 
 
 @click.group()
@@ -69,44 +66,34 @@ def judge() -> None:
     """
 
 
-def with_options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Give a command several options, in this order."""
-    return lambda command: reduce(lambda decorated, add: add(decorated), reversed(options), command)
-
-
 def through_endpoint(prefix: str) -> Callable[[Command], Command]:
     """The options for requests to an endpoint."""
     key_help = (
         "Environment variable with the endpoint's key.  [default: OPENAI_API_KEY for api.openai.com; no other "
         "endpoint is sent a key]"
     )
+    requests_help = "Maximum number of requests per minute, repeated ones included."
+    tokens_help = "Maximum number of tokens per minute: estimated prompt plus longest possible answer."
     retries_help = "How often a request is repeated after a timeout, status 429 or 5xx, or a broken reply."
     return with_options(
         option(f"--{prefix}key-env", "key_variable", metavar="NAME", help=key_help),
         option("--timeout", type=POSITIVE, default=120, help="Seconds that one request may take."),
         option("--max-retries", type=click.IntRange(min=0), default=8, help=retries_help),
         option("--concurrency", type=COUNT, default=4, help="Number of requests at the same time."),
-        option(
-            "--requests-per-minute",
-            type=POSITIVE,
-            help="Maximum number of requests per minute, repeated ones included.",
-        ),
-        option(
-            "--tokens-per-minute",
-            type=POSITIVE,
-            help="Maximum number of tokens per minute: estimated prompt plus longest possible answer.",
-        ),
+        option("--requests-per-minute", type=POSITIVE, help=requests_help),
+        option("--tokens-per-minute", type=POSITIVE, help=tokens_help),
     )
 
 
+output_option = partial(option, "--output", "-o", required=True, type=WRITTEN)
 OPENAI = "https://api.openai.com/v1"
 with_json = flag("--json", "as_json", help="Print the result as JSON.")
 with_judge = with_options(
     option("--judge", "judge_model", required=True, help="Name of the judge model at the endpoint."),
     option("--judge-url", "url", default=OPENAI, help="URL of the endpoint, without /chat/completions."),
     through_endpoint("judge-"),
-    option("--price-in", type=click.FloatRange(min=0), help="Dollars per million prompt tokens."),
-    option("--price-out", type=click.FloatRange(min=0), help="Dollars per million answer tokens."),
+    option("--price-in", type=AMOUNT, help="Dollars per million prompt tokens."),
+    option("--price-out", type=AMOUNT, help="Dollars per million answer tokens."),
     flag("--yes", "-y", help="Start without asking for confirmation."),
     flag("--dry-run", help="Estimate the cost and send nothing."),
     with_json,
@@ -118,7 +105,7 @@ with_judge = with_options(
 @evaluate.command()
 @click.argument("model")
 @option("--questions", required=True, type=READ, help="MT-Bench's question.jsonl or AlpacaEval's JSON.")
-@option("--output", "-o", required=True, type=WRITTEN, help="File of answers to write.")
+@output_option(help="File of answers to write.")
 @option("--name", help="Name of the model in the file.  [default: the last part of MODEL]")
 @option("--max-new-tokens", type=COUNT, default=1024, help="Maximum length of an answer, in tokens.")
 @option(
@@ -128,9 +115,7 @@ with_judge = with_options(
     help="Number of answers to each question of MT-Bench; judges read only the first.",
 )
 @option(
-    "--temperature",
-    type=click.FloatRange(min=0),
-    help="Sampling temperature.  [default: FastChat's by category; 0 for AlpacaEval]",
+    "--temperature", type=AMOUNT, help="Sampling temperature.  [default: FastChat's by category; 0 for AlpacaEval]"
 )
 @option("--seed", type=int, default=0, help="Seed of the sampling.")
 @option(
@@ -140,12 +125,7 @@ with_judge = with_options(
     help="Number of answers generated at the same time; halved when memory runs out.",
 )
 @option("--device", default="auto", help="cpu, cuda:1, …; auto: all accelerators.")
-@option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    help="Dtype of the weights. auto: the checkpoint's.",
-)
+@option("--dtype", type=DTYPE, default="auto", help="Dtype of the weights. auto: the checkpoint's.")
 @option("--chat-template", type=READ, help="A Jinja file that replaces the model's template.")
 @option("--revision", help="Revision of a model on the Hub.")
 @flag("--trust-remote-code", help="Run code that comes with the model.")
@@ -159,18 +139,7 @@ with_judge = with_options(
 @with_json
 @talks(libraries=False)
 def answers(
-    model: str,
-    questions: Path,
-    output: Path,
-    name: str | None,
-    max_new_tokens: int,
-    num_choices: int,
-    temperature: float | None,
-    seed: int,
-    url: str | None,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
+    model: str, questions: Path, output: Path, url: str | None, as_json: bool, quiet: bool, **options: Any
 ) -> None:
     """Answer the questions of MT-Bench or of AlpacaEval, depending on the file of --questions.
 
@@ -193,18 +162,18 @@ def answers(
 
     _refuse_unused(LOCAL if url else REMOTE, "has no effect with --url" if url else "needs --url")
     file = read_questions(questions)
-    if num_choices > 1 and file.benchmark == "AlpacaEval":
+    if options["num_choices"] > 1 and file.benchmark == "AlpacaEval":
         raise click.UsageError("--num-choices is for MT-Bench: AlpacaEval's file has one output per instruction")
     folder = Path(model).resolve() if Path(model).is_dir() else Path(model)
-    settings = Settings(name or folder.name, max_new_tokens, num_choices, temperature, seed)
+    settings = Settings(options["name"] or folder.name, *(options[key] for key in SAMPLING))
     if url is None:
         from varm_merge.evaluation.local import LocalModel, answer_locally
 
-        own = {key: options[key] for key in LOCAL} | {"max_new_tokens": max_new_tokens}
+        own = {key: options[key] for key in (*LOCAL, "max_new_tokens")}
         local = LocalModel(model, warn=partial(_warn, err=True), **own)
         identity, answer = local.about(), partial(answer_locally, file.questions, settings, local)
     else:
-        endpoint, identity = _endpoint(url, model, **options), {"endpoint": url, "model": model}
+        endpoint, identity = _endpoint(url, model, options), {"endpoint": url, "model": model}
         answer = partial(answer_at_endpoint, file.questions, settings, endpoint, options["concurrency"])
     outcome, ends = write_answers(file, settings, identity, answer, output, quiet)
     if as_json:
@@ -219,7 +188,7 @@ def answers(
     sys.exit(1 if outcome.failed else 0)
 
 
-def _endpoint(url: str, model: str, **options: Any) -> "Endpoint":
+def _endpoint(url: str, model: str, options: Mapping[str, Any]) -> "Endpoint":
     from varm_merge.evaluation.endpoint import Endpoint
 
     return Endpoint(url, model, **{key: options[key] for key in CLIENT})
@@ -238,22 +207,10 @@ def _refuse_unused(names: tuple[str, ...], why: str) -> None:
 @option("--questions", required=True, type=READ, help="MT-Bench's question.jsonl.")
 @option("--prompts", required=True, type=READ, help="FastChat's judge_prompts.jsonl.")
 @option("--references", type=READ, help="Reference answers, FastChat's reference_answer/….jsonl.")
-@option(
-    "--output",
-    "-o",
-    required=True,
-    type=WRITTEN,
-    help="File of judgments to write; new judgments are added to existing ones.",
-)
+@output_option(help="File of judgments to write; new judgments are added to existing ones.")
 @with_judge
 def judge_mt_bench(
-    answers: tuple[Path, ...],
-    questions: Path,
-    prompts: Path,
-    references: Path | None,
-    output: Path,
-    quiet: bool,
-    **options: Any,
+    answers: tuple[Path, ...], questions: Path, prompts: Path, output: Path, quiet: bool, **options: Any
 ) -> None:
     """Rate each turn of each answer from 1 to 10 (single-answer grading), at temperature 0.
 
@@ -274,7 +231,7 @@ def judge_mt_bench(
     from varm_merge.evaluation import mt_bench
     from varm_merge.evaluation.questions import read_questions
 
-    games = mt_bench.games(read_questions(questions), answers, prompts, references)
+    games = mt_bench.games(read_questions(questions), answers, prompts, options["references"])
     with mt_bench.judgments(games, options["judge_model"], output) as judging:
         _judge(judging, output, quiet, **options)
 
@@ -283,7 +240,7 @@ def judge_mt_bench(
 @click.argument("outputs", type=READ)
 @option("--reference-outputs", required=True, type=READ, help="File of the outputs to compare with.")
 @option("--prompt", required=True, type=READ, help="alpaca_eval's alpaca_eval_clf.txt.")
-@option("--output", "-o", required=True, type=WRITTEN, help="File of annotations to write.")
+@output_option(help="File of annotations to write.")
 @option("--seed", type=int, default=0, help="Seed of the random order in which the judge sees the two outputs.")
 @with_judge
 def judge_alpaca_eval(
@@ -314,24 +271,14 @@ def judge_alpaca_eval(
 
 
 def _judge(
-    judging: "Judging",
-    output: Path,
-    quiet: bool,
-    *,
-    judge_model: str,
-    url: str,
-    price_in: float | None,
-    price_out: float | None,
-    yes: bool,
-    dry_run: bool,
-    as_json: bool,
-    **options: Any,
+    judging: "Judging", output: Path, quiet: bool, *, yes: bool, dry_run: bool, as_json: bool, **options: Any
 ) -> None:
     """Print the estimated cost, have the judgments made, print what they cost."""
+    model, url, price_in, price_out = (options[name] for name in ("judge_model", "url", "price_in", "price_out"))
     if (price_in is None) != (price_out is None):
         raise click.UsageError("give both --price-in and --price-out, or neither")
 
-    def price(usage: "Usage") -> float:
+    def price(usage: "Usage") -> Any:
         return (usage.prompt_tokens * (price_in or 0) + usage.completion_tokens * (price_out or 0)) / 1e6
 
     def dollars(usage: "Usage", before: str) -> str:
@@ -340,18 +287,13 @@ def _judge(
     estimate = judging.estimate()
     result: dict[str, Any] = {"output": str(output), "estimate": vars(estimate)}
     result |= {} if price_in is None else {"estimated_price": price(estimate)}
-    click.echo(
-        f"{estimate.requests} requests to {judge_model} at {url}; {judging.already} judgments exist", err=as_json
-    )
+    click.echo(f"{estimate.requests} requests to {model} at {url}; {judging.already} judgments exist", err=as_json)
     if judging.requests:
-        click.echo(
-            f"about {estimate.prompt_tokens:,} prompt tokens (4 bytes each), at most "
-            f"{estimate.completion_tokens:,} completion tokens{dollars(estimate, ', at most ')}",
-            err=as_json,
-        )
+        most = f"{estimate.prompt_tokens:,} prompt tokens (4 bytes each), at most {estimate.completion_tokens:,}"
+        click.echo(f"about {most} completion tokens{dollars(estimate, ', at most ')}", err=as_json)
     outcome = None
     if not dry_run:
-        endpoint = _endpoint(url, judge_model, **options) if judging.requests else None
+        endpoint = _endpoint(url, model, options) if judging.requests else None
         if endpoint and not yes:
             click.confirm("Start? (--yes skips this question)", abort=True, err=True)
         outcome = judging.run(endpoint, options["concurrency"], quiet)
@@ -362,10 +304,8 @@ def _judge(
         click.echo(json.dumps(result, indent=1))
     elif outcome:
         if used.requests:
-            click.echo(
-                f"{outcome.new} judged; the endpoint counted {used.prompt_tokens:,} prompt tokens and "
-                f"{used.completion_tokens:,} completion tokens{dollars(used, ', ')}"
-            )
+            counted = f"{used.prompt_tokens:,} prompt tokens and {used.completion_tokens:,} completion tokens"
+            click.echo(f"{outcome.new} judged; the endpoint counted {counted}{dollars(used, ', ')}")
         if used.uncounted:
             _warn(f"the endpoint did not count the tokens of {used.uncounted} replies")
         if unrated:

@@ -8,7 +8,7 @@ import click
 
 from varm_common.console import talks
 from varm_common.tables import show
-from varm_merge.commands.flags import by_name_flag, merge_flags
+from varm_merge.commands.flags import WRITTEN, merge_flags, option, with_by_name, with_json
 from varm_merge.merging.weights import Granularity
 
 __all__ = ["inspect"]
@@ -16,46 +16,25 @@ __all__ = ["inspect"]
 
 @click.command()
 @click.argument("recipe", type=click.Path(exists=True, path_type=Path))
-@click.option(
+@option(
     "--granularity",
     "granularities",
     multiple=True,
     type=click.Choice(get_args(Granularity)),
     help="Granularity to show in addition to the recipe's own; may be repeated. Default: all five.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-@click.option(
-    "--html",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write everything as one page that works offline.",
+@with_json
+@option("--html", type=WRITTEN, help="Write everything as one page that works offline.")
+@option("--png", type=WRITTEN, help="Draw the merge weights at the last --granularity, or at the recipe's own.")
+@option(
+    "--top", type=click.IntRange(min=0), default=5, help="How many of the most and least moved tensors to list."
 )
-@click.option(
-    "--png",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Draw the merge weights at the last --granularity, or at the recipe's own.",
-)
-@click.option(
-    "--top",
-    type=click.IntRange(min=0),
-    default=5,
-    show_default=True,
-    help="How many of the most and least moved tensors to list.",
-)
-@click.option("--device", default="cpu", show_default=True, help="Device on which tensors are measured.")
+@option("--device", default="cpu", help="Device on which tensors are measured.")
 @talks(libraries=False)
-@by_name_flag
+@with_by_name
 @merge_flags
 def inspect(
-    recipe: Path,
-    granularities: tuple[str, ...],
-    as_json: bool,
-    html: Path | None,
-    png: Path | None,
-    top: int,
-    device: str,
-    by_name: bool,
-    options: Any,
-    quiet: bool,
+    recipe: Path, granularities: tuple[str, ...], html: Path | None, png: Path | None, quiet: bool, **settings: Any
 ) -> None:
     """Show the merge weights that a `varm` recipe would give, without merging.
 
@@ -77,16 +56,16 @@ def inspect(
 
     for path in filter(None, (html, png)):  # found out before hours of measuring
         demand_place(path)
-    options = options.model_copy(update={"device": device, "quiet": quiet})
-    inspection = measure.inspect(recipe, options, granularities, by_name=by_name)
+    options = settings["options"].model_copy(update={"device": settings["device"], "quiet": quiet})
+    inspection = measure.inspect(recipe, options, granularities, by_name=settings["by_name"])
     if png is not None:
         heatmap.draw(inspection, granularities[-1] if granularities else measure.RECIPE, png)
     if html is not None:
         inspection_page.draw(inspection, html)
-    if as_json:
+    if settings["as_json"]:
         click.echo(json.dumps(inspection, indent=1))
         return
-    for table in tables(inspection, top):
+    for table in tables(inspection, settings["top"]):
         show(*table)
     for remark in inspection.get("remarks", ()):
         click.secho(f"! {remark}", fg="yellow", err=True)

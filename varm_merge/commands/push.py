@@ -9,6 +9,7 @@ import click
 
 from varm_common.console import talks
 from varm_common.tables import show, size
+from varm_merge.commands.flags import FOLDER, READ, flag, option, with_json
 
 if TYPE_CHECKING:
     from varm_merge.publishing.publish import Plan
@@ -17,25 +18,21 @@ __all__ = ["push"]
 
 
 @click.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=FOLDER)
 @click.argument("repository")
-@click.option(
-    "--public", is_flag=True, help="If the repository does not exist, create it as public. Default: private."
+@flag("--public", help="If the repository does not exist, create it as public. Default: private.")
+@option("--license", "license_id", help="Licence of the merge, if its parents have different ones.")
+@option(
+    "--comparison", type=READ, help="Markdown to include in the card, such as report.md of `varm-merge compare`."
 )
-@click.option("--license", "license_id", help="Licence of the merge, if its parents have different ones.")
-@click.option(
-    "--comparison",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Markdown to include in the card, such as report.md of `varm-merge compare`.",
-)
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Files to leave out; may be repeated.")
-@click.option("--overwrite-card", is_flag=True, help="Replace a README.md that a person wrote or edited.")
-@click.option("--allow-pickle", is_flag=True, help="Upload .bin and .pt files, too.")
-@click.option("--revision", help="Branch to push to; it is created if it does not exist.")
-@click.option("--create-pr", is_flag=True, help="Open a pull request instead.")
-@click.option("--message", default="Upload a merge by varm-merge", show_default=True, help="Commit message.")
-@click.option("--dry-run", is_flag=True, help="Show the files and the card, and send nothing. Needs no token.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@option("--exclude", multiple=True, metavar="GLOB", help="Files to leave out; may be repeated.")
+@flag("--overwrite-card", help="Replace a README.md that a person wrote or edited.")
+@flag("--allow-pickle", help="Upload .bin and .pt files, too.")
+@option("--revision", help="Branch to push to; it is created if it does not exist.")
+@flag("--create-pr", help="Open a pull request instead.")
+@option("--message", default="Upload a merge by varm-merge", help="Commit message.")
+@flag("--dry-run", help="Show the files and the card, and send nothing. Needs no token.")
+@with_json
 @talks(libraries=False)
 def push(folder: Path, repository: str, dry_run: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Publish a merged model with a model card: recipe, parents, merge weights, commands to reproduce it.

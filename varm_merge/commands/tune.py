@@ -10,47 +10,33 @@ import click
 
 from varm_common.console import talks
 from varm_common.tables import show
-from varm_merge.commands.flags import merge_flags
+from varm_merge.commands.flags import PLACE, READ, flag, merge_flags, option, with_device
 
 __all__ = ["tune"]
 
+SHARE = click.FloatRange(min=0.05, max=0.95)
+
 
 @click.command()
-@click.argument("recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--held-out", multiple=True, required=True, help="Chats or text: JSONL, Parquet or a Hub id.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the result.")
-@click.option("--base", help="The pivot, if the recipe names none. Default: its base_model.")
-@click.option("--template", help="Chat template for --held-out. Default: the pivot's.")
-@click.option(
+@click.argument("recipe", type=READ)
+@option("--held-out", multiple=True, required=True, help="Chats or text: JSONL, Parquet or a Hub id.")
+@option("--out", required=True, type=PLACE, help="Folder of the result.")
+@option("--base", help="The pivot, if the recipe names none. Default: its base_model.")
+@option("--template", help="Chat template for --held-out. Default: the pivot's.")
+@option(
     "--parameter",
     "parameters",
     multiple=True,
     metavar="NAME[:target|:depth][=LOW:HIGH]",
     help="What to search: one number, one per target, or three over the depth. Default: lambda.",
 )
-@click.option(
-    "--evaluations", type=click.IntRange(min=3), help="Maximum number of merges. Default: 12 for each number."
+@option("--evaluations", type=click.IntRange(min=3), help="Maximum number of merges. Default: 12 for each number.")
+@option("--report-share", type=SHARE, default=0.5, help="Share of the conversations that only report the result.")
+@option(
+    "--seed", default=0, help="Random seed, for splitting the conversations and for methods that drop elements."
 )
-@click.option(
-    "--report-share",
-    type=click.FloatRange(min=0.05, max=0.95),
-    default=0.5,
-    show_default=True,
-    help="Share of the conversations that only report the result.",
-)
-@click.option(
-    "--seed",
-    type=int,
-    default=0,
-    show_default=True,
-    help="Random seed, for splitting the conversations and for methods that drop elements.",
-)
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    help="Default: cpu for merges, a GPU for scores if there is one.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the content of tuned.json.")
+@with_device
+@flag("--json", "as_json", help="Print the content of tuned.json.")
 @talks(libraries=False)
 @merge_flags
 def tune(recipe: Path, out: Path, as_json: bool, options: Any, quiet: bool, **settings: Any) -> None:

@@ -8,19 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from varm_common.errors import UserError
-from varm_common.files import fingerprint, locked, sha256_of, write_file, written_to
+from varm_common.files import fingerprint, locked, sha256_of, sync_tree, write_file, written_to
 
-__all__ = [
-    "RECIPE",
-    "Steps",
-    "content_of",
-    "demand_folder",
-    "exclusive",
-    "is_a_merge",
-    "model_files",
-    "remove",
-    "state_of",
-]
+__all__ = ["Steps", "demand_folder", "exclusive", "is_a_merge", "model_files", "put", "remove", "state_of"]
 
 NOUNS = {"compare": "comparison", "tune": "search"}
 """What lies in the folder of a command."""
@@ -121,17 +111,10 @@ def state_of(files: Iterable[Path]) -> str:
         UserError: One cannot be read.
     """
     try:
-        states = [
-            (file.name, status.st_size, status.st_mtime_ns) for file in sorted(files) if (status := file.stat())
-        ]
+        states = [(file.name, (status := file.stat()).st_size, status.st_mtime_ns) for file in sorted(files)]
     except OSError as error:
         raise UserError(f"`{error.filename}` cannot be read: {error.strerror}") from error
     return fingerprint(states)
-
-
-def content_of(files: Iterable[Path]) -> str:
-    """A fingerprint of files by name and content."""
-    return fingerprint([(file.name, sha256_of(file)) for file in sorted(files)])
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -142,6 +125,20 @@ def model_files(folder: Path) -> list[Path]:
 def is_a_merge(folder: Path) -> bool:
     """Whether a comparison may replace or remove a folder: it is a merge with its recipe, empty, or not there."""
     return not folder.exists() or (folder.is_dir() and ((folder / RECIPE).is_file() or not any(folder.iterdir())))
+
+
+def put(merged: Path, folder: Path, recipe: str) -> dict[str, str]:
+    """Add its recipe to a merge, and move it to its folder in place of an earlier merge.
+
+    Returns:
+        Fingerprints of its files: the ``model`` by name and content, the ``state`` by name, size and time.
+    """
+    (merged / RECIPE).write_text(recipe, encoding="utf-8")
+    sync_tree(merged)
+    remove(folder)
+    merged.rename(folder)
+    files = model_files(folder)
+    return {"model": fingerprint([(file.name, sha256_of(file)) for file in files]), "state": state_of(files)}
 
 
 def remove(folder: Path) -> None:

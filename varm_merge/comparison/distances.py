@@ -42,10 +42,8 @@ def distances(merged: Path, pivot: Path, targets: Mapping[str, Path], quiet: boo
             or Inf.
     """
     try:
-        loaders = [
-            LazyTensorLoader(ShardedTensorIndex.from_disk(str(folder)))
-            for folder in (pivot, merged, *targets.values())
-        ]
+        folders = (pivot, merged, *targets.values())
+        loaders = [LazyTensorLoader(ShardedTensorIndex.from_disk(str(folder))) for folder in folders]
         return _compare(loaders, list(targets), quiet)
     except UserError:
         raise
@@ -76,12 +74,10 @@ def _compare(loaders: Sequence[LazyTensorLoader], targets: Sequence[str], quiet:
     if not tensors:
         raise UserError("no tensor has the same name and shape in the merged model, the pivot and the targets")
     pivot_size, delta_size = (math.sqrt(square) for square in models)
+    numbers = (_numbers(pivot_size, delta_size, *map(float, row)) for row in pairs)
     return {
         "pivot": _ratio(delta_size, pivot_size),
-        "targets": {
-            name: _numbers(pivot_size, delta_size, *map(float, row))
-            for name, row in zip(targets, pairs, strict=True)
-        },
+        "targets": dict(zip(targets, numbers, strict=True)),
         "tensors": tensors,
         "elements": elements,
         "not_compared": {"tensors": len(left_out), "some": sorted(left_out)[:MOST_NAMED]},

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from varm_common.errors import UserError, closest, reason_of
-from varm_merge.comparison.backends import CHAT, TRANSFORMERS, VLLM
+from varm_merge.comparison.backends import CHAT, VLLM
 from varm_merge.comparison.suites import Task
 from varm_merge.comparison.tasks import Tasks
 
@@ -37,10 +37,6 @@ class Leaf:
     name: str
     settings: Mapping[str, Any]
     file: Path | None
-
-    @property
-    def runs_code(self) -> bool:
-        return self.settings.get("unsafe_code", False) is not False
 
 
 @dataclass(frozen=True)
@@ -75,11 +71,11 @@ def check(tasks: Tasks, output: Path) -> None:
     from lm_eval.tasks import TaskManager
 
     index = TaskManager(include_path=tasks.include_path, include_defaults=False).task_index
-    names = [task.name for task in tasks.tasks if not Path(task.name).is_file()]
     try:
         leaves = {task.label: list(_leaves(task.name, index)) for task in tasks.tasks}
     except KeyError:
         index = TaskManager(include_path=tasks.include_path).task_index
+        names = [task.name for task in tasks.tasks if not Path(task.name).is_file()]
         if unknown := [name for name in names if name not in index]:
             similar = ((name, closest(name, index)) for name in unknown)
             shown = (f"`{name}`" + (f" (did you mean `{other}`?)" if other else "") for name, other in similar)
@@ -90,11 +86,8 @@ def check(tasks: Tasks, output: Path) -> None:
             sys.exit(f"Error: a task consists of {error}, which lm-evaluation-harness does not know")
     if problems := [*_problems(tasks, leaves)]:
         sys.exit(f"Error: {'; '.join(problems)}")
-    found = {
-        label: {"folders": _folders(own), "runs_code": any(leaf.runs_code for leaf in own)}
-        for label, own in leaves.items()
-    }
-    output.write_text(json.dumps(found), encoding="utf-8")
+    known = {label: {"folders": _folders(own), "runs_code": _runs_code(own)} for label, own in leaves.items()}
+    output.write_text(json.dumps(known), encoding="utf-8")
 
 
 def _leaves(name: Any, index: Mapping[str, Any], over: Mapping[str, Any] | None = None) -> Iterator[Leaf]:
@@ -142,18 +135,20 @@ def _folders(leaves: Sequence[Leaf]) -> list[str]:
     return sorted(str(folder) for folder in folders if not folders.intersection(folder.parents))
 
 
+def _runs_code(leaves: Sequence[Leaf]) -> bool:
+    return any(leaf.settings.get("unsafe_code", False) is not False for leaf in leaves)
+
+
 def _problems(tasks: Tasks, leaves: Mapping[str, Sequence[Leaf]]) -> Iterator[str]:
     """Why tasks cannot run as they are asked for; the harness would say it after hours, or ignore the setting."""
     for task in tasks.tasks:
         own = leaves[task.label]
-        if not tasks.allow_code and any(leaf.runs_code for leaf in own):
+        if not tasks.allow_code and _runs_code(own):
             yield f"{task.label} runs code that the models write: add --allow-code-execution, or leave it out"
             continue
         if task.shots and (fixed := [leaf for leaf in own if leaf.settings.get("num_fewshot") == 0]):
-            yield (
-                f"{task.label}: its file fixes the examples of {fixed[0].name} at 0, and the harness would ignore "
-                f"another number; name it `{task.name}:0`"
-            )
+            why = f"its file fixes the examples of {fixed[0].name} at 0"
+            yield f"{task.label}: {why}, and the harness would ignore another number; name it `{task.name}:0`"
         likelihood = [leaf.name for leaf in own if leaf.settings.get("output_type", GENERATE) != GENERATE]
         if tasks.backend == CHAT and likelihood:
             yield f"{task.label} compares likelihoods ({likelihood[0]}), which --backend {CHAT} cannot give"
@@ -219,37 +214,26 @@ def _model(tasks: Tasks, task: Task, run: Run) -> dict[str, Any]:
     import torch
     from lm_eval.utils import simple_parse_args_string
 
-    arguments = simple_parse_args_string(tasks.model_args) if tasks.model_args else {}
+    arguments = simple_parse_args_string(tasks.model_args)
     automatic = tasks.batch_size == "auto"
     if tasks.served:
-        path = "/chat/completions" if tasks.backend == CHAT else "/completions"
-        timeout = max(LEAST_TIMEOUT_S, (task.max_tokens or 0) // LEAST_TOKENS_PER_S)
-        own: dict[str, Any] = {}
-        if tasks.backend != CHAT:
-            own = {
-                "tokenizer": str(run.model),
-                "tokenizer_backend": "huggingface",
-                "trust_remote_code": run.trust_remote_code,
-                "add_bos_token": _adds_bos(run, task.chat),
-                **({} if run.length is None else {"max_length": run.length}),
-            }
-        return {
-            "model": "local-chat-completions" if tasks.backend == CHAT else "local-completions",
-            "model_args": {
-                "model": run.served_name,
-                "base_url": run.url + path,
-                "num_concurrent": AT_ONCE if automatic else int(tasks.batch_size),
-                "timeout": timeout,
-                **own,
-                **arguments,
-            },
-            "batch_size": 1,
+        chat = tasks.backend == CHAT
+        model: dict[str, Any] = {
+            "model": run.served_name,
+            "base_url": f"{run.url}{'/chat' if chat else ''}/completions",
+            "num_concurrent": AT_ONCE if automatic else int(tasks.batch_size),
+            "timeout": max(LEAST_TIMEOUT_S, (task.max_tokens or 0) // LEAST_TOKENS_PER_S),
         }
+        if not chat:
+            model |= {"tokenizer": str(run.model), "tokenizer_backend": "huggingface"}
+            model |= {"trust_remote_code": run.trust_remote_code, "add_bos_token": _adds_bos(run, task.chat)}
+            model |= {} if run.length is None else {"max_length": run.length}
+        name = "local-chat-completions" if chat else "local-completions"
+        return {"model": name, "model_args": {**model, **arguments}, "batch_size": 1}
     device = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = {"pretrained": str(run.model), "trust_remote_code": run.trust_remote_code, **arguments}
     if tasks.backend == VLLM:
         return {"model": "vllm", "model_args": model, "batch_size": tasks.batch_size}
-    assert tasks.backend == TRANSFORMERS
     batch_size = ON_CPU if automatic and device == "cpu" else tasks.batch_size
     return {"model": "hf", "model_args": model, "batch_size": batch_size, "device": device}
 

@@ -37,11 +37,11 @@ def model_folder(model: str, cache_dir: str | None) -> Path:
 
 def states(entry: Entry, cache_dir: str | None) -> dict[str, str]:
     """The state of every model that a recipe reads; one of which only the tokenizer is used is not downloaded."""
-    found = {model: model_state(model, cache_dir) for model in entry.models}
+    known = {model: model_state(model, cache_dir) for model in entry.models}
     for model in entry.tokenizers:
         folder = Path(ModelReference.model_validate(model).model.path)
-        found[model] = state_of(model_files(folder)) if folder.is_dir() else model
-    return found
+        known[model] = state_of(model_files(folder)) if folder.is_dir() else model
+    return known
 
 
 def model_state(model: str, cache_dir: str | None) -> str:

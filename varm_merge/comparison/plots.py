@@ -15,34 +15,20 @@ __all__ = ["Bar", "Plot", "Point", "available", "bars", "scatter"]
 
 WIDTH, LINE, LONGEST = 5.0, 0.22, 18
 """Inches: the width of a plot, the height of a line of text. The most letters of a name."""
-TEXT, GREY, GRID, CARD, MERGE, TARGET = (f"#{number:02x}0000" for number in range(1, 7))
+TEXT, GREY, GRID, CARD, MERGE, TARGET = DRAWN = [f"#{number:02x}0000" for number in range(1, 7)]
 """Colours that matplotlib draws in; ``_svg`` replaces them with those of the page's light or dark theme."""
-VARIABLES = {
-    TEXT: "--text",
-    GREY: "--muted",
-    GRID: "--line",
-    CARD: "--card",
-    MERGE: "--line-1",
-    TARGET: "--line-2",
-}
+VARIABLES = dict(zip(DRAWN, ("--text", "--muted", "--line", "--card", "--line-1", "--line-2"), strict=True))
 COLOURS = {"pivot": TEXT, "target": TARGET, "merge": MERGE}
 MARKERS = {"pivot": "s", "target": "^", "merge": "o"}
-STYLE = {
+STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "varm-merge",
-    "text.parse_math": False,
     "font.size": 11.0,
-    "text.color": TEXT,
-    "axes.labelcolor": TEXT,
-    "axes.edgecolor": GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.axisbelow": True,
-    "grid.color": GRID,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
     "xtick.labelcolor": GREY,
-    "ytick.labelcolor": TEXT,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "ytick.labelcolor"), TEXT),
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), GRID),
+    **dict.fromkeys(("text.parse_math", "axes.spines.top", "axes.spines.right"), False),
 }
 
 
@@ -86,9 +72,8 @@ def bars(title: str, values: Sequence[Bar]) -> Plot:
         ends = [0.0, *(bar.value + bar.error for bar in values)]
         for place, bar in enumerate(values):
             axes.barh(place, bar.value, 0.75, color=COLOURS[bar.role], gid=_mark(bar))
-            for colour, width in (
-                ((CARD, 4.0), (TEXT, 1.5)) if bar.error else ()
-            ):  # dark bars need the light border
+            # dark bars need the light border
+            for colour, width in ((CARD, 4.0), (TEXT, 1.5)) if bar.error else ():
                 axes.errorbar(bar.value, place, xerr=bar.error, color=colour, linewidth=width)
             number = f"{bar.value:,.0f}" if abs(bar.value) >= 1000 else f"{bar.value:.3g}"
             end = max(bar.value, 0.0) + bar.error
@@ -118,15 +103,9 @@ def scatter(title: str, across: str, up: str, points: Sequence[Point]) -> Plot:
         from_below = sorted(points, key=lambda point: point.y)
         places = _apart([(point.y - low) / (high - low) for point in from_below], LINE / (height - 0.9))
         for point, place in zip(from_below, places, strict=True):
-            axes.annotate(
-                _short(point.name),
-                (point.x, point.y),
-                (1.08, place),
-                textcoords="axes fraction",
-                va="center",
-                gid="name",
-                arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkB": 5, "relpos": (0, 0.5)},
-            )
+            line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkB": 5, "relpos": (0, 0.5)}
+            look = {"textcoords": "axes fraction", "va": "center", "gid": "name", "arrowprops": line}
+            axes.annotate(_short(point.name), (point.x, point.y), (1.08, place), **look)
         return Plot(title, _svg(title, figure))
 
 

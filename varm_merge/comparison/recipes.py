@@ -81,6 +81,7 @@ class Family:
         return (self.pivot, *self.targets)
 
 
+DROPPED = {"weight": 1.0, "density": 0.5, "normalize": True}
 PUBLISHED: dict[str, tuple[dict[str, Any], str]] = {
     "linear": ({"weight": 1.0}, "equal shares"),
     "multislerp": ({"weight": 1.0}, "equal shares, without a base model"),
@@ -95,15 +96,9 @@ PUBLISHED: dict[str, tuple[dict[str, Any], str]] = {
     "sce": ({"select_topk": 0.1}, "the top 10 % of the elements: FuseChat-7B v2"),
     **dict.fromkeys(
         ("dare_ties", "dare_linear"),
-        (
-            {"weight": 1.0, "density": 0.5, "normalize": True},
-            "half of each task vector dropped, weights normalised: FuseChat-7B v1; equal shares",
-        ),
+        (DROPPED, "half of each task vector dropped, weights normalised: FuseChat-7B v1; equal shares"),
     ),
-    **dict.fromkeys(
-        ("della", "della_linear"),
-        ({"weight": 1.0, "density": 0.5, "normalize": True}, "density as for DARE; equal shares"),
-    ),
+    **dict.fromkeys(("della", "della_linear"), (DROPPED, "density as for DARE; equal shares")),
     **dict.fromkeys(
         ("breadcrumbs", "breadcrumbs_ties"),
         (
@@ -148,7 +143,7 @@ def entries(
             raise UserError("--models needs --base: the pivot that the models were fine-tuned from")
         all_entries += [_method_entry(method, base, models, kept, folder) for method in dict.fromkeys(methods)]
     names = [entry.name for entry in all_entries]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name in names if names.count(name) > 1):
         raise UserError(f"more than one recipe is called `{twice[0]}`; rename one of the files")
     if not all_entries:
         raise UserError("nothing to compare: give recipes, or --methods with --base and --models")
@@ -238,10 +233,8 @@ def _method_entry(method: str, base: str, models: Sequence[str], kept: Mapping[s
         hint = did_you_mean(name, sorted(known), list_known=True)
         raise UserError(f"mergekit knows no method `{name}`{hint}")
     if granularity and (name != METHOD_NAME or granularity not in get_args(Granularity)):
-        raise UserError(
-            f"`{method}` is not a method: a granularity is given as varm:LEVEL, "
-            f"one of {', '.join(get_args(Granularity))}"
-        )
+        levels = ", ".join(get_args(Granularity))
+        raise UserError(f"`{method}` is not a method: a granularity is given as varm:LEVEL, one of {levels}")
     given = _given_parameters(known[name], options)
     content = {**_merged_models(known[name], base, models), **kept}
     parameters, source = PUBLISHED.get(name, ({}, "mergekit's own defaults"))

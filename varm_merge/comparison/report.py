@@ -18,16 +18,11 @@ MARKED = (
     "The best of a column is marked; a held-out score or a task's only if it differs from every other by more "
     f"than {NOISE:g} standard errors."
 )
+SAME_DIRECTION = "Of the elements that the target moved, the share moved in the same direction."
 TO_TARGETS = (
     ("distance", "Distance to each target", "‖merged − target‖ / ‖pivot‖.", "#.3g", "min"),
     ("cosine", "Cosine with each task vector", "1: the merge moved in its direction.", ".3f", "max"),
-    (
-        "sign_agreement",
-        "Sign agreement with each target",
-        "Of the elements that the target moved, the share moved in the same direction.",
-        ".1%",
-        "max",
-    ),
+    ("sign_agreement", "Sign agreement with each target", SAME_DIRECTION, ".1%", "max"),
 )
 """Name, title, note, format, and which end is better."""
 
@@ -51,56 +46,31 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     groups = columns.group_names(rows)
     distant = [row for row in rows if get(row, "distances", "targets") is not None]
     moved = [row for row in distant if row["role"] != "pivot"]
-    scores = [columns.loss(ALL, "loss, nats/byte"), columns.matched()] if groups else []
-    every = [
-        _table(
-            "side-by-side",
-            "Side by side",
-            f"Time and memory of whole mergekit-yaml runs, {_memory(report)}. Distance: ‖merged − pivot‖ / "
-            "‖pivot‖. Sign agreement: of the elements that a target moved, the share that the merge moved in the "
-            f"same direction; the mean over the targets. {MARKED}",
-            [
-                *columns.costs(rows),
-                columns.to_pivot(),
-                columns.sign_agreement(),
-                *scores,
-                *columns.task_measures(rows, main=True),
-            ],
-            rows,
-        ),
-        *(
-            _table(
-                name,
-                title,
-                note,
-                [columns.to_target(target, name, form, better) for target in targets],
-                distant if name == "distance" else moved,
-            )
-            for name, title, note, form, better in TO_TARGETS
-        ),
-        _table(
-            "held-out",
-            "Held-out loss by group, nats per byte",
-            f"Groups are the parts of the conversations' ids before the first “/”. {MARKED}",
-            [columns.loss(group, group) for group in groups if group != ALL],
-            rows,
-        ),
-        _table(
-            "held-out-difference",
-            "Held-out loss less the pivot's, nats per byte",
-            "Below 0 is better. ± is the standard error of the difference, from the two models' losses on "
-            f"the same conversations. Less than {NOISE:g} standard errors is noise.",
-            [columns.loss_minus_pivot(pivot, group) for pivot in pivots for group in groups],
-            [row for row in rows if row["role"] != "pivot" and row["held_out"]],
-        ),
-        _table(
-            "tasks",
-            "Tasks, all metrics",
-            f"By lm-evaluation-harness, ± its standard error. {MARKED}",
-            columns.task_measures(rows),
-            rows,
-        ),
-    ]
+    summary = [*columns.costs(rows), columns.to_pivot(), columns.sign_agreement()]
+    summary += [columns.loss(ALL, "loss, nats/byte"), columns.matched()] if groups else []
+    summary += columns.task_measures(rows, main=True)
+    note = (
+        f"Time and memory of whole mergekit-yaml runs, {_memory(report)}. Distance: ‖merged − pivot‖ / ‖pivot‖. "
+        "Sign agreement: of the elements that a target moved, the share that the merge moved in the same "
+        f"direction; the mean over the targets. {MARKED}"
+    )
+    every = [_table("side-by-side", "Side by side", note, summary, rows)]
+    for name, title, note, form, better in TO_TARGETS:
+        numbers = [columns.to_target(target, name, form, better) for target in targets]
+        every.append(_table(name, title, note, numbers, distant if name == "distance" else moved))
+    note = f"Groups are the parts of the conversations' ids before the first “/”. {MARKED}"
+    losses = [columns.loss(group, group) for group in groups if group != ALL]
+    every.append(_table("held-out", "Held-out loss by group, nats per byte", note, losses, rows))
+    note = (
+        "Below 0 is better. ± is the standard error of the difference, from the two models' losses on the same "
+        f"conversations. Less than {NOISE:g} standard errors is noise."
+    )
+    gaps = [columns.loss_minus_pivot(pivot, group) for pivot in pivots for group in groups]
+    scored = [row for row in rows if row["role"] != "pivot" and row["held_out"]]
+    title = "Held-out loss less the pivot's, nats per byte"
+    every.append(_table("held-out-difference", title, note, gaps, scored))
+    note = f"By lm-evaluation-harness, ± its standard error. {MARKED}"
+    every.append(_table("tasks", "Tasks, all metrics", note, columns.task_measures(rows), rows))
     return [table for table in every if len(table.header) > 1 and table.rows]
 
 
@@ -134,10 +104,8 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
         if reason := get(row, "distances", "not_comparable"):
             lines.append(f"{name} is not compared with the pivot and the targets: {reason}.")
         if number := left_out["tensors"]:
-            some = ", ".join(left_out["some"])
-            lines.append(
-                f"{name}: {number} tensors are not compared, they differ in shape or are missing ({some})."
-            )
+            why = f"they differ in shape or are missing ({', '.join(left_out['some'])})"
+            lines.append(f"{name}: {number} tensors are not compared, {why}.")
         if cut := get(row, "held_out", ALL, "cut_tokens"):
             lines.append(f"{name}: {cut} held-out tokens are beyond its context and are not scored.")
     if report["input_bytes"] > report["memory_bytes"]:
@@ -179,12 +147,9 @@ def markdown(report: Mapping[str, Any]) -> str:
 def _recipe(row: Row, report: Mapping[str, Any]) -> str:
     settings = f": {row['settings']}" if row["settings"] else ""
     fence = "`" * (3 if "```" not in row["recipe"]["text"] else 9)
-    options = " ".join(report["mergekit_options"])
-    return (
-        f"### {row['name']}\n\n{row['method']}{settings}\n\n"
-        f"    mergekit-yaml {row['recipe']['path']} OUT {options}\n\n"
-        f"{fence}yaml\n{row['recipe']['text'].rstrip()}\n{fence}"
-    )
+    command = f"    mergekit-yaml {row['recipe']['path']} OUT {' '.join(report['mergekit_options'])}"
+    code = f"{fence}yaml\n{row['recipe']['text'].rstrip()}\n{fence}"
+    return f"### {row['name']}\n\n{row['method']}{settings}\n\n{command}\n\n{code}"
 
 
 def _escaped(text: str) -> str:
@@ -208,16 +173,9 @@ def write_page(report: Mapping[str, Any], path: Path) -> None:
     Raises:
         UserError: It cannot be written.
     """
-    html = page.render(
-        "compare.html",
-        data={},
-        report=report,
-        tables=tables(report),
-        problems=problems(report),
-        remarks=remarks(report),
-        plots=_plots(report["rows"]) if plots.available() else None,
-    )
-    page.write(path, html)
+    drawn = _plots(report["rows"]) if plots.available() else None
+    texts = {"tables": tables(report), "problems": problems(report), "remarks": remarks(report)}
+    page.write(path, page.render("compare.html", data={}, report=report, plots=drawn, **texts))
 
 
 def _plots(rows: Sequence[Row]) -> list[plots.Plot]:

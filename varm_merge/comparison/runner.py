@@ -16,11 +16,11 @@ import click
 import psutil
 
 from varm_common.errors import UserError
-from varm_common.files import sha256_of, sync_tree
+from varm_common.files import sha256_of
 from varm_common.process_usage import MEMORY, CommandError, machine, measured
 from varm_common.tables import short_names, size
 from varm_common.versions import versions
-from varm_merge.comparison.cache import RECIPE, Steps, content_of, is_a_merge, model_files, remove, state_of
+from varm_merge.comparison.cache import Steps, is_a_merge, model_files, put, remove, state_of
 from varm_merge.comparison.distances import distances, moved_layers
 from varm_merge.comparison.inputs import model_folder, model_state, states
 from varm_merge.comparison.recipes import Entry, Family
@@ -69,14 +69,11 @@ class _Comparison:
         self.settings, self.command, self.out = settings, command, settings.out
         self.models, self.logs = self.out / "models", self.out / "logs"
         self.steps = Steps(self.out / "steps")
-        self.scorers = Scorers(
-            self.out / "work", settings.device, settings.trust_remote_code, settings.tasks is not None
-        )
+        with_tasks = settings.tasks is not None
+        self.scorers = Scorers(self.out / "work", settings.device, settings.trust_remote_code, with_tasks)
         names = short_names(family.models, [entry.name for entry in entries])
-        self.inputs = [
-            self._input_row(model, name, "target" if number else "pivot")
-            for number, (model, name) in enumerate(zip(family.models, names, strict=True))
-        ]
+        roles = ["pivot", *["target"] * len(family.targets)]
+        self.inputs = list(map(self._input_row, family.models, names, roles))
         self.merges = [self._merge_row(entry) for entry in entries]
         self.task_files: dict[str, Any] = {}
         if settings.tasks:
@@ -158,10 +155,11 @@ class _Comparison:
         inputs = {task.label: tasks.inputs(task) for task in tasks.tasks}
         about = {"tasks": inputs, "allow_code": tasks.allow_code}
         known = self.steps.load("known", "tasks", about)
-        if known is None or not all(Path(folder).is_dir() for one in known.values() for folder in one["folders"]):
+        folders = [folder for task in (known or {}).values() for folder in task["folders"]]
+        if known is None or not all(Path(folder).is_dir() for folder in folders):
             known = self.scorers.check_tasks(tasks, log)
             self.steps.save("known", "tasks", about, known)
-        if code := [label for label, one in known.items() if one["runs_code"]]:
+        if code := [label for label, task in known.items() if task["runs_code"]]:
             click.secho(f"! {', '.join(code)}: {UNSAFE}", fg="yellow", err=True)
         return known
 
@@ -183,17 +181,14 @@ class _Comparison:
         needed = ROOM * (sum(sizes) if self.settings.keep else max(sizes, default=0))
         free = psutil.disk_usage(str(self.out)).free
         if needed > free:
+            lack = f"the merged models take about {size(needed)}, `{self.out}` has {size(free)} free"
             advice = ", or --no-keep: one model at a time" if self.settings.keep else ""
-            raise UserError(
-                f"the merged models take about {size(needed)}, `{self.out}` has {size(free)} free; "
-                f"give an --out with more room{advice}"
-            )
+            raise UserError(f"{lack}; give an --out with more room{advice}")
         if sizes:
             self._print(f"{len(due)} to merge; the models take about {size(needed)} in {self.models}")
         self._print("reading the inputs")
-        for row in self.inputs:
-            for file in model_files(row.folder) if row.fingerprint else ():
-                sha256_of(file)
+        for file in self._input_files():
+            sha256_of(file)
 
     # Merging
 
@@ -232,13 +227,8 @@ class _Comparison:
                 file.write(f"$ {shlex.join(command)}\n")
             run = measured(command, log=log, environment=environment(None))
             if not _is_there(row, record):
-                (temporary / RECIPE).write_text(row.entry.text, encoding="utf-8")
-                sync_tree(temporary)
-                remove(row.folder)
-                temporary.rename(row.folder)
+                record |= put(temporary, row.folder, row.entry.text)
                 row.is_new = True
-                files = model_files(row.folder)
-                record |= {"model": content_of(files), "state": state_of(files)}
         except (CommandError, OSError) as error:
             self._fail(row, f"mergekit-yaml: {_reason(error)} ({log})")
             return
@@ -339,9 +329,11 @@ class _Comparison:
 
     # The report
 
+    def _input_files(self) -> list[Path]:
+        return [file for row in self.inputs if row.fingerprint for file in model_files(row.folder)]
+
     def _report(self) -> dict[str, Any]:
         settings = self.settings
-        input_files = [file for row in self.inputs if row.fingerprint for file in model_files(row.folder)]
         rows = [*self.inputs, *self.merges]
         return {
             "format": FORMAT,
@@ -352,7 +344,7 @@ class _Comparison:
             "memory": MEMORY,
             "repeat": settings.repeat,
             "mergekit_options": settings.merge_options(),
-            "input_bytes": sum(file.stat().st_size for file in input_files),
+            "input_bytes": sum(file.stat().st_size for file in self._input_files()),
             "memory_bytes": psutil.virtual_memory().total,
             "held_out": asdict(settings.held_out) if settings.held_out else None,
             "tasks": [task.label for task in settings.tasks.tasks] if settings.tasks else [],
@@ -372,12 +364,10 @@ def _is_there(row: Row, record: Mapping[str, Any]) -> bool:
 def _described(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     """A row of ``report.json``."""
     recipe: dict[str, Any] = {}
-    if row.entry:
-        recipe = {
-            "method": row.entry.method,
-            "settings": row.entry.settings,
-            "recipe": {"path": str(row.entry.path), "text": row.entry.text},
-        }
+    if entry := row.entry:
+        recipe = {"method": entry.method, "settings": entry.settings}
+        recipe |= {"recipe": {"path": str(entry.path), "text": entry.text}}
+    tasks = {kind: result for kind, result in row.results.items() if kind.startswith(TASK)}
     own = row.results.get("held-out")
     scored = [other for other in rows if "held-out" in other.results and other is not row]
     others = {other.name: other.results["held-out"] for other in scored}
@@ -395,11 +385,7 @@ def _described(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
             group: {**scores, "against": {name: differences(own, other, group) for name, other in others.items()}}
             for group, scores in own["groups"].items()
         },
-        "tasks": {
-            kind.removeprefix(TASK): result["measures"]
-            for kind, result in row.results.items()
-            if kind.startswith(TASK)
-        },
+        "tasks": {kind.removeprefix(TASK): result["measures"] for kind, result in tasks.items()},
     }
 
 

@@ -148,13 +148,10 @@ class Scorers:
         trust = ["--trust-remote-code"] if self.trust_remote_code else []
         self._run(run_module, "fusion_trainer", *arguments, *trust, log=log)
 
-    def _run(
-        self, function: Callable[..., object], *arguments: Any, log: Path, tasks: Tasks | None = None
-    ) -> None:
-        preload: Sequence[str] = [*PRELOAD, *(harness.PRELOAD if self.with_tasks else ())]
+    def _run(self, function: Callable[..., Any], *arguments: Any, log: Path, tasks: Tasks | None = None) -> None:
+        preload = [*PRELOAD, *(harness.PRELOAD if self.with_tasks else ())]
         variables = environment(self.device)
-        if tasks:
-            variables = tasks.environment(variables)
+        variables = tasks.environment(variables) if tasks else variables
         run_forked(function, *arguments, log=log, preload=preload, environment=variables)
 
 
@@ -190,17 +187,14 @@ def differences(scores: Mapping[str, Any], others: Mapping[str, Any], group: str
     Returns:
         For each score ``[difference, its standard error]``; the error is None with a single conversation.
     """
-    names = [
-        name
-        for name, sums in scores["conversations"].items()
-        if group in ("all", sums["group"]) and name in others["conversations"]
-    ]
+    own, their = scores["conversations"], others["conversations"]
+    names = [name for name, sums in own.items() if group in ("all", sums["group"]) and name in their]
 
     def sums_of(side: Mapping[str, Any], key: str) -> Sequence[float]:
-        return [side["conversations"][name][key] for name in names]
+        return [side[name][key] for name in names]
 
     return {
-        score: difference(*((sums_of(side, top), sums_of(side, bottom)) for side in (scores, others)))
+        score: difference(*((sums_of(side, top), sums_of(side, bottom)) for side in (own, their)))
         for score, (top, bottom) in RATIOS.items()
-        if all(any(sums_of(side, bottom)) for side in (scores, others))
+        if all(any(sums_of(side, bottom)) for side in (own, their))
     }

@@ -45,10 +45,9 @@ class Servers:
         """
         urls: dict[str, str] = {}
         for text in given:
-            match = NAMED.fullmatch(text)
-            name, url = match.groups(default="") if match else ("", "")
-            if not match:
+            if not (match := NAMED.fullmatch(text)):
                 raise UserError(f"--server-url: `{text}` is neither URL nor NAME=URL; a URL begins with http://")
+            name, url = match.groups(default="")
             if name in urls:
                 raise UserError(f"--server-url: two URLs for {f'`{name}`' if name else 'all models'}")
             urls[name] = checked_url(url, "--server-url")
@@ -91,7 +90,7 @@ class Servers:
         url = self.url(name)
         assert url is not None
         listed = {str(model["id"]): model for model in self._models(url)}
-        wanted = next((one for one in (name, str(folder), str(folder.resolve())) if one in listed), None)
+        wanted = next((text for text in (name, str(folder), str(folder.resolve())) if text in listed), None)
         if wanted is None and name in self.urls and len(listed) == 1:
             (wanted,) = listed
         if wanted is None:
@@ -112,9 +111,8 @@ class Servers:
                 models = json.load(reply)["data"]
             return [model for model in models if model["id"]]
         except urllib.error.HTTPError as error:
-            advice = "name the variable with its key with --server-key-env"
-            if error.code not in (401, 403):
-                advice = "is the URL right?"
+            denied = error.code in (401, 403)
+            advice = "name the variable with its key with --server-key-env" if denied else "is the URL right?"
             raise UserError(f"the server {url} answers {error.code} to {url}/models: {advice}") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"the server {url} does not answer, or lists no models: {error}") from error

@@ -76,10 +76,8 @@ def _chat(name: str, metric: str, max_tokens: int, shots: int = 0) -> Task:
     return Task(name, shots, chat=True, max_tokens=max_tokens, metric=metric)
 
 
-COT, FLEXIBLE, STRICT, EXTRACTED, DEFAULT = (
-    f"exact_match ({name})"
-    for name in ("get-answer", "flexible-extract", "strict_match", "custom-extract", "default")
-)
+FILTERS = ("get-answer", "flexible-extract", "strict_match", "custom-extract", "default")
+COT, FLEXIBLE, STRICT, EXTRACTED, DEFAULT = (f"exact_match ({name})" for name in FILTERS)
 OWN_PROMPT = "the paper's prompt is OpenCompass's"
 SAMPLED = "published: the mean of 32 sampled answers; here: one greedy answer"
 
@@ -164,18 +162,16 @@ def _named(name: str, shots: int | None, chat: bool) -> list[Task]:
     if name in SUITES:
         return SUITES[name].tasks
     if match := SHOTS.fullmatch(name):
-        if match["name"] in SUITES:
-            raise UserError(
-                f"--tasks: `{match['name']}` is a suite and has its own numbers of examples, so no `{name}`"
-            )
-        return [Task(match["name"], int(match["shots"]), chat)]
+        if (task := match["name"]) in SUITES:
+            raise UserError(f"--tasks: `{task}` is a suite and has its own numbers of examples, so no `{name}`")
+        return [Task(task, int(match["shots"]), chat)]
     return [Task(name, shots, chat)]
 
 
 def missing(names: Sequence[str]) -> Iterator[str]:
     """For each suite among the names a sentence on the benchmarks that the harness does not have."""
     for suite in (SUITES[name] for name in dict.fromkeys(names) if name in SUITES):
-        others = [f"{one.title} ({one.note})" for one in suite.benchmarks if one.task is None]
+        others = [f"{item.title} ({item.note})" for item in suite.benchmarks if item.task is None]
         if others:
             yield f"{suite.name}: lm-evaluation-harness does not have {', '.join(others)}"
 

@@ -133,13 +133,8 @@ def annotations(pairs: Sequence[Pair], prompt: Messages, judge: str, output: Pat
         UserError: The file is of other outputs, or was made with other settings.
     """
     texts = [[pair.reference["instruction"], pair.reference["output"], pair.model["output"]] for pair in pairs]
-    about = {
-        "format": FORMAT,
-        "judge": judge,
-        "seed": seed,
-        "prompt": fingerprint(prompt),
-        "outputs and references": fingerprint(texts),
-    }
+    about = {"format": FORMAT, "judge": judge, "seed": seed, "prompt": fingerprint(prompt)}
+    about |= {"outputs and references": fingerprint(texts)}
     unequal = [pair for pair in pairs if pair.reference["output"] != pair.model["output"]]
     with Journal(output, about) as journal:
 

@@ -7,7 +7,7 @@ appears when the last answer is there.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class Answer:
 Choices = list[list[Answer]]
 """The answers to a question: for each choice, one for each turn."""
 Answers = Iterator[tuple[Question, Choices | Failed]]
+Answering = Callable[[Container[Any]], Answers]
+"""Answers the questions whose ids are not in its argument."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,11 @@ class Chat:
 
 
 def write_answers(
-    questions: Questions,
-    settings: Settings,
-    model: Mapping[str, Any],
-    answer: Callable[[Container[Any]], Answers],
-    output: Path,
-    quiet: bool = False,
+    questions: Questions, settings: Settings, model: dict[str, Any], answer: Answering, output: Path, quiet: bool
 ) -> tuple[Outcome, Counter[str]]:
     """Write the answers that ``output`` lacks.
 
-    ``model`` identifies the model. ``answer`` answers the questions whose ids are not in its argument.
+    ``model`` identifies the model.
 
     Returns:
         The outcome, and how many of the new answers ended how (see ``Answer``).
@@ -121,24 +118,18 @@ def write_answers(
 
 def _content(questions: Questions, settings: Settings, journal: Journal) -> str:
     """The file as FastChat or alpaca_eval reads it."""
-    texts = journal.records
+    rows: list[dict[str, Any]] = []
+    name = settings.name
     if questions.benchmark == "AlpacaEval":
-        rows = [
-            {**question.row, "output": texts[question.id][0][0], "generator": settings.name}
-            for question in questions.questions
-        ]
+        for question in questions.questions:
+            rows.append({**question.row, "output": journal.records[question.id][0][0], "generator": name})
         return json.dumps(rows, indent=2) + "\n"
-    rows = []
     for question in sorted(questions.questions, key=lambda question: (isinstance(question.id, str), question.id)):
-        identity = json.dumps([settings.name, question.id, texts[question.id]])
-        row = {
-            "question_id": question.id,
-            "answer_id": hashlib.sha256(identity.encode()).hexdigest()[:22],
-            "model_id": settings.name,
-            "choices": [{"index": index, "turns": turns} for index, turns in enumerate(texts[question.id])],
-            "tstamp": journal.began,
-        }
-        rows.append(row)
+        choices = journal.records[question.id]
+        identity = hashlib.sha256(json.dumps([name, question.id, choices]).encode()).hexdigest()[:22]
+        shown = [{"index": index, "turns": turns} for index, turns in enumerate(choices)]
+        row = {"question_id": question.id, "answer_id": identity, "model_id": name, "choices": shown}
+        rows.append(row | {"tstamp": journal.began})
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 

@@ -13,6 +13,10 @@ from varm_merge.evaluation.endpoint import Endpoint, Failed, Reply, Usage, estim
 __all__ = ["Judging", "Outcome", "collect", "in_parallel"]
 
 
+Results = Iterable[tuple[Any, Any]]
+"""Jobs, each with its result or ``Failed``."""
+
+
 @dataclass
 class Outcome:
     """The number of results of earlier runs and of new ones, and why jobs failed, by name."""
@@ -47,13 +51,7 @@ def in_parallel(work: Callable[[Any], Any], jobs: Sequence[Any], threads: int) -
 
 
 def collect(
-    results: Iterable[tuple[Any, Any]],
-    keep: Callable[[Any, Any], None],
-    *,
-    there: int,
-    total: int,
-    unit: str,
-    quiet: bool,
+    results: Results, keep: Callable[[Any, Any], None], *, there: int, total: int, unit: str, quiet: bool
 ) -> Outcome:
     """Call ``keep`` with each job and its result. A progress bar counts from ``there`` to ``total``."""
     outcome = Outcome(there)

@@ -100,13 +100,9 @@ class Endpoint:
         self._next_start = 0.0
         self._limit = "max_tokens"
         self._lock = threading.Lock()
-        hooks = {"request": [self._wait], "response": [self._classify]}
+        http = openai.DefaultHttpxClient(event_hooks={"request": [self._wait], "response": [self._classify]})
         self._client = openai.OpenAI(
-            base_url=url,
-            api_key=self._key or NO_KEY,
-            timeout=timeout,
-            max_retries=max_retries,
-            http_client=openai.DefaultHttpxClient(event_hooks=hooks),
+            base_url=url, api_key=self._key or NO_KEY, timeout=timeout, max_retries=max_retries, http_client=http
         )
 
     def _wait(self, request: Any) -> None:

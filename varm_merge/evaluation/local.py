@@ -26,11 +26,13 @@ from varm_merge.evaluation.questions import Question
 
 __all__ = ["LocalModel", "Sampler", "answer_locally"]
 
-SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".py")
+SMALL = (".json", ".jinja", ".model", ".txt", ".py")
 CONTEXT_SETTINGS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 """Names under which configs store the longest context."""
 GREEDY_BELOW = 1e-4
 """Temperatures below this mean greedy decoding."""
+PLAIN = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+"""Settings that a model's own generation config might have otherwise."""
 MARK = "\u2713answered\u2713"
 log = logging.getLogger(__name__)
 
@@ -84,22 +86,13 @@ class LocalModel:
     @cached_property
     def model(self) -> Any:
         with self._loading("model"):
-            return load_causal_lm(
-                self.folder,
-                self.name,
-                dtype=self.dtype,
-                attention=None,
-                device=None,
-                device_map=self.device,
-                load_in=None,
-                trust_remote_code=self.code,
-            )
+            place: dict[str, Any] = {"device": None, "device_map": self.device}
+            return load_causal_lm(self.folder, self.name, dtype=self.dtype, trust_remote_code=self.code, **place)
 
     def about(self) -> dict[str, Any]:
         """Hashes of everything that decides the answers."""
-        files = sorted(
-            path for path in self.folder.iterdir() if path.suffix in SMALL_FILES and "safetensors" not in path.name
-        )
+        small = sorted(path for path in self.folder.iterdir() if path.suffix in SMALL)
+        files = [path for path in small if "safetensors" not in path.name]
         return {
             "weights": weights_fingerprint(self.folder, self.name),
             "model's files": fingerprint([[path.name, sha256_of(path)] for path in files]),
@@ -182,26 +175,16 @@ class LocalModel:
         if max(map(max, rows)) >= embeddings_VD.shape[0]:
             raise UserError(f"the tokenizer of `{self.name}` has tokens for which its weights have no row")
         width, pad = max(map(len, rows)), self.tokenizer.pad_token_id or 0
-        ids_BT = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-        mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        device = embeddings_VD.device
+        ids_BT = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+        mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         own = self.model.generation_config
         top_k, top_p = (50 if own.top_k is None else own.top_k), (1.0 if own.top_p is None else own.top_p)
-        config = GenerationConfig(
-            max_new_tokens=limit,
-            do_sample=False,
-            num_beams=1,
-            num_return_sequences=1,
-            return_dict_in_generate=False,
-            eos_token_id=sorted(self.stops) or None,
-            pad_token_id=pad,
-        )
-        generated_BT = self.model.generate(
-            ids_BT.to(embeddings_VD.device),
-            attention_mask=mask_BT.to(embeddings_VD.device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([Sampler(prompts, top_k, top_p)]),
-            tokenizer=self.tokenizer,
-        )
+        stops = sorted(self.stops) or None
+        config = GenerationConfig(max_new_tokens=limit, eos_token_id=stops, pad_token_id=pad, **PLAIN)
+        settings = {"generation_config": config, "tokenizer": self.tokenizer}
+        sampler = LogitsProcessorList([Sampler(prompts, top_k, top_p)])
+        generated_BT = self.model.generate(ids_BT, attention_mask=mask_BT, logits_processor=sampler, **settings)
         return [self._decoded(ids, limit) for ids in generated_BT[:, width:].tolist()]
 
     def _decoded(self, ids: list[int], limit: int) -> Answer:

@@ -7,7 +7,7 @@ Prompts and judgments are FastChat's, so its ``show_result`` reads them. A judgm
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ PROMPTS = {
 }
 """FastChat's prompts, by turn and whether there is a reference answer."""
 NO_RATING = -1
+Templates = dict[str, dict[str, Any]]
 RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 
 
@@ -100,20 +101,16 @@ def games(questions: Questions, answers: Sequence[Path], prompts: Path, referenc
         UserError: The files are incomplete; all gaps are listed.
     """
     models = Counter(path.stem for path in answers)
-    if twice := [name for name, count in models.items() if count > 1]:
-        raise UserError(
-            f"several files of answers are called {', '.join(twice)}; rename them, because the file's "
-            "name is the model's name"
-        )
+    if twice := ", ".join(name for name, count in models.items() if count > 1):
+        rule = "the file's name is the model's name"
+        raise UserError(f"several files of answers are called {twice}; rename them, because {rule}")
     if questions.benchmark != "MT-Bench":
         raise UserError("these are AlpacaEval's questions; use `evaluate judge alpaca-eval`")
     templates = _read_templates(prompts)
     with_reference = [question for question in questions.questions if question.category in WITH_REFERENCE]
     if with_reference and references is None:
-        raise UserError(
-            f"{len(with_reference)} questions of math, reasoning or coding need reference answers: give them "
-            "with --references FILE"
-        )
+        lack = f"{len(with_reference)} questions of math, reasoning or coding need reference answers"
+        raise UserError(f"{lack}: give them with --references FILE")
     known = _read_complete(references, with_reference) if references else {}
     shown = {question.id: known[question.id] for question in with_reference}
     return [
@@ -138,7 +135,7 @@ def _read_complete(path: Path, questions: Sequence[Question]) -> dict[int | str,
     return answers
 
 
-def _read_templates(path: Path) -> dict[str, dict[str, Any]]:
+def _read_templates(path: Path) -> Templates:
     templates = {row["name"]: row for row in checked(path, JudgePrompt) if row["output_format"] == "[[rating]]"}
     missing = [name for name in PROMPTS.values() if name not in templates]
     names = ", ".join(f"`{name}`" for name in templates)
@@ -147,14 +144,10 @@ def _read_templates(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _game(
-    model: str,
-    question: Question,
-    turn: int,
-    answers: Sequence[str],
-    references: Sequence[str],
-    templates: Mapping[str, Mapping[str, Any]],
+    model: str, question: Question, turn: int, answers: list[str], references: list[str], templates: Templates
 ) -> Game:
-    template = templates[PROMPTS[turn, bool(references)]]
+    name = PROMPTS[turn, bool(references)]
+    template = templates[name]
     values = {f"ref_answer_{number}": text for number, text in enumerate(references, 1)}
     if turn == 1:
         values |= {"question": question.turns[0], "answer": answers[0]}
@@ -164,10 +157,8 @@ def _game(
     try:
         text = str(template["prompt_template"]).format(**values)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"the prompt `{template['name']}` has a placeholder that nothing fills: {error}"
-        ) from error
-    return Game(model, question.id, turn, template["name"], template["system_prompt"], text)
+        raise UserError(f"the prompt `{name}` has a placeholder that nothing fills: {error}") from error
+    return Game(model, question.id, turn, name, template["system_prompt"], text)
 
 
 @contextmanager
@@ -185,26 +176,17 @@ def judgments(games: Sequence[Game], judge: str, output: Path) -> Iterator[Judgi
         judged = [(game, row) for game in games if (row := known.get(game.key(judge)))]
         if other := Counter(game.model for game, row in judged if row.get("user_prompt") != game.text):
             counts = ", ".join(f"{count} of `{model}`" for model, count in other.items())
-            raise UserError(
-                f"`{output}` has judgments of other answers, or with other prompts: {counts}. Give another "
-                "--output, or remove those lines."
-            )
+            reason = f"has judgments of other answers, or with other prompts: {counts}"
+            raise UserError(f"`{output}` {reason}. Give another --output, or remove those lines.")
         scores.update((game.key(judge), row["score"]) for game, row in judged)
 
     with Lines(output, read_scores) as lines:
 
         def add(game: Game, reply: Reply) -> None:
             score = rating(reply.text)
-            row = {
-                "question_id": game.question_id,
-                "model": game.model,
-                "judge": [judge, game.prompt],
-                "user_prompt": game.text,
-                "judgment": reply.text,
-                "score": score,
-                "turn": game.turn,
-                "tstamp": time.time(),
-            }
+            row: dict[str, Any] = {"question_id": game.question_id, "model": game.model}
+            row |= {"judge": [judge, game.prompt], "user_prompt": game.text, "judgment": reply.text}
+            row |= {"score": score, "turn": game.turn, "tstamp": time.time()}
             lines.add(row)
             scores[game.key(judge)] = score
 

@@ -48,9 +48,8 @@ def is_alpaca_eval(path: Path) -> bool:
     """
     row = rows_of(path)[0][1]
     if "preference" not in row and "score" not in row:
-        raise UserError(
-            f"`{path}` has neither judgments of MT-Bench (`score`) nor AlpacaEval's annotations (`preference`)"
-        )
+        kinds = "neither judgments of MT-Bench (`score`) nor AlpacaEval's annotations (`preference`)"
+        raise UserError(f"`{path}` has {kinds}")
     return "preference" in row
 
 
@@ -65,22 +64,17 @@ def mt_bench(judgments: Sequence[Path], questions: Path | None, baseline: str | 
     Raises:
         UserError: The files have judgments of several judges, or none of the baseline.
     """
+    rows = [row for path in judgments for row in checked(path, Judgment)]
     # the last judgment of each turn counts
-    latest = {
-        (row["model"], row["question_id"], row["turn"], row["judge"][0]): row
-        for path in judgments
-        for row in checked(path, Judgment)
-    }
+    latest = {(row["model"], row["question_id"], row["turn"], row["judge"][0]): row for row in rows}
     judges = sorted({judge for *_, judge in latest})
     if len(judges) > 1:
         raise UserError(f"the judgments come from several judges: {', '.join(judges)}; show one at a time")
     category = {item.id: item.category for item in read_questions(questions).questions} if questions else {}
     if unknown := sorted({str(id_) for _, id_, *_ in latest if category and id_ not in category}):
         raise UserError(f"`{questions}` has no question {', '.join(unknown[:5])}, which was judged")
-    models = {
-        model: _scores([row for row in latest.values() if row["model"] == model], category)
-        for model in dict.fromkeys(model for model, *_ in latest)
-    }
+    names = dict.fromkeys(name for name, *_ in latest)
+    models = {name: _scores([row for row in latest.values() if row["model"] == name], category) for name in names}
     if baseline is not None and baseline not in models:
         raise UserError(f"no model `{baseline}` was judged; there are {', '.join(f'`{name}`' for name in models)}")
     for name, model in models.items():
@@ -96,8 +90,7 @@ def mt_bench(judgments: Sequence[Path], questions: Path | None, baseline: str | 
 def _scores(rows: Sequence[Mapping[str, Any]], category: Mapping[Any, str]) -> dict[str, Any]:
     rated = [row for row in rows if row["score"] != NO_RATING]
     present = {*category.values()}
-    others = sorted(present.difference(CATEGORIES))
-    categories = [name for name in (*CATEGORIES, *others) if name in present]
+    categories = [name for name in CATEGORIES if name in present] + sorted(present.difference(CATEGORIES))
     groups: dict[str, list[float]] = {name: [] for name in (*categories, *TURNS.values(), AVERAGE)}
     for row in rated:
         for name in (category.get(row["question_id"]), TURNS.get(row["turn"]), AVERAGE):
@@ -155,10 +148,8 @@ def table(results: Mapping[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     if results["benchmark"] == "MT-Bench":
         against = f", with the improvement over {results['baseline']}" if results["baseline"] else ""
         groups = next(iter(models.values()))["scores"]
-        rows = [
-            [group.capitalize().replace("Stem", "STEM"), *(_cell(model, group) for model in models.values())]
-            for group in groups
-        ]
+        titles = {group: group.capitalize().replace("Stem", "STEM") for group in groups}
+        rows = [[titles[group], *(_cell(model, group) for model in models.values())] for group in groups]
         return f"MT-Bench, judged by {results['judge']}{against}", ["", *models], rows
     judge, reference = (" and ".join(_distinct(models, key)) for key in ("judge", "reference"))
     title = f"AlpacaEval 2, against {reference}, judged by {judge}"

@@ -42,9 +42,8 @@ def grid(granularities: Iterable[Iterable[Unit]]) -> Grid:
             stem = part.removesuffix(".weight")
             places[name] = block, stem if short[block, stem] == 1 else part
     columns = sorted({block for block, _ in places.values() if block}, key=natural_order)
-    rows = sorted(
-        {(not block, part) for block, part in places.values()}, key=lambda row: (row[0], natural_order(row[1]))
-    )
+    parts = {(not block, part) for block, part in places.values()}
+    rows = sorted(parts, key=lambda row: (row[0], natural_order(row[1])))
     row_of = {row: index for index, row in enumerate(rows)}
     column_of = {column: index for index, column in enumerate(columns)} | {"": -1}
     cells = {name: (row_of[not block, part], column_of[block]) for name, (block, part) in places.items()}
@@ -53,7 +52,6 @@ def grid(granularities: Iterable[Iterable[Unit]]) -> Grid:
 
 def _place(unit: str) -> tuple[str, str]:
     """The block of a unit, which is its name up to the first number, and the part of the block."""
-    name = re.match(r"(.*?\.\d+)(?:\.(.*))?$", unit, re.DOTALL)
-    if name:
+    if name := re.match(r"(.*?\.\d+)(?:\.(.*))?$", unit, re.DOTALL):
         return name[1], name[2] or "whole block"
     return "", "whole model" if unit == "model" else unit

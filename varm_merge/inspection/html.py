@@ -38,15 +38,19 @@ def draw(inspection: Mapping[str, Any], path: Path) -> None:
         UserError: It cannot be written.
     """
     targets: list[str] = inspection["targets"]
-    names, even = short_names(targets), 1 / len(targets)
-    labels = {key: _label(key, units) for key, units in inspection["units"].items()}
+    names = short_names(targets)
+    kinds = ", ".join(dict.fromkeys(unit["granularity"] for unit in inspection["units"][RECIPE]))
+    labels = {key: f"the recipe's own ({kinds})" if key == RECIPE else key for key in inspection["units"]}
     weights = [_weights(unit) for units in inspection["units"].values() for unit in units if unit["targets"]]
     every = [weight for own in weights for weight in own] or [0.0, 1.0]
-    depth = _depth(inspection.get("tensors", []), targets)
+    span = max((abs(weight - 1 / len(own)) for own in weights for weight in own), default=0.0)
+    scale = {"targets": names, "even": 1 / len(targets), "span": span}
+    tensors = inspection.get("tensors", [])
+    depth = _depth(tensors, targets)
     recipe = Path(inspection["recipe"]["path"])
     html = page.render(
         "inspection.html",
-        found=inspection,
+        inspection=inspection,
         name=recipe.resolve().parent.name if recipe.name == FILE_NAME else recipe.name,
         recipe=yaml.safe_dump(inspection["recipe"]["content"], sort_keys=False, allow_unicode=True),
         names=names,
@@ -54,29 +58,13 @@ def draw(inspection: Mapping[str, Any], path: Path) -> None:
         bounds=(max(min(every) - 0.02, 0.0), max(every) + 0.02),
         own=[_unit_row(unit, targets) for unit in inspection["units"][RECIPE]],
         remarks=list(_remarks(inspection, targets)),
-        effects=[_effect(labels[key], key, units, targets, names) for key, units in inspection["units"].items()],
-        tensors=sorted(
-            (_tensor_row(tensor, targets) for tensor in inspection.get("tensors", [])),
-            key=lambda row: -row["greatest"],
-        ),
+        effects={labels[key]: _effect(key, own, targets, names) for key, own in inspection["units"].items()},
+        tensors=sorted((_tensor_row(tensor, targets) for tensor in tensors), key=lambda row: -row["greatest"]),
         depth=depth,
         agreement=_agreement(inspection["agreement"], targets, names) if inspection.get("agreement") else None,
-        data={
-            "targets": names,
-            "even": even,
-            "span": max((abs(weight - 1 / len(own)) for own in weights for weight in own), default=0.0),
-            **_maps(inspection["units"], targets),
-            "labels": labels,
-            "depth": depth,
-        },
+        data={**scale, **_maps(inspection["units"], targets), "labels": labels, "depth": depth},
     )
     page.write(path, html)
-
-
-def _label(key: str, units: Iterable[Unit]) -> str:
-    if key != RECIPE:
-        return key
-    return f"the recipe's own ({', '.join(dict.fromkeys(unit['granularity'] for unit in units))})"
 
 
 def _weights(unit: Unit) -> list[float]:
@@ -95,40 +83,29 @@ def _maps(granularities: Mapping[str, Sequence[Unit]], targets: Sequence[str]) -
     def numbers(target: Mapping[str, float] | None) -> list[float] | None:
         return target and [float(f"{target['weight']:.7g}"), float(f"{target['statistic']:.4g}")]  # type: ignore[return-value]
 
+    def entry(unit: Unit) -> list[Any]:
+        sizes = unit["elements"], len(unit["tensors"]), int(unit.get("moved", True))
+        own = unit.get("problem") or [numbers(unit["targets"].get(target)) for target in targets]
+        return [unit["unit"], *places.cells[unit["unit"]], *sizes, own]
+
     places = grid(granularities.values())
-    return {
-        "rows": places.rows,
-        "columns": [list(column.rpartition(".")[::2]) for column in places.columns],
-        "units": {
-            key: [
-                [
-                    unit["unit"],
-                    *places.cells[unit["unit"]],
-                    unit["elements"],
-                    len(unit["tensors"]),
-                    int(unit.get("moved", True)),
-                    unit.get("problem") or [numbers(unit["targets"].get(target)) for target in targets],
-                ]
-                for unit in units
-            ]
-            for key, units in granularities.items()
-        },
-    }
+    columns = [list(column.rpartition(".")[::2]) for column in places.columns]
+    entries = {key: [entry(unit) for unit in units] for key, units in granularities.items()}
+    return {"rows": places.rows, "columns": columns, "units": entries}
 
 
 def _unit_row(unit: Unit, targets: Sequence[str]) -> dict[str, Any]:
     """A row of the table of weights."""
     remark = unit.get("problem") or ("" if unit.get("moved", True) else "no target moved: the pivot is kept")
     weights = [numbers and numbers["weight"] for numbers in map(unit["targets"].get, targets)]
-    return {"unit": unit["unit"], "elements": unit["elements"], "weights": weights, "remark": remark}
+    return {**unit, "weights": weights, "remark": remark}
 
 
 def _remarks(inspection: Mapping[str, Any], targets: Sequence[str]) -> Iterable[str]:
     """Sentences that a reader must know before believing the colours."""
     for key, units in inspection["units"].items():
         where = "The recipe" if key == RECIPE else f"Granularity {key}"
-        wrong = [unit["problem"] for unit in units if "problem" in unit]
-        if wrong:
+        if wrong := [unit["problem"] for unit in units if "problem" in unit]:
             yield f"{where}: {_counted(wrong)} cannot be merged. {wrong[0]}"
     own = inspection["units"][RECIPE]
     if still := [unit["unit"] for unit in own if not unit.get("moved", True)]:
@@ -145,9 +122,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
-def _effect(
-    label: str, key: str, units: Sequence[Unit], targets: Sequence[str], names: Sequence[str]
-) -> dict[str, Any]:
+def _effect(key: str, units: Sequence[Unit], targets: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
     """The effect of a granularity, in numbers and words."""
     sound = [unit for unit in units if unit["targets"]]
     elements = sum(unit["elements"] for unit in sound)
@@ -158,14 +133,9 @@ def _effect(
     weights = [[unit["targets"][name]["weight"] for unit in sound if name in unit["targets"]] for name in targets]
     leaders = Counter(_leader(unit) for unit in sound if unit.get("moved", True))
     leads = [f"{names[targets.index(name)]}\N{NO-BREAK SPACE}{count:,}" for name, count in leaders.most_common()]
-    return {
-        "label": label,
-        "meaning": MEANINGS.get(key, ""),
-        "units": len(units),
-        "spread": [(min(own), median(own), max(own)) if own else None for own in weights],
-        "apart": apart / elements if elements else None,
-        "leads": ", ".join(leads) or "–",
-    }
+    words = {"meaning": MEANINGS.get(key, ""), "leads": ", ".join(leads) or "–"}
+    spread = [(min(own), median(own), max(own)) if own else None for own in weights]
+    return {**words, "units": len(units), "spread": spread, "apart": apart / elements if elements else None}
 
 
 def _leader(unit: Unit) -> str:
@@ -178,13 +148,8 @@ def _tensor_row(tensor: Mapping[str, Any], targets: Sequence[str]) -> dict[str, 
     moves = [numbers and numbers["mean_squared_delta"] for numbers in map(tensor["targets"].get, targets)]
     greatest = max(move for move in moves if move is not None)
     pivot = tensor["pivot_mean_square"]
-    return {
-        "tensor": tensor["tensor"],
-        "elements": tensor["elements"],
-        "moves": moves,
-        "greatest": greatest,
-        "relative": math.sqrt(greatest / pivot) if pivot else None,
-    }
+    relative = math.sqrt(greatest / pivot) if pivot else None
+    return {**tensor, "moves": moves, "greatest": greatest, "relative": relative}
 
 
 def _depth(tensors: Iterable[Mapping[str, Any]], targets: Sequence[str]) -> list[dict[str, Any]]:
@@ -199,14 +164,11 @@ def _depth(tensors: Iterable[Mapping[str, Any]], targets: Sequence[str]) -> list
     def mean(total: list[float] | None) -> float | None:
         return float(f"{total[0] / total[1]:.4g}") if total and total[1] else None
 
-    return [
-        {
-            "stack": block.rpartition(".")[0],
-            "number": block.rpartition(".")[2],
-            "means": [mean(sums[block].get(target)) for target in targets],
-        }
-        for block in sorted(sums, key=natural_order)
-    ]
+    def point(block: str) -> dict[str, Any]:
+        stack, _, number = block.rpartition(".")
+        return {"stack": stack, "number": number, "means": [mean(sums[block].get(target)) for target in targets]}
+
+    return [point(block) for block in sorted(sums, key=natural_order)]
 
 
 def _agreement(agreement: Mapping[str, Any], targets: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
@@ -224,9 +186,6 @@ def _agreement(agreement: Mapping[str, Any], targets: Sequence[str], names: Sequ
 
     ranked = sorted(agreement["pairs"], key=lambda pair: float(pair["cosine"]))
     extremes = f"{named(ranked[-1])} moved most alike, {named(ranked[0])} least." if len(pairs) > 1 else ""
-    return {
-        "cosine": matrix("cosine"),
-        "sign_conflicts": matrix("sign_conflicts"),
-        "words": extremes,
-        "distances": [agreement["relative_distance"][target] for target in targets],
-    }
+    distances = [agreement["relative_distance"][target] for target in targets]
+    matrices = {key: matrix(key) for key in ("cosine", "sign_conflicts")}
+    return {**matrices, "words": extremes, "distances": distances}

@@ -8,7 +8,6 @@ the elements of a tensor while it is loaded.
 import itertools
 import json
 import math
-import operator
 import tempfile
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -51,7 +50,7 @@ class _Measured:
     targets: Sequence[Hashable]
     agreement: tensor_math.Agreement
     statistics: UnitStatistics
-    element_weights: Sequence[float]
+    element_weights: Mapping[Hashable, float]
 
 
 def inspect(
@@ -99,6 +98,7 @@ def inspect(
     targets = list(dict.fromkeys(target for part in measured for target in part.targets))
     wanted: list[Any] = [RECIPE, *(granularities or get_args(Granularity))]
     units = {name: _units(measured, None if name == RECIPE else name) for name in wanted}
+    remarks = [*(remark.message for remark in looked.remarks), *tally.remarks(content), *added_up(units[RECIPE])]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -109,7 +109,7 @@ def inspect(
         "units": units,
         "tensors": [_described(part) for part in measured],
         "agreement": _agreement(measured, targets),
-        "remarks": [*(one.message for one in looked.remarks), *tally.remarks(content), *added_up(units[RECIPE])],
+        "remarks": remarks,
     }
 
 
@@ -174,37 +174,22 @@ def _demand_units(units: Sequence[Mapping[str, Any]], targets: Sequence[str]) ->
 def _measure(tensor: planning.PlannedTensor, tally: rounding.Tally) -> Iterator[_Measured]:
     """The sums of a tensor, or of each expert's matrix in it."""
     settings = tensor.settings
-    group = None if settings.keep_pivot else tensor.load()
-    if group is None:
+    if settings.keep_pivot or (group := tensor.load()) is None:
         return
     tally.add(group)
     for name, part, _ in method.parts_of(group, replace(settings, granularity="matrix"), tensor.layout):
-        assert part.base is not None
         pivot, targets = part.base.tensor, [target.tensor for target in part.non_base]
         with torch.no_grad():
             statistics = method.tensor_statistics(part, settings)  # refuses NaN and Inf
             agreement = tensor_math.agreement(pivot, targets)
             weights = _element_weights(part, settings)
-        ids = [target.id for target in part.non_base]
-        yield _Measured(tensor, name, pivot.numel(), ids, agreement, statistics, weights)
+        yield _Measured(tensor, name, pivot.numel(), list(weights), agreement, statistics, weights)
 
 
-def _element_weights(group: TensorGroup, settings: Settings) -> list[float]:
+def _element_weights(part: TensorGroup, settings: Settings) -> dict[Hashable, float]:
     """The targets' weights at parameter granularity, averaged over the elements."""
-    assert group.base is not None
-    pivot, targets = group.base.tensor, [target.tensor for target in group.non_base]
-    priors = settings.priors_of(target.id for target in group.non_base)
-    if not any(priors):
-        return priors
-    _, sums = tensor_math.blend_elements(
-        pivot,
-        targets,
-        tensor_math.ElementWeights(*settings.weighting, tuple(priors)),
-        torch.empty_like(pivot, memory_format=torch.contiguous_format),
-        selection=method.selection_of(group, settings),
-        erase_minority=settings.erase_minority,
-    )
-    return [total / max(pivot.numel(), 1) for total in sums]
+    out = torch.empty_like(part.base.tensor, memory_format=torch.contiguous_format)
+    return method.merge_part(part, replace(settings, scale=1.0), method.Unit("", "parameter"), out)[1]
 
 
 # Units
@@ -235,21 +220,16 @@ def _unit(name: str, granularity: str, parts: Sequence[_Measured]) -> dict[str, 
     settings = parts[0].tensor.settings
     scales = {part.tensor.name: part.tensor.settings.scale for part in parts}
     names = sorted(scales, key=natural_order)
-    unit: dict[str, Any] = {
-        "unit": name,
-        "granularity": granularity,
-        "tensors": names,
-        "elements": max(statistics.elements.values()),
-        **scaled([scales[tensor] for tensor in names]),
-    }
+    elements = max(statistics.elements.values())
+    lambdas = scaled([scales[tensor] for tensor in names])
+    unit = {"unit": name, "granularity": granularity, "tensors": names, "elements": elements, **lambdas}
     if message := conflict(name, {part.tensor.name: part.tensor.settings for part in parts}):
         return {**unit, "problem": message, "targets": {}}
     if granularity == "parameter":
-        sizes = [part.elements for part in parts]
-        columns = zip(*(part.element_weights for part in parts), strict=True)
+        size = max(sum(part.elements for part in parts), 1)
         weights = {
-            target: sum(map(operator.mul, column, sizes)) / max(sum(sizes), 1)
-            for target, column in zip(parts[0].targets, columns, strict=True)
+            target: sum(part.element_weights[target] * part.elements for part in parts) / size
+            for target in parts[0].targets
         }
     else:
         weights = statistics.weights(settings)
@@ -284,17 +264,11 @@ def added_up(units: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _described(part: _Measured) -> dict[str, Any]:
     name, block, size = part.name, part.tensor.block, max(part.elements, 1)
-    return {
-        "tensor": name,
-        "block": block,
-        "module": submodule_of(name, block) if block else name,
-        "elements": part.elements,
-        "pivot_mean_square": part.agreement.pivot / size,
-        "targets": {
-            str(target): {"mean_squared_delta": square / size}
-            for target, square in zip(part.targets, part.agreement.squares, strict=True)
-        },
-    }
+    place = {"tensor": name, "block": block, "module": submodule_of(name, block) if block else name}
+    sizes = {"elements": part.elements, "pivot_mean_square": part.agreement.pivot / size}
+    squares = zip(part.targets, part.agreement.squares, strict=True)
+    targets = {str(target): {"mean_squared_delta": square / size} for target, square in squares}
+    return {**place, **sizes, "targets": targets}
 
 
 def _agreement(measured: Iterable[_Measured], targets: Sequence[Hashable]) -> dict[str, Any]:
@@ -313,12 +287,8 @@ def _agreement(measured: Iterable[_Measured], targets: Sequence[Hashable]) -> di
     for first, second in itertools.combinations(targets, 2):
         product, moved, opposite = map(float, sums[frozenset((first, second))])
         size = math.sqrt(squares[first]) * math.sqrt(squares[second])
-        pairs.append(
-            {
-                "targets": [str(first), str(second)],
-                "cosine": product / size if size else 0.0,
-                "sign_conflicts": opposite / moved if moved else 0.0,
-            }
-        )
+        cosine = product / size if size else 0.0
+        conflicts = opposite / moved if moved else 0.0
+        pairs.append({"targets": [str(first), str(second)], "cosine": cosine, "sign_conflicts": conflicts})
     distances = {str(target): math.sqrt(square / pivot) if pivot else 0.0 for target, square in squares.items()}
     return {"relative_distance": distances, "pairs": pairs}

@@ -46,9 +46,8 @@ def why_stale(reference: ModelReference, folder: Path, cache_dir: str | None) ->
     if recorded == _parents(reference, cache_dir):
         return None
     why = "was made from another version of it" if recorded else f"does not record its parents (no {STAMP})"
-    return (
-        f"`{folder}` keeps a merge of `{reference}`, and {why}: remove that folder, and it will be written again"
-    )
+    problem = f"`{folder}` keeps a merge of `{reference}`, and {why}"
+    return f"{problem}: remove that folder, and it will be written again"
 
 
 def _parents(reference: ModelReference, cache_dir: str | None) -> dict[str, str]:
@@ -107,8 +106,7 @@ def _try_to_load(reference: ModelReference, folder: Path, options: MergeOptions,
     if not own.architectures:
         return None
     with torch.device("meta"):
-        automatic = get_auto_cls(own.architectures[0])
-        model = automatic.from_config(own, trust_remote_code=options.trust_remote_code)
+        model = get_auto_cls(own.architectures[0]).from_config(own, trust_remote_code=options.trust_remote_code)
         model = peft.get_peft_model(model, settings, low_cpu_mem_usage=True)
     if not hasattr(model, "merge_and_unload"):
         return not_mergeable

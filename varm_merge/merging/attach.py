@@ -24,18 +24,11 @@ from mergekit.io.tasks import FinalizeModel, SaveTensor
 from mergekit.options import MergeOptions
 
 from varm_common.errors import UserError
-from varm_merge.merging import method, output_model, staging
+from varm_merge.merging import method, output_model, planning, staging
 from varm_merge.merging.experts import layout_of_model, layout_of_names
 from varm_merge.merging.mergekit_io import as_merged, swapped
 from varm_merge.merging.method import METHOD_NAME, DtypeError
-from varm_merge.merging.planning import (
-    architecture_names,
-    input_names,
-    planned_blocks,
-    recipe_content,
-    refuse_idle_filters,
-    run_state,
-)
+from varm_merge.merging.planning import recipe_content, refuse_idle_filters, run_state
 from varm_merge.merging.tasks import tasks_with_units
 from varm_merge.merging.weight_log import WeightLog
 from varm_merge.merging.weights import block_of
@@ -89,17 +82,12 @@ def _attach_to_planning(plan: ModuleType) -> None:
             return
         content = recipe_content(self.config)  # before mergekit rewrites it
         plan_tensors(self)
-        names = [weight.name for weight, _ in self._tensors]
-        refuse_idle_filters(self.config, [*names, *architecture_names(self)], input_names(self))
+        known = [*(weight.name for weight, _ in self._tensors), *planning.architecture_names(self)]
+        refuse_idle_filters(self.config, known, planning.input_names(self))
         run_state.log = WeightLog(self.config.base_model and str(self.config.base_model), content)
-        merges = tasks_with_units(
-            [task for _, task in self._tensors],
-            planned_blocks(self),
-            self.options,
-            run_state.log,
-            layout_of_model(self.out_model_config),
-            self.config.out_dtype,
-        )
+        tasks, blocks = [task for _, task in self._tensors], planning.planned_blocks(self)
+        layout, out_dtype = layout_of_model(self.out_model_config), self.config.out_dtype
+        merges = tasks_with_units(tasks, blocks, self.options, run_state.log, layout, out_dtype)
         self._tensors = [(weight, merge) for (weight, _), merge in zip(self._tensors, merges, strict=True)]
 
     planner_class._plan = _plan
@@ -119,13 +107,9 @@ def _attach_to_raw_command(script: ModuleType) -> None:
         names = [save.tensor_name for save in saves]
         refuse_idle_filters(config, names)
         run_state.log = WeightLog(config.base_model, recipe_content(config))
-        merges = tasks_with_units(
-            [save.tensor_task for save in saves],
-            {name: block_of(name) for name in names},
-            options.model_copy(update={"multi_gpu": False}),  # of no effect in this command
-            run_state.log,
-            layout_of_names(names),
-        )
+        blocks, layout = {name: block_of(name) for name in names}, layout_of_names(names)
+        options = options.model_copy(update={"multi_gpu": False})  # of no effect in this command
+        merges = tasks_with_units([save.tensor_task for save in saves], blocks, options, run_state.log, layout)
         saves = [save.model_copy(update={"tensor_task": merge}) for save, merge in zip(saves, merges, strict=True)]
         return [*saves, FinalizeModel(tensor_save_tasks=tuple(saves), writer_task=saves[0].writer_task)]
 
@@ -170,8 +154,7 @@ def _attach_to_run(merge: ModuleType) -> None:
 def _refuse_or_remark(text: str, options: MergeOptions, out: Path) -> None:
     """Check the recipe of a run; nothing that the check reads is kept during the merge."""
     looked, by_name, path = Looked(), run_state.by_name, run_state.path
-    problems = check(text, every=by_name, looked=looked, options=options, by_name=by_name, path=path, out=out)
-    refuse(problems, path)
+    refuse(check(text, every=by_name, looked=looked, options=options, by_name=by_name, path=path, out=out), path)
     for remark in looked.remarks:
         LOG.warning("line %d: %s", remark.line, remark.message)
 
@@ -220,9 +203,7 @@ def _attach_to_command(script: ModuleType) -> None:
         if not path.is_file():
             return callback(**arguments)
         text = recipe_file.read(path)
-        options = MergeOptions(
-            **{name: arguments[name] for name in MergeOptions.model_fields if name in arguments}
-        )
+        options = MergeOptions(**{name: arguments[name] for name in MergeOptions.model_fields.keys() & arguments})
         raw, is_varm = kind == "raw", recipe_file.uses_varm(text)
         out = Path(arguments["out_path"]) if raw else None
         refuse(check(text, kind=kind, models=raw, options=options, out=out), path)

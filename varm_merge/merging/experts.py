@@ -8,7 +8,7 @@ matrix is a unit at ``matrix`` granularity, named as in checkpoints that keep ex
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -72,32 +72,24 @@ def layout_of_names(names: Sequence[str]) -> Layout:
 
 def matrices(name: str | None, shape: Sequence[int], layout: Layout) -> list[tuple[str, Cut]]:
     """Name and cut of each expert's matrix (or bias) in a packed tensor [experts, …]; empty for other tensors."""
-    match = _PACKED.fullmatch(name or "")
-    if match is None:
+    if (match := _PACKED.fullmatch(name or "")) is None:
         return []
     kind = "bias" if match["kind"] in ("_bias", ".bias") else "weight"
     if len(shape) != (2 if kind == "bias" else 3):
         return []
-    return list(_matrices(match, shape, layout, kind))
-
-
-def _matrices(
-    match: "re.Match[str]", shape: Sequence[int], layout: Layout, kind: str
-) -> Iterator[tuple[str, Cut]]:
     place = match["place"] or f"{match['linear']}.experts"
     projection = match["projection"] or _SIDES[match["side"]]
     axis = 0 if kind == "bias" else layout.axis(shape[1:])
-    size = shape[1 + axis]
-    for expert in range(shape[0]):
-        stem = f"{place}.{expert}"
-        if projection == "gate_up_proj" and size % 2 == 0:
-            gate, up = slice(0, size // 2), slice(size // 2, None)
-            if layout.interleaved:
-                gate, up = slice(0, None, 2), slice(1, None, 2)
-            yield f"{stem}.gate_proj.{kind}", partial(_cut, expert, axis, gate)
-            yield f"{stem}.up_proj.{kind}", partial(_cut, expert, axis, up)
-        else:
-            yield f"{stem}.{projection}.{kind}", partial(_cut, expert, axis, slice(None))
+    size, rows = shape[1 + axis], {projection: slice(None)}
+    if projection == "gate_up_proj" and size % 2 == 0:
+        rows = {"gate_proj": slice(0, size // 2), "up_proj": slice(size // 2, None)}
+        if layout.interleaved:
+            rows = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+    return [
+        (f"{place}.{expert}.{part}.{kind}", partial(_cut, expert, axis, own_rows))
+        for expert in range(shape[0])
+        for part, own_rows in rows.items()
+    ]
 
 
 def _cut(expert: int, axis: int, rows: slice, packed: Tensor) -> Tensor:

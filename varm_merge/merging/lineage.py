@@ -16,19 +16,12 @@ import huggingface_hub
 import yaml
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-from varm_common.checkpoints import (
-    CONVERSION,
-    WeightFiles,
-    choose_weight_files,
-    fingerprint,
-    fingerprint_of,
-    weight_files,
-)
+from varm_common import checkpoints
+from varm_common.checkpoints import CONVERSION, WeightFiles, fingerprint, fingerprint_of
 
 __all__ = ["FUSION", "Place", "base_models_named", "files_on_the_hub", "foreign_targets", "weights_fingerprint"]
 
 FUSION = "fusion.json"
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -44,11 +37,10 @@ class Place:
         if Path(self.path).is_dir():
             return Path(self.path)
         with suppress(OSError):  # it is not in the cache
-            return Path(
-                huggingface_hub.snapshot_download(
-                    self.path, revision=self.revision, cache_dir=self.cache_dir, local_files_only=True
-                )
+            snapshot = huggingface_hub.snapshot_download(
+                self.path, revision=self.revision, cache_dir=self.cache_dir, local_files_only=True
             )
+            return Path(snapshot)
         return None
 
     def file(self, name: str) -> Path | None:
@@ -77,7 +69,7 @@ class Place:
     def weights(self) -> list[Path]:
         """Its weight files, if all of them are here."""
         folder = self.folder()
-        chosen = weight_files(folder) if folder else WeightFiles([])
+        chosen = checkpoints.weight_files(folder) if folder else WeightFiles([])
         return [] if folder is None or chosen.problems else [folder / name for name in chosen.names]
 
 
@@ -89,8 +81,7 @@ def foreign_targets(pivot: Place, targets: Sequence[Place]) -> Iterator[tuple[in
     """
     own_weights: str | None = None
     for number, target in enumerate(targets):
-        path = target.file(FUSION)
-        if path is None:
+        if (path := target.file(FUSION)) is None:
             continue
         try:
             recorded = json.loads(path.read_text(encoding="utf-8"))["pivot"]
@@ -105,7 +96,7 @@ def foreign_targets(pivot: Place, targets: Sequence[Place]) -> Iterator[tuple[in
 def base_models_named(place: Place) -> list[str]:
     """The base models that a model's card names in its metadata; empty if it names none that can be read."""
     try:
-        path = place.file(CARD)
+        path = place.file("README.md")
         metadata = huggingface_hub.metadata_load(path) if path else None
     except (ValueError, OSError, yaml.YAMLError):
         return []
@@ -136,9 +127,8 @@ def files_on_the_hub(place: Place, names: set[str]) -> WeightFiles:
     """The weight files of a model on the Hub that has the files ``names``; an index is downloaded."""
 
     def read(name: str) -> bytes:
-        path = place.file(name)
-        if path is None:
+        if (path := place.file(name)) is None:
             raise OSError(f"`{name}` cannot be downloaded")
         return path.read_bytes()
 
-    return choose_weight_files({name for name in names if "/" not in name}, read)
+    return checkpoints.choose_weight_files({name for name in names if "/" not in name}, read)

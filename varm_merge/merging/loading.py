@@ -50,14 +50,10 @@ def loaded(config: Any, tensors: Mapping[str, torch.Tensor], code: Any = None) -
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        _, info = _model_class(config, code).from_pretrained(
-            None,
-            config=deepcopy(config),
-            state_dict={name: tensor.to("meta") for name, tensor in tensors.items()},
-            device_map={"": "meta"},
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        model_class, own_config = _model_class(config, code), deepcopy(config)
+        state = {name: tensor.to("meta") for name, tensor in tensors.items()}
+        options = {"device_map": {"": "meta"}, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        _, info = model_class.from_pretrained(None, config=own_config, state_dict=state, **options)
     except Exception as error:  # a model's class may raise anything
         raise Unloadable(str(error)) from error
     finally:

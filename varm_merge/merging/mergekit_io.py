@@ -40,17 +40,13 @@ def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
 def as_merged(options: MergeOptions) -> Iterator[None]:
     """Load, merge and save in the block as a run of ``varm`` does."""
     is_on_the_hub = card.is_hf
-
-    def is_hf(path: str) -> bool:
-        """Whether a model is on the Hub, which is not queried for a folder like ``models/mine``."""
-        return not Path(path).exists() and bool(is_on_the_hub(path))
-
     with (
         fast_conversion(),
         whole_numbers_kept(),
         adapters_stamped(options),
         swapped(LoaderCache, "loaders", {}),  # not those of an earlier run: its files may have changed
-        swapped(card, "is_hf", is_hf),
+        # the Hub is not queried for a folder like `models/mine`
+        swapped(card, "is_hf", lambda path: not Path(path).exists() and bool(is_on_the_hub(path))),
     ):
         yield
 
@@ -74,8 +70,7 @@ def whole_numbers_kept() -> Iterator[None]:
     ) -> torch.Tensor | None:
         if self.output_weight.name.endswith(".num_batches_tracked") and self.base_model in tensors:
             return tensors[self.base_model].clone()
-        result: torch.Tensor | None = merge(self, tensors, **others)
-        return result
+        return merge(self, tensors, **others)  # type: ignore[no-any-return]
 
     def save_exactly(self: SaveTensor, writer: Any, tensor: torch.Tensor | None) -> None:
         is_integer = tensor is not None and self.dtype and not tensor.is_floating_point()
@@ -115,18 +110,16 @@ def fast_conversion() -> Iterator[None]:
     sources_of = functools.cache(_conversion_sources)  # checkpoints with the same names share an entry
 
     def load_converted(self: LoadTensor, loader: Any) -> torch.Tensor | None:
-        if (known := vars(loader).get("_varm_conversion")) is None:
+        if "_varm_conversion" not in vars(loader):
             model_type = self.model.config(trust_remote_code=LoaderCache().trust_remote_code).model_type
-            sources = sources_of(model_type, frozenset(loader.index.tensor_paths))
-            known = loader._varm_conversion = model_type, sources
-        model_type, sources = known
+            loader._varm_conversion = model_type, sources_of(model_type, frozenset(loader.index.tensor_paths))
+        model_type, sources = loader._varm_conversion
         device = self.device or "cpu"
         for target in (self.tensor, *(self.aliases or ())):
             if names := sources.get(target):
                 tensors = {name: functools.partial(_read, loader, name, device) for name in names}
-                tensor: torch.Tensor | None = convert_checkpoint_tensors(model_type, tensors, target)
-                if tensor is not None:
-                    return tensor.to(device)
+                if (tensor := convert_checkpoint_tensors(model_type, tensors, target)) is not None:
+                    return tensor.to(device)  # type: ignore[no-any-return]
         return None
 
     with swapped(LoadTensor, "_load_converted_tensor", load_converted):
@@ -137,12 +130,11 @@ def _read(loader: Any, name: str, device: str) -> torch.Tensor:
     """A tensor of a checkpoint. mergekit's loader goes over all names of a shard for each tensor that it reads."""
     file = loader.index.tensor_paths[name]
     opened, shard = vars(loader).get("_varm_shard", (None, None))
-    if opened != file or shard is None:
-        tensor: torch.Tensor = loader.get_tensor(name, device=device)
-        loader._varm_shard = file, getattr(loader, "current_shard", None)
-        return tensor
-    read: torch.Tensor = shard.get_tensor(name).to(device)
-    return read
+    if opened == file and shard is not None:
+        return shard.get_tensor(name).to(device)  # type: ignore[no-any-return]
+    tensor: torch.Tensor = loader.get_tensor(name, device=device)
+    loader._varm_shard = file, getattr(loader, "current_shard", None)
+    return tensor
 
 
 def _conversion_sources(model_type: str | None, names: Iterable[str]) -> dict[str, tuple[str, ...]]:

@@ -12,22 +12,14 @@ from typing import Annotated, Any
 
 import torch
 from mergekit import merge_methods
-from mergekit.merge_methods import (
-    BasePolicy,
-    BatchOptions,
-    InputContract,
-    MergeMethod,
-    MergeMethodSpec,
-    OptionalTensorPolicy,
-    ParameterScope,
-    TensorGroup,
-)
+from mergekit.merge_methods import MergeMethod, ParameterScope, TensorGroup
 from mergekit.merge_methods.base import ParameterSpec
 from pydantic import Field
 
 from varm_common.errors import UserError
 from varm_merge.merging import tensor_math
 from varm_merge.merging.experts import PLAIN, Layout, layout_of_names, matrices
+from varm_merge.merging.tensor_math import Selection
 from varm_merge.merging.weight_log import UnitRecord, WeightLog
 from varm_merge.merging.weights import (
     RECIPE_NAMES,
@@ -48,10 +40,10 @@ __all__ = [
     "NonFiniteError",
     "Unit",
     "VarmMethod",
+    "merge_part",
     "parts_of",
     "refuse",
     "refuse_overflow",
-    "register",
     "selection_of",
     "tensor_statistics",
 ]
@@ -68,16 +60,7 @@ def _parameter(name: str, value_type: Any, description: str) -> ParameterSpec:
     return ParameterSpec(name, value_type, ParameterScope.SHARED, default=default, description=description)
 
 
-_WEIGHT = ParameterSpec(
-    "weight",
-    Annotated[_FiniteFloat, Field(ge=0)],
-    ParameterScope.NON_BASE,
-    default=1.0,
-    description="factor of a target's merge weight before these are made to sum to 1",
-)
-
-
-SPEC = MergeMethodSpec(
+SPEC = merge_methods.MergeMethodSpec(
     name=METHOD_NAME,
     pretty_name="VaRM",
     reference_url="https://arxiv.org/abs/2402.16107",
@@ -90,10 +73,16 @@ SPEC = MergeMethodSpec(
         _parameter("erase_minority", bool, "drop deltas against the summed delta's sign (SCE)"),
         _parameter("keep_pivot", bool, "copy the tensor from the pivot"),
         _parameter("lambda", _FiniteFloat, "scale of the merged task vector"),
-        _WEIGHT,
+        ParameterSpec(
+            "weight",
+            Annotated[_FiniteFloat, Field(ge=0)],
+            ParameterScope.NON_BASE,
+            default=1.0,
+            description="factor of a target's merge weight before these are made to sum to 1",
+        ),
     ),
-    contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2, min_non_base=1),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
+    contract=merge_methods.InputContract(base=merge_methods.BasePolicy.REQUIRED, min_inputs=2, min_non_base=1),
+    optional_tensor_policy=merge_methods.OptionalTensorPolicy.PASSTHROUGH_BASE_SINGLETON,
 )
 
 
@@ -102,8 +91,8 @@ class Unit:
     """The unit of the tensor that is merged.
 
     Attributes:
-        name: Of the unit.
-        granularity: Of the unit.
+        name: Its name.
+        granularity: Its granularity.
         statistics: Of the whole unit; None where the unit is this tensor, which is then measured by the method.
         log: Records the weights of a unit of one tensor.
         layout: How the tensor packs experts.
@@ -154,7 +143,7 @@ class VarmMethod(MergeMethod):  # type: ignore[misc]
         self,
         groups: Sequence[TensorGroup],
         parameters: list[dict[str, Any]],
-        options: BatchOptions,
+        options: merge_methods.BatchOptions,
         *,
         input_dtypes: Sequence[torch.dtype],
         out_dtype: torch.dtype | None = None,
@@ -171,15 +160,8 @@ class VarmMethod(MergeMethod):  # type: ignore[misc]
             )
 
 
-def register() -> None:
-    """Make ``varm`` known to mergekit; a second call does nothing."""
-    if METHOD_NAME not in {method.spec.name for method in merge_methods.registered_methods()}:
-        merge_methods.register(VarmMethod())
-
-
 def refuse(reason: str) -> None:
     """Make every further use of ``varm`` in this process end with ``reason``."""
-    register()
     merge_methods.get(METHOD_NAME).refusal = reason
 
 
@@ -198,42 +180,29 @@ def _merge(
         refuse_overflow(name, out.copy_(pivot), dtype)
         return out
     parts = parts_of(group, settings, unit.layout)
-    merged = [_merge_part(part, settings, unit, cut(out)) for _, part, cut in parts]
+    merged = [merge_part(part, settings, unit, cut(out)) for _, part, cut in parts]
     if unit.log is not None and unit.statistics is None:
         names = [part_name for part_name, _, _ in parts] if len(parts) > 1 else [unit.name]
-        sizes = [part.base.tensor.numel() for _, part, _ in parts]
         if unit.granularity == "parameter":  # one record for the tensor
-            names, merged, sizes = [unit.name], [_pooled(merged, sizes)], [sum(sizes)]
-        for unit_name, (statistics, weights), elements in zip(names, merged, sizes, strict=True):
-            unit.log.add(
-                UnitRecord(
-                    unit_name,
-                    unit.granularity,
-                    [name],
-                    elements,
-                    statistics.means(),
-                    weights,
-                    [settings.scale],
-                    settings.priors,
-                )
-            )
+            names, merged = [unit.name], [_pooled(merged)]
+        scales, priors = [settings.scale], settings.priors
+        for unit_name, (statistics, weights) in zip(names, merged, strict=True):
+            unit.log.add(UnitRecord(unit_name, unit.granularity, [name], statistics, weights, scales, priors))
     refuse_overflow(name, out, dtype)
     return out
 
 
-def _merge_part(
-    group: TensorGroup, settings: Settings, unit: Unit, place: torch.Tensor
-) -> tuple[UnitStatistics, dict[Hashable, float]]:
+Merged = tuple[UnitStatistics, dict[Hashable, float]]
+"""The statistics of a tensor, or of a part of it, and the weights of its targets."""
+
+
+def merge_part(group: TensorGroup, settings: Settings, unit: Unit, place: torch.Tensor) -> Merged:
     """Merge a tensor, or one expert's matrix, into ``place``; its statistics and weights."""
     pivot, ids = group.base.tensor, [target.id for target in group.non_base]
     targets = [target.tensor for target in group.non_base]
-    selection = selection_of(group, settings)
+    selection, scale = selection_of(group, settings), settings.scale
     out = place if place.is_contiguous() else torch.empty_like(place, memory_format=torch.contiguous_format)
-    steps: dict[str, Any] = {
-        "selection": selection,
-        "erase_minority": settings.erase_minority,
-        "scale": settings.scale,
-    }
+    steps: dict[str, Any] = {"selection": selection, "erase_minority": settings.erase_minority, "scale": scale}
     priors = settings.priors_of(ids)
     if unit.granularity == "parameter" and any(priors):
         rule = tensor_math.ElementWeights(*settings.weighting, tuple(priors))
@@ -246,7 +215,7 @@ def _merge_part(
         if not any(statistics.sums.values()) or not any(priors):
             out.copy_(pivot)
         elif selection is None and not settings.erase_minority:
-            tensor_math.blend(pivot, targets, list(weights.values()), out, scale=settings.scale)
+            tensor_math.blend(pivot, targets, list(weights.values()), out, scale=scale)
         else:
             tensor_math.blend_elements(pivot, targets, list(weights.values()), out, **steps)
     if out is not place:
@@ -271,8 +240,7 @@ def parts_of(group: TensorGroup, settings: Settings, layout: Layout) -> list[Par
 
 
 def _mapped(group: TensorGroup, function: Callable[[torch.Tensor], torch.Tensor]) -> TensorGroup:
-    entries = tuple(replace(entry, tensor=function(entry.tensor)) for entry in group.entries)
-    return replace(group, entries=entries)
+    return replace(group, entries=tuple(replace(entry, tensor=function(entry.tensor)) for entry in group.entries))
 
 
 def _narrowed(group: TensorGroup, dtype: torch.dtype) -> TensorGroup:
@@ -282,17 +250,16 @@ def _narrowed(group: TensorGroup, dtype: torch.dtype) -> TensorGroup:
     return _mapped(group, lambda tensor: tensor.to(dtype))
 
 
-def _pooled(
-    merged: Sequence[tuple[UnitStatistics, dict[Hashable, float]]], sizes: Sequence[int]
-) -> tuple[UnitStatistics, dict[Hashable, float]]:
+def _pooled(merged: Sequence[Merged]) -> Merged:
     """The statistics and mean weights of a tensor at ``parameter`` granularity, from those of its parts."""
     if len(merged) == 1:
         return merged[0]
     statistics, weights = UnitStatistics(), dict.fromkeys(merged[0][1], 0.0)
-    for (part_statistics, part_weights), size in zip(merged, sizes, strict=True):
+    for part_statistics, _ in merged:
         statistics.merge(part_statistics)
+    for part_statistics, part_weights in merged:
         for target, weight in part_weights.items():
-            weights[target] += weight * size / max(sum(sizes), 1)
+            weights[target] += weight * part_statistics.elements[target] / max(statistics.elements[target], 1)
     return statistics, weights
 
 
@@ -323,9 +290,7 @@ def tensor_statistics(group: TensorGroup, settings: Settings, layout: Layout = P
     return statistics
 
 
-def _part_statistics(
-    group: TensorGroup, settings: Settings, selection: tensor_math.Selection | None
-) -> UnitStatistics:
+def _part_statistics(group: TensorGroup, settings: Settings, selection: Selection | None) -> UnitStatistics:
     targets = [target.tensor for target in group.non_base]
     return _checked(group, tensor_math.delta_sums(group.base.tensor, targets, settings.statistic, selection))
 
@@ -333,10 +298,8 @@ def _part_statistics(
 def _checked(group: TensorGroup, sums: Sequence[float]) -> UnitStatistics:
     if not all(math.isfinite(value) for value in sums):
         raise _nonfinite(group)
-    statistics = UnitStatistics()
-    sums_by_target = {target.id: value for target, value in zip(group.non_base, sums, strict=True)}
-    statistics.add(sums_by_target, group.base.tensor.numel())
-    return statistics
+    ids, elements = [target.id for target in group.non_base], group.base.tensor.numel()
+    return UnitStatistics(dict(zip(ids, sums, strict=True)), dict.fromkeys(ids, elements))
 
 
 def _nonfinite(group: TensorGroup) -> UserError:
@@ -355,13 +318,12 @@ def _nonfinite(group: TensorGroup) -> UserError:
     )
 
 
-def selection_of(group: TensorGroup, settings: Settings) -> tensor_math.Selection | None:
+def selection_of(group: TensorGroup, settings: Settings) -> Selection | None:
     """SCE's selection of elements; None where all are kept, as with one target, which has no variance."""
     if settings.select_topk >= 1 or len(group.non_base) < 2:
         return None
-    return tensor_math.select(
-        group.base.tensor, [target.tensor for target in group.non_base], settings.select_topk
-    )
+    targets = [target.tensor for target in group.non_base]
+    return tensor_math.select(group.base.tensor, targets, settings.select_topk)
 
 
 # Units of merge_state_dicts
@@ -383,17 +345,12 @@ def _form_units(
             "or use granularity `matrix`."
         )
     units: dict[str, Unit] = {}
-    pools: dict[str, UnitStatistics] = {}
     blocks = {name: block_of(name) for name in spanning}
     for (granularity, unit_name), members in units_of(spanning, blocks).items():
-        pool = UnitStatistics()
-        unit = Unit(unit_name, granularity, pool, layout=layout)
-        units.update(dict.fromkeys(members, unit))
-        pools.update(dict.fromkeys(members, pool))
+        units |= dict.fromkeys(members, Unit(unit_name, granularity, UnitStatistics(), layout=layout))
     for group, own, dtype in zip(groups, settings, dtypes, strict=True):
-        if group.metadata.name in pools:
-            statistics = tensor_statistics(_narrowed(group, dtype), own, layout)
-            pools[group.metadata.name].merge(statistics)
+        if (unit := units.get(group.metadata.name)) and unit.statistics:
+            unit.statistics.merge(tensor_statistics(_narrowed(group, dtype), own, layout))
     return [
         units.get(name) or Unit(str(name), own.granularity, layout=layout)
         for name, own in zip(names, settings, strict=True)
@@ -411,4 +368,5 @@ def _explain_inputs(input_ids: Sequence[Hashable], base_id: Hashable | None, gro
     return None
 
 
-register()
+if METHOD_NAME not in {known.spec.name for known in merge_methods.registered_methods()}:
+    merge_methods.register(VarmMethod())

@@ -6,8 +6,7 @@ The result is tried without data: the config is saved and read, and transformers
 """
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,23 +15,10 @@ from mergekit.config import MergeConfiguration
 from varm_merge.merging.loading import Loaded, Unloadable, loaded, numberless, patterns
 from varm_merge.recipes.headers import is_buffer
 
-__all__ = ["Outcome", "follow_slices", "judge", "layers_taken", "saved"]
+__all__ = ["follow_slices", "judge", "layers_taken", "saved"]
 
 NOT_BY_LAYER = ("architectures", "token_id", "token_ids")
 """Ends of the names of a config's lists that do not have one entry per layer."""
-
-
-@dataclass
-class Outcome:
-    """Problems of a finished merge.
-
-    Attributes:
-        lost: Tensors that the base model has and loads, and that the merge would lack.
-        faults: Why it would not load as it is, a sentence each.
-    """
-
-    lost: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
 
 
 # The config
@@ -73,8 +59,7 @@ def follow_slices(out_config: Any, config: MergeConfiguration, architecture: Any
             part, own = out_config.get_text_config(), own_config.get_text_config()
         for step in path:
             part, own = getattr(part, step), getattr(own, step)
-        depth = getattr(own, key, None)
-        if depth is None:
+        if (depth := getattr(own, key, None)) is None:
             continue
         setattr(part, key, len(layers))
         for entry, values in list(vars(own).items()):
@@ -118,7 +103,7 @@ def judge(
     own: Mapping[str, torch.Tensor],
     unread: Sequence[str] | None,
     code: Any,
-) -> Outcome:
+) -> tuple[list[str], list[str]]:
     """Load base model and merge without data, and compare.
 
     Args:
@@ -128,52 +113,52 @@ def judge(
         own: The base model's tensors.
         unread: Names of those that are in no output; None where the merge leaves out whole layers.
         code: mergekit's ``ModelPath`` of a base model whose own code may be run; None for none.
+
+    Returns:
+        Tensors that the base model has and loads, and that the merge would lack; and why the merge would not load
+        as it is, a sentence each.
     """
     architecture = (getattr(out_config, "architectures", None) or ["model"])[0]
     written = {numberless(name) for name in outputs}
     try:
         before = loaded(own_config, own, code)
     except Unloadable:  # only names can be compared
-        return Outcome([name for name in unread or own if numberless(name) not in written])
+        return [name for name in unread or own if numberless(name) not in written], []
     try:
         after = loaded(out_config, outputs, code)
     except Unloadable as error:
-        return Outcome(faults=[f"transformers cannot make a {architecture} of the merge's config: {error}"])
-    outcome = Outcome(faults=[*_other_shapes(before, after), *_unexpected(before, after, own, architecture)])
+        return [], [f"transformers cannot make a {architecture} of the merge's config: {error}"]
+    lost, faults = [], [*_other_shapes(before, after), *_unexpected(before, after, own, architecture)]
     random_before = {numberless(name) for name in before.missing}
     missing = sorted(name for name in after.missing if numberless(name) not in random_before)
     if missing and unread is None:
-        outcome.lost = [name for name in missing if numberless(name) not in written]
+        lost = [name for name in missing if numberless(name) not in written]
         if lacking := [name for name in missing if numberless(name) in written]:
-            outcome.faults.append(
+            faults.append(
                 f"the merge would lack {patterns(lacking)}, which a {architecture} with its config has: they "
                 "would get random values. Take slices with the base's number and kinds of layers"
             )
     elif missing:
         ignored = {numberless(name) for name in before.unexpected}
-        outcome.lost = [name for name in unread or () if numberless(name) not in ignored] or missing
-    return outcome
+        lost = [name for name in unread or () if numberless(name) not in ignored] or missing
+    return lost, faults
 
 
-def _other_shapes(before: Loaded, after: Loaded) -> list[str]:
-    wrong = {name: shapes for name, shapes in after.mismatched.items() if name not in before.mismatched}
-    if not wrong:
-        return []
-    name, (given, wanted) = next(iter(wrong.items()))
-    more = f" ({len(wrong)} tensors are like this)" if len(wrong) > 1 else ""
-    return [
-        f"`{name}` of the merge would have the shape {[*given]}, but its config needs {[*wanted]}{more}: "
-        "transformers would not load it. Choose a base_model and a `tokenizer` with vocabularies of one size"
-    ]
+def _other_shapes(before: Loaded, after: Loaded) -> Iterator[str]:
+    if wrong := {name: shapes for name, shapes in after.mismatched.items() if name not in before.mismatched}:
+        name, (given, wanted) = next(iter(wrong.items()))
+        more = f" ({len(wrong)} tensors are like this)" if len(wrong) > 1 else ""
+        yield (
+            f"`{name}` of the merge would have the shape {[*given]}, but its config needs {[*wanted]}{more}: "
+            "transformers would not load it. Choose a base_model and a `tokenizer` with vocabularies of one size"
+        )
 
 
-def _unexpected(before: Loaded, after: Loaded, own: Mapping[str, torch.Tensor], architecture: str) -> list[str]:
+def _unexpected(before: Loaded, after: Loaded, own: Iterable[str], architecture: str) -> Iterator[str]:
     read = {numberless(name) for name in own if name not in before.unexpected}
     ignored = {numberless(name) for name in before.unexpected} - read
-    extra = [name for name in after.unexpected if numberless(name) not in ignored and not is_buffer(name)]
-    if not extra:
-        return []
-    return [
-        f"the merge would have {patterns(sorted(extra))} that no {architecture} with its config reads: "
-        "transformers would drop them. Take slices with the base's number and kinds of layers"
-    ]
+    if extra := [name for name in after.unexpected if numberless(name) not in ignored and not is_buffer(name)]:
+        yield (
+            f"the merge would have {patterns(sorted(extra))} that no {architecture} with its config reads: "
+            "transformers would drop them. Take slices with the base's number and kinds of layers"
+        )

@@ -1,11 +1,11 @@
 """mergekit's plan of a merge: output tensors, their tasks, their transformer blocks."""
 
-import functools
 import os.path
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,16 +137,10 @@ def planned_tensors(config: MergeConfiguration, options: MergeOptions) -> list[P
         UserError: The units contradict each other, or this version of mergekit is not supported.
     """
     plan = new_plan(config, options)
-    device = torch.device(options.device or "cpu")
+    load = partial(tensor_group, tokenizer=plan.tokenizer, device=torch.device(options.device or "cpu"))
     layout = layout_of_model(plan.out_config)
     return [
-        PlannedTensor(
-            weight.name,
-            plan.blocks.get(weight.name),
-            settings_of(task),
-            layout,
-            functools.partial(tensor_group, task, plan.tokenizer, device),
-        )
+        PlannedTensor(weight.name, plan.blocks.get(weight.name), settings_of(task), layout, partial(load, task))
         for weight, task in sorted(plan.tensors, key=lambda planned: natural_order(planned[0].name))
     ]
 
@@ -175,24 +169,17 @@ def _names_as_architecture(config: MergeConfiguration, options: MergeOptions) ->
     axes: Mapping[str, int] = {}
     if config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings:
         axes = auto.get_transformers_info(base, options)[2] or {}
+    shared = set.intersection(*map(set, names.values()))
     weights = [
-        WeightInfo(
-            name=name,
-            optional=not all(name in own for own in names.values()),
-            vocabulary_axis=axes.get(name),
-        )
+        WeightInfo(name=name, optional=name not in shared, vocabulary_axis=axes.get(name))
         for name in sorted(names[base], key=natural_order)
     ]
+    anonymous, no_layers = {"architectures": [], "model_type": ""}, definitions.JsonLayerTemplates(weights=[])
     definition = definitions.JsonModuleArchDef(
-        model_type="",
-        architectures=[],
-        pre_weights=weights,
-        layer_templates=definitions.JsonLayerTemplates(weights=[]),
-        post_weights=[],
-        override_num_layers=0,
+        **anonymous, pre_weights=weights, layer_templates=no_layers, post_weights=[], override_num_layers=0
     )
     module = ModuleDefinition(architecture=definitions.JsonModuleArchitecture(definition=definition))
-    return ModelArchitecture(modules={"default": module}, architectures=[], model_type="", tagalong_files=TAGALONG)
+    return ModelArchitecture(modules={"default": module}, tagalong_files=TAGALONG, **anonymous)
 
 
 # Blocks and names

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,19 +22,6 @@ __all__ = ["merge_streamed"]
 Save = Callable[[str, torch.Tensor], None]
 
 
-class _Stream:
-    """What mergekit's tasks use of its ``TensorWriter``."""
-
-    def __init__(self, save: Save) -> None:
-        self.save = save
-
-    def save_tensor(self, name: str, tensor: torch.Tensor, clone: bool = False) -> None:
-        self.save(name, tensor)
-
-    def finalize(self) -> None:
-        pass
-
-
 def merge_streamed(config: MergeConfiguration, folder: Path, options: MergeOptions, save: Save) -> None:
     """Run a checked recipe as ``mergekit-yaml`` does, in the same order and with the same random numbers.
 
@@ -45,8 +33,9 @@ def merge_streamed(config: MergeConfiguration, folder: Path, options: MergeOptio
     """
     import mergekit.merge as merge
 
-    def stream(_task: TensorWriterTask, **_arguments: Any) -> _Stream:
-        return _Stream(save)
+    def stream(_task: TensorWriterTask, **_arguments: Any) -> SimpleNamespace:
+        """What mergekit's tasks use of its ``TensorWriter``."""
+        return SimpleNamespace(save_tensor=lambda name, tensor, clone: save(name, tensor), finalize=lambda: None)
 
     run = getattr(merge.run_merge, "__wrapped__", merge.run_merge)  # the recipe was checked: not once more
     with ExitStack() as stack:

@@ -13,7 +13,7 @@ just before the first load of its unit, so that a layer's files are still in the
 Both tasks hash by identity. mergekit's own tasks hash whole trees, and a unit inside each of its N tensors' trees
 would make planning O(N²)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -57,7 +57,6 @@ class MeasureUnit(_ByIdentity, Task[UnitStatistics], arbitrary_types_allowed=Tru
     """
 
     unit: Unit
-    log: WeightLog
     merges: tuple[ExecuteMergeMethodTask, ...]
     label: str
     device: str | None
@@ -76,32 +75,23 @@ class MeasureUnit(_ByIdentity, Task[UnitStatistics], arbitrary_types_allowed=Tru
         return MEASURE_PRIORITY
 
     def execute(self, tokenizer: Any = None) -> UnitStatistics:
-        statistics, scales = UnitStatistics(), {}
-        for merge in tqdm(self.merges, desc=f"measure {self.unit.name}", disable=not self.show_progress):
+        unit, statistics, scales = self.unit, UnitStatistics(), {}
+        for merge in tqdm(self.merges, desc=f"measure {unit.name}", disable=not self.show_progress):
             tensor_statistics = self._measure(merge, tokenizer)
             statistics.merge(tensor_statistics)
             if tensor_statistics.sums:
                 scales[merge.output_weight.name] = settings_of(merge).scale
-        if scales:
+        if scales and unit.log is not None:
             names, settings = sorted(scales, key=natural_order), settings_of(self.merges[0])
-            self.log.add(
-                UnitRecord(
-                    self.unit.name,
-                    self.unit.granularity,
-                    names,
-                    max(statistics.elements.values()),
-                    statistics.means(),
-                    statistics.weights(settings),
-                    [scales[name] for name in names],
-                    settings.priors,
-                )
-            )
+            weights: dict[Hashable, float] = statistics.weights(settings)
+            lambdas = [scales[name] for name in names]
+            record = UnitRecord(unit.name, unit.granularity, names, statistics, weights, lambdas, settings.priors)
+            unit.log.add(record)
         return statistics
 
     def _measure(self, merge: ExecuteMergeMethodTask, tokenizer: Any) -> UnitStatistics:
         device = torch.get_default_device() if self.device is None else torch.device(self.device)
-        group = tensor_group(merge, tokenizer, device)
-        if group is None:
+        if (group := tensor_group(merge, tokenizer, device)) is None:
             return UnitStatistics()
         with _dtype_blamed(merge):
             return method.tensor_statistics(group, settings_of(merge), self.unit.layout)
@@ -160,8 +150,7 @@ def _dtype_blamed(task: ExecuteMergeMethodTask) -> Iterator[None]:
         yield
     except NonFiniteError as error:
         source = task.gather_tensors
-        loads = getattr(source, "gather_tensors", source).arguments().values()
-        for load in loads:
+        for load in getattr(source, "gather_tensors", source).arguments().values():
             if load.dtype and str(load.model) == str(error.model):
                 stored = load.model_copy(update={"dtype": None}).execute()
                 if stored is not None and bool(torch.isfinite(stored).all()):
@@ -235,7 +224,6 @@ def tasks_with_units(
             labels = {name: _first_label(by_name[name].gather_tensors) for name in names}
             measure = MeasureUnit(
                 unit=unit,
-                log=log,
                 merges=tuple(by_name[name] for name in sorted(names, key=lambda name: (labels[name], name))),
                 label=min(labels.values()),
                 device=None if options.multi_gpu else options.device,

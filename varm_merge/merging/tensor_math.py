@@ -235,8 +235,7 @@ class Selection:
         """Bool [C] for the chunk that begins at flat index ``start``."""
         bits_C = _variance_bits(deltas_KC)
         chosen_C = bits_C > self.threshold
-        ties = min(max(self.tie_stop - start, 0), len(bits_C))
-        if ties:
+        if ties := min(max(self.tie_stop - start, 0), len(bits_C)):
             chosen_C[:ties] |= bits_C[:ties] == self.threshold
         return chosen_C
 

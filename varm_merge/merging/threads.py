@@ -31,5 +31,4 @@ def pool() -> ThreadPoolExecutor:
     return executor
 
 
-if hasattr(os, "register_at_fork"):  # threads do not survive a fork
-    os.register_at_fork(after_in_child=pool.cache_clear)
+os.register_at_fork(after_in_child=pool.cache_clear)  # threads do not survive a fork

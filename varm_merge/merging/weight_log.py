@@ -10,6 +10,7 @@ from typing import Any
 
 from varm_common.files import atomic_file
 from varm_common.versions import versions
+from varm_merge.merging.weights import UnitStatistics
 
 __all__ = ["FILE_NAME", "UnitRecord", "WeightLog", "natural_order", "recipe_fingerprint", "scaled", "with_prior"]
 
@@ -19,7 +20,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """One unit: its tensors, how many elements they have together, and each target's numbers.
+    """One unit: its tensors, and each target's numbers.
 
     At ``parameter`` granularity every element is a unit of its own; the record then stands for one tensor and
     holds the means over its elements. ``scales`` are the recipe's ``lambda``, one for each tensor, and ``priors``
@@ -29,33 +30,23 @@ class UnitRecord:
     unit: str
     granularity: str
     tensors: Sequence[str]
-    elements: int
-    statistics: Mapping[Hashable, float]
+    statistics: UnitStatistics
     weights: Mapping[Hashable, float]
     scales: Sequence[float] = ()
     priors: Mapping[Any, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        moved = any(value > 0 for value in self.statistics.values())
-        weighted = any(self.weights.values())
+        means: dict[Hashable, float] = self.statistics.means()
+        moved, weighted = any(value > 0 for value in means.values()), any(self.weights.values())
         reason = "no target moved" if weighted else "all weights are 0"
-        return {
-            "unit": self.unit,
-            "granularity": self.granularity,
-            "tensors": list(self.tensors),
-            "elements": self.elements,
-            "moved": moved,
-            **({} if moved and weighted else {"note": f"{reason}; the pivot is kept"}),
-            **scaled(self.scales),
-            "targets": {
-                str(target): {
-                    "statistic": self.statistics[target],
-                    "weight": weight,
-                    **with_prior(self.priors, target),
-                }
-                for target, weight in self.weights.items()
-            },
+        note = {} if moved and weighted else {"note": f"{reason}; the pivot is kept"}
+        head = {"unit": self.unit, "granularity": self.granularity, "tensors": list(self.tensors)}
+        elements = max(self.statistics.elements.values())
+        targets = {
+            str(target): {"statistic": means[target], "weight": weight, **with_prior(self.priors, target)}
+            for target, weight in self.weights.items()
         }
+        return {**head, "elements": elements, "moved": moved, **note, **scaled(self.scales), "targets": targets}
 
 
 def scaled(scales: Sequence[float]) -> dict[str, list[float]]:

@@ -23,15 +23,14 @@ from varm_common.errors import UserError
 from varm_common.files import read_text
 from varm_merge.merging import weight_log
 
-__all__ = ["Card", "Findings", "Parent", "is_generated", "make", "only_renews", "parents_of", "read_recipe"]
+__all__ = ["Card", "Findings", "Options", "Parent", "is_generated", "make", "only_renews", "parents_of"]
 
 README, PICTURE, RECIPE = "README.md", "weights.png", "mergekit_config.yml"
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 ANY_LINES = r"[\s\S]*?"
 PARTS = {"metadata": f"(?P<metadata>{ANY_LINES})", "model_list": r"(\* .*\n?)*", "config_yaml": ANY_LINES}
-MERGEKIT_CARD = re.compile(
-    re.sub(r"\\{(\w+)\\}", lambda part: PARTS.get(part[1], ".*"), re.escape(CARD_TEMPLATE.strip()))
-)
+ESCAPED = re.escape(CARD_TEMPLATE.strip())
+MERGEKIT_CARD = re.compile(re.sub(r"\\{(\w+)\\}", lambda part: PARTS.get(part[1], ".*"), ESCAPED))
 """The whole card that mergekit writes. A card with one more sentence was edited by a person."""
 CHECKSUM = re.compile(r"\n<!-- varm-merge card ([0-9a-f]{16}) -->\n*$")
 LICENSE = ("license", "license_name", "license_link")
@@ -76,6 +75,21 @@ class Findings:
     remarks: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Options:
+    """The options of ``varm-merge push``."""
+
+    public: bool
+    license_id: str | None
+    comparison: Path | None
+    exclude: Sequence[str]
+    overwrite_card: bool
+    allow_pickle: bool
+    revision: str | None
+    create_pr: bool
+    message: str
+
+
 def read_recipe(folder: Path) -> tuple[str, dict[str, Any]]:
     """Read text and content of the recipe that produced a folder.
 
@@ -84,10 +98,8 @@ def read_recipe(folder: Path) -> tuple[str, dict[str, Any]]:
     """
     path = next((path for name in (RECIPE, weight_log.FILE_NAME) if (path := folder / name).is_file()), None)
     if path is None:
-        raise UserError(
-            f"`{folder}` has no {RECIPE}, so it was not merged by mergekit. `hf upload user/name {folder}` "
-            "uploads any folder."
-        )
+        other = f"`hf upload user/name {folder}` uploads any folder."
+        raise UserError(f"`{folder}` has no {RECIPE}, so it was not merged by mergekit. {other}")
     try:
         text = path.read_text(encoding="utf-8")
         if path.name == RECIPE:
@@ -102,12 +114,13 @@ def read_recipe(folder: Path) -> tuple[str, dict[str, Any]]:
     return text.strip(), content
 
 
-def parents_of(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """List name and role of each model of a recipe, the pivot first.
+def parents_of(folder: Path) -> list[tuple[str, str]]:
+    """List name and role of each model of the recipe that produced a folder, the pivot first.
 
     Raises:
-        UserError: mergekit does not accept the recipe.
+        UserError: There is no recipe, or mergekit does not accept it.
     """
+    _, content = read_recipe(folder)
     try:
         config = MergeConfiguration.model_validate({key: content[key] for key in content if key != "name"})
         models = config.referenced_models()
@@ -124,31 +137,22 @@ def parents_of(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     return list(roles.items())
 
 
-def make(
-    folder: Path,
-    name: str,
-    parents: Sequence[Parent],
-    findings: Findings,
-    *,
-    license_id: str | None = None,
-    comparison: str | None = None,
-    overwrite: bool = False,
-) -> Card:
+def make(folder: Path, repository: str, parents: Sequence[Parent], findings: Findings, options: Options) -> Card:
     """Write the card of a merge, with problems and remarks in ``findings``.
 
-    A README.md that a person wrote keeps its text and gets metadata, unless ``overwrite`` is set. The licence is
-    ``license_id``, or the one that all parents share. ``comparison`` is Markdown to include.
+    A README.md that a person wrote keeps its text and gets metadata, unless it may be overwritten. The licence is
+    that of the options, or the one that all parents share.
 
     Raises:
-        UserError: The folder has no recipe.
+        UserError: The folder has no recipe, or the comparison cannot be read.
     """
+    comparison = read_comparison(options.comparison) if options.comparison else None
     text, content = read_recipe(folder)
-    own = None if overwrite else _own_card(folder, findings)
-    metadata = _metadata(folder, content, parents) | _license(parents, license_id, own, findings)
+    own = None if options.overwrite_card else _own_card(folder, findings)
+    metadata = _metadata(folder, content, parents) | _license(parents, options.license_id, own, findings)
     if own is not None:
-        findings.remarks.append(
-            f"{README} is your own: only its metadata changes; --overwrite-card writes a new card"
-        )
+        advice = "only its metadata changes; --overwrite-card writes a new card"
+        findings.remarks.append(f"{README} is your own: {advice}")
         return Card(_with_metadata(own, metadata), generated=False)
     weights = _weights(folder, findings)
     has_picture = (folder / PICTURE).is_file()
@@ -157,7 +161,7 @@ def make(
     body = ModelCard.from_template(
         ModelCardData(**metadata),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
-        name=name,
+        name=repository.partition("/")[2],
         method=content["merge_method"],
         is_sce=content["merge_method"] == "sce" or "select_topk" in settings or settings.get("erase_minority"),
         parents=parents,

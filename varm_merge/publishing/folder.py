@@ -40,9 +40,7 @@ SECRETS = {
     "a password in an address": rb"://[^\s/:@?#\"'<>{}$`]{1,100}:[^\s/:@\"'<>{}$`]{1,200}@[A-Za-z0-9\[]",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
-ASSIGNMENTS = {
-    "an assigned key": rb"(?:KEY|TOKEN|SECRET)[\"']?[ \t]*=[ \t]*[\"']?(?=[A-Za-z]*[0-9])[A-Za-z0-9]{20,}"
-}
+ASSIGNED = rb"(?:KEY|TOKEN|SECRET)[\"']?[ \t]*=[ \t]*[\"']?(?=[A-Za-z]*[0-9])[A-Za-z0-9]{20,}"
 """Not searched in JSON, which assigns nothing this way; a vocabulary may contain anything."""
 TENSORS = (".safetensors", ".gguf", *(pattern.removeprefix("*") for pattern in PICKLES))
 TEXT_LIMIT_BYTES = 200_000_000
@@ -115,10 +113,8 @@ def _file_problems(name: str, folder: Path, allow_pickle: bool) -> Iterator[str]
     elif _is_one_of(last, KEYS):
         yield f"`{name}` has the name of a key file: {way}"
     elif _is_one_of(last, PICKLES) and not allow_pickle:
-        yield (
-            f"`{name}` is a pickle, which can run code when loaded: merge to safetensors (mergekit's default), or "
-            "use --exclude or --allow-pickle"
-        )
+        advice = "merge to safetensors (mergekit's default), or use --exclude or --allow-pickle"
+        yield f"`{name}` is a pickle, which can run code when loaded: {advice}"
     elif not name.endswith(TENSORS) and path.stat().st_size < TEXT_LIMIT_BYTES:
         for line, kind in secrets_in(path.read_bytes(), is_json=name.endswith(".json")):
             yield f"`{name}`, line {line}, seems to contain {kind}: remove it, and revoke it if it is real"
@@ -128,7 +124,7 @@ def secrets_in(content: bytes, *, is_json: bool = False) -> Iterator[tuple[int, 
     """Line and kind of everything that looks like a secret; binary files are not searched."""
     if b"\0" in content[:8192]:
         return
-    for kind, pattern in (SECRETS if is_json else SECRETS | ASSIGNMENTS).items():
+    for kind, pattern in (SECRETS if is_json else {**SECRETS, "an assigned key": ASSIGNED}).items():
         for match in re.finditer(pattern, content):
             yield content.count(b"\n", 0, match.start()) + 1, kind
 
@@ -160,9 +156,8 @@ def _loading_problems(folder: Path, files: Collection[str], findings: Findings) 
         yield f"`config.json` is not a model's config: {error}"
         return
     if needs_code:
-        findings.remarks.append(
-            "the model needs its own code, which was not run; whether it loads was not checked"
-        )
+        reason = "the model needs its own code, which was not run"
+        findings.remarks.append(f"{reason}; whether it loads was not checked")
         return
     settings = {"trust_remote_code": False, "local_files_only": True}
     try:

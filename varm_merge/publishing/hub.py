@@ -21,19 +21,9 @@ from tqdm import tqdm
 from varm_common.errors import UserError
 from varm_merge.publishing.card import README, Card, Findings, Parent, is_generated, license_in, only_renews
 
-__all__ = [
-    "Change",
-    "Remote",
-    "card_is_edited",
-    "check_name",
-    "compare",
-    "explained",
-    "guard_logs",
-    "look_at",
-    "parent_at",
-]
+__all__ = ["Change", "Remote", "check_name", "compare", "edited", "explained", "guard_logs", "look", "parent_at"]
 
-QUERY_TIMEOUT_SECONDS = 10
+TIMEOUT_S = 10
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 """The files among which transformers chooses. Old ones left beside new ones could be loaded instead."""
 TOKENS = re.compile(
@@ -78,7 +68,7 @@ def check_name(repository: str) -> None:
         raise UserError(f"`{repository}` is not a repository name; write user/name ({error})") from error
 
 
-def look_at(repository: str, revision: str | None = None) -> Remote:
+def look(repository: str, revision: str | None = None) -> Remote:
     """Read the state of a repository.
 
     Raises:
@@ -86,11 +76,9 @@ def look_at(repository: str, revision: str | None = None) -> Remote:
     """
     with explained(repository):
         try:
-            info = HfApi().model_info(
-                repository, revision=revision, files_metadata=True, timeout=QUERY_TIMEOUT_SECONDS
-            )
+            info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
         except errors.RevisionNotFoundError:
-            return replace(look_at(repository), commit=None)
+            return replace(look(repository), commit=None)
         except errors.GatedRepoError:
             raise
         except errors.RepositoryNotFoundError:
@@ -122,7 +110,7 @@ def _is_same(addition: CommitOperationAdd, known: RepoSibling) -> bool:
         return git_hash(file.read()) == known.blob_id
 
 
-def card_is_edited(repository: str, remote: Remote, card: Card) -> bool:
+def edited(repository: str, remote: Remote, card: Card) -> bool:
     """Whether a person wrote or edited the repository's card, and ``card`` would change what they wrote."""
     known = remote.files.get(README)
     if known is None or _is_same(CommitOperationAdd(README, card.text.encode()), known):
@@ -141,15 +129,14 @@ def parent_at(name: str, role: str, findings: Findings) -> Parent:
     if _may_be_hub_id(name):
         try:
             with explained(name):
-                info = HfApi().model_info(name, timeout=QUERY_TIMEOUT_SECONDS)
+                info = HfApi().model_info(name, timeout=TIMEOUT_S)
             return Parent(name, role, info.id or name, license_in(vars(info.card_data) if info.card_data else {}))
         except UserError as error:
             if not isinstance(error.__cause__, errors.RepositoryNotFoundError):
                 findings.remarks.append(f"the licence of `{name}` is unknown: {error}")
                 return Parent(name, role, name)
-            findings.remarks.append(
-                f"`{name}` is neither a folder here nor a model on the Hub; the card's metadata omit it"
-            )
+            reason = f"`{name}` is neither a folder here nor a model on the Hub"
+            findings.remarks.append(f"{reason}; the card's metadata omit it")
     try:
         metadata = huggingface_hub.metadata_load(Path(name).expanduser() / README) or {}
     except (ValueError, OSError, yaml.YAMLError):  # the folder may no longer exist

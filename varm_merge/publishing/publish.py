@@ -5,7 +5,6 @@ readers see the old model or the new one. The Hub recognises files that an inter
 hash.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from varm_common.errors import UserError
 from varm_merge.publishing import card as model_card
 from varm_merge.publishing import folder as model_folder
 from varm_merge.publishing import hub
-from varm_merge.publishing.card import PICTURE, README, Card, Findings
+from varm_merge.publishing.card import PICTURE, README, Card, Findings, Options
 
 __all__ = ["Options", "Plan", "as_json", "prepare", "send"]
 
@@ -26,21 +25,6 @@ STALLED_SECONDS = 300
 """Seconds without any traffic after which an upload counts as interrupted."""
 GITATTRIBUTES = ".gitattributes"
 """The Hub puts this file into every new repository."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """The options of ``varm-merge push``."""
-
-    public: bool
-    license_id: str | None
-    comparison: Path | None
-    exclude: Sequence[str]
-    overwrite_card: bool
-    allow_pickle: bool
-    revision: str | None
-    create_pr: bool
-    message: str
 
 
 @dataclass
@@ -85,10 +69,8 @@ def prepare(folder: Path, repository: str, options: Options, *, dry_run: bool, q
     plan.changes = hub.compare(files, plan.remote or hub.Remote(), quiet)
     if plan.remote is None:
         plan.changes = [replace(change, state="?") for change in plan.changes]
-    elif not options.overwrite_card and hub.card_is_edited(repository, plan.remote, card):
-        plan.changes = [
-            replace(change, state="kept") if change.path == README else change for change in plan.changes
-        ]
+    elif not options.overwrite_card and hub.edited(repository, plan.remote, card):
+        plan.changes = [replace(file, state="kept") if file.path == README else file for file in plan.changes]
         way = "" if card.generated else "copy it here, or "
         plan.remarks.append(f"{README} was edited on the Hub and is kept; {way}--overwrite-card replaces it")
     return plan
@@ -118,20 +100,16 @@ def send(plan: Plan, options: Options) -> Any:
             if options.revision and options.revision != "main":
                 api.create_branch(name, branch=options.revision, exist_ok=True)
             remote = _just_created(plan, options)
-        return api.create_commit(
-            name,
-            [change.operation for change in plan.to_send],
-            commit_message=options.message,
-            revision=options.revision,
-            create_pr=options.create_pr,
-            parent_commit=None if options.create_pr else remote.commit,
-        )
+        operations = [change.operation for change in plan.to_send]
+        where: dict[str, Any] = {"revision": options.revision, "create_pr": options.create_pr}
+        where |= {"parent_commit": None if options.create_pr else remote.commit}
+        return api.create_commit(name, operations, commit_message=options.message, **where)
 
 
 def _just_created(plan: Plan, options: Options) -> hub.Remote:
     """Look again after creating a repository or branch: another push may have created and filled it first."""
     assert plan.remote is not None
-    created = hub.look_at(plan.repository, options.revision)
+    created = hub.look(plan.repository, options.revision)
     if {**created.files, GITATTRIBUTES: None} != {**plan.remote.files, GITATTRIBUTES: None}:
         raise UserError(hub.ADVICE[412].format(plan.repository))
     return created
@@ -151,25 +129,15 @@ def as_json(plan: Plan, commit: Any) -> dict[str, Any]:
 def _card(folder: Path, options: Options, plan: Plan) -> Card:
     """Write the card; its problems go into the plan."""
     try:
-        models = model_card.parents_of(model_card.read_recipe(folder)[1])
-        parents = [hub.parent_at(name, role, plan) for name, role in models]
-        card = model_card.make(
-            folder,
-            plan.repository.partition("/")[2],
-            parents,
-            plan,
-            license_id=options.license_id,
-            comparison=model_card.read_comparison(options.comparison) if options.comparison else None,
-            overwrite=options.overwrite_card,
-        )
+        parents = [hub.parent_at(name, role, plan) for name, role in model_card.parents_of(folder)]
+        card = model_card.make(folder, plan.repository, parents, plan, options)
     except UserError as error:
         plan.problems.append(str(error))
         return Card()
     if folders := [f"`{parent.name}`" for parent in parents if parent.hub_id is None]:
-        plan.remarks.append(
-            f"the recipe names local folders that other people cannot load: {', '.join(folders)}; push those "
-            "first, and merge by their names on the Hub"
-        )
+        advice = "push those first, and merge by their names on the Hub"
+        names = ", ".join(folders)
+        plan.remarks.append(f"the recipe names local folders that other people cannot load: {names}; {advice}")
     for line, kind in model_folder.secrets_in(card.text.encode()):
         plan.problems.append(f"the card, line {line}, seems to contain {kind}: remove it from recipe or report")
     return card
@@ -177,7 +145,7 @@ def _card(folder: Path, options: Options, plan: Plan) -> Card:
 
 def _remote(options: Options, plan: Plan, dry_run: bool) -> hub.Remote | None:
     try:
-        remote = hub.look_at(plan.repository, options.revision)
+        remote = hub.look(plan.repository, options.revision)
     except UserError as error:
         if not dry_run:
             raise

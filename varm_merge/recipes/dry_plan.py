@@ -8,7 +8,7 @@ the planned tensors, again without data, and reports what the finished merge wou
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -56,11 +56,6 @@ class DryPlan:
     architecture: str = ""
     outputs: dict[str, tuple[tuple[int, ...], int]] = field(default_factory=dict)
 
-    @property
-    def is_mixed(self) -> bool:
-        """Whether mergekit refuses because the models have several architectures."""
-        return any("--allow-crimes" in problem.message for problem in self.problems)
-
 
 def dry_plan(
     recipe: MergeConfiguration,
@@ -94,7 +89,7 @@ def dry_plan(
         try:
             plan = planning.new_plan(deepcopy(recipe), options, dry=True)  # mergekit changes the recipe
         except Exception as error:  # whatever mergekit raises would end the run
-            result.problems = list(_explained(error, models))
+            result.problems = _explained(error, models)
             return result
         result.architecture = plan.architecture
         outputs = _outputs(plan, loaders, result)
@@ -252,33 +247,29 @@ def _judge_output(
     own = {name: loader.get_tensor(name) for name in names}
     own_config = base.config(trust_remote_code=options.trust_remote_code)
     code = base.model if options.trust_remote_code else None
-    verdict = output_model.judge(out_config, outputs, own_config, own, None if is_sliced else unread, code)
-    result.lost, result.faults = verdict.lost, verdict.faults
+    unread_names = None if is_sliced else unread
+    result.lost, result.faults = output_model.judge(out_config, outputs, own_config, own, unread_names, code)
 
 
-def _explained(error: Exception, models: Mapping[ModelReference, Model]) -> Iterator[Finding]:
+def _explained(error: Exception, models: Mapping[ModelReference, Model]) -> list[Finding]:
     """Why mergekit makes no plan."""
-    message, unclear = _one_line(error), False
+    message, findings = _one_line(error), []
     base, base_header = next(iter(models.items()))
     for model, header in models.items():
         names, base_names = _classes(model, header), _classes(base, base_header)
         if "--allow-crimes" in message and names != base_names:
             advice = "mergekit merges models of one architecture (--allow-crimes tries it anyway)"
-            yield Finding(f"{model} is a {names[0]}, {base} a {base_names[0]}: {advice}", model)
+            findings.append(Finding(f"{model} is a {names[0]}, {base} a {base_names[0]}: {advice}", model))
         elif "same number of layers" in message and header.layers != base_header.layers:
             depths = f"{model} has {header.layers} layers, {base} {base_header.layers}"
-            yield Finding(f"{depths}: merge them by `slices`", model)
+            findings.append(Finding(f"{depths}: merge them by `slices`", model))
         elif len(names) != 1 or not names[0]:
             count = len(names) if names[0] else "no"
             advice = "and mergekit needs one: name the class there"
-            yield Finding(f"the config of `{model}` names {count} `architectures`, {advice}", model)
-        else:
-            continue
-        unclear = True
-    if not unclear:
-        if not isinstance(error, UserError):
-            message = f"mergekit cannot plan this merge: {message}"
-        yield Finding(message, next((model for model in models if str(model) in message), None))
+            findings.append(Finding(f"the config of `{model}` names {count} `architectures`, {advice}", model))
+    if not isinstance(error, UserError):
+        message = f"mergekit cannot plan this merge: {message}"
+    return findings or [Finding(message, next((model for model in models if str(model) in message), None))]
 
 
 def _classes(model: ModelReference, header: Model) -> list[str | None]:

@@ -35,10 +35,7 @@ STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I1
 """Bytes of an element, by safetensors' name of the dtype; all other dtypes take one byte."""
 BUFFERS = (".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias")
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "BOOL")
-WHOLE_DTYPES = ("I64", "BOOL")
-QUANTISED_NAMES = re.compile(
-    r"(.*\.)?(qweight|qzeros|weight_packed|weight_scale|weight_scale_inv|absmax|quant_map|SCB)"
-)
+QUANTISED_NAMES = re.compile(r"(.*\.)?(qweight|qzeros|weight_packed|weight_scale(_inv)?|absmax|quant_map|SCB)")
 """Tensors that only a quantised checkpoint has."""
 NARROW = re.compile(r"F[468](_|$)|float[468]_")
 """Dtypes of quantised weights; a dtype of torch that safetensors does not know has torch's name."""
@@ -151,7 +148,7 @@ def why_quantised(model: Model) -> str | None:
 
 def why_whole(model: Model) -> str | None:
     """Why a model's weights cannot be averaged although they are not quantised: they are whole numbers."""
-    whole = [n for n, (_, dtype) in model.tensors.items() if n.endswith(".weight") and dtype in WHOLE_DTYPES]
+    whole = [n for n, (_, dtype) in model.tensors.items() if n.endswith(".weight") and dtype in ("I64", "BOOL")]
     if not whole:
         return None
     dtype = model.tensors[whole[0]][1]
@@ -163,10 +160,8 @@ def other_dtypes(base: Model, other: Model) -> str | None:
     ours, theirs = ({dtype for _, dtype in model.tensors.values()} for model in (base, other))
     if ours == theirs or not ours or not theirs:
         return None
-    dtypes = " and ".join("/".join(sorted(dtypes)) for dtypes in (theirs, ours))
-    return (
-        f"{other.name} and {base.name} have the dtypes {dtypes}; set `dtype`, the dtype in which they are merged"
-    )
+    both = " and ".join("/".join(sorted(dtypes)) for dtypes in (theirs, ours))
+    return f"{other.name} and {base.name} have the dtypes {both}; set `dtype`, the dtype in which they are merged"
 
 
 def is_buffer(name: str) -> bool:

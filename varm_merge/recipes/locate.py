@@ -10,7 +10,6 @@ from varm_common.errors import closest
 
 __all__ = ["TOKENIZER_FILES", "Hub", "near", "why_misread"]
 
-HUB_TIMEOUT_SECONDS = 10
 TOKENIZER_FILES = (
     "tokenizer_config.json",
     "tokenizer.json",
@@ -76,7 +75,7 @@ def _refusal(path: str, revision: str | None, wanted: str) -> str | None:
     """Why a model that the Hub has cannot be loaded."""
     api = huggingface_hub.HfApi()
     try:
-        info = api.model_info(path, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+        info = api.model_info(path, revision=revision, timeout=10)  # seconds
         if info.gated:
             api.auth_check(path)  # everyone may see a gated model, and not everyone may download it
     except errors.GatedRepoError:

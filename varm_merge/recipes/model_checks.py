@@ -104,11 +104,8 @@ def _headers(recipe: Recipe) -> None:
                 recipe.add(where, message)
                 continue
             cache = recipe.options.lora_merge_cache
-            merged_adapter = adapters.merged_adapter(reference, cache) if cache else None
-            if merged_adapter is not None and merged_adapter.is_dir():
-                place = Place(str(merged_adapter))
-            else:
-                merged_adapter = None
+            if cache and (folder := adapters.merged_adapter(reference, cache)).is_dir():
+                place, merged_adapter = Place(str(folder)), folder
         try:
             model = headers.read_model(place, recipe.hub)
         except ValueError as error:
@@ -151,8 +148,7 @@ def _chat_template(recipe: Recipe) -> None:
         recipe.add_if_varm(where, message)
     else:
         if not has_tokenizer and (reason := _why_no_tokenizer(recipe, reference)):
-            message = f"there is no tokenizer to write the `chat_template` into: {reason}"
-            recipe.add_if_varm(where, message)
+            recipe.add_if_varm(where, f"there is no tokenizer to write the `chat_template` into: {reason}")
 
 
 # The merge
@@ -175,7 +171,8 @@ def _plan(recipe: Recipe) -> None:
         message = f"mergekit's definition of {plan.architecture} leaves out {patterns(plan.lost)} of"
         result = "the merge would load with random weights there"
         recipe.add_if_varm(("merge_method",), f"{message} `{next(iter(models))}`; {result}")
-    may_help = bool(plan.lost or plan.problems) and not recipe.by_name and not plan.is_mixed
+    is_mixed = any("--allow-crimes" in problem.message for problem in plan.problems)  # several architectures
+    may_help = bool(plan.lost or plan.problems) and not recipe.by_name and not is_mixed
     if may_help and not any(by_name.obstacles(recipe.document)):
         other = dry_plan(recipe.config, recipe.options, models, by_name=True)
         if not (other.problems or other.faults or other.remarks):

@@ -55,12 +55,9 @@ def only_some(loaders: Loaders) -> Iterator[Finding]:
     """Tensors that a model has, the base model does not have, and the merge does not read."""
     base, *others = loaders
     for model in others:
-        extra = [name for name in loaders[model].unused() if name not in loaders[base].model.tensors]
-        if extra:
-            message = (
-                f"`{model}` has {patterns(extra)}, which {base} does not have: they are left out of the merge"
-            )
-            yield Finding(message, model)
+        if extra := [name for name in loaders[model].unused() if name not in loaders[base].model.tensors]:
+            message = f"`{model}` has {patterns(extra)}, which {base} does not have"
+            yield Finding(f"{message}: they are left out of the merge", model)
 
 
 def untied(out_config: Any, loaders: Loaders, options: MergeOptions) -> Iterator[Finding]:

@@ -82,11 +82,6 @@ class Recipe:
         return Problem(message, self.lines.get(path, 1), path)
 
     @property
-    def content(self) -> dict[str, Any]:
-        """The recipe without its name, which only mergekit-multi reads."""
-        return {key: value for key, value in self.document.items() if key != "name"}
-
-    @property
     def definition(self) -> Definition:
         """mergekit's definition of this kind of recipe."""
         if self.kind != "raw":

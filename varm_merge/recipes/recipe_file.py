@@ -57,8 +57,7 @@ def line_of(text: str, key: str) -> int:
 def uses_varm(text: str) -> bool:
     """Whether any recipe in ``text`` merges by ``varm``."""
     with suppress(yaml.YAMLError, ValueError, RecursionError):
-        documents = yaml.safe_load_all(text)
-        return any(isinstance(document, dict) and means_varm(document) for document in documents)
+        return any(isinstance(document, dict) and means_varm(document) for document in yaml.safe_load_all(text))
     return False
 
 

@@ -89,7 +89,6 @@ class Tally:
 
     def add(self, group: TensorGroup) -> None:
         """Count one tensor as the merge loads it: a recipe's ``dtype`` may widen what a checkpoint has rounded."""
-        assert group.base is not None
         for entry in group.non_base:
             dtypes = set() if getattr(entry.id, "lora", None) else self._saved_dtypes.get(str(entry.id), set())
             saved = HALF[min(dtypes)] if len(dtypes) == 1 and dtypes <= HALF.keys() else entry.tensor.dtype
@@ -144,15 +143,10 @@ def remarks(text: str, looked: Looked) -> Iterator[Problem]:
 
 def _sample(pivot: Model, target: Model) -> list[str]:
     """Names of floating tensors that both models have in files here, spread over the model."""
-    shared = [
-        name
-        for name, (shape, stored) in target.tensors.items()
-        if stored in ("F32", "F16", "BF16")
-        and len(shape) > 1
-        and pivot.tensors.get(name, ((), ""))[0] == shape
-        and name in pivot.files
-        and name in target.files
-    ]
+    here = pivot.files.keys() & target.files.keys()
+    floats = {name: shape for name, (shape, stored) in target.tensors.items() if stored in ("F32", "F16", "BF16")}
+    matrices = [name for name, shape in floats.items() if len(shape) > 1 and name in here]
+    shared = [name for name in matrices if pivot.tensors[name][0] == floats[name]]
     return shared[:: max(len(shared) // SAMPLE_TENSORS, 1)][:SAMPLE_TENSORS]
 
 

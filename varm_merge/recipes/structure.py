@@ -5,7 +5,7 @@ and exits 0. Here they are problems.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import pydantic
@@ -65,9 +65,7 @@ def _method(recipe: Recipe) -> None:
         recipe.add(("merge_method",), f"mergekit knows no method `{method}`{hint}")
 
 
-def _unknown_keys(
-    recipe: Recipe, path: TreePath, node: Mapping[Any, Any], known: Sequence[str], what: str
-) -> None:
+def _unknown_keys(recipe: Recipe, path: TreePath, node: dict[str, Any], known: Sequence[str], what: str) -> None:
     for key in node:
         if key not in known:
             recipe.add((*path, key), f"unknown {what} `{key}`{did_you_mean(str(key), known, list_known=True)}")
@@ -153,8 +151,9 @@ def _dtypes(recipe: Recipe) -> None:
 
 def _mergekit_accepts(recipe: Recipe) -> bool:
     """Let mergekit read the recipe; its errors are added as problems."""
+    content = {key: value for key, value in recipe.document.items() if key != "name"}  # mergekit-multi's
     try:
-        recipe.config = one_spelling(recipe.definition.model_validate(recipe.content))
+        recipe.config = one_spelling(recipe.definition.model_validate(content))
     except pydantic.ValidationError as error:
         for detail in error.errors(include_url=False):
             path = tuple(detail["loc"])

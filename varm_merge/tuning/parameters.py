@@ -19,9 +19,7 @@ from varm_merge.recipes import recipe_file
 
 __all__ = ["DEFAULTS", "Number", "Parameter", "numbers", "parameters", "written"]
 
-SYNTAX = re.compile(
-    r"(?P<name>\w+)(?P<by>:target|:depth)?(?:=(?P<low>[^:]+):(?P<high>[^:]+))?",
-)
+SYNTAX = re.compile(r"(?P<name>\w+)(?P<by>:target|:depth)?(?:=(?P<low>[^:]+):(?P<high>[^:]+))?")
 DEFAULTS = ("lambda", "t", "select_topk", "weight:target")
 """What is searched by default: the first that the method has."""
 RANGES = {
@@ -89,14 +87,14 @@ def parameters(content: Mapping[str, Any], given: Sequence[str]) -> list[Paramet
     if not given:
         default = next((name for name in DEFAULTS if name.partition(":")[0] in known), None)
         if default is None:
-            names = f"name one of {', '.join(known)} with --parameter" if known else "it has no number to search"
-            raise UserError(f"{spec.name} has no parameter that is searched by default: {names}")
+            advice = f"name one of {', '.join(known)} with --parameter" if known else "it has no number to search"
+            raise UserError(f"{spec.name} has no parameter that is searched by default: {advice}")
         given = [default]
-    found = [_parameter(text, known, spec, content) for text in given]
-    for name in {parameter.name for parameter in found}:
-        if sum(parameter.name == name for parameter in found) > 1:
-            raise UserError(f"--parameter names `{name}` twice")
-    return found
+    searched = [_parameter(text, known, spec, content) for text in given]
+    names = [parameter.name for parameter in searched]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"--parameter names `{twice[0]}` twice")
+    return searched
 
 
 def numbers(content: Mapping[str, Any], searched: Sequence[Parameter]) -> list[Number]:
@@ -114,17 +112,10 @@ def written(content: Mapping[str, Any], values: Mapping[Number, float]) -> dict[
     """The recipe with other values of the searched numbers."""
     result: dict[str, Any] = copy.deepcopy(dict(content))
     for number, value in values.items():
-        name = number.parameter.name
-        if number.parameter.by == "target":
-            model = result["models"][number.index]
-            model["parameters"] = {**(model.get("parameters") or {}), name: value}
-        else:
-            shared = result["parameters"] = dict(result.get("parameters") or {})
-            if number.parameter.by == "depth":
-                before = shared[name] if number.index else []
-                shared[name] = [*before, value]
-            else:
-                shared[name] = value
+        name, by = number.parameter.name, number.parameter.by
+        place = result["models"][number.index] if by == "target" else result
+        own = place["parameters"] = dict(place.get("parameters") or {})
+        own[name] = [*(own[name] if number.index else []), value] if by == "depth" else value
     return result
 
 
@@ -138,15 +129,13 @@ def _is_number(parameter: ParameterSpec) -> bool:
 def _parameter(
     text: str, known: Mapping[str, ParameterSpec], spec: MergeMethodSpec, content: Mapping[str, Any]
 ) -> Parameter:
-    match = SYNTAX.fullmatch(text)
-    if match is None:
+    if (match := SYNTAX.fullmatch(text)) is None:
         raise UserError(f"--parameter `{text}` is not NAME, NAME:target or NAME:depth, with or without =LOW:HIGH")
     name, by = match["name"], (match["by"] or "").removeprefix(":")
     if name not in known:
         hint = did_you_mean(name, known, list_known=True) if known else "; it has none"
         raise UserError(f"{spec.name} has no number `{name}` to search{hint}")
-    shared = known[name].scope is ParameterScope.SHARED
-    if by == "target" and shared:
+    if by == "target" and known[name].scope is ParameterScope.SHARED:
         raise UserError(f"`{name}` of {spec.name} is one for all targets; search `{name}` or `{name}:depth`")
     normalises = _normalises(spec, content)
     if name == "weight" and by != "target" and normalises:
@@ -248,6 +237,5 @@ def _has(node: Any, name: str) -> bool:
 def _same(model: Any, other: Any) -> bool:
     if other is None:
         return False
-    references = (ModelReference.model_validate(one) for one in (model, other))
-    first, second = (recipe_file.identity(reference) for reference in references)
-    return bool(first == second)
+    first, second = (recipe_file.identity(ModelReference.model_validate(name)) for name in (model, other))
+    return first == second

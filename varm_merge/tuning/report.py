@@ -13,25 +13,23 @@ Table = tuple[str, list[str], list[list[str]]]
 
 def tables(report: Mapping[str, Any]) -> Iterator[Table]:
     """What was tried, best last; and the models on the conversations that chose nothing."""
-    names = [one["name"] for one in report["numbers"] if one["searched"]]
+    names = [number["name"] for number in report["numbers"] if number["searched"]]
     parts = report["conversations"]
-    ranked = sorted(report["evaluations"], key=lambda one: -float(one["nats_per_byte"]))
     tried = [
-        [*(f"{value:g}" for value in one["values"]), f"{one['nats_per_byte']:.5f}", signed(one["minus_best"])]
-        for one in ranked
+        [*(f"{value:g}" for value in row["values"]), f"{row['nats_per_byte']:.5f}", signed(row["minus_best"])]
+        for row in sorted(report["evaluations"], key=lambda row: -float(row["nats_per_byte"]))
     ]
-    title = f"tried on {parts['choosing']} conversations, best last"
-    yield title, [*names, "nats/byte", "minus best"], tried
+    yield f"tried on {parts['choosing']} conversations, best last", [*names, "nats/byte", "minus best"], tried
     models = [
-        [one["name"], f"{one['nats_per_byte']:.5f}", "" if one["name"] == "tuned" else signed(one["tuned_minus"])]
-        for one in report["models"]
+        [row["name"], f"{row['nats_per_byte']:.5f}", "" if row["name"] == "tuned" else signed(row["tuned_minus"])]
+        for row in report["models"]
     ]
     yield f"on {parts['reporting']} other conversations", ["model", "nats/byte", "tuned minus it"], models
 
 
 def verdict(report: Mapping[str, Any]) -> str:
     """Whether the tuned recipe is better than the given one on the reporting part."""
-    difference, error = next(one["tuned_minus"] for one in report["models"] if one["name"] == "recipe")
+    difference, error = next(row["tuned_minus"] for row in report["models"] if row["name"] == "recipe")
     shown = signed([difference, error])
     if difference == 0:
         return "the recipe's own values are the best that were tried"

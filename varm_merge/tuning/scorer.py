@@ -10,8 +10,8 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from mergekit.config import MergeConfiguration
@@ -61,9 +61,7 @@ class Scorer:
     def __enter__(self) -> "Scorer":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._program.kill()
         with suppress(OSError):
             self._requests.close()
@@ -79,23 +77,16 @@ class Scorer:
         with tempfile.TemporaryDirectory(prefix="varm-merge-") as folder:
             config = MergeConfiguration.model_validate(recipe)
             try:
-                merge_streamed(
-                    config, Path(folder), self.options, lambda *tensor: send_tensor(self._requests, *tensor)
-                )
+                merge_streamed(config, Path(folder), self.options, partial(send_tensor, self._requests))
             except BrokenPipeError:
                 self._failed()
-            except UserError:
-                self._forget()
-                raise
             except Exception as error:  # a merge method raises what it likes at a value that it does not take
-                self._forget()
+                send_message(self._requests, {})  # the program drops the tensors that it has received
+                self._answer()
+                if isinstance(error, UserError):
+                    raise
                 raise UserError(f"mergekit cannot merge it with {name}: {reason_of(error)}") from error
             return self.model(Path(folder), name, conversations)
-
-    def _forget(self) -> None:
-        """Let the program drop the tensors of a merge that was not finished."""
-        send_message(self._requests, {})
-        self._answer()
 
     def model(self, folder: Path, name: str, conversations: Sequence[str]) -> Conversations:
         """Score the model in a folder on some conversations; raises as ``merge`` does."""
@@ -107,15 +98,12 @@ class Scorer:
         reply = self._answer()
         if "problem" in reply:
             raise UserError(reply["problem"])
-        scored: Conversations = reply["conversations"]
-        return scored
+        return reply["conversations"]  # type: ignore[no-any-return]
 
     def _answer(self) -> dict[str, Any]:
-        line = self._answers.readline()
-        if not line:
+        if not (line := self._answers.readline()):
             self._failed()
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return json.loads(line)  # type: ignore[no-any-return]
 
     def _failed(self) -> None:
         code = self._program.wait()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from varm_merge.tuning.parameters import Number
@@ -72,17 +73,15 @@ def search(numbers: Sequence[Number], loss: Callable[[Values], float], evaluatio
         return tried[values]
 
     def at_positions(positions: Sequence[float]) -> float:
-        values = tuple(axis.to_value(float(one)) for axis, one in zip(axes, positions, strict=True))
+        values = tuple(axis.to_value(float(position)) for axis, position in zip(axes, positions, strict=True))
         return min(at(values), LARGE)
 
-    try:
+    limits = {"xatol": TOLERANCE, "maxiter": 10 * evaluations}
+    with suppress(_Spent):
         at(tuple(number.start for number in numbers))
         if len(numbers) == 1:
             optimize.minimize_scalar(
-                lambda position: at_positions([position]),
-                bounds=(0.0, 1.0),
-                method="bounded",
-                options={"xatol": TOLERANCE, "maxiter": 10 * evaluations},
+                lambda position: at_positions([position]), bounds=(0.0, 1.0), method="bounded", options=limits
             )
         else:
             first = [axis.to_position(number.start) for axis, number in zip(axes, numbers, strict=True)]
@@ -90,18 +89,7 @@ def search(numbers: Sequence[Number], loss: Callable[[Values], float], evaluatio
             for index, (axis, corner) in enumerate(zip(axes, simplex[1:], strict=True)):
                 step = FIRST_STEP if axis.low > 0 else min(max(corner[index] / 2, LEAST_STEP), FIRST_STEP)
                 corner[index] += step if corner[index] < 1 - step else -step
-            optimize.minimize(
-                at_positions,
-                first,
-                method="Nelder-Mead",
-                bounds=[(0.0, 1.0)] * len(numbers),
-                options={
-                    "initial_simplex": simplex,
-                    "xatol": TOLERANCE,
-                    "fatol": LOSS_TOLERANCE,
-                    "maxiter": 10 * evaluations,
-                },
-            )
-    except _Spent:
-        pass
+            bounds = [(0.0, 1.0)] * len(numbers)
+            options = {**limits, "initial_simplex": simplex, "fatol": LOSS_TOLERANCE}
+            optimize.minimize(at_positions, first, method="Nelder-Mead", bounds=bounds, options=options)
     return tried

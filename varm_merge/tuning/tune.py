@@ -32,7 +32,7 @@ from varm_merge.merging.weight_log import recipe_fingerprint
 from varm_merge.recipes import recipe_file
 from varm_merge.recipes.check import check
 from varm_merge.recipes.problems import Looked, Problem, refuse
-from varm_merge.tuning.parameters import DEFAULTS, numbers, parameters, written
+from varm_merge.tuning.parameters import DEFAULTS, Number, numbers, parameters, written
 from varm_merge.tuning.scorer import Conversations, Scorer
 from varm_merge.tuning.search import Values, search
 
@@ -43,8 +43,10 @@ LEAST, FEW = 4, 20
 """Conversations that are needed, and those below which the standard errors of a part are uncertain."""
 EVALUATIONS = 12
 """Evaluations for each number that is searched, by default."""
+Rows = dict[str, Conversations]
+"""The scores of each model, by its name in the report."""
 TUNED, RECIPE = "tuned", "recipe"
-"""Names of the recipe that was found, and of the one that was given."""
+"""Names of the tuned recipe, and of the one that was given."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,8 @@ def tune(tuning: Tuning, options: MergeOptions, command: str) -> dict[str, Any]:
 class _Search:
     def __init__(self, tuning: Tuning, options: MergeOptions, command: str) -> None:
         self.tuning, self.command = tuning, command
-        self.options = options.model_copy(
-            update={
-                "quiet": True,
-                "random_seed": tuning.seed,
-                "write_model_card": False,
-                "device": tuning.device or options.device,
-            }
-        )
+        own = {"quiet": True, "random_seed": tuning.seed, "write_model_card": False}
+        self.options = options.model_copy(update={**own, "device": tuning.device or options.device})
         self.text = recipe_file.read(tuning.recipe)
         entry = Entry(tuning.recipe.stem, tuning.recipe, self.text)
         if not entry.content.get("merge_method"):
@@ -106,9 +102,8 @@ class _Search:
     def _problems(self) -> list[Problem]:
         """What is wrong with the recipe's structure. Missing parameters may be those that are searched."""
         problems = check(self.text, every=True, models=False)
-        names = self.tuning.parameters or DEFAULTS
-        searched = {name.partition(":")[0].partition("=")[0] for name in names}
-        return [one for one in problems if not any(f"`{name}`" in one.message for name in searched)]
+        searched = {name.partition(":")[0].partition("=")[0] for name in self.tuning.parameters or DEFAULTS}
+        return [problem for problem in problems if not any(f"`{name}`" in problem.message for name in searched)]
 
     def run(self) -> dict[str, Any]:
         start = self._recipe(tuple(number.start for number in self.free))
@@ -129,7 +124,8 @@ class _Search:
                 raise UserError(f"{error} ({self.log})") from error
             scored = [values for values in tried if values not in self.failed]
             chosen = {values: self._merge(scorer, self._recipe(values), "", choosing) for values in scored}
-        return self._report(chosen, best, rows, len(choosing), len(reporting))
+        sizes = {"choosing": len(choosing), "reporting": len(reporting)}
+        return self._report(chosen, best, rows, sizes)
 
     # Parts
 
@@ -163,9 +159,11 @@ class _Search:
 
     # Scores
 
+    def _values(self, values: Values) -> dict[Number, float]:
+        return {number: number.start for number in self.numbers} | dict(zip(self.free, values, strict=True))
+
     def _recipe(self, values: Values) -> dict[str, Any]:
-        found = dict(zip(self.free, values, strict=True))
-        return written(self.content, {number: found.get(number, number.start) for number in self.numbers})
+        return written(self.content, self._values(values))
 
     def _choose(self, scorer: Scorer, choosing: Sequence[str]) -> dict[Values, float]:
         """The loss of every set of values that was tried, on the choosing part.
@@ -174,7 +172,7 @@ class _Search:
         """
         own = tuple(number.start for number in self.free)
 
-        def loss(values: Values) -> float:
+        def loss_of(values: Values) -> float:
             shown = ", ".join(f"{number.label} {value:g}" for number, value in zip(self.free, values, strict=True))
             try:
                 scored = self._merge(scorer, self._recipe(values), shown, choosing)
@@ -184,11 +182,11 @@ class _Search:
                 self._print(f"{shown}: {error.message}")
                 self.failed[values] = f"{shown}: {error.message}"
                 return math.inf
-            found = _nats_per_byte(scored)
-            self._print(f"{shown}: {found:.5f} nats per byte")
-            return found
+            loss = _nats_per_byte(scored)
+            self._print(f"{shown}: {loss:.5f} nats per byte")
+            return loss
 
-        return search(self.free, loss, self.evaluations)
+        return search(self.free, loss_of, self.evaluations)
 
     def _merge(
         self, scorer: Scorer, recipe: Mapping[str, Any], name: str, conversations: Sequence[str]
@@ -206,15 +204,12 @@ class _Search:
         if (stored := self.steps.load("scores", name, about)) is None:
             stored = {"conversations": compute()}
             self.steps.save("scores", name, about, stored)
-        scored: Conversations = stored["conversations"]
-        return scored
+        return stored["conversations"]  # type: ignore[no-any-return]
 
-    def _rows(
-        self, scorer: Scorer, reporting: Sequence[str], start: Mapping[str, Any], best: Values
-    ) -> dict[str, Conversations]:
+    def _rows(self, scorer: Scorer, reporting: Sequence[str], start: Mapping[str, Any], best: Values) -> Rows:
         """The scores of pivot, targets and both recipes on the reporting part."""
         self._print("scoring the reporting part")
-        rows: dict[str, Conversations] = {}
+        rows: Rows = {}
         names = short_names(self.family.models, [RECIPE, TUNED])
         for model, name in zip(self.family.models, names, strict=True):
             try:
@@ -231,12 +226,7 @@ class _Search:
     # The report
 
     def _report(
-        self,
-        tried: Mapping[Values, Conversations],
-        best: Values,
-        rows: Mapping[str, Conversations],
-        choosing: int,
-        reporting: int,
+        self, tried: Mapping[Values, Conversations], best: Values, rows: Rows, sizes: Mapping[str, int]
     ) -> dict[str, Any]:
         recipe = self._recipe(best)
         report: dict[str, Any] = {
@@ -246,17 +236,8 @@ class _Search:
             "machine": machine(),
             "versions": versions(),
             "recipe": {"path": str(self.tuning.recipe), "sha256": recipe_fingerprint(self.content)},
-            "numbers": [
-                {
-                    "name": number.label,
-                    "range": [number.parameter.low, number.parameter.high],
-                    "searched": not number.fixed,
-                    "start": number.start,
-                    "found": dict(zip(self.free, best, strict=True)).get(number, number.start),
-                }
-                for number in self.numbers
-            ],
-            "conversations": {"choosing": choosing, "reporting": reporting},
+            "numbers": [_described(number, value) for number, value in self._values(best).items()],
+            "conversations": sizes,
             "evaluations": [
                 {"values": list(values), **_score(scored), "minus_best": _minus(scored, tried[best])}
                 for values, scored in tried.items()
@@ -268,21 +249,20 @@ class _Search:
             "tuned": recipe,
         }
         report["remarks"] = list(self._remarks(report))
-        found = ", ".join(f"{one['name']} {one['found']:g}" for one in report["numbers"])
-        head = f"# {self.tuning.recipe.name}, tuned by varm-merge: {found}.\n"
-        write_file(
-            self.tuning.out / "recipe.yaml", head + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-        )
+        tuned = ", ".join(f"{number['name']} {number['found']:g}" for number in report["numbers"])
+        head = f"# {self.tuning.recipe.name}, tuned by varm-merge: {tuned}.\n"
+        text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+        write_file(self.tuning.out / "recipe.yaml", head + text)
         write_json(self.tuning.out / "tuned.json", report)
         return report
 
     def _remarks(self, report: Mapping[str, Any]) -> Sequence[str]:
         remarks = [f"a value that cannot be used; {reason}" for reason in self.failed.values()]
-        for number, one in zip(self.numbers, report["numbers"], strict=True):
-            low, high = one["range"]
-            if not number.fixed and min(one["found"] - low, high - one["found"]) < 0.02 * (high - low):
+        for number, row in zip(self.numbers, report["numbers"], strict=True):
+            low, high = row["range"]
+            if not number.fixed and min(row["found"] - low, high - row["found"]) < 0.02 * (high - low):
                 remarks.append(
-                    f"the best {one['name']} lies at the edge of its range {low:g} to {high:g}; "
+                    f"the best {number.label} lies at the edge of its range {low:g} to {high:g}; "
                     f"--parameter {number.parameter}=LOW:HIGH gives a wider one"
                 )
         if len(report["evaluations"]) + len(self.failed) >= self.evaluations:
@@ -296,9 +276,13 @@ class _Search:
             click.echo(message, err=True)
 
 
+def _described(number: Number, value: float) -> dict[str, Any]:
+    limits, searched = [number.parameter.low, number.parameter.high], not number.fixed
+    return {"name": number.label, "range": limits, "searched": searched, "start": number.start, "found": value}
+
+
 def _nats_per_byte(scored: Conversations) -> float:
-    size = sum(sums["bytes"] for sums in scored.values())
-    if not size:
+    if not (size := sum(sums["bytes"] for sums in scored.values())):
         raise UserError("there is nothing to score: the conversations of a part have no byte of an answer")
     return float(sum(sums["nats"] for sums in scored.values()) / size)
 
@@ -310,5 +294,4 @@ def _score(scored: Conversations) -> dict[str, Any]:
 
 def _minus(scored: Conversations, other: Conversations) -> list[float | None]:
     """The difference in nats per byte, and its standard error over conversations."""
-    both = differences({"conversations": scored}, {"conversations": other}, "all")
-    return list(both["nats_per_byte"])
+    return list(differences({"conversations": scored}, {"conversations": other}, "all")["nats_per_byte"])
