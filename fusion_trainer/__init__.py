@@ -9,21 +9,12 @@ from varm_common.moved import keep_old_names
 
 __all__: list[str] = []
 
-keep_old_names(
-    {
-        "fusion_trainer.errors": "varm_common.errors",
-        "fusion_trainer.files": "varm_common.files",
-        "fusion_trainer.models": "varm_common.models",
-        "fusion_trainer.tokens": "fusion_trainer.text.tokenizer",
-        "fusion_trainer.conversations": "fusion_trainer.data.conversations",
-        "fusion_trainer.dialogues": "fusion_trainer.data.dialogues",
-        "fusion_trainer.prepare": "fusion_trainer.data.prepare",
-        "fusion_trainer.templates": "fusion_trainer.data.templates",
-        "fusion_trainer.batches": "fusion_trainer.training.batches",
-        "fusion_trainer.evaluate": "fusion_trainer.training.evaluate",
-        "fusion_trainer.fusion": "fusion_trainer.training.fusion",
-        "fusion_trainer.loss": "fusion_trainer.training.loss",
-        "fusion_trainer.train": "fusion_trainer.training.train",
-        "fusion_trainer.trainer": "fusion_trainer.training.trainer",
-    }
-)
+MOVED = {
+    "varm_common": ("errors", "files", "models"),
+    "fusion_trainer.data": ("conversations", "dialogues", "prepare", "templates"),
+    "fusion_trainer.training": ("batches", "evaluate", "fusion", "loss", "train", "trainer"),
+}
+"""Modules that were in this folder, by the package that they are in now."""
+
+keep_old_names({"fusion_trainer.tokens": "fusion_trainer.text.tokenizer"})
+keep_old_names({f"fusion_trainer.{name}": f"{new}.{name}" for new, names in MOVED.items() for name in names})

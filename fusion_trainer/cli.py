@@ -132,10 +132,8 @@ def run(pipeline: Path, dry_run: bool, until: str | None, only: str | None, as_j
         states = runner.states(wanted)
         click.echo(json.dumps(as_records(states), indent=1) if as_json else overview(states, config))
         return
-    made = runner.run(wanted)
-    click.echo(
-        f"{len(made)} of {len(wanted)} stages were run" if made else f"all {len(wanted)} stages are up to date"
-    )
+    made, number = runner.run(wanted), len(wanted)
+    click.echo(f"{len(made)} of {number} stages were run" if made else f"all {number} stages are up to date")
     if scores := report(runner):
         click.echo(scores)
 

@@ -7,17 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError, ValidationError
 
 from varm_common.errors import UserError, did_you_mean, listed
 from varm_common.yaml_file import read_yaml
@@ -30,11 +21,11 @@ __all__ = [
     "ExtractConfig",
     "ImportConfig",
     "PrepareConfig",
+    "Texts",
     "TrainConfig",
     "explained",
     "one_or_more",
     "read_config",
-    "read_yaml",
     "recorded",
     "unknown_setting",
 ]
@@ -43,36 +34,26 @@ Config = TypeVar("Config", bound=BaseModel)
 
 BUILT_IN_TEMPLATES = ("openchat", "chatml", "vicuna", "mistral", "llama-3", "zephyr")
 """Chat templates that come with the package."""
-NOT_OF_THE_RESULT = frozenset(
-    name
-    for line in (
-        "output_dir disable_tqdm do_eval resume_from_checkpoint ddp_timeout",
-        "gradient_checkpointing gradient_checkpointing_kwargs",
-        "activation_checkpointing activation_checkpointing_kwargs",
-        "logging_dir logging_strategy logging_first_step logging_steps log_level log_level_replica",
-        "log_on_each_node report_to run_name project trackio_space_id",
-        "save_strategy save_steps save_total_limit save_on_each_node",
-        "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size eval_accumulation_steps",
-        "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers",
-        "push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push hub_revision",
-    )
-    for name in line.split()
-)
+HOW_IT_RUNS = """
+    output_dir disable_tqdm do_eval resume_from_checkpoint ddp_timeout
+    gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing activation_checkpointing_kwargs
+    logging_dir logging_strategy logging_first_step logging_steps log_level log_level_replica log_on_each_node
+    report_to run_name project trackio_space_id save_strategy save_steps save_total_limit save_on_each_node
+    eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size eval_accumulation_steps
+    dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent_workers
+    push_to_hub hub_model_id hub_token hub_strategy hub_private_repo hub_always_push hub_revision
+"""
+NOT_OF_THE_RESULT = frozenset(HOW_IT_RUNS.split())
 """Arguments of transformers that do not change the target; they may differ when a training is resumed."""
-
-
 ONLY_IF_USED = frozenset({"divergence", "js_beta", "alm_weight", "alm_temperature", "chunks", "spread"})
 """Settings that a record leaves out at their default, where they change nothing."""
 
 
 def recorded(settings: BaseModel, *left_out: str) -> dict[str, Any]:
     """Settings as a record holds them, without those in ``left_out``."""
-    fields = type(settings).model_fields
-    return {
-        name: value
-        for name, value in settings.model_dump(mode="json", exclude={*left_out}).items()
-        if name not in ONLY_IF_USED or value != fields[name].default
-    }
+    fields, dumped = type(settings).model_fields, settings.model_dump(mode="json", exclude={*left_out})
+    unused = {name for name in ONLY_IF_USED & dumped.keys() if dumped[name] == fields[name].default}
+    return {name: value for name, value in dumped.items() if name not in unused}
 
 
 def one_or_more(value: Any) -> Any:
@@ -91,8 +72,10 @@ def _arguments_of(name: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+Texts = Annotated[list[str], BeforeValidator(one_or_more)]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Quantisation = Literal["8bit", "4bit"]
+MapKind = Literal["exact", "min_edit_distance", "co_occurrence", "statistics", "statistics_published", "prefix"]
 TrustRemoteCode = Annotated[bool, Field(description="Run Python code from the model repositories.")]
 
 
@@ -105,7 +88,7 @@ class Settings(BaseModel):
 class PrepareConfig(Settings):
     """Chat data → dialogues: rendered with the pivot's chat template, split into blocks."""
 
-    data: Annotated[list[str], BeforeValidator(one_or_more)] = Field(min_length=1)
+    data: Texts = Field(min_length=1)
     """Chat data: JSON, JSONL or Parquet files, dataset folders or Hub ids."""
     data_name: str | None = None
     """Configuration of a Hub dataset that has more than one."""
@@ -124,7 +107,7 @@ class PrepareConfig(Settings):
     )
     max_length: int = Field(2048, ge=16)
     """Maximum length of a block (a conversation, or a part of a long one), in pivot tokens."""
-    fit_tokenizers: Annotated[list[str], BeforeValidator(one_or_more)] = []
+    fit_tokenizers: Texts = []
     """Folders or Hub ids (`name@revision`) of other models: a block's text is at most max_length tokens of their
     tokenizers, too. Name the sources whose context is no longer than max_length."""
     packing: bool = True
@@ -169,7 +152,7 @@ class ExtractConfig(PrepareConfig):
     """What runs the model. vllm: the vLLM servers of server_url; without server_url, vLLM in this process."""
     engine_options: dict[str, Any] | None = None
     """For vLLM in this process: arguments of vllm.LLM, for example tensor_parallel_size=8."""
-    server_url: Annotated[list[str], BeforeValidator(one_or_more)] = []
+    server_url: Texts = []
     """For vllm: URL of a server that serves the model; several, separated by commas, share the work."""
     server_model: str | None = None
     """Name of the model at the server, if it is not that of `model`."""
@@ -184,7 +167,7 @@ class ExtractConfig(PrepareConfig):
 class ImportConfig(Settings):
     """Published representations → stores."""
 
-    data: Annotated[list[str], BeforeValidator(one_or_more)] = Field(min_length=1)
+    data: Texts = Field(min_length=1)
     """Published representations: folders of save_to_disk, Arrow or Parquet files, or Hub ids, in order."""
     data_name: str | None = None
     """Configuration of a Hub dataset that has more than one."""
@@ -233,9 +216,7 @@ class AlignConfig(Settings):
     warping, as in the papers."""
     dtw_cost: Literal["fusechat", "fusechat_v2", "fusellm"] = "fusechat"
     """For dtw: cost of pairing two tokens if one contains the other. fusechat: 0.1; fusechat_v2, fusellm: 1."""
-    map: Literal["exact", "min_edit_distance", "co_occurrence", "statistics", "statistics_published", "prefix"] = (
-        "prefix"
-    )
+    map: MapKind = "prefix"
     """How ids of the source are mapped to ids of the pivot. prefix: to the first pivot token of their text; exact:
     to the same text; min_edit_distance: to the nearest text; co_occurrence: the same, ties decided by neighbouring
     tokens; statistics: to the ids they were paired with; statistics_published: the same as FuseChat's release."""
@@ -381,9 +362,7 @@ def read_config(kind: type[Config], path: Path | None, flags: Mapping[str, Any])
     settings, lines = read_yaml(path) if path else ({}, {})
     flags = {name: value for name, value in flags.items() if value not in (None, ())}
     merged = {**settings, **flags}
-    both = {
-        name for name, value in flags.items() if isinstance(value, dict) and isinstance(settings.get(name), dict)
-    }
+    both = {name for name in flags if isinstance(flags[name], dict) and isinstance(settings.get(name), dict)}
     for name in both:
         merged[name] = settings[name] | flags[name]
     try:

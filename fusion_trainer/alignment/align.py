@@ -14,6 +14,7 @@ Answers are compared one by one. A position of the pivot gets the source's distr
 and keeps the pivot's own distribution otherwise."""
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -28,19 +29,13 @@ from fusion_trainer.alignment.saved_map import Places, SavedMap, build_map, save
 from fusion_trainer.alignment.sides import Sides, in_processes, open_sides
 from fusion_trainer.alignment.vocabulary import RULES, VocabularyMap
 from fusion_trainer.config import AlignConfig
-from fusion_trainer.representations.store import (
-    ALIGNED,
-    ALIGNED_VERSION,
-    MANIFEST,
-    WITH_CHUNKS,
-    Representation,
-    RepresentationStore,
-)
+from fusion_trainer.representations import store
+from fusion_trainer.representations.store import Representation, RepresentationStore
 from fusion_trainer.representations.store_tokenizer import place_of
 from fusion_trainer.representations.store_writer import StoreWriter, demand_free
 from varm_common.console import is_quiet
 from varm_common.errors import UserError
-from varm_common.files import fingerprint, sha256_of
+from varm_common.files import fingerprint
 from varm_common.saved_arrays import path_of
 
 __all__ = ["align"]
@@ -75,8 +70,7 @@ def align(config: AlignConfig) -> tuple[RepresentationStore, str]:
     writer = StoreWriter(config.output, _identity(sides, saved), starts)
     writer.begin()
     if not writer.finished:
-        missing = writer.missing()
-        if missing:
+        if missing := writer.missing():
             sides.pivot_store.check()
             sides.source_store.check()
             if sides.contained is not None and sides.source.sha256 != sides.pivot.sha256:
@@ -88,9 +82,9 @@ def align(config: AlignConfig) -> tuple[RepresentationStore, str]:
                 bar.update(facts["positions"])
         writer.wait()
         writer.finish()
-    store = RepresentationStore(config.output)
+    aligned = RepresentationStore(config.output)
     covered = coverage(saved.map, sides.source, sides.pivot, mass_by_id(sides.source_store, sides.maps))
-    return store, f"{_report(store.manifest)}\n\nvocabulary map      {saved.path}\n{covered}"
+    return aligned, f"{_report(aligned.manifest)}\n\nvocabulary map      {saved.path}\n{covered}"
 
 
 def _demand_known(sides: Sides) -> None:
@@ -111,13 +105,13 @@ def _identity(sides: Sides, saved: SavedMap) -> dict[str, Any]:
     matrix = saved.map.matrix
     unknown = sorted({*sides.source_store.unknown, *sides.pivot_store.unknown})
     return {
-        "kind": ALIGNED,
-        "version": WITH_CHUNKS if sides.config.chunks else ALIGNED_VERSION,
+        "kind": store.ALIGNED,
+        "version": store.WITH_CHUNKS if sides.config.chunks else store.ALIGNED_VERSION,
         "model": source["model"],
         "pivot": name,
         "pivot_revision": revision,
-        "pivot_store": sha256_of(sides.pivot_store.folder / MANIFEST),
-        "source_store": sha256_of(sides.source_store.folder / MANIFEST),
+        "pivot_store": sides.pivot_store.sha256,
+        "source_store": sides.source_store.sha256,
         **{name: pivot[name] for name in ("tokenizer", "template", "data", "top_k", "vocabulary")},
         "positions": sides.config.positions,
         "dtw_cost": sides.config.dtw_cost if sides.contained is not None else None,
@@ -131,38 +125,23 @@ def _identity(sides: Sides, saved: SavedMap) -> dict[str, Any]:
 
 
 def _places(sides: Sides) -> Places:
-    config = sides.config
-    return {
-        "source": place_of(sides.source_store, config.source_tokenizer),
-        "pivot": place_of(sides.pivot_store, config.pivot_tokenizer),
-    }
+    source = place_of(sides.source_store, sides.config.source_tokenizer)
+    return {"source": source, "pivot": place_of(sides.pivot_store, sides.config.pivot_tokenizer)}
 
 
 def _saved_map(sides: Sides) -> SavedMap:
     """The vocabulary map, built if it is not there."""
     config = sides.config
-    identity = {
-        "version": RULES,
-        "source": sides.source.sha256,
-        "pivot": sides.pivot.sha256,
-        "method": config.map,
-        "ends": [list(sides.ends.source), sides.ends.pivot],
-    }
+    identity: dict[str, Any] = {"version": RULES, "source": sides.source.sha256, "pivot": sides.pivot.sha256}
+    identity |= {"method": config.map, "ends": [list(sides.ends.source), sides.ends.pivot]}
     if config.map in FROM_CORPUS:
         identity |= {"data": sides.dialogues.fingerprint, "reading": sides.source_store.identity["reading"]}
     if config.map in FROM_PAIRS:
         identity |= {"contained": sides.contained, "most": config.most}
+    corpus, neighbours = partial(_corpus, sides), partial(_neighbours, sides)
 
     def build() -> VocabularyMap:
-        return build_map(
-            config.map,
-            sides.source,
-            sides.pivot,
-            lambda: _corpus(sides),
-            config.most,
-            sides.ends,
-            lambda: _neighbours(sides),
-        )
+        return build_map(config.map, sides.source, sides.pivot, corpus, config.most, sides.ends, neighbours)
 
     return saved_map(sides.maps, identity, _places(sides), build)
 
@@ -171,14 +150,9 @@ def _corpus(sides: Sides) -> Corpus:
     """Counts over the dialogues, made once. They are saved regularly, so that an interrupted count resumes."""
     if sides.corpus is not None:
         return sides.corpus
-    identity = {
-        "version": pair_counts.RULES,
-        "source": sides.source.sha256,
-        "pivot": sides.pivot.sha256,
-        "data": sides.dialogues.fingerprint,
-        "reading": sides.source_store.identity["reading"],
-        "contained": sides.contained,
-    }
+    tokenizers = {"source": sides.source.sha256, "pivot": sides.pivot.sha256}
+    data = {"data": sides.dialogues.fingerprint, "reading": sides.source_store.identity["reading"]}
+    identity = {"version": pair_counts.RULES, **tokenizers, **data, "contained": sides.contained}
     path = path_of(sides.maps, "corpus", identity)
     blocks = len(sides.dialogues)
     total, saved = load_counts(path, identity) if path.is_file() else (None, 0)
@@ -225,33 +199,26 @@ def _align_shard(sides: Sides, shard: int) -> tuple[int, list[Representation], d
 
 
 def _report(manifest: dict[str, Any]) -> str:
-    positions, paired, ends, compared = (manifest[key] for key in ("positions", "paired", "ends", "compared"))
-    ends_paired, by_byte, by_token = (
-        manifest[key] for key in ("ends_paired", "better_by_byte", "better_by_token")
-    )
-    mass, unmapped, beyond, tail = (
-        manifest[f"{name}_ppm"] / 1e6 / max(1, paired) for name in ("mass", "unmapped", "beyond", "source_tail")
-    )
+    names = ("positions", "paired", "ends", "ends_paired", "compared", "better_by_byte", "better_by_token")
+    positions, paired, ends, ends_paired, compared, by_byte, by_token = (manifest[name] for name in names)
+    sums = (manifest[f"{name}_ppm"] / 1e6 for name in ("mass", "unmapped", "beyond", "source_tail"))
+    mass, unmapped, beyond, tail = (_share(part, paired) for part in sums)
     boundary = manifest["identity"]["positions"] == "boundary"
     causes = {
         "no_partner": "no common boundary" if boundary else "no token fits by dtw's rules",
         "not_supervised": "paired position not supervised",
         "not_read": "beyond the context",
     }
-    lines = [
-        f"positions               {positions:>12,}",
-        f"paired                  {paired:>12,}  {_share(paired, positions):.2%}",
-    ]
-    lines += [
-        f"  {cause:21} {manifest[name]:>12,}  {_share(manifest[name], positions):.2%}"
-        for name, cause in causes.items()
-    ]
+
+    def counted(label: str, number: int) -> str:
+        return f"{label:23} {number:>12,}  {_share(number, positions):.2%}"
+
+    lines = [f"positions               {positions:>12,}", counted("paired", paired)]
+    lines += [counted(f"  {cause}", manifest[name]) for name, cause in causes.items()]
     if "spread" in manifest:
-        spread = manifest["spread"]
-        lines.append(f"inside a source's token {spread:>12,}  {_share(spread, positions):.2%} learn from it, too")
+        lines.append(counted("inside a source's token", manifest["spread"]) + " learn from it, too")
     if "chunk_positions" in manifest:
-        covered = manifest["chunk_positions"]
-        lines.append(f"in a common chunk       {covered:>12,}  {_share(covered, positions):.2%}")
+        lines.append(counted("in a common chunk", manifest["chunk_positions"]))
     lines += [
         f"probability at paired positions: mapped {mass:.2%}, of ids without an image {unmapped:.2%}, outside the "
         f"k entries kept {beyond:.2%}, the source's tail {tail:.2%}",

@@ -17,6 +17,8 @@ from fusion_trainer.representations.store import CROSS_ENTROPIES, Representation
 
 __all__ = ["align_row", "name_the_end", "put_all_on_gold"]
 
+Integers = NDArray[np.int32]
+
 
 def align_row(sides: Sides, number: int, pivot: Read, source: Read) -> tuple[Representation, dict[str, int]]:
     """Row ``number`` of the aligned store, and its part of what the manifest counts (``docs/formats.md``).
@@ -45,17 +47,14 @@ def align_row(sides: Sides, number: int, pivot: Read, source: Read) -> tuple[Rep
     if sides.config.chunks:
         lengths, logprobs = chunk_columns(pivot, source, own, other)
         row = replace(row, chunk_size=lengths, chunk_logprob=logprobs)
-    masses = {
-        "mass_ppm": mapped.probabilities.sum(),
-        "unmapped_ppm": mapped.unmapped.sum(),
-        "beyond_ppm": mapped.beyond.sum(),
-        "source_tail_ppm": np.nansum(mapped.tail - mapped.unmapped - mapped.beyond),
-    }
     gold_shares = np.where(row.ids == golds[:, None], np.exp(row.logprobs.astype(np.float64)), 0.0).sum(1)
     return row, {
         "paired": int(paired.sum()),
         **{cause: causes[cause] for cause in ("no_partner", "not_supervised", "not_read")},
-        **{name: _ppm(mass) for name, mass in masses.items()},
+        "mass_ppm": _ppm(mapped.probabilities.sum()),
+        "unmapped_ppm": _ppm(mapped.unmapped.sum()),
+        "beyond_ppm": _ppm(mapped.beyond.sum()),
+        "source_tail_ppm": _ppm(np.nansum(mapped.tail - mapped.unmapped - mapped.beyond)),
         "ends": int(at_end.sum()),
         "ends_paired": int((paired & at_end).sum()),
         "ends_ppm": _ppm(gold_shares[paired & at_end].sum()),
@@ -82,9 +81,7 @@ def _entropies(own: Representation, other: Representation, pivot: Read, source: 
     return dict(zip(CROSS_ENTROPIES, values, strict=True))
 
 
-def name_the_end(
-    row: Representation, where: NDArray[np.bool_], golds: NDArray[np.int32], usual: int | None
-) -> None:
+def name_the_end(row: Representation, where: NDArray[np.bool_], golds: Integers, usual: int | None) -> None:
     """Give the probability of the pivot's usual end to the end that the pivot writes at these positions."""
     if usual is None:
         return
@@ -94,7 +91,7 @@ def name_the_end(
         ids[gold_at], ids[usual_at] = usual, gold
 
 
-def put_all_on_gold(row: Representation, where: NDArray[np.bool_], golds: NDArray[np.int32]) -> None:
+def put_all_on_gold(row: Representation, where: NDArray[np.bool_], golds: Integers) -> None:
     """Put all probability on the token that really follows, at these positions."""
     k = row.ids.shape[1]
     others = np.arange(k)[None] + (np.arange(k)[None] >= golds[where, None])  # the lowest ids but the gold one
@@ -105,7 +102,7 @@ def put_all_on_gold(row: Representation, where: NDArray[np.bool_], golds: NDArra
 
 
 def _stored(
-    partners: dict[int, Mixture], positions: NDArray[np.int32], source_positions: NDArray[np.int32], read: int
+    partners: dict[int, Mixture], positions: Integers, source_positions: Integers, read: int
 ) -> tuple[list[Mixture | None], Counter[str]]:
     """For each supervised position of the pivot its partners as rows of the source's store, or None.
 
@@ -116,23 +113,16 @@ def _stored(
     mixtures: list[Mixture | None] = []
     causes: Counter[str] = Counter()
     for position in positions.tolist():
-        if position not in partners:
-            mixtures.append(None)
-            causes["no_partner"] += 1
-            continue
-        rows = [row_of.get(partner, -1) for partner, _ in partners[position]]
-        if min(rows) >= 0 and max(rows) < read:
-            weights = (weight for _, weight in partners[position])
-            mixtures.append(list(zip(rows, weights, strict=True)))
-        else:
-            mixtures.append(None)
-            causes["not_supervised" if min(rows) < 0 else "not_read"] += 1
+        mixture = [(row_of.get(partner, -1), weight) for partner, weight in partners.get(position, ())]
+        rows = [row for row, _ in mixture]
+        is_stored = bool(rows) and min(rows) >= 0 and max(rows) < read
+        mixtures.append(mixture if is_stored else None)
+        if not is_stored:
+            causes["no_partner" if not rows else "not_supervised" if min(rows) < 0 else "not_read"] += 1
     return mixtures, causes
 
 
-def _gold_bytes(
-    own: NDArray[np.int32], source: NDArray[np.int32], partners: Sequence[Mixture | None]
-) -> NDArray[np.uint16]:
+def _gold_bytes(own: Integers, source: Integers, partners: Sequence[Mixture | None]) -> NDArray[np.uint16]:
     """Bytes of the tokens that follow: the pivot's, or the weighted mean of the source's where it has partners."""
     means = [
         size if mixture is None else sum(weight * float(source[row]) for row, weight in mixture)
@@ -168,9 +158,8 @@ def _by_the_papers(sides: Sides, pivot_id: int, candidates: Sequence[int], sourc
     word = sides.pivot.words[pivot_id]
     ids = [int(source.tokens.ids[candidate]) for candidate in candidates]
     words = [sides.source.words[token] for token in ids]
-    if fitting := [n for n, other in enumerate(words) if other == word] or [
-        n for n, other in enumerate(words) if word in other
-    ]:
+    equal = [n for n, other in enumerate(words) if other == word]
+    if fitting := equal or [n for n, other in enumerate(words) if word in other]:
         return [(candidates[fitting[0]], 1.0)]
     if len(candidates) > 1 and "".join(words) == word:
         assert sides.corpus is not None

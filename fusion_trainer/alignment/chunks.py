@@ -6,7 +6,6 @@ where the tokens inside have no partner. The end of an answer is a chunk of one 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,28 +14,20 @@ from fusion_trainer.alignment.pairing import Read, content_length, end_pairs, sa
 from fusion_trainer.data.answers import Answer
 from fusion_trainer.representations.store import Representation
 
-__all__ = ["Chunks", "chunk_columns", "common_chunks"]
+__all__ = ["chunk_columns", "common_chunks"]
 
 MOST = int(np.iinfo(np.uint16).max)
 """The most pivot tokens that the chunk of a store has."""
 LEAST = float(np.finfo(np.float16).min)
 
 
-@dataclass(frozen=True)
-class Chunks:
-    """N chunks, int64 [N, 2] in each model: the next tokens of the positions from the first up to the second."""
-
-    pivot: NDArray[np.int64]
-    source: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.pivot)
-
-
-def common_chunks(pivot: Read, source: Read) -> Chunks:
-    """The chunks of a block, as short as they can be, and then the ends of its answers.
+def common_chunks(pivot: Read, source: Read) -> list[NDArray[np.int64]]:
+    """The N chunks of a block, as short as they can be, and then the ends of its answers.
 
     A chunk is left out where a template puts other text into it.
+
+    Returns:
+        int64 [N, 2] for each model: the next tokens of the positions from the first up to the second.
     """
     pairs = same_places(pivot.places, source.places)
     columns = pivot.places.turn[pairs.pivot], pivot.places.place[pairs.pivot], pairs.pivot, pairs.source
@@ -53,7 +44,7 @@ def common_chunks(pivot: Read, source: Read) -> Chunks:
         bounds.append(np.stack([positions[:-1], positions[1:]], 1))
     ends = end_pairs(pivot, source)
     of_ends = [np.stack([positions, positions + 1], 1).astype(np.int64) for positions in (ends.pivot, ends.source)]
-    return Chunks(*(np.concatenate([part[kept], end]) for part, end in zip(bounds, of_ends, strict=True)))
+    return [np.concatenate([part[kept], end]) for part, end in zip(bounds, of_ends, strict=True)]
 
 
 def _content_ends(pivot: Read, source: Read) -> Iterator[tuple[int, int, int, int]]:
@@ -77,10 +68,10 @@ def chunk_columns(
     pivot: Read, source: Read, own: Representation, other: Representation
 ) -> tuple[NDArray[np.uint16], NDArray[np.float16]]:
     """``chunk_size`` and ``chunk_logprob`` of an aligned row, for the chunks that are wholly in both stores."""
-    chunks = common_chunks(pivot, source)
+    own_bounds, source_bounds = common_chunks(pivot, source)
     sizes, logprobs = np.zeros(len(own), np.uint16), np.zeros(len(own), np.float16)
-    rows, stored = _rows(pivot.positions[: len(own)], chunks.pivot)
-    source_rows, read = _rows(source.positions[: len(other)], chunks.source)
+    rows, stored = _rows(pivot.positions[: len(own)], own_bounds)
+    source_rows, read = _rows(source.positions[: len(other)], source_bounds)
     kept = stored & read & (rows[:, 1] - rows[:, 0] <= MOST)
     first, stop = rows[kept].T
     sums = np.concatenate([[0.0], np.cumsum(other.gold_logprob.astype(np.float64))])[source_rows[kept]]
@@ -92,5 +83,4 @@ def chunk_columns(
 def _rows(positions: NDArray[np.int32], bounds: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """The rows of chunks among a store's positions, int64 [N, 2], and whether all their positions are there."""
     rows = np.searchsorted(positions, bounds).astype(np.int64)
-    whole: NDArray[np.bool_] = rows[:, 1] - rows[:, 0] == bounds[:, 1] - bounds[:, 0]
-    return rows, whole
+    return rows, rows[:, 1] - rows[:, 0] == bounds[:, 1] - bounds[:, 0]

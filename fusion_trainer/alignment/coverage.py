@@ -7,20 +7,20 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 
 from fusion_trainer.alignment.vocabulary import VocabularyMap
-from fusion_trainer.representations.store import MANIFEST, RepresentationStore
+from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.text.tokenizer import TextTokenizer
-from varm_common.files import sha256_of
 from varm_common.saved_arrays import load_arrays, path_of, save_arrays
 
 __all__ = ["coverage", "mass_by_id"]
 
 MASS_FORMAT = "fusion-trainer probability by id"
 WORST, EXAMPLES = 20, 10
+Floats = NDArray[np.float64]
 
 
-def mass_by_id(store: RepresentationStore, folder: Path | None = None) -> NDArray[np.float64]:
+def mass_by_id(store: RepresentationStore, folder: Path | None = None) -> Floats:
     """float64 [ids]: the probability of each id, summed over the store's positions; saved in ``folder``."""
-    identity = {"store": sha256_of(store.folder / MANIFEST)}
+    identity = {"store": store.sha256}
     path = folder and path_of(folder, "mass", identity)
     if path and path.is_file():
         return load_arrays(path, MASS_FORMAT, identity)[1]["mass"]
@@ -32,9 +32,7 @@ def mass_by_id(store: RepresentationStore, folder: Path | None = None) -> NDArra
     return mass
 
 
-def coverage(
-    made: VocabularyMap, source: TextTokenizer, pivot: TextTokenizer, mass: NDArray[np.float64] | None
-) -> str:
+def coverage(made: VocabularyMap, source: TextTokenizer, pivot: TextTokenizer, mass: Floats | None) -> str:
     """How much is mapped, the worst ids, and some examples.
 
     ``mass``, float64 [ids], weights the ids by their probability in the source's store; with None all are equal.
@@ -73,7 +71,7 @@ def coverage(
     return "\n".join([*lines, *(_example(made, token, source, pivot) for token in chosen)])
 
 
-def _largest(values: NDArray[np.float64], number: int, least: float) -> list[int]:
+def _largest(values: Floats, number: int, least: float) -> list[int]:
     """The ids of the largest values that are at least ``least``; of equal ones the lower first."""
     order = np.argsort(-values, kind="stable")[:number]
     return [int(token) for token in order if values[token] >= least]
@@ -84,7 +82,7 @@ def _images(made: VocabularyMap, token: int) -> list[tuple[int, float]]:
     return list(zip(made.matrix.indices[here].tolist(), made.matrix.data[here].tolist(), strict=True))
 
 
-def _distances(made: VocabularyMap, source: TextTokenizer, pivot: TextTokenizer, size: int) -> NDArray[np.float64]:
+def _distances(made: VocabularyMap, source: TextTokenizer, pivot: TextTokenizer, size: int) -> Floats:
     """For each id the weighted edit distance to its images, 0 to 1; NaN if it has none.
 
     A special token is mapped by its function, so its distance is 0.

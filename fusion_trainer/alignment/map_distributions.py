@@ -17,6 +17,8 @@ from fusion_trainer.representations.store import Representation
 
 __all__ = ["Mapped", "Mixture", "fill", "map_distributions", "transfer"]
 
+Ids = NDArray[np.int64]
+Floats = NDArray[np.float64]
 Mixture = Sequence[tuple[int, float]]
 """Rows of the source and their weights, which sum to 1."""
 
@@ -33,19 +35,15 @@ class Mapped:
         beyond: float64 [P], the part of the tail that is mapped but not among the k largest.
     """
 
-    ids: NDArray[np.int64]
-    probabilities: NDArray[np.float64]
-    tail: NDArray[np.float64]
-    unmapped: NDArray[np.float64]
-    beyond: NDArray[np.float64]
+    ids: Ids
+    probabilities: Floats
+    tail: Floats
+    unmapped: Floats
+    beyond: Floats
 
 
 def map_distributions(
-    ids: NDArray[np.unsignedinteger],
-    probabilities: NDArray[np.float64],
-    tail: NDArray[np.float64],
-    matrix: csr_array,
-    k: int,
+    ids: NDArray[np.unsignedinteger], probabilities: Floats, tail: Floats, matrix: csr_array, k: int
 ) -> Mapped:
     """Send distributions through a vocabulary map.
 
@@ -62,9 +60,8 @@ def map_distributions(
     unmapped = np.where(stops > starts, 0.0, probabilities).sum(1)
 
     entry = np.repeat(np.arange(positions * width), images)
-    image = (
-        np.repeat(starts.ravel(), images) + np.arange(len(entry)) - np.repeat(np.cumsum(images) - images, images)
-    )
+    number = np.arange(len(entry)) - np.repeat(np.cumsum(images) - images, images)  # of the image in its entry
+    image = np.repeat(starts.ravel(), images) + number
     mass = probabilities.ravel()[entry] * matrix.data[image].astype(np.float64)
     row, column, mass, rank = _added(entry // width, matrix.indices[image].astype(np.int64), mass, entry % width)
 
@@ -81,9 +78,7 @@ def map_distributions(
     return Mapped(kept_ids, kept_mass, tail + unmapped + beyond, unmapped, beyond)
 
 
-def _added(
-    row: NDArray[np.int64], column: NDArray[np.int64], mass: NDArray[np.float64], rank: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+def _added(row: Ids, column: Ids, mass: Floats, rank: Ids) -> tuple[Ids, Ids, Floats, Ids]:
     """Merge entries of the same row and column: their mass is added, and the best rank is kept."""
     order = np.lexsort((rank, column, row))
     row, column, mass, rank = row[order], column[order], mass[order], rank[order]
@@ -93,7 +88,7 @@ def _added(
     return row[firsts], column[firsts], np.add.reduceat(mass, firsts) if len(firsts) else mass, rank[firsts]
 
 
-def fill(ids: NDArray[np.int64]) -> None:
+def fill(ids: Ids) -> None:
     """Fill the free places of each row (-1) with the lowest ids that the row does not have."""
     for row in np.flatnonzero((ids < 0).any(1)):
         free = ids[row] < 0
@@ -129,13 +124,8 @@ def transfer(
     k = pivot.ids.shape[1]
     mapped = map_distributions(source.ids[rows].reshape(shape), probabilities.reshape(shape), tail, matrix, k)
 
-    row = replace(
-        pivot,
-        ids=pivot.ids.copy(),
-        logprobs=pivot.logprobs.copy(),
-        tail=pivot.tail.copy(),
-        gold_logprob=pivot.gold_logprob.copy(),
-    )
+    changed = ("ids", "logprobs", "tail", "gold_logprob")
+    row = replace(pivot, **{name: getattr(pivot, name).copy() for name in changed})
     row.ids[paired] = mapped.ids
     with np.errstate(divide="ignore"):
         row.logprobs[paired] = np.log(mapped.probabilities)

@@ -18,19 +18,12 @@ from fusion_trainer.data.blocks import Block
 from fusion_trainer.data.readers import Reader
 from fusion_trainer.text.tokenizer import Span, TextTokenizer, Tokens, supervised_positions
 
-__all__ = [
-    "Read",
-    "compared",
-    "content_length",
-    "end_pairs",
-    "position_pairs",
-    "read_blocks",
-    "same_places",
-    "token_pairs",
-]
+__all__ = ["Read", "compared", "end_pairs", "position_pairs", "read_blocks", "same_places", "token_pairs"]
 
 SHIFT = np.int64(32)
 Indices = NDArray[np.intp]
+Tokenizers = tuple[TextTokenizer, TextTokenizer]
+"""The pivot's and the source's."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +60,7 @@ def read_blocks(reader: Reader, blocks: Sequence[Block]) -> list[Read]:
     ]
 
 
-def position_pairs(
-    pivot: Read, source: Read, tokenizers: tuple[TextTokenizer, TextTokenizer], contained: int | None
-) -> Pairs:
+def position_pairs(pivot: Read, source: Read, tokenizers: Tokenizers, contained: int | None) -> Pairs:
     """The positions that predict content of an answer and correspond.
 
     Args:
@@ -89,9 +80,7 @@ def position_pairs(
     return _joined(pairs)
 
 
-def token_pairs(
-    pivot: Read, source: Read, tokenizers: tuple[TextTokenizer, TextTokenizer], contained: int | None
-) -> Pairs:
+def token_pairs(pivot: Read, source: Read, tokenizers: Tokenizers, contained: int | None) -> Pairs:
     """Tokens of answers that correspond: they begin together (``boundary``), or warping pairs them (``dtw``)."""
     if contained is None:
         pairs = same_places(pivot.places, source.places)
@@ -108,10 +97,8 @@ def end_pairs(pivot: Read, source: Read) -> Pairs:
 def same_places(pivot: Places, source: Places) -> Pairs:
     """Positions that predict the same byte of content, if their next tokens take the same text before it."""
     both = [np.flatnonzero(side.place >= 0) for side in (pivot, source)]
-    names = [
-        (side.turn[positions].astype(np.int64) << SHIFT) + side.place[positions]
-        for side, positions in zip((pivot, source), both, strict=True)
-    ]
+    sides = zip((pivot, source), both, strict=True)
+    names = [(side.turn[at].astype(np.int64) << SHIFT) + side.place[at] for side, at in sides]
     _, first, second = np.intersect1d(names[0], names[1], assume_unique=True, return_indices=True)
     pairs = Pairs(both[0][first].astype(np.int32), both[1][second].astype(np.int32))
     if not (pivot.lead or source.lead):
@@ -121,9 +108,7 @@ def same_places(pivot: Places, source: Places) -> Pairs:
     return Pairs(pairs.pivot[alike], pairs.source[alike])
 
 
-def _warped(
-    pivot: Read, source: Read, tokenizers: tuple[TextTokenizer, TextTokenizer], contained: int
-) -> Iterator[tuple[Indices, Indices, Indices, Indices]]:
+def _warped(pivot: Read, source: Read, tokenizers: Tokenizers, contained: int) -> Iterator[tuple[Indices, ...]]:
     """For each answer the positions of both that predict its content, and its tokens that warping pairs."""
     for answer in source.answers:
         first, second = pivot.places.content(answer.turn), source.places.content(answer.turn)
@@ -133,10 +118,8 @@ def _warped(
         if tokenizers[0].sha256 == tokenizers[1].sha256 and np.array_equal(*ids):
             yield first, second, first + 1, second + 1
             continue
-        words = [
-            [tokenizer.words[token] for token in tokens.tolist()]
-            for tokenizer, tokens in zip(tokenizers, ids, strict=True)
-        ]
+        both = zip(tokenizers, ids, strict=True)
+        words = [[tokenizer.words[token] for token in tokens.tolist()] for tokenizer, tokens in both]
         path = warping_path(words[0], words[1], contained)
         yield first, second, first[path.pivot] + 1, second[path.source] + 1
 

@@ -117,8 +117,7 @@ def in_processes(sides: Sides, work: Callable[[Sides, int], Any], tasks: Sequenc
     """
     number = min(sides.config.workers or os.cpu_count() or 1, len(tasks))
     if number <= 1:
-        for task in tasks:
-            yield work(sides, task)
+        yield from (work(sides, task) for task in tasks)
         return
     arguments = sides.config, sides.map, sides.corpus, os.getpid()
     with ProcessPoolExecutor(number, get_context("spawn"), _begin_worker, arguments) as pool:

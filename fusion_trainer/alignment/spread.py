@@ -10,7 +10,7 @@ unknown; it keeps its share.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,10 +64,6 @@ class Spread:
 
     source: TextTokenizer
     first_tokens: FirstTokens
-    text_ids: frozenset[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.text_ids = self.first_tokens.source_text
 
     def apply(
         self,
@@ -94,12 +90,12 @@ class Spread:
             shares = np.exp(other.logprobs[source_row].astype(np.float64)).tolist()
             tokens: dict[bytes, float] = {}
             for token, p in zip(ids, shares, strict=True):
-                if token in self.text_ids:
+                if token in self.first_tokens.source_text:
                     surface = self.source.surfaces[token]
                     tokens[surface] = tokens.get(surface, 0.0) + p
             gold = self.source.surfaces[int(sides[1].tokens.ids[sides[1].positions[source_row] + 1])]
             tail = min(float(other.tail[source_row]), 1 - 1e-6)
-            rest = conditional(tokens, tail, read, self.first_tokens)
+            rest = conditional(tokens, tail, read, self.first_tokens.token)
             if rest is None or not gold.startswith(read) or gold == read:
                 continue
             _put(row, at, rest)

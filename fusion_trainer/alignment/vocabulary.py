@@ -20,6 +20,7 @@ the same bytes or not at all, unless they are plain white space, which is text.
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -79,8 +80,7 @@ class VocabularyMap:
     @property
     def mapped(self) -> NDArray[np.bool_]:
         """bool [source ids]: which ids have an image."""
-        filled: NDArray[np.bool_] = np.diff(self.matrix.indptr) > 0
-        return filled
+        return np.asarray(np.diff(self.matrix.indptr) > 0)
 
 
 class Vocabularies:
@@ -104,11 +104,8 @@ class Vocabularies:
         self.pivot_text, self.pivot_marks = _text_and_marks(pivot, {end})
         self.ends: Images = {} if end is None else dict.fromkeys(closing, end)
         named = ((ours.pad_token_id, theirs.pad_token_id), (ours.bos_token_id, theirs.bos_token_id))
-        others = {
-            token: image
-            for token, image in named
-            if token is not None and image not in (None, end) and token not in closing
-        }
+        unnamed = {None, *closing}
+        others = {token: image for token, image in named if token not in unnamed and image not in (None, end)}
         self.functions: Images = others | self.ends
 
     def same(self, tokens: Iterable[int]) -> Images:
@@ -151,9 +148,8 @@ def identical(both: Vocabularies) -> VocabularyMap | None:
     base = {token: surface for token, surface in ours.items() if token not in source.added}
     if not base or base != {token: surface for token, surface in theirs.items() if token not in pivot.added}:
         return None
-    named = {theirs[token]: token for token in pivot.added} | {
-        theirs[token]: token for token in theirs if ours.get(token) == theirs[token]
-    }
+    equal = (token for token in theirs if ours.get(token) == theirs[token])
+    named = {theirs[token]: token for token in (*pivot.added, *equal)}
     added = {token: named[ours[token]] for token in source.added if ours[token] in named}
     return both.map({token: token for token in base} | added | both.ends, "identical")
 
@@ -231,11 +227,10 @@ def statistics_published(both: Vocabularies, counts: csr_array) -> VocabularyMap
     for token, paired, seen in _paired(both, counts):
         if token not in images:
             word = both.source.words[token]
-            distances = []
-            for other in (both.pivot.words[image] for image in paired.tolist()):
-                contained = word in other or other in word
-                distances.append(Levenshtein.distance(word, other) * (0.1 if contained else 1.0))
-            images[token] = int(paired[np.argmin(np.array(distances) / (1 + np.exp(-seen)))])
+            others = [both.pivot.words[image] for image in paired.tolist()]
+            weights = [0.1 if word in other or other in word else 1.0 for other in others]
+            distances = [Levenshtein.distance(word, other) for other in others]
+            images[token] = int(paired[np.argmin(np.array(distances) * weights / (1 + np.exp(-seen)))])
     return both.map(images | both.functions, "statistics_published")
 
 
@@ -267,13 +262,16 @@ def prefix(both: Vocabularies) -> VocabularyMap:
     """
     images = both.same(both.marks) | _first_tokens(both)
     by_surface = _by_surface(both.pivot, both.pivot_text)
-    longest = max(map(len, by_surface), default=0)
     for token in both.text - images.keys():
-        surface = both.source.surfaces[token]
-        heads = (surface[:size] for size in range(min(longest, len(surface)), 0, -1))
-        if (head := next((head for head in heads if head in by_surface), None)) is not None:
-            images[token] = by_surface[head]
+        if (image := _longest_head(both.source.surfaces[token], by_surface)) is not None:
+            images[token] = image
     return both.map(images | both.functions, "prefix")
+
+
+def _longest_head(text: bytes, by_surface: Mapping[bytes, int]) -> int | None:
+    """The longest token that a text begins with."""
+    heads = (text[:size] for size in range(len(text), 0, -1))
+    return next((by_surface[head] for head in heads if head in by_surface), None)
 
 
 def _first_tokens(both: Vocabularies) -> Images:
@@ -314,29 +312,21 @@ def _token_after(tokens: Tokens, size: int) -> int | None:
 
 
 class FirstTokens:
-    """The pivot's first token of any text, as in ``prefix``; what was read once is known."""
+    """The pivot's first ``token`` of any text, as in ``prefix``; each text is read once."""
 
     def __init__(self, both: Vocabularies) -> None:
         self.pivot, self.source_text, self._text = both.pivot, both.text, both.pivot_text
         self._by_surface = _by_surface(both.pivot, both.pivot_text)
-        self._longest = max(map(len, self._by_surface), default=0)
-        self._known: dict[bytes, int | None] = {}
-
-    def __call__(self, text: bytes) -> int | None:
-        if text not in self._known:
-            self._known[text] = self._read(text)
-        return self._known[text]
+        self.token = cache(self._read)
 
     def _read(self, text: bytes) -> int | None:
-        same, found = self._by_surface.get(text), None
+        same, first_read = self._by_surface.get(text), None
         with suppress(UnicodeDecodeError):
             for context in CONTEXTS:
                 (tokens,) = self.pivot.encode([context + text.decode()])
                 first = _token_after(tokens, len(context.encode()))
                 if first is not None and first == same:
                     return first
-                if found is None and first in self._text:
-                    found = first
-        heads = (text[:size] for size in range(min(self._longest, len(text)), 0, -1))
-        longest = next((head for head in heads if head in self._by_surface), b"")
-        return self._by_surface.get(longest) if found is None else found
+                if first_read is None and first in self._text:
+                    first_read = first
+        return _longest_head(text, self._by_surface) if first_read is None else first_read

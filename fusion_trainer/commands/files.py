@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from varm_common.errors import UserError, listed
+from varm_common.errors import UserError, demand_same, listed
 
 __all__ = ["store", "vocab_map"]
 
@@ -23,10 +23,7 @@ def vocab_map() -> None:
 @click.option("--pivot", help="Folder or Hub id of the pivot's tokenizer, if the pivot has moved.")
 @click.option("--pivot-revision", help="Branch, tag or commit of --pivot.")
 @click.option(
-    "--store",
-    "store_folder",
-    type=PATH,
-    help="The source's store: weight ids by their probability in it.",
+    "--store", "store_folder", type=PATH, help="The source's store: weight ids by their probability in it."
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model repositories.")
 def show_map(file: Path, store_folder: Path | None, trust_remote_code: bool, **moved_to: str | None) -> None:
@@ -40,7 +37,6 @@ def show_map(file: Path, store_folder: Path | None, trust_remote_code: bool, **m
     from fusion_trainer.alignment.saved_map import load_map
     from fusion_trainer.representations.store import RepresentationStore
     from fusion_trainer.representations.store_tokenizer import tokenizer_at
-    from varm_common.errors import demand_same
 
     saved = load_map(file)
     readers = {}

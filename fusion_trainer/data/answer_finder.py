@@ -42,7 +42,7 @@ class AnswerFinder:
 
     Attributes:
         text: The rendering.
-        found: The answers that are in it, ascending.
+        found_answers: The answers that are in it, ascending.
         silent: The turns whose separate reasoning is not rendered.
     """
 
@@ -147,7 +147,7 @@ class AnswerFinder:
                 answer = self._with_calls(number)
             if answer is None and message.content:
                 answer = self._in_place_of_mark(number)
-            if answer is not None and done <= answer.start < answer.stop:
+            if answer and done <= answer.start < answer.stop:
                 yield answer
                 done = answer.stop
 
@@ -163,12 +163,11 @@ class AnswerFinder:
                 return None
             pieces = _same(text[start:stop], content, start) or _kept(text[start:stop], content, start)
             return FoundAnswer(number, start, stop, pieces)
-        answer = self._around_what_remains(number)
-        if answer is None:
-            raise TemplateError(
-                f"changes the text around turn {number + 1} when that turn changes: its answer cannot be located"
-            )
-        return answer
+        if answer := self._around_what_remains(number):
+            return answer
+        raise TemplateError(
+            f"changes the text around turn {number + 1} when that turn changes: its answer cannot be located"
+        )
 
     def _around_what_remains(self, number: int) -> FoundAnswer | None:
         """The part of an answer that is kept by a template that takes it apart (Qwen3: its reasoning).
@@ -299,20 +298,17 @@ class AnswerFinder:
     def left_out(self, tools: Sequence[Any] | None) -> dict[str, int]:
         """Bytes of the conversation that are not in the text, by kind, and turns under ``<kind>, turns``."""
         missing: Counter[str] = Counter()
-        losses = list(self._losses())
-        if not all(name in self.text for name in _names(tools)):
-            losses.append(("tools", len(json.dumps(list(tools or ())).encode())))
-        for kind, size in losses:
+        for kind, size in self._losses(tools):
             missing[kind] += size
             missing[f"{kind}, turns"] += 1
         return dict(missing)
 
-    def _losses(self) -> Iterator[tuple[str, int]]:
+    def _losses(self, tools: Sequence[Any] | None) -> Iterator[tuple[str, int]]:
         by_turn = {answer.turn: answer for answer in self.found_answers}
         for number, message in enumerate(self._messages):
             answer = by_turn.get(number)
             if message.role == "assistant":
-                yield from self._lost_of_answer(message, answer, number)
+                yield from self._lost_of_answer(number, answer)
             elif not self._all_written and not self._writes(number):
                 yield f"{message.role} turns", len(message.content.encode())
             if number in self.silent:
@@ -322,18 +318,20 @@ class AnswerFinder:
             for call, name in zip(calls, _names(calls), strict=True):
                 if not answer or name not in written:
                     yield "tool calls", len(json.dumps(call).encode())
+        if tools and not all(name in self.text for name in _names(tools)):
+            yield "tools", len(json.dumps(list(tools)).encode())
 
-    def _lost_of_answer(
-        self, message: Message, answer: FoundAnswer | None, number: int
-    ) -> Iterator[tuple[str, int]]:
+    def _lost_of_answer(self, number: int, answer: FoundAnswer | None) -> Iterator[tuple[str, int]]:
+        message = self._messages[number]
         content, size = message.content.strip(), len(message.content.encode())
-        if content and answer is None:
-            yield "answers", size
-        elif content and answer and answer.pieces:
+        calls = message.extra.get("tool_calls")
+        if not content:
+            return
+        if answer and answer.pieces:
             kept = self.content_of(answer)
             if len("".join(kept.split())) < len("".join(content.split())):
                 yield "parts of answers (reasoning)", size - len(kept.encode())
-        elif content and message.extra.get("tool_calls") and content not in self.text and not self._writes(number):
+        elif not answer or (calls and content not in self.text and not self._writes(number)):
             yield "answers", size
 
     def content_of(self, answer: FoundAnswer) -> str:

@@ -6,7 +6,7 @@ answer a. Positions of two models correspond if their names are equal: then both
 same answer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -51,10 +51,10 @@ class Answer:
         pieces = tuple((start, min(stop, size), at) for start, stop, at in self.pieces if start < size)
         return replace(self, pieces=pieces, mark=min(self.mark, size), end=size, closed=False)
 
-    def moved(self, by: int) -> "Answer":
-        """The same answer ``by`` bytes further on."""
-        pieces = tuple((start + by, stop + by, at) for start, stop, at in self.pieces)
-        return replace(self, open=self.open + by, pieces=pieces, mark=self.mark + by, end=self.end + by)
+    def moved(self, place: Callable[[int], int]) -> "Answer":
+        """The same answer in another text, in which ``place`` gives the new place of each byte."""
+        pieces = tuple((place(start), place(stop), at) for start, stop, at in self.pieces)
+        return replace(self, open=place(self.open), pieces=pieces, mark=place(self.mark), end=place(self.end))
 
 
 def whole_text(size: int) -> Answer:
@@ -69,11 +69,8 @@ def supervised_spans(answers: Sequence[Answer]) -> tuple[Span, ...]:
 
 def comparable_spans(answers: Sequence[Answer]) -> tuple[Span, ...]:
     """The bytes that a model is queried for: each answer's content, and its end where that can be compared."""
-    return tuple(
-        (answer.pieces[0][0], answer.end if answer.closed else answer.pieces[-1][1])
-        for answer in answers
-        if answer.pieces
-    )
+    compared = [answer for answer in answers if answer.pieces]
+    return tuple((each.pieces[0][0], each.end if each.closed else each.pieces[-1][1]) for each in compared)
 
 
 @dataclass(frozen=True)

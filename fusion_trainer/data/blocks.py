@@ -45,21 +45,15 @@ NOT_IN_FINGERPRINT = ("source", "tokens")
 """Columns that say nothing about the content."""
 BETWEEN_DOCUMENTS = "\n\n"
 Part = tuple[list[Message], Rendered, Tokens]
-"""Some turns of a dialogue, their rendering, and its tokens."""
+"""Some turns of a dialogue (none for plain text), their rendering, and its tokens."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block.
+    """One block. The attributes are those of ``COLUMNS``, and:
 
     Attributes:
-        conversation: The conversation's id.
-        block: Which of its blocks.
-        source: File and row.
-        text: As the pivot reads it.
         answers: The answers to be learnt in ``text``, and which bytes of the contents in ``messages`` they are.
-        tokens: Number of the pivot's tokens, with BOS.
-        bos: Bytes of BOS at the head of ``text``.
         messages: The turns, as other models are to render them; none for plain text.
         tools: The functions that the chat template is given, as JSON schemas.
     """
@@ -82,7 +76,8 @@ class Block:
     def without_bos(self) -> "Block":
         """The block as another model than the pivot reads it."""
         text = self.text.encode()[self.bos :].decode()
-        return replace(self, text=text, bos=0, answers=tuple(answer.moved(-self.bos) for answer in self.answers))
+        answers = tuple(answer.moved(lambda place: place - self.bos) for answer in self.answers)
+        return replace(self, text=text, bos=0, answers=answers)
 
     def with_marker(self, old: str, new: str) -> "Block":
         """The block with another end-of-turn marker; within the content of an answer the text stays as it is."""
@@ -93,24 +88,13 @@ class Block:
             for match in re.finditer(re.escape(marker), raw)
             if not any(start <= match.start() < stop for start, stop, _ in content)
         ]
-        edges = [0, *stops, len(raw)]
-        parts = [raw[start:stop] for start, stop in pairwise(edges)]
+        parts = [raw[start:stop] for start, stop in pairwise([0, *stops, len(raw)])]
         text = b"".join([*(part[: -len(marker)] + other for part in parts[:-1]), parts[-1]]).decode()
 
         def moved(place: int) -> int:
             return place + (len(other) - len(marker)) * bisect_right(stops, place)
 
-        answers = tuple(
-            replace(
-                answer,
-                open=moved(answer.open),
-                pieces=tuple((moved(start), moved(stop), at) for start, stop, at in answer.pieces),
-                mark=moved(answer.mark),
-                end=moved(answer.end),
-            )
-            for answer in self.answers
-        )
-        return replace(self, text=text, answers=answers)
+        return replace(self, text=text, answers=tuple(answer.moved(moved) for answer in self.answers))
 
     def as_row(self) -> dict[str, Any]:
         """The block as a row of ``SCHEMA``."""
@@ -122,11 +106,11 @@ class Block:
     def from_row(cls, row: dict[str, Any]) -> "Block":
         """The inverse of ``as_row``."""
         turns = json.loads(row.pop("turns") or "{}")
-        answers = [
-            Answer(**{**answer, "pieces": tuple(map(tuple, answer["pieces"]))}) for answer in row.pop("answers")
-        ]
+        for answer in row["answers"]:
+            answer["pieces"] = tuple(map(tuple, answer["pieces"]))
+        answers = tuple(Answer(**answer) for answer in row.pop("answers"))
         messages = tuple(Message(**message) for message in turns.get("messages", ()))
-        return cls(**row, answers=tuple(answers), messages=messages, tools=turns.get("tools"))
+        return cls(**row, answers=answers, messages=messages, tools=turns.get("tools"))
 
 
 @dataclass
@@ -187,40 +171,30 @@ class Preparation:
             raise UserError("the data is empty")
         if 2 * report.kept <= report.conversations:
             reasons = "; ".join(f"{number} {reason}" for reason, number in report.dropped.most_common())
-            raise UserError(
-                f"only {report.kept} of {report.conversations} conversations can be learnt from: {reasons}"
-            )
+            few = f"only {report.kept} of {report.conversations} conversations"
+            raise UserError(f"{few} can be learnt from: {reasons}")
 
-    def _block(
-        self,
-        conversation: Conversation,
-        number: int,
-        rendered: Rendered,
-        tokens: Tokens,
-        messages: Sequence[Message] = (),
-    ) -> list[Block]:
+    def _block(self, conversation: Conversation, number: int, part: Part) -> list[Block]:
         """A block, counted; none if no token of it is supervised."""
-        report = self.report
-        report.folded += rendered.folded
-        report.left_out.update(rendered.left_out)
+        messages, rendered, tokens = part
+        self.report.folded += rendered.folded
+        self.report.left_out.update(rendered.left_out)
         supervised = len(supervised_positions(tokens, rendered.spans))
         if not supervised:
             return []
-        report.blocks += 1
-        report.tokens += len(tokens)
-        report.supervised_tokens += supervised
-        report.lengths[1 << (len(tokens) - 1).bit_length()] += 1
+        self.report.count_block(len(tokens), supervised)
         answers, turns = _as_rendered(rendered, messages)
         whose = conversation.id, number, conversation.where
         return [Block(*whose, rendered.text, answers, len(tokens), rendered.bos, turns, conversation.tools)]
 
     def _lengths(self, texts: Sequence[str], tokens: Sequence[Tokens]) -> list[int]:
         """For each text its number of tokens, with the tokenizer that has most; ``tokens`` are the pivot's."""
-        read = [tokens, *(other.encode(list(texts)) for other in self.others)]
+        read = [tokens, *(other.encode(texts) for other in self.others)]
         return [max(map(len, each)) for each in zip(*read, strict=True)]
 
-    def _fits(self, text: str, tokens: Tokens) -> bool:
-        return len(tokens) <= self.max_length and self._lengths([text], [tokens])[0] <= self.max_length
+    def _fits(self, part: Part) -> bool:
+        _, rendered, tokens = part
+        return len(tokens) <= self.max_length and self._lengths([rendered.text], [tokens])[0] <= self.max_length
 
     # Dialogues
 
@@ -242,10 +216,8 @@ class Preparation:
                 self._problems.append(f"{conversation.where}: {error}")
             return []
         blocks: list[Block] = []
-        for turns, rendered, tokens in parts:
-            if not self._fits(rendered.text, tokens):
-                rendered, tokens = self._cut(rendered, tokens)
-            blocks += self._block(conversation, len(blocks), rendered, tokens, turns)
+        for part in parts:
+            blocks += self._block(conversation, len(blocks), part if self._fits(part) else self._cut(part))
         if blocks:
             self.report.kept += 1
         else:
@@ -255,17 +227,14 @@ class Preparation:
     def _parts(self, messages: list[Message], tools: Sequence[Any] | None) -> list[Part]:
         """A dialogue whole if it fits, otherwise as many exchanges in each part as fit; each part is rendered."""
         whole = self._render(messages, tools)
-        if self._fits(whole[1].text, whole[2]):
+        if self._fits(whole):
             return [whole]
         system, exchanges = _exchanges(messages)
         parts: list[Part] = []
         try:
             while exchanges:
                 part = self._render([*system, *exchanges.pop(0)], tools)
-                while exchanges:
-                    longer = self._render([*part[0], *exchanges[0]], tools)
-                    if not self._fits(longer[1].text, longer[2]):
-                        break
+                while exchanges and self._fits(longer := self._render([*part[0], *exchanges[0]], tools)):
                     part = longer
                     exchanges.pop(0)
                 parts.append(part)
@@ -280,14 +249,15 @@ class Preparation:
         rendered = self.template.render(messages, tools)
         return messages, rendered, self.tokenizer.encode([rendered.text])[0]
 
-    def _cut(self, rendered: Rendered, tokens: Tokens) -> tuple[Rendered, Tokens]:
+    def _cut(self, part: Part) -> Part:
+        turns, rendered, tokens = part
         before_text = int(np.searchsorted(tokens.ends, 0, "right"))
         text, fitting = self._head(rendered.text.encode(), 0, tokens, self.max_length - before_text)
         self.report.cut_turns += 1
         self.report.cut_tokens += len(tokens) - len(fitting)
         size = len(text.encode())
         answers = tuple(answer.cut(size) for answer in rendered.answers if answer.open < size)
-        return replace(rendered, text=text, answers=answers), fitting
+        return turns, replace(rendered, text=text, answers=answers), fitting
 
     def _head(self, raw: bytes, start: int, tokens: Tokens, room: int) -> tuple[str, Tokens]:
         """The longest piece of a text that fits into a block, cut between two characters; and its tokens.
@@ -342,9 +312,9 @@ class Preparation:
         if not documents:
             return
         text = BETWEEN_DOCUMENTS.join(document.text or "" for document in documents)
-        tokens = self.tokenizer.encode([text])[0]
-        if len(documents) == 1 or self._fits(text, tokens):
-            yield from self._block(documents[0], 0, _plain(text), tokens)
+        part = _plain(text, self.tokenizer.encode([text])[0])
+        if len(documents) == 1 or self._fits(part):
+            yield from self._block(documents[0], 0, part)
             return
         for document in documents:
             yield from self._packed([document])
@@ -354,14 +324,14 @@ class Preparation:
         raw, start, number = (document.text or "").encode(), 0, 0
         while start < len(raw):
             head, piece = self._head(raw, start, tokens, self.max_length - len(self.tokenizer.prefix))
-            made = self._block(document, number, _plain(head), piece)
+            made = self._block(document, number, _plain(head, piece))
             yield from made
             number += len(made)
             start += len(head.encode())
 
 
-def _plain(text: str) -> Rendered:
-    return Rendered(text, (whole_text(len(text.encode())),))
+def _plain(text: str, tokens: Tokens) -> Part:
+    return [], Rendered(text, (whole_text(len(text.encode())),)), tokens
 
 
 def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
@@ -376,9 +346,7 @@ def _exchanges(messages: Sequence[Message]) -> tuple[list[Message], list[list[Me
     return head, pieces
 
 
-def _as_rendered(
-    rendered: Rendered, messages: Sequence[Message]
-) -> tuple[tuple[Answer, ...], tuple[Message, ...]]:
+def _as_rendered(rendered: Rendered, messages: list[Message]) -> tuple[tuple[Answer, ...], tuple[Message, ...]]:
     """The answers and the turns, the content of each answer being what the template kept of it."""
     answers, turns = [], list(messages)
     for answer in rendered.answers:

@@ -12,31 +12,12 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from fusion_trainer.data.sources import (
-    COLUMNS,
-    CONTENT_KEYS,
-    FORMATS,
-    ID_COLUMNS,
-    ROLE_KEYS,
-    SYSTEM_COLUMNS,
-    TURNS,
-    Source,
-    open_source,
-)
+from fusion_trainer.data.sources import COLUMNS, CONTENT_KEYS, FORMATS, SYSTEM_COLUMNS, TURNS, Source
 from varm_common.errors import UserError, listed
 
-__all__ = [
-    "BAD_ROW",
-    "FORMATS",
-    "Conversation",
-    "Message",
-    "Source",
-    "bad_rows_message",
-    "conversations",
-    "kinds_of_problems",
-    "open_source",
-]
+__all__ = ["BAD_ROW", "Conversation", "Message", "bad_rows_message", "conversations", "kinds_of_problems"]
 
+ID_COLUMNS, TOOL_KEYS, ROLE_KEYS = ("id", "conversation_id"), ("tools", "functions"), ("role", "from")
 CALL_KEYS, REASONING_KEYS = ("tool_calls", "function_call"), ("reasoning_content", "reasoning", "thinking")
 CALL_ROLES, TEXT_PARTS = ("function_call", "tool_call"), ("text", "input_text", "output_text")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
@@ -44,7 +25,6 @@ ROLES |= {"system": "system", "developer": "system"} | dict.fromkeys(CALL_ROLES,
 ROLES |= dict.fromkeys(("tool", "observation", "function", "tool_response", "ipython"), "tool")
 LEARNT_IF = {"weight": 1, "train": 1, "loss": 1, "loss_mask": 1, "loss_scale": 1, "masked": 0}
 """Marks of OpenAI and Mistral, axolotl, ms-swift and torchtune, and the value at which an answer is learnt."""
-TOOL_KEYS = ("tools", "functions")
 ROW_KEYS = {*ID_COLUMNS, *COLUMNS, *TOOL_KEYS, *LEARNT_IF}
 TURN_KEYS = {*ROLE_KEYS, *CONTENT_KEYS, *CALL_KEYS, *REASONING_KEYS, *LEARNT_IF, "name", "tool_call_id"}
 """The keys that are used. Others are counted."""
@@ -222,9 +202,8 @@ def _learnt(keys: Mapping[str, Any], what: str) -> bool:
     marks = {key: keys[key] for key in LEARNT_IF if keys.get(key) is not None}
     for key, value in marks.items():
         if value not in (0, 1):
-            raise RowError(
-                f"`{key}` of {what} is {value!r:.40}, but can only be 1 (the answer is learnt) or 0 (it is not)"
-            )
+            allowed = "can only be 1 (the answer is learnt) or 0 (it is not)"
+            raise RowError(f"`{key}` of {what} is {value!r:.40}, but {allowed}")
     learnt = {value == LEARNT_IF[key] for key, value in marks.items()}
     if len(learnt) > 1:
         raise RowError(f"`{'` and `'.join(marks)}` of {what} contradict each other")

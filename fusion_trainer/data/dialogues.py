@@ -25,17 +25,8 @@ from numpy.typing import NDArray
 
 from fusion_trainer.data.blocks import NOT_IN_FINGERPRINT, SCHEMA, Block
 from fusion_trainer.data.report import Report
+from varm_common import files
 from varm_common.errors import UserError
-from varm_common.files import (
-    atomic_file,
-    read_mapping,
-    remove_abandoned,
-    sha256_of,
-    sync_folder,
-    temporary_name,
-    write_json,
-    written_to,
-)
 
 __all__ = ["VERSION", "Dialogues", "write_dialogues"]
 
@@ -62,22 +53,21 @@ def write_dialogues(folder: Path, blocks: Iterable[Block], maker: Maker, request
         maker: Its report and ends go into the manifest.
         request: Fingerprints of what the blocks are made from.
     """
-    unfinished = temporary_name(folder)
-    with written_to(folder):
-        remove_abandoned(folder.parent, folder.name)
+    unfinished = files.temporary_name(folder)
+    with files.written_to(folder):
+        files.remove_abandoned(folder.parent, folder.name)
         unfinished.mkdir(parents=True)
         try:
-            fingerprint = _write_blocks(unfinished / "blocks.arrow", blocks)
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,
-                "fingerprint": fingerprint,
+                "fingerprint": _write_blocks(unfinished / "blocks.arrow", blocks),
                 "request": request,
-                "sha256": sha256_of(unfinished / "blocks.arrow"),
+                "sha256": files.sha256_of(unfinished / "blocks.arrow"),
                 "ends": maker.ends,
                 "report": maker.report.as_dict(),
             }
-            write_json(unfinished / "manifest.json", manifest)
+            files.write_json(unfinished / "manifest.json", manifest)
             try:
                 unfinished.replace(folder)
             except OSError:
@@ -85,13 +75,13 @@ def write_dialogues(folder: Path, blocks: Iterable[Block], maker: Maker, request
                     raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        sync_folder(folder.parent)
+        files.sync_folder(folder.parent)
 
 
 def _write_blocks(path: Path, blocks: Iterable[Block]) -> str:
     """Write ``blocks.arrow``, and return the fingerprint of its rows."""
     digest = hashlib.sha256()
-    with atomic_file(path) as file, pa.ipc.new_file(file, SCHEMA) as writer:
+    with files.atomic_file(path) as file, pa.ipc.new_file(file, SCHEMA) as writer:
         iterator = iter(blocks)
         while rows := [block.as_row() for block in islice(iterator, ROWS_PER_BATCH)]:
             for row in rows:
@@ -109,7 +99,7 @@ class Dialogues:
         if not manifest.is_file():
             raise UserError(f"`{folder}` holds no dialogues: no manifest.json in it")
         self.folder = folder
-        self.manifest = read_mapping(manifest)
+        self.manifest = files.read_mapping(manifest)
         if (self.manifest.get("format"), self.manifest.get("version")) != (FORMAT, VERSION):
             raise UserError(f"`{folder}` is not a folder of {FORMAT}, version {VERSION}")
 
@@ -117,7 +107,7 @@ class Dialogues:
     def _batches(self) -> list[pa.RecordBatch]:
         path = self.folder / "blocks.arrow"
         try:
-            if sha256_of(path) != self.manifest["sha256"]:
+            if files.sha256_of(path) != self.manifest["sha256"]:
                 raise ValueError("the bytes of blocks.arrow are not those that were written")
             with pa.memory_map(str(path)) as source:
                 reader = pa.ipc.open_file(source)

@@ -5,6 +5,7 @@ Both are found by rendering two exchanges of made-up words, so no list of known 
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from fusion_trainer.data.conversations import Message
@@ -58,8 +59,7 @@ class Markers:
 
     def token_at_end_of(self, text: str) -> str:
         """The special token that a text ends with; empty if there is none."""
-        ends = (token for token in self._ends if token in self.special and text.rstrip().endswith(token))
-        return next(ends, "")
+        return next((end for end in self._ends if end in self.special and text.rstrip().endswith(end)), "")
 
     def token_ahead(self, text: str, closing: str = "") -> str | None:
         """The token that a text begins with and that may end an answer, with the white space before it.
@@ -78,13 +78,11 @@ class Markers:
 
     def _probe(self, apply: Callable[..., str], bos: str) -> None:
         for system, turns in ACCEPTED_BY_MOST:
-            try:
+            with suppress(TemplateError):
                 text = apply([*system, *EXCHANGES[:turns]])
                 question = apply([*system, EXCHANGES[0]])
                 with_prompt = apply([*system, EXCHANGES[0]], prompt=True)
                 break
-            except TemplateError:
-                continue
         else:
             return
         if with_prompt.startswith(question):
@@ -100,8 +98,7 @@ class Markers:
 
     def _marker_between(self, between: str, closing: str, header: str) -> str:
         """The marker in the text between an answer and the next turn of the user."""
-        marker = self.token_ahead(between, closing)
-        if marker is not None:
+        if (marker := self.token_ahead(between, closing)) is not None:
             return marker
         if header.strip() and between.endswith(header):
             return between.removesuffix(header).rstrip()
@@ -109,8 +106,7 @@ class Markers:
 
     def _marker_of_last(self, before: str, closing: str) -> str:
         """The marker in the text after the last answer, which may also be the header of the next answer."""
-        marker = self.token_ahead(closing, closing)
-        if marker is not None:
+        if (marker := self.token_ahead(closing, closing)) is not None:
             return marker
         if self.between and closing.startswith(self.between):
             return self.between

@@ -60,13 +60,9 @@ def prepare(config: PrepareConfig, beside: Path, *, quiet: bool = False, repeat:
         with tqdm(rows, unit=" conversations", unit_scale=True, disable=hidden, desc="dialogues") as bar:
             write_dialogues(path, preparation.blocks(bar), preparation, request)
     dialogues = Dialogues(path)
+    title = f"`{path}` holds dialogues that were made with other settings:"
     remedy = "Give another --dialogues folder, or remove that one."
-    demand_same(
-        f"`{path}` holds dialogues that were made with other settings:",
-        request,
-        dialogues.manifest["request"],
-        remedy,
-    )
+    demand_same(title, request, dialogues.manifest["request"], remedy)
     if not quiet:
         click.echo(f"{dialogues.folder}\n{dialogues.report}" if made or repeat else dialogues.folder)
     return dialogues

@@ -5,7 +5,8 @@ of an answer as far as both have it, and its end if both close it right after th
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,15 @@ from varm_common.errors import UserError
 from varm_common.files import fingerprint
 
 __all__ = [
-    *("DIALOGUES", "Reader", "Reading"),
-    *("end_ids", "own_end", "reader_of_store", "reader_with_own_end", "source_reader", "template_notes"),
+    "DIALOGUES",
+    "Reader",
+    "Reading",
+    "end_ids",
+    "own_end",
+    "reader_of_store",
+    "reader_with_own_end",
+    "source_reader",
+    "template_notes",
 ]
 
 DIALOGUES = "dialogues"
@@ -79,7 +87,7 @@ class Reader:
             return Reading(block.text, block.answers, block.spans)
         if self.way == PIVOT or not block.messages:
             block = block.without_bos()
-            block = block if self.marker is None else block.with_marker(*self.marker)
+            block = block.with_marker(*self.marker) if self.marker else block
             return self._reading(block.text, block.answers)
         assert self.template is not None
         try:
@@ -114,23 +122,16 @@ def _compared(answer: Answer, own: Answer, message: Message, silent: bool) -> An
     if not own.pieces or silent:
         return replace(answer, pieces=(), closed=False)
     content = message.content.encode()
-    pieces: list[tuple[int, int, int]] = []
     done = 0
-    for start, stop, at in answer.pieces:
+    for number, (start, stop, at) in enumerate(answer.pieces):
         if content[done:at].strip():  # the template leaves this out
-            return replace(answer, pieces=tuple(pieces), closed=False)
-        pieces.append((start, stop, at))
+            return replace(answer, pieces=answer.pieces[:number], closed=False)
         done = at + stop - start
-    whole = not content[done:].strip()
-    return replace(answer, pieces=tuple(pieces), closed=answer.closed and own.closed and whole)
+    return replace(answer, closed=answer.closed and own.closed and not content[done:].strip())
 
 
 def template_notes(counts: Mapping[str, Any]) -> Iterator[str]:
-    """Sentences for the user about what a source's template did to the conversations.
-
-    Args:
-        counts: A store's manifest.
-    """
+    """Sentences about what a source's template did to the conversations, from the counts in a store's manifest."""
     if refused := counts.get("refused"):
         yield f"the source's template refuses {refused:,} blocks: the store has no distributions for them"
     if folded := counts.get("folded"):
@@ -164,9 +165,7 @@ def source_reader(choice: str, tokenizer: TextTokenizer, chats: bool = True) -> 
     return Reader(tokenizer, OWN, replace(template, name=f"of {tokenizer.name}" if choice == OWN else choice))
 
 
-def reader_with_own_end(
-    source: TextTokenizer, end: int | None, pivot: TextTokenizer, ends: Sequence[int]
-) -> Reader:
+def reader_with_own_end(source: TextTokenizer, end: int | None, pivot: TextTokenizer, ends: list[int]) -> Reader:
     """The reader of a source that reads the pivot's text, but ends answers with its own token, as in FuseChat.
 
     Args:
@@ -200,29 +199,21 @@ def reader_of_store(identity: Mapping[str, Any], tokenizer: TextTokenizer) -> Re
         return Reader(tokenizer, PIVOT, marker=tuple(marker))
     if identity["jinja"] is None:
         return Reader(tokenizer, identity["reading"])
-    templates = identity["jinja"], tokenizer.tokenizer, identity.get("jinja_with_tools")
-    template = Template(f"of {tokenizer.name}", *templates)
+    jinja, with_tools = identity["jinja"], identity.get("jinja_with_tools")
+    template = Template(f"of {tokenizer.name}", jinja, tokenizer.tokenizer, with_tools)
     if template.sha256 != identity["reading"]:
-        raise UserError(
-            f"the manifest of {tokenizer.name}'s store is damaged: its template does not match its "
-            "hash; extract again"
-        )
+        what = "its template does not match its hash; extract again"
+        raise UserError(f"the manifest of {tokenizer.name}'s store is damaged: {what}")
     return Reader(tokenizer, OWN, template)
 
 
 def end_ids(reader: Reader, folder: Path) -> list[int]:
-    """Every id that ends a turn of the model: by its template, its generation config and its tokenizer.
-
-    Args:
-        reader: How the model reads.
-        folder: The model's folder.
-    """
+    """Every id that ends a turn of a model: by its template, the folder's generation config and the tokenizer."""
     from transformers import GenerationConfig
 
-    try:
+    configured = None
+    with suppress(OSError, ValueError, TypeError):
         configured = GenerationConfig.from_pretrained(folder).eos_token_id
-    except (OSError, ValueError, TypeError):
-        configured = None
     ends = reader.template.end_ids if reader.template else []
     ends = [*ends, *(configured if isinstance(configured, list) else [configured])]
     ends.append(reader.tokenizer.tokenizer.eos_token_id)

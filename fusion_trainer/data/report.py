@@ -42,13 +42,19 @@ class Report:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "Report":
+        """The inverse of ``as_dict``."""
         lengths = Counter({int(bound): number for bound, number in plain["lengths"].items()})
-        counters = {name: Counter(plain[name]) for name in COUNTERS}
-        return cls(**{**plain, **counters, "lengths": lengths})
+        return cls(**{**plain, **{name: Counter(plain[name]) for name in COUNTERS}, "lengths": lengths})
 
     def as_dict(self) -> dict[str, Any]:
         plain = {**vars(self), **{name: dict(sorted(getattr(self, name).items())) for name in COUNTERS}}
-        return {**plain, "lengths": {str(bound): self.lengths[bound] for bound in sorted(self.lengths)}}
+        return {**plain, "lengths": {str(bound): number for bound, number in sorted(self.lengths.items())}}
+
+    def count_block(self, tokens: int, supervised: int) -> None:
+        self.blocks += 1
+        self.tokens += tokens
+        self.supervised_tokens += supervised
+        self.lengths[1 << (tokens - 1).bit_length()] += 1
 
     def __str__(self) -> str:
         columns = [
@@ -61,9 +67,8 @@ class Report:
             *(("dropped", number, reason) for reason, number in sorted(self.dropped.items())),
         ]
         if self.folded:
-            columns.append(
-                ("system turns", self.folded, "put before the first user turn, because the template refuses them")
-            )
+            what = "put before the first user turn, because the template refuses them"
+            columns.append(("system turns", self.folded, what))
         for kind, size, turns in left_out_by_kind(self.left_out):
             what = f"bytes of {kind} in {turns:,} turns, left out by the template"
             columns.append(("not rendered", size, what))
@@ -73,9 +78,8 @@ class Report:
             lines.append(f"keys not used      {keys}")
         lines.append("length of a block in tokens:")
         most = max(self.lengths.values(), default=1)
-        for bound in sorted(self.lengths):
-            bar = "█" * max(1, round(40 * self.lengths[bound] / most))
-            lines.append(f"  ≤ {bound:<7,} {self.lengths[bound]:>9,}  {bar}")
+        for bound, number in sorted(self.lengths.items()):
+            lines.append(f"  ≤ {bound:<7,} {number:>9,}  {'█' * max(1, round(40 * number / most))}")
         return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ FORMATS = {
 """Each format's columns: lists of turns, prompt and completion, Alpaca, plain text. A row must have those that the
 format's name lists."""
 
-ID_COLUMNS, SYSTEM_COLUMNS = ("id", "conversation_id"), ("system", "system_prompt")
+SYSTEM_COLUMNS = ("system", "system_prompt")
 COLUMNS = (*SYSTEM_COLUMNS, *(column for columns in FORMATS.values() for column in columns))
 READ_AT_ONCE = 1 << 20
 """Characters of a JSON array that are read at a time."""
@@ -34,7 +34,7 @@ LINE_START = 4096
 """Bytes of a line that are enough to tell what it begins with."""
 DECODER, SPACES = json.JSONDecoder(), re.compile(r"[ \t\n\r]*")
 LONGEST_LITERAL = len("-Infinity")
-ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
+CONTENT_KEYS = ("content", "value")
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,9 @@ class _NotJsonError(Exception):
 
 def _only_item(path: Path) -> Iterator[Any]:
     try:
-        content = json.loads(path.read_bytes())
+        yield json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise _NotJsonError(error) from error
-    yield content
 
 
 def _array_items(path: Path) -> Iterator[Any]:
@@ -181,13 +180,8 @@ def load_table(data: str, name: str | None, split: str) -> Any:
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(str(path), name, split=split)
     except failures as error:
-        kind = (
-            "folder"
-            if path.is_dir()
-            else "file"
-            if path.exists()
-            else "Hub dataset (there is no such file or folder)"
-        )
+        on_the_hub = "Hub dataset (there is no such file or folder)"
+        kind = "folder" if path.is_dir() else "file" if path.exists() else on_the_hub
         raise UserError(f"cannot read the {kind} `{path}`: {error or type(error).__name__}") from error
 
 

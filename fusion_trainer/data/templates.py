@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from fusion_trainer.config import BUILT_IN_TEMPLATES
+from fusion_trainer.config import BUILT_IN_TEMPLATES as BUILT_IN
 from fusion_trainer.data.answer_finder import AnswerFinder
 from fusion_trainer.data.answers import Answer, supervised_spans
 from fusion_trainer.data.conversations import Message
@@ -21,7 +22,6 @@ __all__ = ["BUILT_IN", "OWN", "PIVOT", "PIVOT_OWN_END", "Rendered", "Template", 
 FOLDER = Path(__file__).parent / "templates"
 OWN, PIVOT, PIVOT_OWN_END = "own", "pivot", "pivot_own_end"
 """A source's own template; the pivot's rendering, which a source reads as text, and that with its own EOS."""
-BUILT_IN = BUILT_IN_TEMPLATES
 TODAY = datetime(2024, 7, 26)
 """The date in templates that write one (Llama 3.1's own default), so that a text is always the same."""
 DIRECTIVES = "aAbBdefHIjmMpSyYZ"
@@ -100,10 +100,8 @@ class Template:
             if [message.role for message in messages[:2]] == ["system", "user"]:
                 system, user, *others = messages
                 folded = [replace(user, content=f"{system.content}\n\n{user.content}"), *others]
-                try:
+                with suppress(TemplateError):  # the first error is the one that the user can act on
                     return self._render(folded, tools, moved=1)
-                except TemplateError:
-                    pass  # the first error is the one that the user can act on
             raise TemplateError(f"the template {self.name} {error}") from error
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None, moved: int = 0) -> Rendered:
@@ -118,20 +116,9 @@ class Template:
         def size(place: int) -> int:
             return len(text[: place - cut].encode())
 
-        answers = [
-            Answer(
-                turn=answer.turn + moved,
-                open=size(answer.open),
-                pieces=tuple((size(start), size(stop), at) for start, stop, at in answer.pieces),
-                mark=size(answer.mark),
-                end=size(answer.end),
-                closed=answer.closed,
-            )
-            for answer in finder.answers()
-        ]
         return Rendered(
             text,
-            tuple(answers),
+            tuple(replace(answer.moved(size), turn=answer.turn + moved) for answer in finder.answers()),
             bos=size(head),
             folded=bool(moved),
             left_out=finder.left_out(tools),
@@ -139,9 +126,7 @@ class Template:
             silent=frozenset(turn + moved for turn in finder.silent),
         )
 
-    def _apply(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, prompt: bool = False
-    ) -> str:
+    def _apply(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, prompt: bool = False) -> str:
         turns = [{"role": message.role, "content": message.content, **message.extra} for message in messages]
         options = {"tools": list(tools) if tools else None, "tokenize": False, "add_generation_prompt": prompt}
         jinja = self.with_tools if tools and self.with_tools else self.jinja

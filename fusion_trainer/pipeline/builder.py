@@ -3,12 +3,12 @@
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fusion_trainer.config import NOT_OF_THE_RESULT, explained, one_or_more, recorded
+from fusion_trainer.config import NOT_OF_THE_RESULT, Texts, explained, one_or_more, recorded
 from fusion_trainer.pipeline.launch import accelerate_config, beginning, division
 from fusion_trainer.pipeline.stage import Stage
 from varm_common.models import is_path
@@ -38,7 +38,7 @@ class PipelineConfig(BaseModel):
     """Folder or Hub id of the model to fuse into."""
     pivot_revision: str | None = None
     """Branch, tag or commit of the pivot."""
-    data: Annotated[list[str], BeforeValidator(one_or_more)] = Field(min_length=1)
+    data: Texts = Field(min_length=1)
     """Chat data."""
     sources: list[Settings] = Field(min_length=1)
     """Source models: `model`, a `name`, settings of `extract` for this source, and settings of `align` for it
@@ -74,6 +74,7 @@ class Builder:
         self.work = config.work
         self.pivot = (config.pivot, config.pivot_revision)
         self.common: Settings = {"trust_remote_code": config.trust_remote_code}
+        self.of_pivot: Settings = {"pivot": config.pivot, "pivot_revision": config.pivot_revision, **self.common}
         self.stages: list[Stage] = []
         self.problems: dict[str, str] = {}
         """A sentence by the place in the file, the first one only: many stages read the same place."""
@@ -115,11 +116,7 @@ class Builder:
         return {**files, "template": template} if isinstance(template, str) and Path(template).is_file() else files
 
     def settings(
-        self,
-        kind: type[BaseModel],
-        own: Settings,
-        *given: tuple[str, Mapping[str, Any]],
-        elsewhere: Iterable[str] = (),
+        self, kind: type[BaseModel], own: Settings, *given: tuple[str, Settings], elsewhere: Iterable[str] = ()
     ) -> BaseModel | None:
         """The settings of a stage; None if they are wrong.
 
@@ -173,9 +170,8 @@ class Builder:
         content = settings.model_dump(mode="json", exclude_unset=True)
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
         command = [*beginning(launch), kind, str(config)]
-        self.stages.append(
-            Stage(kind, name, output, command, {config: text}, decisive, list(needs), models, files or {})
-        )
+        stage = Stage(kind, name, output, command, {config: text}, decisive, list(needs), models, files or {})
+        self.stages.append(stage)
 
 
 def _uses_all_gpus(settings: BaseModel) -> bool:
@@ -187,10 +183,9 @@ def _uses_all_gpus(settings: BaseModel) -> bool:
 def _decisive(settings: BaseModel) -> Settings:
     """The settings that decide the result of a stage."""
     skipped = HARMLESS | KNOWN_OTHERWISE
+    if getattr(settings, "engine", None) == "transformers":  # then results of earlier versions are up to date
+        skipped |= {"engine", "engine_options"}
     decisive = {name: value for name, value in recorded(settings).items() if name not in skipped}
-    if decisive.get("engine") == "transformers":  # then results of earlier versions are up to date
-        for name in ("engine", "engine_options"):
-            decisive.pop(name, None)
     if "training" in decisive:
         decisive["training"] = {
             name: value

@@ -40,12 +40,8 @@ def recipe(
     pivots = {target: fusion["pivot"] for target, fusion in fusions.items()}
     first = pivots[targets[0]]
     if any(other[name] != first[name] for other in pivots.values() for name in IDENTITY):
-        lines = [
-            f"`{target}`: {each['model']} (weights {each['weights'][:12]}…)" for target, each in pivots.items()
-        ]
-        raise UserError(
-            f"these targets were trained from different pivots:{listed(lines)}\nMerge them separately."
-        )
+        rows = [f"`{path}`: {each['model']} (weights {each['weights'][:12]}…)" for path, each in pivots.items()]
+        raise UserError(f"these targets were trained from different pivots:{listed(rows)}\nMerge them separately.")
     config = read_json(targets[0] / "config.json")
     content = {
         "merge_method": "varm",
@@ -66,10 +62,8 @@ def recipe(
 def _fusion(target: Path) -> dict[str, Any]:
     path = target / FUSION
     if not path.is_file():
-        unfinished = " yet: its training is not finished" if (target / "training.json").is_file() else ""
-        raise UserError(
-            f"`{target}` has no {FUSION}{unfinished}; give folders that `fusion-trainer train` has written"
-        )
+        yet = " yet: its training is not finished" if (target / "training.json").is_file() else ""
+        raise UserError(f"`{target}` has no {FUSION}{yet}; give folders that `fusion-trainer train` has written")
     try:
         fusion = dict(read_json(path))
         needed = [fusion["pivot"][name] for name in (*IDENTITY, "model")]

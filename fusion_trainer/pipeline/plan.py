@@ -21,7 +21,6 @@ from fusion_trainer.config import (
     PrepareConfig,
     TrainConfig,
     explained,
-    read_yaml,
     unknown_setting,
 )
 from fusion_trainer.pipeline.builder import Builder, PipelineConfig, Settings
@@ -31,6 +30,7 @@ from fusion_trainer.pipeline.stage import KINDS, Stage
 from fusion_trainer.representations.engines import unused_settings
 from varm_common.errors import UserError, listed
 from varm_common.models import has_chat_template
+from varm_common.yaml_file import read_yaml
 
 __all__ = ["chosen", "read_pipeline"]
 
@@ -88,9 +88,8 @@ def chosen(stages: Sequence[Stage], until: str | None, only: str | None) -> list
 def _places(error: ValidationError) -> Iterator[tuple[str, str]]:
     """Problems at the top of the file, each with the path of its place."""
     for problem in error.errors():
-        inner = "".join(
-            f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"][1:] if part != "[key]"
-        )
+        parts = [part for part in problem["loc"][1:] if part != "[key]"]
+        inner = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
         for place, text in explained(PipelineConfig, problem):
             yield f"{place}{inner}", text
 
@@ -143,32 +142,27 @@ def _build(builder: Builder) -> None:
 
 
 def _add_prepare(builder: Builder, name: str, where: str, data: list[str]) -> None:
-    own: Settings = {**_of_pivot(builder), "data": data, "dialogues": builder.work / name}
+    own = {**builder.of_pivot, "data": data, "dialogues": builder.work / name}
     settings = builder.settings(PrepareConfig, own, ("prepare", builder.config.prepare))
     files = builder.data_files(where, data)
     builder.add("prepare", name, own["dialogues"], settings, (), {"pivot": builder.pivot}, files)
 
 
-def _of_pivot(builder: Builder) -> Settings:
-    pivot, revision = builder.pivot
-    return {"pivot": pivot, "pivot_revision": revision, **builder.common}
-
-
 def _add_extractions(builder: Builder) -> list[str]:
     """Add the extraction of the pivot and of each source. Returns the sources' names."""
     config = builder.config
-    own = {**_of_pivot(builder), "data": config.data, "dialogues": builder.work / "dialogues"}
+    own = {**builder.of_pivot, "data": config.data, "dialogues": builder.work / "dialogues"}
 
     def add(name: str, model: str, *given: tuple[str, Settings], **files: str) -> None:
         output = builder.work / "stores" / name
         ours = {**own, "model": model, "output": output}
+        revision = given[-1][1].get("revision")
         if name == "pivot":
-            ours["revision"] = config.pivot_revision
+            ours["revision"] = revision = config.pivot_revision
         parts = [("prepare", config.prepare), *given]
         settings = builder.settings(ExtractConfig, ours, *parts, elsewhere=PrepareConfig.model_fields)
         if isinstance(settings, ExtractConfig) and (problem := unused_settings(settings)):
             builder.wrong(given[-1][0], problem)
-        revision = given[-1][1].get("revision") if name != "pivot" else config.pivot_revision
         builder.add("extract", name, output, settings, ["prepare dialogues"], {"model": (model, revision)}, files)
 
     # the pivot reads the dialogues as they are
@@ -242,7 +236,7 @@ def _add_trainings(builder: Builder, names: list[str], chunks: list[str]) -> tup
         sources = builder.texts(f"{where}.sources", given.get("sources"))
         for unknown in [source for source in sources if source not in names]:
             builder.wrong(f"{where}.sources", f"no source `{unknown}`; there are {', '.join(names)}")
-        own = {**_of_pivot(builder), "dialogues": work / "dialogues"}
+        own = {**builder.of_pivot, "dialogues": work / "dialogues"}
         needs = ["prepare dialogues"]
         if sources:
             own["pivot_store"] = work / "stores" / "pivot"

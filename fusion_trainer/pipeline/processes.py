@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from varm_common.errors import UserError
@@ -121,11 +122,7 @@ def _run_module(module: str, arguments: Sequence[str], environment: dict[str, st
 def _end_with(process: int) -> None:
     import psutil
 
-    while True:
-        try:
-            if psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
-                break
-        except psutil.NoSuchProcess:
-            break
-        time.sleep(0.5)
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.5)
     os._exit(1)

@@ -49,9 +49,7 @@ class Runner:
             UserError: A stage would write where there are files that no stage has written.
         """
         states = [state for state in self._walk() if state.stage in stages]
-        foreign = [
-            f"`{state.foreign}`, where {state.stage.title} would write" for state in states if state.foreign
-        ]
+        foreign = [f"`{each.foreign}`, where {each.stage.title} would write" for each in states if each.foreign]
         if not (self.work / LOCK).is_file():  # nothing was ever run here
             own = [self.work / name for name in OWN_FILES]
             own += [path for stage in self.stages for path in stage.inputs]
@@ -142,17 +140,14 @@ def _result(stage: Stage, mark: str) -> str:
     """The fingerprint of a stage's result, for the stages that need it."""
     record = record_of(stage)
     files: Mapping[str, str] = record["files"] if record.get("fingerprint") == mark else {}
-    return fingerprint(
-        [mark, {name: sha256 for name, sha256 in files.items() if Path(name).name not in WITH_TIMES}]
-    )
+    lasting = {name: sha256 for name, sha256 in files.items() if Path(name).name not in WITH_TIMES}
+    return fingerprint([mark, lasting])
 
 
 def _refuse(foreign: Sequence[str]) -> None:
     if foreign:
-        raise UserError(
-            f"these files were not written by this pipeline:{listed(foreign)}\nMove them away, or set another "
-            "`work`."
-        )
+        advice = "Move them away, or set another `work`."
+        raise UserError(f"these files were not written by this pipeline:{listed(foreign)}\n{advice}")
 
 
 def _remove_begun(stage: Stage) -> None:

@@ -11,16 +11,8 @@ RECORD = "stage.json"
 """File in the folder of a finished stage."""
 BEGUN = "begun"
 """File in the folder of a merge that is not finished: mergekit itself leaves no sign that a folder is its own."""
-MODEL_FILES = (
-    "*.safetensors",
-    "pytorch_model*.bin",
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "*.tiktoken",
-    "*.py",
-)
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+MODEL_FILES = (*WEIGHTS, "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 STORE_FILES = ("manifest.json", "extraction.json", "shard-*.arrow")
 
 

@@ -28,6 +28,7 @@ SLACK, RELATIVE = 0.02, 0.002
 """By how much a cross-entropy may lie below what the k largest logits allow: it is rounded to float16."""
 NORMALISED = 0.5
 Floats = NDArray[np.float64]
+Integers = NDArray[np.integer]
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,7 @@ class Codec:
         known[list(self.vocabulary)] = True
         return known
 
-    def own(
-        self, values: Values, positions: NDArray[np.integer], golds: NDArray[np.integer]
-    ) -> tuple[dict[str, NDArray[Any]], int]:
+    def own(self, values: Values, positions: Integers, golds: Integers) -> tuple[dict[str, Any], int]:
         """The columns of the row's own model at some positions, and how many entries were no tokens.
 
         Args:
@@ -82,27 +81,20 @@ class Codec:
         allowed_P = SLACK + RELATIVE * np.abs(np.nan_to_num(cross_entropies_P))
         if (wrong := among_P - normaliser_P > allowed_P).any():
             at = int(np.argmax(wrong))
-            what = (
-                "the probabilities sum to more than 1"
-                if self.normalised
-                else (f"the cross-entropy {cross_entropies_P[at]:.4g} of the next token contradicts its logit")
-            )
+            what = f"the cross-entropy {cross_entropies_P[at]:.4g} of the next token contradicts its logit"
+            if self.normalised:
+                what = "the probabilities sum to more than 1"
             raise RowError(f"at token {positions[at]} {what}")
         known_P = np.isfinite(normaliser_P)
         normaliser_P = np.where(known_P, np.maximum(normaliser_P, among_P), among_P)
         tail_P = np.where(known_P, -np.expm1(np.minimum(among_P - normaliser_P, 0.0)), np.nan)
-        found_P = gold_P if self.normalised else np.full(len(positions), np.nan)
-        gold_logprob_P = np.where(np.isfinite(cross_entropies_P), -cross_entropies_P, found_P)
+        otherwise_P = gold_P if self.normalised else np.full(len(positions), np.nan)
+        gold_logprob_P = np.where(np.isfinite(cross_entropies_P), -cross_entropies_P, otherwise_P)
         logprobs_PK = np.maximum(logits_PK - normaliser_P[:, None], LEAST)
         return self._columns(logprobs_PK, ids_PK, tail_P, np.maximum(gold_logprob_P, LEAST)), foreign
 
     def aligned(
-        self,
-        values: Values,
-        positions: NDArray[np.integer],
-        golds: NDArray[np.int32],
-        own: Representation,
-        unpaired: str,
+        self, values: Values, positions: Integers, golds: NDArray[np.int32], own: Representation, unpaired: str
     ) -> tuple[Representation, int]:
         """The row of an aligned source, and how many entries were no tokens.
 
@@ -122,9 +114,9 @@ class Codec:
         among_P = _log_sum(logits_PK)
         if not np.isfinite(among_P).all():
             raise RowError("none of the source's ids at some token is a token of the pivot")
-        normaliser_P = np.zeros(len(among_P)) if self.normalised else among_P
-        tail_P = -np.expm1(np.minimum(among_P, 0.0)) if self.normalised else np.full(len(among_P), np.nan)
         unknown_P = np.full(len(among_P), np.nan)
+        normaliser_P = np.zeros(len(among_P)) if self.normalised else among_P
+        tail_P = -np.expm1(np.minimum(among_P, 0.0)) if self.normalised else unknown_P
         columns = self._columns(logits_PK - normaliser_P[:, None], ids_PK, tail_P, unknown_P)
         row = replace(own, **{name: getattr(own, name).copy() for name in columns})
         for name, column in columns.items():
@@ -133,7 +125,7 @@ class Codec:
             put_all_on_gold(row, ~paired_P, golds)
         return replace(row, paired=paired_P.astype(np.uint8)), foreign
 
-    def empty(self) -> dict[str, NDArray[Any]]:
+    def empty(self) -> dict[str, Any]:
         """The columns of no position."""
         nothing = np.zeros((0, self.k))
         return self._columns(nothing, nothing.astype(np.int64), np.zeros(0), np.zeros(0))
@@ -146,14 +138,14 @@ class Codec:
         order_PK = np.argsort(-logits_PK, 1, kind="stable")
         logits_PK = np.take_along_axis(logits_PK, order_PK, 1)
         ids_PK = np.take_along_axis(ids_PK, order_PK, 1)
-        repeated = (np.diff(np.sort(ids_PK, 1), axis=1) == 0) & (np.sort(ids_PK, 1)[:, 1:] >= 0)
-        if repeated.any():
+        ascending_PK = np.sort(ids_PK, 1)
+        if ((np.diff(ascending_PK, axis=1) == 0) & (ascending_PK[:, 1:] >= 0)).any():
             raise RowError("a distribution has an id twice")
         return logits_PK, ids_PK, int((there_PK & ~known_PK).sum())
 
     def _columns(
         self, logprobs_PK: Floats, ids_PK: NDArray[np.int64], tail_P: Floats, gold_logprob_P: Floats
-    ) -> dict[str, NDArray[Any]]:
+    ) -> dict[str, Any]:
         fill(ids_PK)
         return {
             "ids": ids_PK.astype(id_dtype(self.size)),

@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fusion_trainer.config import ImportConfig
@@ -23,7 +24,7 @@ from fusion_trainer.data.conversations import bad_rows_message, kinds_of_problem
 from fusion_trainer.data.dialogues import VERSION, Dialogues, write_dialogues
 from fusion_trainer.data.readers import DIALOGUES, Reader, end_ids, reader_with_own_end
 from fusion_trainer.published.distributions import Codec, are_normalised
-from fusion_trainer.published.matching import UNKNOWN, Matches, match, read_all
+from fusion_trainer.published.matching import UNKNOWN, match, read_all
 from fusion_trainer.published.report import import_report
 from fusion_trainer.published.rows import Published, RowError, open_published, row_tokens
 from fusion_trainer.published.texts import BlockMaker
@@ -66,11 +67,10 @@ class Importer:
         code = config.trust_remote_code
         self.folder, self.commit = local_folder(config.pivot, config.pivot_revision, code=code)
         self.pivot = load_tokenizer(self.folder, config.pivot, code)
-        self.source_folder, self.source_commit = self.folder, self.commit
+        source = self.folder, self.commit
         if config.model:
-            self.source_folder, self.source_commit = local_folder(
-                config.model, config.revision, weights=False, code=code
-            )
+            source = local_folder(config.model, config.revision, weights=False, code=code)
+        self.source_folder, self.source_commit = source
         self.source = load_tokenizer(self.source_folder, config.model or config.pivot, code)
         if published.aligned and self.source.sha256 == self.pivot.sha256:
             click.echo(
@@ -84,29 +84,24 @@ class Importer:
             raise UserError(f"the data is aligned to the pivot: give {missing} too")
         self.skip = config.bad_rows == "skip"
         self.problems: list[tuple[str, str]] = []
-        self._found: Matches | None = None
+        self._row_of: NDArray[np.int64] | None = None
+        self.dialogues = self._dialogues()
 
     def run(self) -> tuple[RepresentationStore, str]:
-        dialogues = self._dialogues()
+        reader, folder = Reader(self.pivot, DIALOGUES), self.config.pivot_store
         if not self.published.aligned:
-            reader = Reader(self.pivot, DIALOGUES) if self.of_pivot else self._source_reader(dialogues)
-            store = self._own_store(dialogues, reader, self.config.output)
-            return store, import_report(store, dialogues, len(self.published), self.problems)
-        assert self.config.pivot_store is not None
-        folder, reader = self.config.pivot_store, Reader(self.pivot, DIALOGUES)
-        if (folder / MANIFEST).is_file():
-            own = RepresentationStore(folder).demand(
-                data=dialogues.fingerprint, tokenizer=self.pivot.sha256, top_k=self.published.k
-            )
+            store = self._own_store(reader if self.of_pivot else self._source_reader(), self.config.output)
         else:
-            own = self._own_store(dialogues, reader, folder)
-        store = self._aligned_store(dialogues, reader, own)
-        return store, import_report(store, dialogues, len(self.published), self.problems)
+            assert folder is not None
+            there = (folder / MANIFEST).is_file()
+            own = RepresentationStore(folder) if there else self._own_store(reader, folder)
+            own.demand(data=self.dialogues.fingerprint, tokenizer=self.pivot.sha256, top_k=self.published.k)
+            store = self._aligned_store(reader, own)
+        return store, import_report(store, self.dialogues, len(self.published), self.problems)
 
     # The dialogues
 
     def _dialogues(self) -> Dialogues:
-        of_pivot = self.of_pivot or self.published.aligned is not None
         request = {
             "published": self.published.fingerprint,
             "tokenizer": self.pivot.sha256,
@@ -114,26 +109,23 @@ class Importer:
             "bad_rows": self.config.bad_rows,
             "version": VERSION,
         }
-        beside = self.config.output.parent / f"dialogues-{fingerprint(request)[:12]}"
-        path = self.config.dialogues or beside
+        path = self.config.dialogues or self.config.output.parent / f"dialogues-{fingerprint(request)[:12]}"
         if path.exists():
             dialogues = Dialogues(path)
             theirs = dialogues.manifest["request"].get("tokenizer")
             title = f"the dialogues in `{path}` were made with the tokenizer of another pivot:"
             demand_same(title, {"tokenizer": self.pivot.sha256}, {"tokenizer": theirs})
             return dialogues
-        if not of_pivot:
+        if not self.of_pivot and not self.published.aligned:
             raise UserError(
                 "the dialogues are not there; import the pivot's representations of the same data first, and give "
                 "their dialogues with --dialogues"
             )
-        maker = BlockMaker(self.pivot)
-        rows = tqdm(
-            self.published.tokens(), total=len(self.published), unit="row", desc="dialogues", disable=is_quiet()
-        )
+        maker, published = BlockMaker(self.pivot), self.published
+        rows = tqdm(published.tokens(), total=len(published), unit="row", desc="dialogues", disable=is_quiet())
 
         def blocks() -> Any:
-            yield from maker.blocks(self.published, rows)
+            yield from maker.blocks(published, rows)
             self._refuse(maker.problems)
             if 2 * maker.report.kept <= maker.report.conversations:
                 raise UserError(
@@ -152,9 +144,9 @@ class Importer:
 
     # How the source read them
 
-    def _source_reader(self, dialogues: Dialogues) -> Reader:
+    def _source_reader(self) -> Reader:
         """A source read the pivot's text with the token of its own that ends an answer."""
-        return reader_with_own_end(self.source, self._source_end(), self.pivot, dialogues.ends)
+        return reader_with_own_end(self.source, self._source_end(), self.pivot, self.dialogues.ends)
 
     def _source_end(self) -> int | None:
         """The token that ends most answers of the source's rows; its EOS if the rows are the pivot's."""
@@ -170,40 +162,37 @@ class Importer:
 
     # The stores
 
-    def _matches(self, dialogues: Dialogues, reader: Reader) -> Matches:
+    def _matches(self, reader: Reader) -> NDArray[np.int64]:
         """The row of each block; the pivot's and the aligned store of one import share them."""
-        if self._found is not None:
-            return self._found
-        blocks = tqdm(
-            read_all(dialogues, reader), total=len(dialogues), unit="block", desc="match", disable=is_quiet()
-        )
-        matches = match(dialogues, reader, self.published.tokens(), blocks)
-        problems = [(self.published.where(row), problem) for row, problem in matches.problems]
+        if self._row_of is not None:
+            return self._row_of
+        dialogues, total = self.dialogues, len(self.dialogues)
+        blocks = tqdm(read_all(dialogues, reader), total=total, unit="block", desc="match", disable=is_quiet())
+        row_of, unmatched = match(dialogues, reader, self.published.tokens(), blocks)
+        problems = [(self.published.where(row), problem) for row, problem in unmatched]
         if dialogues.manifest["request"].get("published") != self.published.fingerprint:
             self._refuse(problems)  # otherwise they have been reported: they made no block
-        if 2 * int((matches.row_of != UNKNOWN).sum()) <= len(dialogues):
+        if 2 * (matched := int((row_of != UNKNOWN).sum())) <= total:
             raise UserError(
-                f"only {int((matches.row_of != UNKNOWN).sum())} of the {len(dialogues)} blocks in "
-                f"`{dialogues.folder}` have a row in the data:{listed(kinds_of_problems(problems))}"
+                f"only {matched} of the {total} blocks in `{dialogues.folder}` have a row in the data:"
+                f"{listed(kinds_of_problems(problems))}"
             )
-        self._found = matches
-        return matches
+        self._row_of = row_of
+        return row_of
 
     def _codec(self, tokenizer: TextTokenizer, aligned: bool) -> Codec:
-        rows = range(min(SAMPLE, len(self.published)))
         logits = []
-        for table in self.published.table(rows):
+        for table in self.published.table(range(min(SAMPLE, len(self.published)))):
             try:
                 tokens = row_tokens(*table)
                 values = self.published.values(table, tokens, aligned=aligned)
             except RowError:
                 continue
-            positions = np.flatnonzero(tokens.learnt[1:])
-            found, _ = values.at(positions, self.published.k)
-            logits.append(found[np.isfinite(found).sum(1) > 1])
+            largest, _ = values.at(np.flatnonzero(tokens.learnt[1:]), self.published.k)
+            logits.append(largest[np.isfinite(largest).sum(1) > 1])
         return Codec(self.published.k, tokenizer.vocabulary, bool(logits) and are_normalised(logits))
 
-    def _own_store(self, dialogues: Dialogues, reader: Reader, output: Path) -> RepresentationStore:
+    def _own_store(self, reader: Reader, output: Path) -> RepresentationStore:
         config, tokenizer = self.config, reader.tokenizer
         of_pivot = reader.way == DIALOGUES
         codec = self._codec(tokenizer, aligned=False)
@@ -214,8 +203,8 @@ class Importer:
             "weights": weights_fingerprint(folder, config.pivot) if of_pivot else None,
             "config": config_fingerprint(folder, config.trust_remote_code) if of_pivot else None,
             "tokenizer": tokenizer.sha256,
-            "template": dialogues.manifest["request"].get("template"),
-            "data": dialogues.fingerprint,
+            "template": self.dialogues.manifest["request"].get("template"),
+            "data": self.dialogues.fingerprint,
             **reader.identity,
             "ends": end_ids(reader, folder),
             **self._about(codec),
@@ -223,8 +212,7 @@ class Importer:
         if reader.marker:
             end = tokenizer.tokenizer.convert_tokens_to_ids(reader.marker[1])
             identity["ends"] = [end, *(token for token in identity["ends"] if token != end)]
-        self._write(output, identity, dialogues, reader, codec)
-        return RepresentationStore(output)
+        return self._write(output, identity, reader, codec)
 
     def _about(self, codec: Codec) -> dict[str, Any]:
         return {
@@ -239,11 +227,9 @@ class Importer:
             "unknown": ["gold_logprob", *([] if codec.normalised else ["tail"])],
         }
 
-    def _aligned_store(
-        self, dialogues: Dialogues, reader: Reader, own: RepresentationStore
-    ) -> RepresentationStore:
+    def _aligned_store(self, reader: Reader, own: RepresentationStore) -> RepresentationStore:
         config, codec = self.config, self._codec(self.pivot, aligned=True)
-        source_reader = self._source_reader(dialogues)
+        source_reader = self._source_reader()
         marker = source_reader.marker
         about = self._about(codec)
         about["unknown"] = sorted({*about["unknown"], *own.identity.get("unknown", [])})
@@ -265,28 +251,22 @@ class Importer:
         }
         end = self.pivot.tokenizer.get_vocab().get(marker[1]) if marker else None
         aligned = Aligned(own, source_reader, end, config.unpaired)
-        self._write(config.output, identity, dialogues, reader, codec, aligned)
-        return RepresentationStore(config.output)
+        return self._write(config.output, identity, reader, codec, aligned)
 
     def _write(
-        self,
-        output: Path,
-        identity: dict[str, Any],
-        dialogues: Dialogues,
-        reader: Reader,
-        codec: Codec,
-        aligned: Aligned | None = None,
-    ) -> None:
+        self, output: Path, identity: dict[str, Any], reader: Reader, codec: Codec, aligned: Aligned | None = None
+    ) -> RepresentationStore:
         versions = {package: version(package) for package in ("datasets", "tokenizers", "varm-merge")}
-        writer = StoreWriter(output, identity, shard_starts(dialogues.lengths, self.config.shard_tokens), versions)
+        starts = shard_starts(self.dialogues.lengths, self.config.shard_tokens)
+        writer = StoreWriter(output, identity, starts, versions)
         writer.begin()
-        if writer.finished:
-            return
-        try:
-            matches = self._matches(dialogues, reader)
-            work = Transcription(self.published, matches, dialogues, reader, codec, self.skip, aligned)
-            work.write(writer)
-        except BaseException:
-            writer.abandon()
-            raise
-        self.problems += work.problems
+        if not writer.finished:
+            try:
+                row_of = self._matches(reader)
+                work = Transcription(self.published, row_of, self.dialogues, reader, codec, self.skip, aligned)
+                work.write(writer)
+            except BaseException:
+                writer.abandon()
+                raise
+            self.problems += work.problems
+        return RepresentationStore(output)

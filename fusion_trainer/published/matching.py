@@ -6,7 +6,6 @@ their maximum length have only a common start with their block.
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,29 +13,15 @@ from numpy.typing import NDArray
 from fusion_trainer.alignment.pairing import Read, read_blocks
 from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.data.readers import Reader
-from fusion_trainer.published.rows import RowError
-from fusion_trainer.published.rows import Tokens as RowTokens
+from fusion_trainer.published.rows import Row, RowError
 from fusion_trainer.published.texts import CUT, common_start, without_bos
 
-__all__ = ["Matches", "match", "read_all"]
+__all__ = ["match", "read_all"]
 
 STARTS = (512, 64)
 """Longer blocks are also found by so many first tokens: their rows may be cut."""
 BLOCKS_AT_ONCE = 256
 UNKNOWN = -1
-
-
-@dataclass
-class Matches:
-    """The row of each block.
-
-    Attributes:
-        row_of: int64 [blocks]; -1 for a block without a row.
-        problems: Row and reason of each row that cannot be used.
-    """
-
-    row_of: NDArray[np.int64]
-    problems: list[tuple[int, str]] = field(default_factory=list)
 
 
 def read_all(dialogues: Dialogues, reader: Reader) -> Iterator[tuple[int, Read]]:
@@ -47,11 +32,8 @@ def read_all(dialogues: Dialogues, reader: Reader) -> Iterator[tuple[int, Read]]
 
 
 def match(
-    dialogues: Dialogues,
-    reader: Reader,
-    rows: Iterable[tuple[int, RowTokens | RowError]],
-    blocks: Iterable[tuple[int, Read]],
-) -> Matches:
+    dialogues: Dialogues, reader: Reader, rows: Iterable[Row], blocks: Iterable[tuple[int, Read]]
+) -> tuple[NDArray[np.int64], list[tuple[int, str]]]:
     """Find the row of each block. Of equal blocks each gets a row of its own, in order.
 
     Args:
@@ -59,6 +41,9 @@ def match(
         reader: How the rows' model reads them.
         rows: Every row of the dataset.
         blocks: The blocks as read by ``reader``.
+
+    Returns:
+        int64 [blocks], the row of each block, -1 for none; and row and reason of each row that cannot be used.
     """
     whole: dict[bytes, list[int]] = {}
     starts: dict[bytes, list[int]] = {}
@@ -69,23 +54,24 @@ def match(
             starts.setdefault(key, []).append(number)
     for numbers in whole.values():
         numbers.reverse()
-    matches = Matches(np.full(len(dialogues), UNKNOWN, np.int64))
+    row_of = np.full(len(dialogues), UNKNOWN, np.int64)
+    problems: list[tuple[int, str]] = []
     for row, tokens in rows:
         if isinstance(tokens, RowError):
-            matches.problems.append((row, str(tokens)))
+            problems.append((row, str(tokens)))
             continue
         ids = without_bos(reader.tokenizer, tokens.ids)
         if equal := whole.get(_key(ids)):
-            matches.row_of[equal.pop()] = row
+            row_of[equal.pop()] = row
             continue
         candidates = (block for key in _starts(ids) for block in starts.get(key, ()))
-        free = (block for block in candidates if matches.row_of[block] == UNKNOWN)
-        found = next((block for block in free if _same_start(dialogues, reader, block, ids)), None)
-        if found is None:
-            matches.problems.append((row, f"its ids are not those of any block in `{dialogues.folder}`"))
+        for block in candidates:
+            if row_of[block] == UNKNOWN and _same_start(dialogues, reader, block, ids):
+                row_of[block] = row
+                break
         else:
-            matches.row_of[found] = row
-    return matches
+            problems.append((row, f"its ids are not those of any block in `{dialogues.folder}`"))
+    return row_of, problems
 
 
 def _same_start(dialogues: Dialogues, reader: Reader, block: int, ids: NDArray[np.integer]) -> bool:

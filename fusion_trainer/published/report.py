@@ -1,7 +1,7 @@
 """The report of an import: what was carried over, and what could not be."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from fusion_trainer.data.conversations import kinds_of_problems
 from fusion_trainer.data.dialogues import Dialogues
@@ -25,7 +25,7 @@ def import_report(
         rows: Number of rows in the data.
         problems: Place and reason of each row that this run left out.
     """
-    counts: Mapping[str, int] = {**dict.fromkeys(COUNTED, 0), **store.manifest}
+    counts: Mapping[str, int] = defaultdict(int, store.manifest)
     columns: list[tuple[str, int, str]] = [
         ("rows", rows, ""),
         ("blocks", len(dialogues), f"of which without a row {counts['without_row']:,}"),
@@ -37,27 +37,18 @@ def import_report(
         ("tokens cut", counts["cut_tokens"], "the row ends before its block"),
     ]
     if store.aligned:
-        columns += _aligned(store.identity, counts)
+        gold = store.identity["unpaired"] == "gold"
+        instead = "probability 1 for the next token" if gold else "the pivot's distribution"
+        share = counts["ends_ppm"] / 1e6 / max(1, counts["ends_paired"])
+        per_token = f"of {counts['compared']:,} blocks per byte; per token {counts['better_by_token']:,}"
+        columns += [
+            ("aligned", counts["paired"], ""),
+            ("not aligned", counts["no_partner"], f"they have {instead}"),
+            ("ends of answers", counts["ends_paired"], f"the pivot's end token has {share:.2%} there"),
+            ("source better", counts["better_by_byte"], per_token),
+        ]
     lines = [f"{name:<18} {number:>12,}  {what}".rstrip() for name, number, what in columns]
     lines += [f"`{name}` is not known everywhere: `train` cannot use {NEEDED_BY[name]}" for name in store.unknown]
     if problems:
         lines.append(f"left out:{listed(kinds_of_problems(problems))}")
     return "\n".join(lines)
-
-
-COUNTED = (
-    *("without_row", "bad_rows", "positions", "unknown_tail", "unknown_gold_logprob", "foreign_ids", "cut_tokens"),
-    *("paired", "no_partner", "ends", "ends_paired", "ends_ppm", "compared", "better_by_byte", "better_by_token"),
-)
-
-
-def _aligned(identity: Mapping[str, Any], counts: Mapping[str, int]) -> list[tuple[str, int, str]]:
-    instead = "probability 1 for the next token" if identity["unpaired"] == "gold" else "the pivot's distribution"
-    share = counts["ends_ppm"] / 1e6 / max(1, counts["ends_paired"])
-    per_token = f"of {counts['compared']:,} blocks per byte; per token {counts['better_by_token']:,}"
-    return [
-        ("aligned", counts["paired"], ""),
-        ("not aligned", counts["no_partner"], f"they have {instead}"),
-        ("ends of answers", counts["ends_paired"], f"the pivot's end token has {share:.2%} there"),
-        ("source better", counts["better_by_byte"], per_token),
-    ]

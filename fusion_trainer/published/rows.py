@@ -33,7 +33,7 @@ from fusion_trainer.data.sources import load_table
 from varm_common.errors import UserError
 from varm_common.files import fingerprint, sha256_of
 
-__all__ = ["IGNORED", "Published", "RowError", "Tokens", "Values", "open_published", "row_tokens"]
+__all__ = ["IGNORED", "Published", "Row", "RowError", "Tokens", "Values", "open_published", "row_tokens"]
 
 IGNORED = -100
 TOKENS = ("input_ids", "labels", "attention_mask")
@@ -53,6 +53,10 @@ class Tokens:
 
     ids: NDArray[np.int64]
     learnt: NDArray[np.bool_]
+
+
+Row = tuple[int, Tokens | RowError]
+"""A row's number and tokens, or what is wrong with them."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ class Published:
             row -= len(part)
         raise IndexError(row)
 
-    def tokens(self) -> Iterator[tuple[int, Tokens | RowError]]:
+    def tokens(self) -> Iterator[Row]:
         """Every row's number and tokens, or what is wrong with them."""
         row = 0
         for part in self.parts:
@@ -140,12 +144,12 @@ class Published:
     def table(self, rows: Sequence[int]) -> list[tuple[pa.Table, int]]:
         """For each row its table and its number there."""
         places = [self._place(row) for row in rows]
-        found: dict[tuple[int, int], tuple[pa.Table, int]] = {}
+        tables: dict[tuple[int, int], tuple[pa.Table, int]] = {}
         for part in {part for part, _ in places}:
             numbers = [number for other, number in places if other == part]
             read = self.parts[part].with_format("arrow")[numbers]
-            found |= {(part, number): (read, at) for at, number in enumerate(numbers)}
-        return [found[place] for place in places]
+            tables |= {(part, number): (read, at) for at, number in enumerate(numbers)}
+        return [tables[place] for place in places]
 
     def values(self, place: tuple[pa.Table, int], tokens: Tokens, *, aligned: bool = False) -> Values:
         """The distributions of a row: the row's own model, or the source that was aligned to it.
@@ -205,11 +209,8 @@ def open_published(data: Sequence[str], name: str | None, split: str, source: in
     k = int(offsets[1] - offsets[0]) if len(offsets) > 1 else 0
     if not k:
         raise UserError(f"{shown[0]}, row 1: `{OWN[0]}` is empty")
-    files = [Path(each) for each in data]
-    hashes = [
-        sha256_of(file) if file.is_file() else str(part._fingerprint)
-        for file, part in zip(files, parts, strict=True)
-    ]
+    pairs = zip(map(Path, data), parts, strict=True)
+    hashes = [sha256_of(path) if path.is_file() else str(part._fingerprint) for path, part in pairs]
     return Published(parts, shown, hashes, aligned, PER_STEP in columns, k)
 
 
@@ -270,9 +271,8 @@ def row_tokens(table: pa.Table, number: int) -> Tokens:
     if TOKENS[2] in table.column_names:
         mask = _array(table, TOKENS[2], number).astype(np.int64)
     if not len(ids) == len(labels) == len(mask):
-        sizes = ", ".join(
-            f"{len(array)} {column}" for column, array in zip(TOKENS, (ids, labels, mask), strict=True)
-        )
+        arrays = zip(TOKENS, (ids, labels, mask), strict=True)
+        sizes = ", ".join(f"{len(array)} {column}" for column, array in arrays)
         raise RowError(f"its columns have different lengths: {sizes}")
     length = int(np.max(np.flatnonzero(mask), initial=-1)) + 1
     ids, labels, mask = ids[:length], labels[:length], mask[:length]

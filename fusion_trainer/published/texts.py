@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from fusion_trainer.data.answers import Answer, supervised_spans
 from fusion_trainer.data.blocks import Block
 from fusion_trainer.data.report import Report
-from fusion_trainer.published.rows import Published, RowError
+from fusion_trainer.published.rows import Published, Row, RowError
 from fusion_trainer.published.rows import Tokens as RowTokens
 from fusion_trainer.text.tokenizer import TextTokenizer, Tokens, supervised_positions
 
@@ -27,18 +26,18 @@ __all__ = ["CUT", "BlockMaker", "common_start", "without_bos"]
 CUT = 16
 """A row may lose so many tokens at its end to become a text that is tokenised the same."""
 ROWS_AT_ONCE = 256
-Spaces = Literal["first", "each", "none"]
-SPACES: tuple[Spaces, ...] = ("each", "first", "none")
+Ids = NDArray[np.integer]
+SPACES = ("each", "first", "none")
 """Which leading spaces the tokenizer has added: the text's, each part's, or none."""
 
 
-def without_bos(tokenizer: TextTokenizer, ids: NDArray[np.integer]) -> NDArray[np.integer]:
+def without_bos(tokenizer: TextTokenizer, ids: Ids) -> Ids:
     """The ids without those that the tokenizer puts before every text."""
     size = len(tokenizer.prefix)
     return ids[size:] if ids[:size].tolist() == tokenizer.prefix else ids
 
 
-def common_start(one: NDArray[np.integer], other: NDArray[np.integer]) -> int:
+def common_start(one: Ids, other: Ids) -> int:
     """How many ids at the start are the same."""
     size = min(len(one), len(other))
     different = np.flatnonzero(one[:size] != other[:size])
@@ -61,20 +60,20 @@ class BlockMaker:
     report: Report = field(default_factory=Report)
     problems: list[tuple[str, str]] = field(default_factory=list)
     _endings: Counter[int] = field(default_factory=Counter)
-    _spaces: Spaces | None = None
+    _spaces: str | None = None
 
     @property
     def ends(self) -> list[int]:
         """The ids that end an answer, the most frequent first."""
         return [token for token, _ in self._endings.most_common()]
 
-    def blocks(self, published: Published, rows: Iterable[tuple[int, RowTokens | RowError]]) -> Iterator[Block]:
+    def blocks(self, published: Published, rows: Iterable[Row]) -> Iterator[Block]:
         """The blocks of the rows that can be used, in order."""
         iterator = iter(rows)
         while some := list(islice(iterator, ROWS_AT_ONCE)):
             self.report.conversations += len(some)
-            good = [(row, tokens) for row, tokens in some if isinstance(tokens, RowTokens)]
-            texts = dict(zip((row for row, _ in good), self._texts([tokens for _, tokens in good]), strict=True))
+            good = {row: tokens for row, tokens in some if isinstance(tokens, RowTokens)}
+            texts = dict(zip(good, self._texts([*good.values()]), strict=True))
             for row, tokens in some:
                 where = published.where(row)
                 try:
@@ -87,7 +86,7 @@ class BlockMaker:
     def _texts(self, rows: Sequence[RowTokens]) -> list[tuple[str, Tokens] | RowError]:
         """Each row's text and its tokens, or what is wrong."""
         found: dict[int, tuple[str, Tokens] | RowError] = {}
-        left: dict[int, NDArray[np.integer]] = {}
+        left: dict[int, Ids] = {}
         for number, row in enumerate(rows):
             ids = without_bos(self.tokenizer, row.ids)
             if unknown := [token for token in ids.tolist() if token not in self.tokenizer.surfaces]:
@@ -97,7 +96,7 @@ class BlockMaker:
         least = {number: max(2, len(ids) - CUT) for number, ids in left.items()}
         self._spaces = self._spaces or self._found_spaces([*left.values()])
         while left:
-            cut: dict[int, NDArray[np.integer]] = {}
+            cut: dict[int, Ids] = {}
             for (number, ids), (text, tokens) in zip(left.items(), self._read(left.values()), strict=True):
                 read = without_bos(self.tokenizer, tokens.ids)
                 same = common_start(read, ids)
@@ -112,13 +111,11 @@ class BlockMaker:
             left = cut
         return [found[number] for number in range(len(rows))]
 
-    def _read(
-        self, ids: Iterable[NDArray[np.integer]], spaces: Spaces | None = None
-    ) -> Iterator[tuple[str, Tokens]]:
+    def _read(self, ids: Iterable[Ids], spaces: str | None = None) -> Iterator[tuple[str, Tokens]]:
         texts = [self._text(array.tolist(), spaces or self._spaces or "none") for array in ids]
         return zip(texts, self.tokenizer.encode(texts), strict=True)
 
-    def _in_another_way(self, ids: NDArray[np.integer]) -> tuple[str, Tokens] | None:
+    def _in_another_way(self, ids: Ids) -> tuple[str, Tokens] | None:
         """A row that has spaces where most rows have none."""
         for spaces in SPACES:
             text, tokens = next(self._read([ids], spaces))
@@ -126,28 +123,24 @@ class BlockMaker:
                 return text, tokens
         return None
 
-    def _found_spaces(self, rows: Sequence[NDArray[np.integer]]) -> Spaces:
+    def _found_spaces(self, rows: Sequence[Ids]) -> str:
         """The way in which most rows give their own ids again."""
 
-        def right(spaces: Spaces) -> int:
-            return sum(
-                np.array_equal(without_bos(self.tokenizer, tokens.ids), ids)
-                for ids, (_, tokens) in zip(rows, self._read(rows, spaces), strict=True)
-            )
+        def right(spaces: str) -> int:
+            read = [without_bos(self.tokenizer, tokens.ids) for _, tokens in self._read(rows, spaces)]
+            return sum(map(np.array_equal, read, rows))
 
         return max(SPACES, key=right)
 
-    def _unlike(self, ids: NDArray[np.integer], read: NDArray[np.integer], at: int) -> RowError:
-        names = [
-            repr(self.tokenizer.tokenizer.convert_ids_to_tokens(int(side[at]))) if at < len(side) else "the end"
-            for side in (ids, read)
-        ]
+    def _unlike(self, ids: Ids, read: Ids, at: int) -> RowError:
+        name_of = self.tokenizer.tokenizer.convert_ids_to_tokens
+        names = [repr(name_of(int(side[at]))) if at < len(side) else "the end" for side in (ids, read)]
         return RowError(
             f"its ids are not those of their own text: at token {at} there is {names[0]}, and the tokenizer of "
             f"{self.tokenizer.name} reads {names[1]}"
         )
 
-    def _text(self, ids: Sequence[int], spaces: Spaces) -> str:
+    def _text(self, ids: Sequence[int], spaces: str) -> str:
         raw, first = bytearray(), spaces != "none"
         for token in ids:
             surface = self.tokenizer.surfaces[token]
@@ -167,31 +160,24 @@ class BlockMaker:
             raise RowError("its labels begin or end inside a character")
         if not len(supervised):
             raise RowError("no token of it is learnt")
-        self._endings.update(int(read.ids[position + 1]) for position in supervised if self._ends(read, position))
+        following = read.ids[supervised + 1].tolist()
+        self._endings.update(token for token in following if token in self.tokenizer.special)
         bos = self.tokenizer.tokenizer.bos_token or ""
-        report = self.report
-        report.kept += 1
-        report.blocks += 1
-        report.tokens += len(read)
-        report.supervised_tokens += len(supervised)
+        self.report.kept += 1
+        self.report.count_block(len(read), len(supervised))
         kept = without_bos(self.tokenizer, read.ids)
-        report.cut_tokens += len(without_bos(self.tokenizer, tokens.ids)) - len(kept)
-        report.lengths[1 << (len(read) - 1).bit_length()] += 1
+        self.report.cut_tokens += len(without_bos(self.tokenizer, tokens.ids)) - len(kept)
         size = len(bos.encode()) if bos and plain.startswith(bos) else 0
         return Block(str(row + 1), 0, where, plain, answers, len(read), size)
-
-    def _ends(self, read: Tokens, position: int) -> bool:
-        return int(read.ids[position + 1]) in self.tokenizer.special
 
     def _in_read(self, tokens: RowTokens, read: Tokens) -> NDArray[np.bool_]:
         """Which tokens of the text are learnt; the text's first token is not predicted by the row's model."""
         shift = len(read) - len(without_bos(self.tokenizer, read.ids))
         own = len(tokens.ids) - len(without_bos(self.tokenizer, tokens.ids))
         learnt = np.zeros(len(read), bool)
-        values = tokens.learnt[own : own + len(read) - shift].copy()
+        learnt[shift:] = tokens.learnt[own : own + len(read) - shift]
         if own == 0:
-            values[:1] = False
-        learnt[shift:] = values
+            learnt[shift : shift + 1] = False
         return learnt
 
     def _answers(self, read: Tokens, learnt: NDArray[np.bool_]) -> tuple[Answer, ...]:

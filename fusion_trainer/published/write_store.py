@@ -1,7 +1,6 @@
 """Rows of a published dataset → the shards of a store."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from fusion_trainer.data.conversations import bad_rows_message
 from fusion_trainer.data.dialogues import Dialogues
 from fusion_trainer.data.readers import Reader
 from fusion_trainer.published.distributions import Codec
-from fusion_trainer.published.matching import UNKNOWN, Matches
+from fusion_trainer.published.matching import UNKNOWN
 from fusion_trainer.published.rows import Published, RowError, Values, row_tokens
 from fusion_trainer.published.texts import common_start, without_bos
 from fusion_trainer.representations.store import CROSS_ENTROPIES, Representation, RepresentationStore
@@ -51,12 +50,13 @@ class Transcription:
     """Writes one store.
 
     Attributes:
+        row_of: int64 [blocks], the row of each block; -1 for a block without one.
         skip: Leave out rows that cannot be used. They are collected in ``problems``.
         problems: Place and reason of these rows.
     """
 
     published: Published
-    matches: Matches
+    row_of: NDArray[np.int64]
     dialogues: Dialogues
     reader: Reader
     codec: Codec
@@ -70,24 +70,20 @@ class Transcription:
         Raises:
             UserError: Rows of a shard cannot be used, and they are not to be left out.
         """
-        missing = [] if writer.finished else writer.missing()
-        lengths, starts = self.dialogues.lengths, writer.first_rows
-        total = sum(int(lengths[starts[shard] : starts[shard + 1]].sum()) for shard in missing)
-        with tqdm(
-            total=total, unit="tok", unit_scale=True, disable=not missing or is_quiet(), desc="import"
-        ) as bar:
-            for shard in missing:
-                numbers = range(*starts[shard : shard + 2])
-                rows, answers, facts = self._shard(numbers)
+        missing, starts = writer.missing(), writer.first_rows
+        sizes = {shard: int(self.dialogues.lengths[slice(*starts[shard : shard + 2])].sum()) for shard in missing}
+        total, hidden = sum(sizes.values()), not missing or is_quiet()
+        with tqdm(total=total, unit="tok", unit_scale=True, disable=hidden, desc="import") as bar:
+            for shard, size in sizes.items():
+                rows, answers, facts = self._shard(range(*starts[shard : shard + 2]))
                 writer.write(shard, rows, facts, None if self.aligned else answers)
-                bar.update(int(lengths[numbers.start : numbers.stop].sum()))
+                bar.update(size)
         writer.wait()
-        if not writer.finished:
-            writer.finish()
+        writer.finish()
 
     def _shard(self, numbers: range) -> tuple[list[Representation], list[list[list[int]]], dict[str, int]]:
         blocks = [self.dialogues[number] for number in numbers]
-        wanted = [int(self.matches.row_of[number]) for number in numbers]
+        wanted = [int(self.row_of[number]) for number in numbers]
         tables = iter(self.published.table([row for row in wanted if row != UNKNOWN]))
         counts: Counter[str] = Counter(positions=0, tokens=0, cut_tokens=0, bad_rows=0, without_row=0)
         rows, problems = list[Representation](), list[tuple[str, str]]()
@@ -97,11 +93,10 @@ class Transcription:
             table = None if row == UNKNOWN else next(tables)
             counts["without_row"] += table is None
             try:
-                made = self._row(number, block, read, source, table, counts)
+                rows.append(self._row(number, block, read, source, table, counts))
             except RowError as error:
                 problems.append((self.published.where(row), str(error)))
-                made = self._row(number, block, read, source, None, counts)
-            rows.append(made)
+                rows.append(self._row(number, block, read, source, None, counts))
         if problems and not self.skip:
             raise UserError(bad_rows_message(problems))
         self.problems += problems
@@ -109,14 +104,17 @@ class Transcription:
         counts["positions"] = sum(map(len, rows))
         counts["unknown_tail"] = sum(int(np.isnan(row.tail).sum()) for row in rows)
         counts["unknown_gold_logprob"] = sum(int(np.isnan(row.gold_logprob).sum()) for row in rows)
-        return rows, list(_places(reads)), dict(counts)
+        answers = [
+            [[own.turn, own.pieces[0][0], own.pieces[-1][1], own.end] for own in read.answers if own.pieces]
+            for read in reads
+        ]
+        return rows, answers, dict(counts)
 
     def _row(
         self, number: int, block: Block, read: Read, source: Read | None, table: Any, counts: Counter[str]
     ) -> Representation:
         """A block's row; without ``table``, a row of what is known without its published row."""
-        columns: dict[str, Any] = self.codec.empty()
-        empty = Representation(conversation=block.conversation, block=block.block, **columns)
+        empty = Representation(conversation=block.conversation, block=block.block, **self.codec.empty())
         if self.aligned is None:
             return empty if table is None else self._own(empty, read, table, counts)
         own = self.aligned.pivot_store[number]
@@ -130,12 +128,11 @@ class Transcription:
         tokens = row_tokens(*table)
         positions, places = self._places(read, tokens.ids)
         golds = read.tokens.ids[positions + 1]
-        made, foreign = self.codec.own(self.published.values(table, tokens), places, golds)
+        columns, foreign = self.codec.own(self.published.values(table, tokens), places, golds)
         counts["tokens"] += len(tokens.ids)
         sizes = [len(without_bos(self.reader.tokenizer, ids)) for ids in (read.tokens.ids, tokens.ids)]
         counts["cut_tokens"] += max(0, sizes[0] - sizes[1])
         counts["foreign_ids"] += foreign
-        columns: dict[str, Any] = made
         return replace(empty, **columns)
 
     def _aligned(
@@ -157,17 +154,15 @@ class Transcription:
         mine = self.published.values(table, tokens)
         entropies = _entropies(mine, values, int(tokens.learnt[1:].sum()), read, source)
         counts.update(
-            {
-                "paired": int(paired.sum()),
-                "no_partner": int((~paired).sum()),
-                "ends": int(at_end.sum()),
-                "ends_paired": int((at_end & paired).sum()),
-                "ends_ppm": round(1e6 * float(here[at_end & paired].sum())),
-                "foreign_ids": foreign,
-                "compared": 1,
-                "better_by_token": int(entropies["ce_per_token"] < entropies["pivot_ce_per_token"]),
-                "better_by_byte": int(entropies["ce_per_byte"] < entropies["pivot_ce_per_byte"]),
-            }
+            paired=int(paired.sum()),
+            no_partner=int((~paired).sum()),
+            ends=int(at_end.sum()),
+            ends_paired=int((at_end & paired).sum()),
+            ends_ppm=round(1e6 * float(here[at_end & paired].sum())),
+            foreign_ids=foreign,
+            compared=1,
+            better_by_token=int(entropies["ce_per_token"] < entropies["pivot_ce_per_token"]),
+            better_by_byte=int(entropies["ce_per_byte"] < entropies["pivot_ce_per_byte"]),
         )
         return _with_entropies(row, row.paired, read, entropies)
 
@@ -176,11 +171,9 @@ class Transcription:
 
         The distribution at a position also needs the next token.
         """
-        tokenizer = self.reader.tokenizer
-        mine, theirs = (without_bos(tokenizer, array) for array in (read.tokens.ids, ids))
+        mine, theirs = (without_bos(self.reader.tokenizer, array) for array in (read.tokens.ids, ids))
         before = len(read.tokens) - len(mine)
-        known = before + common_start(mine, theirs)
-        positions = read.positions[read.positions + 1 < known]
+        positions = read.positions[read.positions + 1 < before + common_start(mine, theirs)]
         places = positions.astype(np.int64) - before + len(ids) - len(theirs)
         if len(places) and places[0] < 0:
             raise RowError("its model read no BOS, so nothing predicts its first token")
@@ -203,13 +196,3 @@ def _entropies(own: Values, other: Values, learnt: int, read: Read, source: Read
     theirs = len(supervised_positions(source.tokens, supervised_spans(source.answers)))
     values = other.mean, other.mean * theirs / size, own.mean, own.mean * learnt / size
     return dict(zip(CROSS_ENTROPIES, values, strict=True))
-
-
-def _places(reads: Sequence[Read]) -> Iterator[list[list[int]]]:
-    """The places of each block's answers, as a store keeps them."""
-    for read in reads:
-        yield [
-            [answer.turn, answer.pieces[0][0], answer.pieces[-1][1], answer.end]
-            for answer in read.answers
-            if answer.pieces
-        ]

@@ -14,22 +14,11 @@ if TYPE_CHECKING:
 __all__ = ["engine_identity", "open_engine", "unused_settings"]
 
 OF_TRANSFORMERS = ("attention", "device_map", "load_in", "tensor_parallel")
-OF_VLLM = (
-    "engine_options",
-    "server_url",
-    "server_model",
-    "server_key_env",
-    "server_timeout",
-    "server_concurrency",
-)
-HARMLESS_OPTIONS = frozenset(
-    name
-    for line in (
-        "tensor_parallel_size pipeline_parallel_size data_parallel_size enable_expert_parallel",
-        "distributed_executor_backend gpu_memory_utilization cpu_offload_gb swap_space max_num_seqs",
-        "max_num_batched_tokens enforce_eager disable_log_stats compilation_config load_format download_dir",
-    )
-    for name in line.split()
+OF_VLLM = ("engine_options", *(name for name in ExtractConfig.model_fields if name.startswith("server_")))
+HARMLESS_OPTIONS = (
+    "tensor_parallel_size pipeline_parallel_size data_parallel_size enable_expert_parallel "
+    "distributed_executor_backend gpu_memory_utilization cpu_offload_gb swap_space max_num_seqs "
+    "max_num_batched_tokens enforce_eager disable_log_stats compilation_config load_format download_dir"
 )
 """Options of vLLM that change speed and rounding only; they may differ when an extraction is resumed."""
 
@@ -53,9 +42,8 @@ def engine_identity(config: ExtractConfig, folder: Path) -> dict[str, Any]:
     dtype = resolved_dtype(folder, config.dtype, config.trust_remote_code)
     if config.engine == "transformers":
         return {"dtype": dtype, "attention": config.attention, "load_in": config.load_in}
-    options = {
-        name: value for name, value in (config.engine_options or {}).items() if name not in HARMLESS_OPTIONS
-    }
+    given = config.engine_options or {}
+    options = {name: value for name, value in given.items() if name not in HARMLESS_OPTIONS.split()}
     return {"dtype": dtype, "engine": config.engine, **({"engine_options": options} if options else {})}
 
 

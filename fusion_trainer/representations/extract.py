@@ -55,10 +55,9 @@ def extract(config: ExtractConfig) -> RepresentationStore:
         raise UserError(problem)
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     _demand_processes(config, state.num_processes)
-    folder, commit = local_folder(
-        config.model, config.revision, weights=not config.server_url, code=config.trust_remote_code
-    )
-    tokenizer = load_tokenizer(folder, config.model, config.trust_remote_code)
+    code = config.trust_remote_code
+    folder, commit = local_folder(config.model, config.revision, weights=not config.server_url, code=code)
+    tokenizer = load_tokenizer(folder, config.model, code)
     if config.top_k > len(tokenizer.vocabulary):
         raise UserError(f"--top-k {config.top_k} is more than the {len(tokenizer.vocabulary)} tokens there are")
     demand_free(config.output)

@@ -53,14 +53,12 @@ class Row:
 
     @property
     def query(self) -> Query:
-        block = self.block
-        name = f"conversation {block.conversation!r}, block {block.block} ({block.source})"
+        name = f"conversation {self.block.conversation!r}, block {self.block.block} ({self.block.source})"
         return Query(self.ids, self.positions, name)
 
     def stored(self, columns: dict[str, Any], first: int) -> Representation:
         """The row of the store; its positions are those from ``first`` on in ``columns`` of distributions."""
-        here = slice(first, first + len(self.positions))
-        own = {name: column[here] for name, column in columns.items()}
+        own = {name: column[first : first + len(self.positions)] for name, column in columns.items()}
         return Representation(conversation=self.block.conversation, block=self.block.block, **own)
 
 
@@ -89,9 +87,8 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     A row that is longer than that is a batch of its own. A batch of ``ENOUGH_TOKENS`` takes no row that would be
     padded by more than a quarter: one more batch costs less than the padding.
     """
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     groups: list[list[int]] = []
-    for row in order:
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
         longest = lengths[groups[-1][0]] if groups else 0
         padded = longest * len(groups[-1]) if groups else 0
         wasteful = padded >= ENOUGH_TOKENS and lengths[row] < 0.75 * longest
@@ -108,11 +105,8 @@ class Extraction:
     def __init__(
         self, config: ExtractConfig, dialogues: Dialogues, reader: Reader, engine: Engine, writer: StoreWriter
     ) -> None:
-        self.config = config
-        self.dialogues = dialogues
-        self.reader = reader
-        self.engine = engine
-        self.writer = writer
+        self.config, self.dialogues, self.reader = config, dialogues, reader
+        self.engine, self.writer = engine, writer
         self.id_dtype: Any = id_dtype(writer.identity["vocabulary"])
         self._sent: deque[Sent] = deque()
         self._saved_at = time.monotonic()
@@ -160,11 +154,8 @@ class Extraction:
                     f"in the model, which has {self.engine.rows}: the tokenizer does not belong to these weights"
                 )
             positions = supervised_positions(tokens, reading.spans)
-            answers = [
-                [answer.turn, answer.pieces[0][0], answer.pieces[-1][1], answer.end]
-                for answer in reading.answers
-                if answer.pieces
-            ]
+            filled = (answer for answer in reading.answers if answer.pieces)
+            answers = [[answer.turn, answer.pieces[0][0], answer.pieces[-1][1], answer.end] for answer in filled]
             rows.append(Row(block, ids, positions[positions < len(ids) - 1], len(tokens) - len(ids), answers))
         return rows, reader.counts
 
@@ -205,13 +196,10 @@ class Extraction:
         columns = [np.zeros((0, k), self.id_dtype), np.zeros((0, k), np.float16), *2 * [np.zeros(0, np.float16)]]
         empty = dict(zip(COLUMNS, columns, strict=True))
         done = [part.done.get(number) or row.stored(empty, 0) for number, row in enumerate(part.rows)]
-        facts: dict[str, Any] = {
-            "batch_tokens": self.engine.batch_tokens,
-            "positions": sum(map(len, done)),
-            "tokens": sum(len(row.ids) for row in part.rows),
-            "cut_tokens": sum(row.cut_tokens for row in part.rows),
-            **dict(sorted(part.counts.items())),
-        }
+        facts = {"batch_tokens": self.engine.batch_tokens, "positions": sum(map(len, done))}
+        facts["tokens"] = sum(len(row.ids) for row in part.rows)
+        facts["cut_tokens"] = sum(row.cut_tokens for row in part.rows)
+        facts |= dict(sorted(part.counts.items()))
         self.writer.write(part.shard, done, facts, [row.answers for row in part.rows])
 
     def _save_partials(self, *more: Part) -> None:
@@ -226,20 +214,18 @@ class Extraction:
 
     def _save_received(self) -> None:
         """Save what the engine has answered before it stopped."""
-        parts = [sent.part for sent in self._sent]
         for sent in self._sent:
             if sent.pending is not None and sent.pending.done():
                 with suppress(Exception):  # the error that is raised is the first one
                     sent.part.done |= self._received(sent.pending.result(), sent)
         with suppress(UserError):
-            self._save_partials(*parts)
+            self._save_partials()
 
-    def _received(self, found: Distributions, sent: Sent) -> dict[int, Representation]:
+    def _received(self, answer: Distributions, sent: Sent) -> dict[int, Representation]:
         """The distributions of a batch, by the number of their row."""
-        columns: dict[str, NDArray[Any]] = {"ids": found.ids.astype(self.id_dtype)}
+        columns: dict[str, NDArray[Any]] = {"ids": answer.ids.astype(self.id_dtype)}
         for name in COLUMNS[1:]:
-            column = getattr(found, name)
-            columns[name] = np.maximum(column, LEAST).astype(np.float16, copy=False)
+            columns[name] = np.maximum(getattr(answer, name), LEAST).astype(np.float16, copy=False)
         finite = np.isfinite(columns["logprobs"]).all(1)
         finite &= np.isfinite(columns["tail"]) & np.isfinite(columns["gold_logprob"])
         received: dict[int, Representation] = {}
@@ -266,14 +252,12 @@ def _save_partial(path: Path, rows: Sequence[Row], done: dict[int, Representatio
     """Save the finished rows of a shard."""
     if done:
         arrays = {name: np.concatenate([getattr(row, name) for row in done.values()]) for name in COLUMNS}
-        described = {"identity": _partial_identity(rows)}
-        save_arrays(path, PARTIAL, described, {**arrays, "done": np.array([*done], np.int64)})
+        arrays["done"] = np.array([*done], np.int64)
+        save_arrays(path, PARTIAL, {"identity": _partial_identity(rows)}, arrays)
 
 
 def _load_partial(path: Path, rows: Sequence[Row]) -> dict[int, Representation]:
     """The finished rows of a shard by their numbers; none if the file is missing, damaged or of other rows."""
-    if not path.is_file():
-        return {}
     try:
         _, arrays = load_arrays(path, PARTIAL, _partial_identity(rows))
     except UserError:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException, HTTPSConnection, RemoteDisconnected
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -116,12 +116,8 @@ class ModelServers:
         """
         tried: list[_Server] = []
         for attempt in range(1, TRIES + 1):
-            server, reply = self._from_any(path, body, name, tried)
-            tried.append(server)
             try:
-                if isinstance(reply, Exception):
-                    raise reply
-                return read(reply)
+                return read(self._from_any(path, body, name, tried))
             except (BrokenReplyError, TimeoutError) as error:
                 late = isinstance(error, TimeoutError)
                 reason = f"no reply within {self.timeout:g} s" if late else str(error)
@@ -129,26 +125,31 @@ class ModelServers:
                 self._closed.wait(min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S))
         advice = "raise --server-timeout or lower --server-concurrency" if late else "see the server's log"
         raise EngineStoppedError(
-            f"{server.url} gave no usable reply to {TRIES} requests for {name}; the last: {reason}. "
+            f"{tried[-1].url} gave no usable reply to {TRIES} requests for {name}; the last: {reason}. "
             f"What was answered is kept: {advice}, and run the same command again"
         )
 
-    def _from_any(self, path: str, body: Any, name: str, tried: Sequence[_Server]) -> tuple[_Server, Any]:
-        """A server and its reply, or the BrokenReplyError or TimeoutError that came instead of one."""
+    def _from_any(self, path: str, body: Any, name: str, tried: list[_Server]) -> Any:
+        """The reply of a server that is not busy; the server is added to ``tried``.
+
+        Raises:
+            BrokenReplyError, TimeoutError: The reply is broken or late.
+        """
         while True:
             server = self._take(name, tried)
             failure: Exception | None = None
             try:
-                return server, self._reply(server.url, path, body)
+                return self._reply(server.url, path, body)
             except RefusedError as error:
                 raise RefusedError(f"{server.url} refuses {name}: {error.message}") from None
-            except (BrokenReplyError, TimeoutError) as error:
+            except (BrokenReplyError, TimeoutError, _BusyError) as error:
                 failure = error
-                return server, error
-            except _BusyError as error:
-                failure = error
+                if not isinstance(error, _BusyError):
+                    raise
             finally:
                 self._give_back(server, failure)
+                if not isinstance(failure, _BusyError):
+                    tried.append(server)
 
     def _take(self, name: str, tried: Sequence[_Server]) -> _Server:
         """The free server with the fewest requests, as soon as there is one.
@@ -159,14 +160,13 @@ class ModelServers:
             while not self._closed.is_set():
                 now = time.monotonic()
                 others = [one for one in self._servers if one not in tried and not one.failures] if tried else []
-                able = [one for one in others or self._servers if one.requests < self.concurrency]
-                free = [one for one in able if one.not_before <= now]
-                if free:
-                    server = min(free, key=lambda one: one.requests)
+                able = [server for server in others or self._servers if server.requests < self.concurrency]
+                if free := [server for server in able if server.not_before <= now]:
+                    server = min(free, key=lambda server: server.requests)
                     server.requests += 1
                     return server
-                if all(one.failures and now - one.failing_since > self.timeout for one in self._servers):
-                    gone = "; ".join(f"{one.url}: {one.reason}" for one in self._servers)
+                if all(server.failures and now - server.failing_since > self.timeout for server in self._servers):
+                    gone = "; ".join(f"{server.url}: {server.reason}" for server in self._servers)
                     raise EngineStoppedError(
                         f"no server has answered for {self.timeout:g} s, first for {name} ({gone}). What was "
                         "answered is kept: start the server again and run the same command"
@@ -222,36 +222,27 @@ class ModelServers:
             headers["Authorization"] = f"Bearer {self._key}"
         connections: dict[str, HTTPConnection] = self._own.__dict__.setdefault("connections", {})
         method = "GET" if content is None else "POST"
-        for kept in (True, False):
-            connection = connections.pop(url, None) if kept else None
-            if kept and connection is None:
-                continue
+        while True:
+            kept = connections.pop(url, None)
+            connection = kept or self._connected(url)
             try:
-                if connection is None:
-                    connection = self._connected(url)
                 connection.request(method, urlsplit(url).path + path, content, headers)
                 response = connection.getresponse()
                 received = response.read()
-            except (ConnectionError, RemoteDisconnected) as error:
+            except (OSError, HTTPException) as error:
                 self._drop(connection)
-                if kept and not self._closed.is_set():
+                if kept and isinstance(error, ConnectionError) and not self._closed.is_set():
                     continue  # the server closes connections that were idle for a while
-                raise _BusyError(reason_of(error)) from error
-            except TimeoutError:
-                self._drop(connection)
-                raise
-            except OSError as error:
-                self._drop(connection)
-                raise _BusyError(reason_of(error)) from error
-            except HTTPException as error:
-                self._drop(connection)
+                if isinstance(error, TimeoutError):
+                    raise
+                if isinstance(error, OSError):
+                    raise _BusyError(reason_of(error)) from error
                 raise BrokenReplyError(f"the reply is not complete ({error!r})") from error
             if response.will_close:
                 self._drop(connection)
             else:
                 connections[url] = connection
             return response.status, response.headers, received
-        raise AssertionError("the second connection is new")
 
     def _connected(self, url: str) -> HTTPConnection:
         parts = urlsplit(url)
@@ -265,10 +256,9 @@ class ModelServers:
         self._open.add(connection)
         return connection
 
-    def _drop(self, connection: HTTPConnection | None) -> None:
-        if connection is not None:
-            self._open.discard(connection)
-            connection.close()
+    def _drop(self, connection: HTTPConnection) -> None:
+        self._open.discard(connection)
+        connection.close()
 
     def close(self) -> None:
         """Give up every request."""

@@ -1,7 +1,6 @@
 """Prints a store: its manifest, and a row as a table of tokens."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -16,23 +15,16 @@ __all__ = ["show_manifest", "show_row"]
 
 def show_manifest(store: RepresentationStore) -> str:
     """The store's inputs and its size, one line each."""
-    sizes = {key: value for key, value in store.manifest.items() if isinstance(value, int)}
-    sizes |= {"shards": len(store.manifest["shards"]), "bytes": store.bytes}
-    facts: dict[str, Any] = {**store.identity, **sizes}
-    for name in ("jinja", "jinja_with_tools"):  # long
-        facts.pop(name, None)
+    facts = {name: value for name, value in store.identity.items() if name not in ("jinja", "jinja_with_tools")}
+    facts |= {name: value for name, value in store.manifest.items() if isinstance(value, int)}
+    facts |= {"shards": len(store.manifest["shards"]), "bytes": store.bytes}
     facts["made with"] = " and then ".join(map(str, store.manifest["made_with"]))
     width = max(map(len, facts))
     return "\n".join(f"{key:{width}}  {value}" for key, value in facts.items())
 
 
 def show_row(
-    store: RepresentationStore,
-    row: int,
-    positions: int,
-    dialogues: Path | None,
-    tokenizer: str | None,
-    code: bool = False,
+    store: RepresentationStore, row: int, positions: int, dialogues: Path | None, tokenizer: str | None, code: bool
 ) -> str:
     """A row's top k, a line per position: the token that follows, its log-probability, and the k best tokens.
 
@@ -45,9 +37,8 @@ def show_row(
     reader = tokenizer_of(store, tokenizer, code)
     stored = store[row]
     golds = ["?"] * len(stored)
-    head = (
-        f"\nrow {row}: conversation {stored.conversation!r}, block {stored.block}, {len(stored)} supervised tokens"
-    )
+    place = f"conversation {stored.conversation!r}, block {stored.block}"
+    head = f"\nrow {row}: {place}, {len(stored)} supervised tokens"
     if (prepared := _dialogues(store, dialogues)) is not None:
         how = Reader(reader, DIALOGUES) if store.aligned else reader_of_store(store.identity, reader)
         reading = how.read(prepared[row])
@@ -60,10 +51,8 @@ def show_row(
     lines = [head, f"{'next token':16} {'log p':>7}  {'tail':>6}  top {store.k}"]
     for number in range(min(positions, len(stored))):
         shares = np.exp(stored.logprobs[number].astype(np.float32))
-        best = "  ".join(
-            f"{_shown(reader, int(token))} {share:.3f}"
-            for token, share in zip(stored.ids[number], shares, strict=True)
-        )
+        entries = zip(stored.ids[number], shares, strict=True)
+        best = "  ".join(f"{_shown(reader, int(token))} {share:.3f}" for token, share in entries)
         gold, tail = float(stored.gold_logprob[number]), float(stored.tail[number])
         lines.append(f"{golds[number]:16} {gold:7.3f}  {tail:6.4f}  {best}")
     if len(stored) > positions:

@@ -24,22 +24,7 @@ from numpy.typing import NDArray
 from varm_common.errors import UserError, demand_same
 from varm_common.files import read_json, sha256_of
 
-__all__ = [
-    "ALIGNED",
-    "ALIGNED_VERSION",
-    "CROSS_ENTROPIES",
-    "FORMAT",
-    "MANIFEST",
-    "PLAN",
-    "VERSION",
-    "WITH_CHUNKS",
-    "Representation",
-    "RepresentationStore",
-    "Supervised",
-    "id_dtype",
-    "plan_in",
-    "wrong_size",
-]
+__all__ = ["Representation", "RepresentationStore", "Supervised", "id_dtype", "plan_in", "wrong_size"]
 
 FORMAT = "fusion-trainer representations"
 VERSION = 2
@@ -159,9 +144,8 @@ class Shard:
             else struct.field(field.name).to_numpy()
             for field in struct.type
         }
-        self.of_rows = {
-            name: batch.column(name).to_numpy() for name in CROSS_ENTROPIES if name in batch.schema.names
-        }
+        names = [name for name in CROSS_ENTROPIES if name in batch.schema.names]
+        self.of_rows = {name: batch.column(name).to_numpy() for name in names}
 
     def __getitem__(self, row: int) -> Representation:
         start, stop = self.offsets[row : row + 2].tolist()
@@ -204,18 +188,23 @@ class RepresentationStore:
     @property
     def aligned(self) -> bool:
         """Whether the store holds a source's distributions in the pivot's positions and ids."""
-        return bool(self.manifest["identity"].get("kind") == ALIGNED)
+        return bool(self.identity.get("kind") == ALIGNED)
 
     @property
     def unknown(self) -> tuple[str, ...]:
         """Columns that are NaN where the value is not known; only those of an imported store can be."""
-        columns = self.manifest["identity"].get("unknown", ())
+        columns = self.identity.get("unknown", ())
         return tuple(column for column in columns if self.manifest.get(f"unknown_{column}", 1))
 
     @property
     def has_chunks(self) -> bool:
         """Whether it is aligned and has the source's likelihoods of chunks."""
-        return self.aligned and bool(self.manifest["identity"].get("version") == WITH_CHUNKS)
+        return self.aligned and bool(self.identity.get("version") == WITH_CHUNKS)
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the manifest, which has those of the shards."""
+        return sha256_of(self.folder / MANIFEST)
 
     @cached_property
     def bytes(self) -> int:
@@ -364,7 +353,5 @@ def _wrong_chunks(shard: Shard) -> dict[str, NDArray[np.bool_]]:
     overlapping = np.zeros(len(sizes), bool)
     overlapping[starts] = stops > limits
     unlikely = ~np.isfinite(logprobs) | (logprobs > 0) | ((sizes == 0) & (logprobs != 0))
-    return {
-        "a chunk that reaches into another or out of its row": overlapping,
-        "a wrong likelihood of a chunk": unlikely,
-    }
+    wrong = {"a chunk that reaches into another or out of its row": overlapping}
+    return {**wrong, "a wrong likelihood of a chunk": unlikely}

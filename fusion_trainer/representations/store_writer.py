@@ -12,29 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from fusion_trainer.representations.store import (
-    ALIGNED,
-    CROSS_ENTROPIES,
-    FORMAT,
-    MANIFEST,
-    PLAN,
-    VERSION,
-    WITH_CHUNKS,
-    Representation,
-    id_dtype,
-    plan_in,
-    wrong_size,
-)
+from fusion_trainer.representations import store
+from fusion_trainer.representations.store import CROSS_ENTROPIES, MANIFEST, PLAN, Representation
+from varm_common import files
 from varm_common.errors import UserError, demand_same, some
-from varm_common.files import (
-    TEMPORARY,
-    atomic_file,
-    read_json,
-    remove_abandoned,
-    sha256_of,
-    write_json,
-    written_to,
-)
 
 __all__ = ["StoreWriter", "demand_free"]
 
@@ -46,11 +27,12 @@ NAMES = ("model", "pivot", "pivot_revision", "jinja", "jinja_with_tools")
 SHARD_FACTS = ("positions", "batch_tokens")
 """Facts that the manifest repeats for each shard."""
 Answers = Sequence[Sequence[Sequence[int]]]
+Rows = Sequence[Representation]
 
 
 def schema(k: int, vocabulary: int, aligned: bool = False, chunks: bool = False) -> pa.Schema:
     """The columns of a shard; ``chunks`` of an aligned one that has them."""
-    id_type = pa.uint16() if id_dtype(vocabulary) is np.uint16 else pa.uint32()
+    id_type = pa.uint16() if store.id_dtype(vocabulary) is np.uint16 else pa.uint32()
     position = {
         "ids": pa.list_(pa.field("item", id_type, nullable=False), k),
         "logprobs": pa.list_(pa.field("item", pa.float16(), nullable=False), k),
@@ -109,7 +91,7 @@ class StoreWriter:
             UserError: The folder holds something else, or a store with another identity.
         """
         for name in demand_free(self.folder):
-            plan = plan_in(self.folder / name)
+            plan = store.plan_in(self.folder / name)
             identity = plan["identity"]
             wanted = {**self.identity, **{name: identity.get(name) for name in NAMES if name in self.identity}}
             title = f"`{self.folder}` is a store with other settings:"
@@ -117,29 +99,29 @@ class StoreWriter:
             self.identity = identity
             new = [environment for environment in self.made_with if environment not in plan["made_with"]]
             self.made_with = [*plan["made_with"], *new]
-        with written_to(self.folder):
+        with files.written_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            remove_abandoned(self.folder)
-            shards = read_json(self.folder / MANIFEST)["shards"] if self.finished else []
-            damaged = [self.folder / shard["file"] for shard in shards if wrong_size(self.folder, shard)]
+            files.remove_abandoned(self.folder)
+            shards = files.read_json(self.folder / MANIFEST)["shards"] if self.finished else []
+            damaged = [self.folder / shard["file"] for shard in shards if store.wrong_size(self.folder, shard)]
             if self.finished and not damaged:
                 (self.folder / PLAN).unlink(missing_ok=True)
                 return
-            write_json(self.folder / PLAN, {"identity": self.identity, "made_with": self.made_with})
+            files.write_json(self.folder / PLAN, {"identity": self.identity, "made_with": self.made_with})
             for path in (self.folder / MANIFEST, *damaged):
                 path.unlink(missing_ok=True)
 
     def join(self) -> None:
         """Take over the identity from the process that has begun the store."""
-        plan = plan_in(self.folder / (MANIFEST if self.finished else PLAN))
+        plan = store.plan_in(self.folder / (MANIFEST if self.finished else PLAN))
         self.identity, self.made_with = plan["identity"], plan["made_with"]
 
     def also_made_with(self, environment: dict[str, str]) -> None:
         """Add to the devices and versions that the manifest names, in the process that has begun the store."""
         if environment not in self.made_with:
             self.made_with = [*self.made_with, environment]
-            with written_to(self.folder):
-                write_json(self.folder / PLAN, {"identity": self.identity, "made_with": self.made_with})
+            with files.written_to(self.folder):
+                files.write_json(self.folder / PLAN, {"identity": self.identity, "made_with": self.made_with})
 
     def missing(self) -> list[int]:
         """The shards that are not written yet."""
@@ -148,9 +130,7 @@ class StoreWriter:
     def path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05}.arrow"
 
-    def write(
-        self, shard: int, rows: Sequence[Representation], facts: dict[str, int], answers: Answers | None = None
-    ) -> None:
+    def write(self, shard: int, rows: Rows, facts: dict[str, int], answers: Answers | None = None) -> None:
         """Write a shard in the background, after the one before it.
 
         The manifest sums up ``facts`` over the shards. ``answers`` are the places of each row's answers, which an
@@ -172,14 +152,12 @@ class StoreWriter:
         """
         last, self._last = self._last, None
         if last is not None:
-            with written_to(self.folder):
+            with files.written_to(self.folder):
                 last.result()
 
-    def _write(
-        self, shard: int, rows: Sequence[Representation], facts: dict[str, int], answers: Answers | None
-    ) -> None:
-        aligned = self.identity.get("kind") == ALIGNED
-        chunks = aligned and self.identity["version"] == WITH_CHUNKS
+    def _write(self, shard: int, rows: Rows, facts: dict[str, int], answers: Answers | None) -> None:
+        aligned = self.identity.get("kind") == store.ALIGNED
+        chunks = aligned and self.identity["version"] == store.WITH_CHUNKS
         columns = schema(self.identity["top_k"], self.identity["vocabulary"], aligned, chunks)
         positions = columns.field("positions").type
         parts = []
@@ -189,19 +167,18 @@ class StoreWriter:
             parts.append(pa.FixedSizeListArray.from_arrays(flat, type=field.type) if joined.ndim == 2 else flat)
         struct = pa.StructArray.from_arrays(parts, fields=list(positions.value_type))
         offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.int32)
-        arrays = [
-            pa.array([row.conversation for row in rows], pa.string()),
-            pa.array([row.block for row in rows], pa.int32()),
-            *(
-                [pa.array([getattr(row, name) for row in rows], pa.float32()) for name in CROSS_ENTROPIES]
-                if aligned
-                else [pa.array([[] for _ in rows] if answers is None else answers, ANSWERS)]
-            ),
-            pa.ListArray.from_arrays(pa.array(offsets), struct, type=positions),
-        ]
+        of_rows: dict[str, Sequence[Any]] = {
+            field.name: [getattr(row, field.name, []) for row in rows]
+            for field in columns
+            if field.name != "positions"
+        }
+        if answers is not None and not aligned:
+            of_rows["answers"] = answers
+        arrays = [pa.array(column, columns.field(name).type) for name, column in of_rows.items()]
+        arrays.append(pa.ListArray.from_arrays(pa.array(offsets), struct, type=positions))
         facts = {"shard": shard, "first_row": self.first_rows[shard], **facts}
         columns = columns.with_metadata({FACTS: json.dumps(facts).encode()})
-        with atomic_file(self.path(shard)) as file, pa.ipc.new_file(file, columns) as writer:
+        with files.atomic_file(self.path(shard)) as file, pa.ipc.new_file(file, columns) as writer:
             writer.write_batch(pa.record_batch(arrays, schema=columns))
         self.path(shard).with_suffix(".partial").unlink(missing_ok=True)
 
@@ -224,22 +201,15 @@ class StoreWriter:
             first, last = self.first_rows[shard : shard + 2]
             described = {"file": path.name, "first_row": first, "rows": last - first, "bytes": path.stat().st_size}
             own = {key: facts[key] for key in SHARD_FACTS if key in facts}
-            shards.append({**described, **own, "sha256": sha256_of(path)})
+            shards.append({**described, **own, "sha256": files.sha256_of(path)})
             for key in facts.keys() - {"shard", "first_row", "batch_tokens"}:
                 sums[key] = sums.get(key, 0) + facts[key]
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "identity": self.identity,
-            "made_with": self.made_with,
-            "rows": self.first_rows[-1],
-            **dict(sorted(sums.items())),
-            "shards": shards,
-        }
-        with written_to(self.folder):
-            for path in (*self.folder.glob(f"*{TEMPORARY}"), *self.folder.glob("*.partial")):
+        manifest = {"format": store.FORMAT, "version": store.VERSION, "identity": self.identity}
+        manifest |= {"made_with": self.made_with, "rows": self.first_rows[-1], **dict(sorted(sums.items()))}
+        with files.written_to(self.folder):
+            for path in (*self.folder.glob(f"*{files.TEMPORARY}"), *self.folder.glob("*.partial")):
                 path.unlink(missing_ok=True)
-            write_json(self.folder / MANIFEST, manifest)
+            files.write_json(self.folder / MANIFEST, {**manifest, "shards": shards})
             (self.folder / PLAN).unlink(missing_ok=True)
 
 
@@ -249,11 +219,11 @@ def demand_free(folder: Path) -> list[str]:
     Raises:
         UserError: The folder holds something else.
     """
-    with written_to(folder):
+    with files.written_to(folder):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"`{folder}` is a file; --output names the store's folder")
         content = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     known = [name for name in (MANIFEST, PLAN) if name in content]
-    if content and not known and not all(name.endswith(TEMPORARY) for name in content):
+    if content and not known and not all(name.endswith(files.TEMPORARY) for name in content):
         raise UserError(f"`{folder}` holds other files ({some(sorted(content))}); give a new folder")
     return known

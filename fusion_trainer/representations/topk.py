@@ -74,8 +74,7 @@ def _largest(values_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     width = values_CV.shape[1]
     groups = width // GROUP
     if groups < 2 * k:
-        values, ids = values_CV.topk(k)
-        return values, ids
+        return values_CV.topk(k)
     grouped_CNG = torch.unflatten(values_CV[:, : groups * GROUP], 1, (groups, GROUP))
     winners_CK = grouped_CNG.amax(-1).topk(k).indices
     members_CKG = grouped_CNG.gather(1, winners_CK[:, :, None].expand(-1, -1, GROUP))

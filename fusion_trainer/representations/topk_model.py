@@ -74,9 +74,7 @@ class TopKModel:
             logits_SV = self.bare_forward(ids_BL, mask_BL).flatten(0, 1)
             logits_SV = logits_SV.index_select(0, positions_S.to(logits_SV.device))
             chunks = iter(torch.split(logits_SV, self.chunk))
+        columns = zip(chunks, torch.split(gold_S, self.chunk), strict=True)
         return joined(
-            [
-                top_k(logits_CV, gold_C.to(logits_CV.device), k, self.absent)
-                for logits_CV, gold_C in zip(chunks, torch.split(gold_S, self.chunk), strict=True)
-            ]
+            [top_k(logits_CV, gold_C.to(logits_CV.device), k, self.absent) for logits_CV, gold_C in columns]
         )

@@ -23,17 +23,12 @@ from varm_common.console import is_quiet
 from varm_common.errors import UserError
 from varm_common.models import load_causal_lm
 
-__all__ = ["TransformersEngine", "versions"]
+__all__ = ["TransformersEngine"]
 
+LOADING = ("dtype", "attention", "device_map", "tensor_parallel", "load_in", "trust_remote_code")
+"""Settings that say how the model is loaded."""
 OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 LEAST = torch.finfo(torch.float16).min
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """The device, and the versions of what computes."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    packages = ("torch", "transformers", "tokenizers", "varm-merge")
-    return {"device": name, **{package: version(package) for package in packages}}
 
 
 @dataclass(frozen=True)
@@ -63,17 +58,8 @@ class TransformersEngine:
 
     def __init__(self, config: ExtractConfig, folder: Path, known: frozenset[int], device: torch.device) -> None:
         self.batch_tokens = config.batch_tokens
-        model = load_causal_lm(
-            folder,
-            config.model,
-            dtype=config.dtype,
-            attention=config.attention,
-            device=device,
-            device_map=config.device_map,
-            tensor_parallel=config.tensor_parallel,
-            load_in=config.load_in,
-            trust_remote_code=config.trust_remote_code,
-        )
+        settings = {name: getattr(config, name) for name in LOADING}
+        model = load_causal_lm(folder, config.model, device=device, **settings)
         if len(gpus := {*(getattr(model, "hf_device_map", None) or {}).values()}) > 1 and not is_quiet():
             note = f"{config.model} is spread over {len(gpus)} devices, which take turns"
             click.echo(f"{note}; with --tensor-parallel they work at the same time", err=True)
@@ -81,18 +67,18 @@ class TransformersEngine:
         with _out_of_memory(f"{config.model} leaves no GPU memory for a batch; try --device-map auto"):
             self.model = TopKModel(model, known)
         self.rows: int | None = self.model.rows
-        self.made_with = versions(device)
+        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        packages = ("torch", "transformers", "tokenizers", "varm-merge")
+        self.made_with = {"device": device_name, **{package: version(package) for package in packages}}
 
     def start(self, batch: Sequence[Query], k: int) -> OnItsWay:
         length = max(len(query.ids) for query in batch)
-        ids_BL = np.zeros((len(batch), length), np.int64)
-        mask_BL = np.zeros((len(batch), length), np.int64)
+        ids_BL, mask_BL = np.zeros((2, len(batch), length), np.int64)
         for place, query in enumerate(batch):
             ids_BL[place, : len(query.ids)] = query.ids
             mask_BL[place, : len(query.ids)] = 1
-        positions_S = np.concatenate(
-            [place * length + query.positions.astype(np.int64) for place, query in enumerate(batch)]
-        )
+        places = [place * length + query.positions.astype(np.int64) for place, query in enumerate(batch)]
+        positions_S = np.concatenate(places)
         gold_S = ids_BL.ravel()[positions_S + 1]
         alone = " and, because the batch is a single block, --max-length" if len(batch) == 1 else ""
         message = (
@@ -100,13 +86,9 @@ class TransformersEngine:
             f"--batch-tokens (now {self.batch_tokens}){alone}, and run the same command again"
         )
         with _out_of_memory(message):
-            top = self.model.distributions(
-                self._on_device(ids_BL),
-                None if mask_BL.all() else self._on_device(mask_BL),
-                self._on_device(positions_S),
-                self._on_device(gold_S),
-                k,
-            )
+            mask = None if mask_BL.all() else self._on_device(mask_BL)
+            ids, positions, gold = map(self._on_device, (ids_BL, positions_S, gold_S))
+            top = self.model.distributions(ids, mask, positions, gold, k)
             columns = {
                 "ids": top.ids_CK.to(torch.int32),
                 "logprobs": top.logprobs_CK.clamp(min=LEAST).to(torch.float16),
@@ -122,8 +104,7 @@ class TransformersEngine:
 
     def _on_device(self, array: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)
-        if self.model.device.type == "cuda":
-            tensor = tensor.pin_memory()
+        tensor = tensor.pin_memory() if self.model.device.type == "cuda" else tensor
         return tensor.to(self.model.device, non_blocking=True)
 
     def why_not_finite(self) -> str:

@@ -15,8 +15,7 @@ __all__ = ["all_problems"]
 def all_problems(store: RepresentationStore) -> Iterator[str]:
     """Everything wrong with a store, its dialogues, their token files, and the maps and counts beside it."""
     yield from store.problems()
-    dialogues = Dialogues.beside(store.folder, store.identity["data"])
-    if dialogues is not None:
+    if (dialogues := Dialogues.beside(store.folder, store.identity["data"])) is not None:
         try:
             len(dialogues)
         except UserError as error:
@@ -25,6 +24,5 @@ def all_problems(store: RepresentationStore) -> Iterator[str]:
             if not sha256_of(path).startswith(path.stem.rpartition("-")[2][:DIGITS]):
                 yield f"{path}: its content has changed since it was written; remove it, and it is written again"
     folder = store.folder.resolve().parent
-    for path in sorted((*folder.glob("*.safetensors"), *folder.parent.glob("maps/*.safetensors"))):
-        if problem := damage(path):
-            yield problem
+    arrays = sorted((*folder.glob("*.safetensors"), *folder.parent.glob("maps/*.safetensors")))
+    yield from filter(None, map(damage, arrays))

@@ -56,7 +56,7 @@ def reduced(
         gold = int(query.ids[position + 1])
         if gold not in entry:
             raise ValueError(f"no log-probability of token {gold} at position {position + 1}")
-        likeliest = sorted(entry.items(), key=_likeliest_first)[:asked]
+        likeliest = sorted(entry.items(), key=lambda item: (-item[1], item[0]))[:asked]
         if len(likeliest) < asked:
             raise ValueError(f"{len(entry)} log-probabilities at position {position + 1}, not {asked}")
         best = [(token, value) for token, value in likeliest if token in known]
@@ -69,10 +69,6 @@ def reduced(
         raise ValueError(f"probabilities that sum to {mass_S.max():.4g}: start vLLM without --logprobs-mode")
     logprobs = logprobs_SK.astype(np.float32), gold_S.astype(np.float32)
     return Distributions(ids_SK, logprobs[0], np.clip(1 - mass_S, 0, 1).astype(np.float32), logprobs[1])
-
-
-def _likeliest_first(entry: tuple[int, float]) -> tuple[float, int]:
-    return -entry[1], entry[0]
 
 
 def joined(parts: Sequence[Distributions]) -> Distributions:
@@ -99,12 +95,9 @@ class VllmEngine:
                 f"{config.model}` in an environment of its own and give its --server-url"
             ) from error
         self.name, self.known, self.batch_tokens = config.model, known, config.batch_tokens
-        options = {
-            "dtype": resolved_dtype(folder, config.dtype, config.trust_remote_code),
-            "max_logprobs": config.top_k + SPARE,
-            "trust_remote_code": config.trust_remote_code,
-            **(config.engine_options or {}),
-        }
+        code = config.trust_remote_code
+        own = {"dtype": resolved_dtype(folder, config.dtype, code), "max_logprobs": config.top_k + SPARE}
+        options = {**own, "trust_remote_code": code, **(config.engine_options or {})}
         try:
             self.llm = vllm.LLM(model=str(folder), **options)
         except Exception as error:  # vLLM raises whatever its configs, kernels and workers raise

@@ -41,37 +41,34 @@ class VllmServer:
         try:
             described = [self._described(url, config) for url in self.servers.urls]
             self.name = described[0]["id"]
-            if len({one["id"] for one in described}) > 1:
+            if len({model["id"] for model in described}) > 1:
                 raise UserError("the servers have different names for the model: give them the same")
             for url in self.servers.urls:
                 self._try(url, config.top_k)
         except BaseException:
             self.servers.close()
             raise
-        lengths = [one["max_model_len"] for one in described if one.get("max_model_len")]
+        lengths = [model["max_model_len"] for model in described if model.get("max_model_len")]
         self.context: int | None = min(lengths) - 1 if lengths else None  # vLLM always generates one token
         self.ahead = 2 * config.server_concurrency * len(self.servers.urls)
         versions = sorted({self._version(url) for url in self.servers.urls})
-        self.made_with = {
-            "engine": "vllm",
-            "vllm": ", ".join(versions),
-            "served_model": self.name,
-            **({"max_model_len": str(min(lengths))} if lengths else {}),
-        }
+        self.made_with = {"engine": "vllm", "vllm": ", ".join(versions), "served_model": self.name}
+        if lengths:
+            self.made_with["max_model_len"] = str(min(lengths))
 
     def _described(self, url: str, config: ExtractConfig) -> dict[str, Any]:
         """What a server says of the model."""
         reply = self.servers.once(url, "/v1/models")
         models = reply.get("data") if isinstance(reply, dict) else None
-        if not isinstance(models, list) or not all(isinstance(one, dict) and "id" in one for one in models):
+        if not isinstance(models, list) or not all(isinstance(model, dict) and "id" in model for model in models):
             raise UserError(f"{url}/v1/models lists no models: is it a vLLM server?")
         wanted = {config.server_model} if config.server_model else {config.model, config.model.rstrip("/")}
         if not config.server_model and Path(config.model).is_dir():
             wanted.add(str(Path(config.model).resolve()))
-        for one in models:
-            if wanted & {str(one["id"]), str(one.get("root"))}:
-                return dict(one)
-        served = ", ".join(f"`{one['id']}`" for one in models) or "nothing"
+        for model in models:
+            if wanted & {str(model["id"]), str(model.get("root"))}:
+                return dict(model)
+        served = ", ".join(f"`{model['id']}`" for model in models) or "nothing"
         raise UserError(
             f"{url} serves {served} and not `{config.server_model or config.model}`. If it is the same, give "
             "its name there with --server-model; if not, start the server with this model"
@@ -104,13 +101,7 @@ class VllmServer:
             return "unknown"
 
     def _body(self, tokens: list[int], k: int) -> dict[str, Any]:
-        return {
-            "model": getattr(self, "name", None) or self.model,
-            "prompt": tokens,
-            "max_tokens": 1,
-            "temperature": 0,
-            "prompt_logprobs": k,
-        }
+        return {"model": self.name, "prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": k}
 
     def start(self, batch: Sequence[Query], k: int) -> "Future[Distributions]":
         (query,) = batch
@@ -158,6 +149,6 @@ def entries_in(reply: Any, tokens: int) -> list[Any]:
     except (LookupError, TypeError) as error:
         raise BrokenReplyError("the reply has no prompt_logprobs") from error
     if not isinstance(entries, list) or len(entries) != tokens:
-        found = f"{len(entries)} entries" if isinstance(entries, list) else type(entries).__name__
-        raise BrokenReplyError(f"prompt_logprobs has {found}, not one for each of {tokens} tokens")
+        content = f"{len(entries)} entries" if isinstance(entries, list) else type(entries).__name__
+        raise BrokenReplyError(f"prompt_logprobs has {content}, not one for each of {tokens} tokens")
     return entries

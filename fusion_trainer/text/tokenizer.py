@@ -199,10 +199,8 @@ class TextTokenizer:
     @cached_property
     def words(self) -> dict[int, str]:
         """Each id's text without spaces, as the papers compare tokens."""
-        return {
-            token: surface.decode(errors="surrogateescape").replace(" ", "")
-            for token, surface in self.surfaces.items()
-        }
+        texts = {token: raw.decode(errors="surrogateescape") for token, raw in self.surfaces.items()}
+        return {token: text.replace(" ", "") for token, text in texts.items()}
 
     @cached_property
     def added(self) -> frozenset[int]:
@@ -214,8 +212,7 @@ class TextTokenizer:
         """Ids that stand for one byte each, such as ``<0x0A>``; none if all tokens are bytes."""
         if self._byte_level:
             return frozenset()
-        vocabulary = self.tokenizer.get_vocab().items()
-        return frozenset(token for name, token in vocabulary if _is_byte(name))
+        return frozenset(token for name, token in self.tokenizer.get_vocab().items() if _is_byte(name))
 
     @property
     def vocabulary(self) -> frozenset[int]:

@@ -37,13 +37,8 @@ from varm_common.files import atomic_file, fingerprint, remove_abandoned, sha256
 
 __all__ = ["Collator", "Example", "FusionData", "TokenFile", "TokenRow", "pack", "write_tokens"]
 
-LISTS = ("ids", "positions", "gold_bytes")
-TOKENS = pa.schema(
-    [
-        *(pa.field(name, pa.list_(pa.int32()), nullable=False) for name in LISTS),
-        pa.field("bytes", pa.int32(), nullable=False),
-    ]
-)
+COLUMNS = {**dict.fromkeys(("ids", "positions", "gold_bytes"), pa.list_(pa.int32())), "bytes": pa.int32()}
+TOKENS = pa.schema([pa.field(name, kind, nullable=False) for name, kind in COLUMNS.items()])
 """Columns of the token file, as in ``TokenRow``."""
 RULES = 2
 """Raised with every change of the rows of the token file."""
@@ -51,6 +46,7 @@ BLOCKS_AT_ONCE = 256
 DIGITS = 12
 """Digits of a hash in a file name."""
 NO_BLOCK = -1
+Groups = Sequence[Sequence[int]]
 IGNORED = -100
 """The label of a token that is not supervised, as in transformers."""
 
@@ -84,12 +80,10 @@ def write_tokens(dialogues: Dialogues, tokenizer: TextTokenizer) -> Path:
         with atomic_file(path) as file, pa.ipc.new_file(file, TOKENS) as writer:
             for start in tqdm(starts, desc="tokenise", unit="batch", disable=len(starts) < 2 or is_quiet()):
                 blocks = [dialogues[n] for n in range(start, min(start + BLOCKS_AT_ONCE, len(dialogues)))]
-                columns: list[list[Any]] = [[] for _ in TOKENS]
-                for read in read_blocks(reader, blocks if same_tokenizer else [b.without_bos() for b in blocks]):
-                    size = sum(stop - first for first, stop in read.spans)
-                    row = (read.tokens.ids, read.positions, read.sizes[read.positions + 1], size)
-                    for column, value in zip(columns, row, strict=True):
-                        column.append(value)
+                reads = read_blocks(reader, blocks if same_tokenizer else [b.without_bos() for b in blocks])
+                rows = [(read.tokens.ids, read.positions, read.sizes[read.positions + 1]) for read in reads]
+                sizes = [sum(stop - first for first, stop in read.spans) for read in reads]
+                columns = [*zip(*rows, strict=True), sizes]
                 arrays = [pa.array(column, field.type) for column, field in zip(columns, TOKENS, strict=True)]
                 writer.write_batch(pa.record_batch(arrays, schema=TOKENS))
         return path.rename(path.with_stem(f"{head}-{sha256_of(path)[:DIGITS]}"))
@@ -109,8 +103,7 @@ class TokenFile:
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """int64 [blocks], tokens of each block."""
-        lengths: NDArray[np.int64] = pc.list_value_length(self._columns[0]).to_numpy().astype(np.int64)
-        return lengths
+        return np.asarray(pc.list_value_length(self._columns[0]), np.int64)
 
     def __getitem__(self, block: int) -> TokenRow:
         ids, positions, gold_bytes = (column[block].values.to_numpy() for column in self._columns[:3])
@@ -139,12 +132,7 @@ class FusionData(Dataset[list[Example]]):
     """
 
     def __init__(
-        self,
-        tokens: Path,
-        stores: Sequence[RepresentationStore],
-        rule: Rule,
-        groups: Sequence[Sequence[int]],
-        chunks: bool = False,
+        self, tokens: Path, stores: Sequence[RepresentationStore], rule: Rule, groups: Groups, chunks: bool = False
     ) -> None:
         self.tokens = TokenFile(tokens)
         self.stores, self.rule, self.groups, self.chunks = list(stores), rule, groups, chunks
@@ -240,10 +228,8 @@ class Collator:
     def _rows(self, rows: Sequence[Sequence[Example]]) -> dict[str, NDArray[Any]]:
         """Ids, labels, mask or places of the rows, and where their supervised positions are."""
         width = max(sum(len(example.tokens.ids) for example in row) for row in rows)
-        ids = np.full((len(rows), width), self.padding, np.int64)
-        labels = np.full((len(rows), width), IGNORED, np.int64)
-        places = np.zeros((len(rows), width), np.int64)
-        mask = np.zeros((len(rows), width), np.int64)
+        fills = (self.padding, IGNORED, 0, 0)
+        ids, labels, places, mask = (np.full((len(rows), width), fill, np.int64) for fill in fills)
         positions, golds = [], []
         for number, row in enumerate(rows):
             start = 0
@@ -258,13 +244,9 @@ class Collator:
                 golds.append(gold)
                 start = stop
             places[number, start:] = np.arange(width - start)
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            **({"position_ids": places} if self.packed else {"attention_mask": mask}),
-            "positions": np.concatenate(positions).astype(np.int64),
-            "gold": np.concatenate(golds).astype(np.int64),
-        }
+        attention = {"position_ids": places} if self.packed else {"attention_mask": mask}
+        positions_S, gold_S = (np.concatenate(parts).astype(np.int64) for parts in (positions, golds))
+        return {"input_ids": ids, "labels": labels, **attention, "positions": positions_S, "gold": gold_S}
 
     def _fused(self, examples: Sequence[Example]) -> dict[str, NDArray[Any]]:
         """The fused distributions of all supervised positions; zeros where nothing is fused."""
@@ -272,13 +254,10 @@ class Collator:
         size = sum(len(example.tokens.positions) for example in examples)
         entries = max((distribution.ids.shape[1] for distribution in fused), default=0)
         models = max((distribution.shares.shape[1] for distribution in fused), default=0)
-        columns: dict[str, NDArray[Any]] = {
-            "fused_ids": np.zeros((size, entries), np.int64),
-            "fused_probabilities": np.zeros((size, entries), np.float32),
-            "shares": np.zeros((size, models), np.float32),
-            "confidence": np.zeros(size, np.float32),
-            "fused_tail": np.zeros(size, np.float32),
-        }
+        columns: dict[str, NDArray[Any]] = {"fused_ids": np.zeros((size, entries), np.int64)}
+        for name, width in {"fused_probabilities": entries, "shares": models}.items():
+            columns[name] = np.zeros((size, width), np.float32)
+        columns |= {name: np.zeros(size, np.float32) for name in ("confidence", "fused_tail")}
         start = 0
         for example in examples:
             if (part := example.fused) is not None:
@@ -296,11 +275,8 @@ class Collator:
         """The chunks of all examples; nothing if no example has any."""
         counts = [len(example.tokens.positions) for example in examples]
         starts = np.cumsum([0, *counts[:-1]])
-        parts = [
-            (chunks.first + start, *chunks[1:])
-            for start, example in zip(starts, examples, strict=True)
-            if (chunks := example.chunks) is not None
-        ]
+        rows = zip(starts, (example.chunks for example in examples), strict=True)
+        parts = [(chunks.first + start, *chunks[1:]) for start, chunks in rows if chunks is not None]
         if not parts:
             return {}
         first, size, logprob, weight = (np.concatenate(column) for column in zip(*parts, strict=True))

@@ -11,7 +11,7 @@ A loss that is not finite is an error, never a score.
 
 import math
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -87,42 +87,29 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         UserError: Model or dialogues cannot be used, the loss is not finite, or the output holds something else.
     """
     name, output = str(config.model), Path(str(config.output))
-    folder, revision = models.local_folder(name, config.revision, code=config.trust_remote_code)
+    code = config.trust_remote_code
+    folder, revision = models.local_folder(name, config.revision, code=code)
     dialogues = Dialogues(config.dialogues)
-    tokenizer = load_tokenizer(folder, name, config.trust_remote_code)
-    identity = {
-        "format": FORMAT,
-        "version": VERSION,
-        "weights": models.weights_fingerprint(folder, name),
-        "config": models.config_fingerprint(folder, config.trust_remote_code),
-        "tokenizer": tokenizer.sha256,
-        "dialogues": dialogues.fingerprint,
-        "dtype": models.resolved_dtype(folder, config.dtype, config.trust_remote_code),
-        "attention": config.attention,
-    }
+    tokenizer = load_tokenizer(folder, name, code)
+    weights = models.weights_fingerprint(folder, name)
+    checkpoint = {"weights": weights, "config": models.config_fingerprint(folder, code)}
+    inputs = {**checkpoint, "tokenizer": tokenizer.sha256, "dialogues": dialogues.fingerprint}
+    how = {"dtype": models.resolved_dtype(folder, config.dtype, code), "attention": config.attention}
+    identity = {"format": FORMAT, "version": VERSION, **inputs, **how}
     record = Record(output, identity, "Give another --output, or remove that file")
     if (known := record.read()) is not None:
         return known
     state = PartialState(cpu=not torch.accelerator.is_available())
     model = models.load_causal_lm(
-        folder,
-        name,
-        dtype=config.dtype,
-        attention=config.attention,
-        device=state.device,
-        trust_remote_code=config.trust_remote_code,
+        folder, name, dtype=config.dtype, attention=config.attention, device=state.device, trust_remote_code=code
     )
     with state.main_process_first():
         tokens = write_tokens(dialogues, tokenizer)
     conversations = [dialogues[block].conversation for block in range(len(dialogues))]
     scored = score(model, tokens, conversations, config.batch_tokens)
     demand_finite(scored, model, name)
-    results = {
-        "model": name,
-        "revision": revision,
-        "groups": _groups(scored, name),
-        "conversations": by_conversation(scored),
-    }
+    scores = {"groups": _groups(scored, name), "conversations": by_conversation(scored)}
+    results = {"model": name, "revision": revision, **scores}
     if state.is_main_process:
         with written_to(output.parent):
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -164,8 +151,8 @@ def score(
             for block, row_sums in zip(blocks, _row_sums(split, rows, context), strict=True):
                 sums[names[block]].add(row_sums)
             bar.update(len(blocks))
-    total = {name: Sums() for name in names}
-    for part in gather_object([sums]):
+    total, *others = gather_object([sums])
+    for part in others:
         for name, own in part.items():
             total[name].add(own)
     return {name: own for name, own in total.items() if own.rows}
@@ -196,9 +183,7 @@ def _within(row: TokenRow, context: int) -> TokenRow:
         return row
     known = row.positions < context - 1
     sizes = row.gold_bytes[known]
-    return replace(
-        row, ids=row.ids[:context], positions=row.positions[known], gold_bytes=sizes, bytes=int(sizes.sum())
-    )
+    return TokenRow(row.ids[:context], row.positions[known], sizes, int(sizes.sum()))
 
 
 @torch.inference_mode()
@@ -212,9 +197,8 @@ def _scored(split: SplitModel, batch: dict[str, Tensor]) -> tuple[NDArray[np.flo
     for hidden_CH, gold_C in zip(torch.split(hidden_SH, size), torch.split(gold_S, size), strict=True):
         if len(gold_C):
             logits_CV = split.head(hidden_CH).float()
-            nats.append(
-                (logits_CV.logsumexp(1) - logits_CV.gather(1, gold_C[:, None])[:, 0]).double().cpu().numpy()
-            )
+            nats_C = logits_CV.logsumexp(1) - logits_CV.gather(1, gold_C[:, None])[:, 0]
+            nats.append(nats_C.double().cpu().numpy())
             hits.append((logits_CV.argmax(1) == gold_C).cpu().numpy())
     return np.concatenate(nats), np.concatenate(hits)
 
@@ -231,11 +215,9 @@ def demand_finite(scored: Mapping[str, Sums], model: Any, name: str) -> None:
         return
     tensors = chain(model.named_parameters(), model.named_buffers())
     broken = next((key for key, tensor in tensors if not bool(torch.isfinite(tensor).all())), None)
-    cause = (
-        f"its tensor `{broken}` holds NaN or infinite values; train or copy it again"
-        if broken
-        else "its weights are finite, so its arithmetic overflows; try --dtype float32"
-    )
+    cause = "its weights are finite, so its arithmetic overflows; try --dtype float32"
+    if broken:
+        cause = f"its tensor `{broken}` holds NaN or infinite values; train or copy it again"
     raise UserError(f"the loss of `{name}` is not finite, first on the conversation `{wrong}`: {cause}")
 
 
@@ -262,11 +244,6 @@ def _scores(conversations: list[Sums]) -> dict[str, float | None]:
         total.add(sums)
     loss = [sums.nats for sums in conversations], [sums.bytes for sums in conversations]
     matched = [sums.matched for sums in conversations], [sums.rows for sums in conversations]
-    return {
-        **vars(total),
-        "conversations": len(conversations),
-        "nats_per_byte": total.nats / total.bytes,
-        "nats_per_byte_error": standard_error(loss),
-        "exact_match": total.matched / total.rows,
-        "exact_match_error": standard_error(matched),
-    }
+    nats_per_byte = {"nats_per_byte": total.nats / total.bytes, "nats_per_byte_error": standard_error(loss)}
+    matches = {"exact_match": total.matched / total.rows, "exact_match_error": standard_error(matched)}
+    return {**vars(total), "conversations": len(conversations), **nats_per_byte, **matches}

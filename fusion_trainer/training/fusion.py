@@ -109,15 +109,21 @@ def fuse(rows: Sequence[Representation], entropies_MP: Floats, rule: Rule) -> Fu
         weights_MP = (np.arange(len(rows))[:, None] == entropies_MP.argmin(0)).astype(np.float64)
         confidence_P = likelihoods_MP.max(0)
     else:
-        weights_MP = _softmax(likelihoods_MP, entropies_MP)
+        weights_MP = np.where(np.isfinite(entropies_MP), np.exp(likelihoods_MP), 0.0)
+        weights_MP[0, weights_MP.sum(0) == 0] = 1.0  # no model has a prediction: the first, which is the pivot
+        weights_MP /= weights_MP.sum(0)
         confidence_P = likelihoods_MP.sum(0) / np.maximum(1, np.isfinite(entropies_MP).sum(0))
     weights_MP = np.where(silent_MP, 0.0, weights_MP)
     used = [model for model, weights_P in enumerate(weights_MP) if weights_P.any()] or [0]
-    ids_PK, shares_PK = _mixed(
-        [rows[model].ids.astype(np.int64) for model in used],
-        [tempered[model][0] * weights_MP[model][:, None] for model in used],
-        one_each=rule.function == "min_ce",
-    )
+    ids = [rows[model].ids.astype(np.int64) for model in used]
+    shares = [tempered[model][0] * weights_MP[model][:, None] for model in used]
+    if len(used) == 1:
+        ids_PK, shares_PK = ids[0], shares[0]
+    elif rule.function == "min_ce":  # only one model has weight at a position
+        chosen = np.array([share_PK.any(1) for share_PK in shares]).argmax(0), np.arange(len(ids[0]))
+        ids_PK, shares_PK = np.array(ids)[chosen], np.array(shares)[chosen]
+    else:
+        ids_PK, shares_PK = _added(np.concatenate(ids, 1), np.concatenate(shares, 1))
     tail_P = np.sum([tempered[model][1] * weights_MP[model] for model in used], axis=0)
     others = (array.astype(np.float32) for array in (shares_PK, tail_P, weights_MP.T, confidence_P))
     return Fused(ids_PK, *others)
@@ -136,26 +142,6 @@ def _tempered(row: Representation, rule: Rule) -> tuple[Floats, Floats]:
     total = shares.sum(1) + tail
     total[total == 0] = 1.0
     return shares / total[:, None], tail / total
-
-
-def _softmax(likelihoods_MP: Floats, entropies_MP: Floats) -> Floats:
-    weights_MP = np.where(np.isfinite(entropies_MP), np.exp(likelihoods_MP), 0.0)
-    weights_MP[0, weights_MP.sum(0) == 0] = 1.0  # no model has a prediction: the first, which is the pivot
-    shares_MP: Floats = weights_MP / weights_MP.sum(0)
-    return shares_MP
-
-
-def _mixed(
-    ids: Sequence[NDArray[np.int64]], shares: Sequence[Floats], one_each: bool
-) -> tuple[NDArray[np.int64], Floats]:
-    """Mix weighted distributions; with ``one_each`` only one of them has weight at a position."""
-    if len(ids) == 1:
-        return ids[0], shares[0]
-    if one_each:
-        chosen_P = np.array([share.any(1) for share in shares]).argmax(0)
-        positions_P = np.arange(len(chosen_P))
-        return np.array(ids)[chosen_P, positions_P], np.array(shares)[chosen_P, positions_P]
-    return _added(np.concatenate(ids, 1), np.concatenate(shares, 1))
 
 
 def _added(ids: NDArray[np.int64], shares: Floats) -> tuple[NDArray[np.int64], Floats]:

@@ -15,28 +15,16 @@ from transformers import GenerationConfig, TrainingArguments
 
 from fusion_trainer.config import NOT_OF_THE_RESULT, TrainConfig, recorded
 from fusion_trainer.data.dialogues import Dialogues
-from fusion_trainer.representations.store import ALIGNED, RepresentationStore
+from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.text.tokenizer import TextTokenizer, load_tokenizer
 from fusion_trainer.training.trainer import argument_problems
 from varm_common import models
 from varm_common.checkpoints import read_header
 from varm_common.errors import UserError, listed, reason_of
-from varm_common.files import sha256_of
 
-__all__ = [
-    "CAUSED_BY_ARGUMENTS",
-    "Inputs",
-    "fixed_settings",
-    "identity_of",
-    "load_pivot",
-    "open_inputs",
-    "place_of_setting",
-    "unusable",
-]
+__all__ = ["Inputs", "fixed_settings", "identity_of", "load_pivot", "open_inputs", "place_of_setting", "unusable"]
 
 FORMAT, VERSION = "fusion-trainer target", 1
-CAUSED_BY_ARGUMENTS = (ValueError, TypeError, ImportError, OSError)
-"""What the libraries raise about an argument while a training starts. Any other error keeps its traceback."""
 
 
 @dataclass
@@ -73,10 +61,8 @@ def open_inputs(config: TrainConfig) -> Inputs:
         raise unusable(config, error) from error
     _demand_processes(arguments)
     if problems := [*argument_problems(arguments), *_problems(config, arguments)]:
-        names = [re.findall(r"\w+", text)[0] for text in problems]
-        lines = [
-            place_of_setting(config, f"training.{name}") + text for name, text in zip(names, problems, strict=True)
-        ]
+        named = [(re.findall(r"\w+", text)[0], text) for text in problems]
+        lines = [place_of_setting(config, f"training.{name}") + text for name, text in named]
         raise UserError(f"these training arguments cannot be used:{listed(lines)}")
     folder, revision = models.local_folder(config.pivot, config.pivot_revision, code=config.trust_remote_code)
     tokenizer = load_tokenizer(folder, config.pivot, config.trust_remote_code)
@@ -147,9 +133,8 @@ def _output_dtype(config: TrainConfig, folder: Path) -> str:
         return config.output_dtype
     name = models.resolved_dtype(folder, "auto", config.trust_remote_code)
     if name == "auto":
-        names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
         _, stored = next(iter(read_header(folder).tensors.values()))
-        name = names.get(stored, "float32")
+        name = {"BF16": "bfloat16", "F16": "float16"}.get(stored, "float32")
     return name if name in ("float32", "bfloat16", "float16") else "float32"
 
 
@@ -163,7 +148,7 @@ def _stores(config: TrainConfig, tokenizer: TextTokenizer) -> list[Representatio
     if len({folder.resolve() for folder in config.aligned_stores}) < len(aligned):
         raise UserError("`aligned_stores` names a store twice")
     for store in aligned:
-        if store.identity.get("kind") != ALIGNED:
+        if not store.aligned:
             raise UserError(
                 f"the store `{store.folder}` is not aligned to the pivot; run `fusion-trainer align` and give "
                 "its output"
@@ -181,36 +166,24 @@ def _stores(config: TrainConfig, tokenizer: TextTokenizer) -> list[Representatio
     common = {name: aligned[0].identity[name] for name in ("data", "top_k")}
     for store in (own, *aligned):
         store.demand(tokenizer=tokenizer.sha256, **common)
-    manifest = sha256_of(own.folder / "manifest.json")
     for store in aligned:
-        store.demand(pivot_store=manifest)
+        store.demand(pivot_store=own.sha256)
     _demand_known(config, [own, *aligned])
     return [store.check() for store in (own, *aligned)]
 
 
 def _demand_known(config: TrainConfig, stores: Sequence[RepresentationStore]) -> None:
     """Refuse settings that need what an imported store does not have."""
-    needs = {
-        "tail": (
-            config.tail == "bucket",
-            "tail: bucket",
-            "the probability outside the top k",
-            "tail: renormalise",
-        ),
-        "gold_logprob": (
-            config.compare == "token",
-            "compare: token",
-            "the probability of every next token",
-            "compare: conversation",
-        ),
-    }
-    for column, (needed, setting, what, instead) in needs.items():
+    needs = (
+        ("tail", "bucket", "tail", "the probability outside the top k", "renormalise"),
+        ("compare", "token", "gold_logprob", "the probability of every next token", "conversation"),
+    )
+    for name, value, column, what, instead in needs:
         lacking = [f"`{store.folder}`" for store in stores if column in store.unknown]
-        if needed and lacking:
-            place = place_of_setting(config, setting.partition(":")[0])
+        if getattr(config, name) == value and lacking:
             raise UserError(
-                f"{place}`{setting}` needs {what}, which is not known everywhere in {', '.join(lacking)}: it was "
-                f"imported from published logits. Set `{instead}`"
+                f"{place_of_setting(config, name)}`{name}: {value}` needs {what}, which is not known everywhere "
+                f"in {', '.join(lacking)}: it was imported from published logits. Set `{name}: {instead}`"
             )
 
 
@@ -230,15 +203,10 @@ def _dialogues(config: TrainConfig, stores: Sequence[RepresentationStore]) -> Di
 
 def load_pivot(inputs: Inputs, dtype: str, load_in: str | None) -> Any:
     """The pivot, with generation settings that can be saved: transformers reads some that it refuses to write."""
-    model = models.load_causal_lm(
-        inputs.folder,
-        inputs.config.pivot,
-        dtype=dtype,
-        attention=inputs.config.attention,
-        device=inputs.arguments.device if load_in else torch.device("cpu"),  # else the Trainer places it
-        load_in=load_in,
-        trust_remote_code=inputs.config.trust_remote_code,
-    )
+    config = inputs.config
+    device = inputs.arguments.device if load_in else torch.device("cpu")  # else the Trainer places it
+    how: dict[str, Any] = {"attention": config.attention, "trust_remote_code": config.trust_remote_code}
+    model = models.load_causal_lm(inputs.folder, config.pivot, dtype=dtype, device=device, load_in=load_in, **how)
     try:
         model.generation_config.validate(strict=True)
     except ValueError:
@@ -253,12 +221,13 @@ def identity_of(inputs: Inputs) -> dict[str, Any]:
         UserError: The pivot's store was made from another pivot.
     """
     config, arguments = inputs.config, inputs.arguments
-    weights = models.weights_fingerprint(inputs.folder, config.pivot)
-    computed = models.config_fingerprint(inputs.folder, config.trust_remote_code)
+    model = {"weights": models.weights_fingerprint(inputs.folder, config.pivot)}
+    model["config"] = models.config_fingerprint(inputs.folder, config.trust_remote_code)
     for store in inputs.stores:
-        if store.identity.get("kind") != ALIGNED:
-            store.demand(weights=weights, config=computed)
+        if not store.aligned:
+            store.demand(**model)
     settings = recorded(config, "training", "pivot", "pivot_revision", "dialogues")
+    versions = {name: version(name) for name in ("varm-merge", "transformers", "accelerate", "torch", "peft")}
     precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else ""
     return {
         "format": FORMAT,
@@ -266,8 +235,7 @@ def identity_of(inputs: Inputs) -> dict[str, Any]:
         "pivot": {
             "model": config.pivot,
             "revision": inputs.revision,
-            "weights": weights,
-            "config": computed,
+            **model,
             "tokenizer": inputs.tokenizer.sha256,
         },
         "dialogues": inputs.dialogues.fingerprint,
@@ -276,16 +244,14 @@ def identity_of(inputs: Inputs) -> dict[str, Any]:
         "training": _public_arguments(config),
         "mixed_precision": precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         "processes": arguments.world_size,
-        "versions": {
-            name: version(name) for name in ("varm-merge", "transformers", "accelerate", "torch", "peft")
-        },
+        "versions": versions,
     }
 
 
 def _described(store: RepresentationStore) -> dict[str, Any]:
     names = ("kind", "model", "revision", "positions", "map", "top_k")
     known = {name: store.identity[name] for name in names if store.identity.get(name) is not None}
-    return {**known, "folder": str(store.folder), "sha256": sha256_of(store.folder / "manifest.json")}
+    return {**known, "folder": str(store.folder), "sha256": store.sha256}
 
 
 def fixed_settings(identity: Mapping[str, Any]) -> dict[str, Any]:

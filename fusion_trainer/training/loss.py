@@ -16,6 +16,7 @@ Sums are float32, whatever the model's dtype.
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -74,16 +75,9 @@ class _SparseTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits_CV: Tensor,
-        gold_C: Tensor,
-        ids_CM: Tensor,
-        probabilities_CM: Tensor,
-        tail_C: Tensor | None,
-        norms: bool,
-        divergence: Divergence | None,
+        ctx: Any, norms: bool, divergence: Divergence | None, logits_CV: Tensor, *targets: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parts = cached_parts(logits_CV, gold_C, ids_CM, probabilities_CM, tail_C)
+        parts = cached_parts(logits_CV, *targets)
         results = zip(*(_terms(norms, divergence, *part) for part in parts), strict=True)
         columns: list[Any] = [None if column[0] is None else torch.cat(column) for column in results]
         clm_C, fusion_C, squares_C2, *saved = columns
@@ -101,7 +95,7 @@ class _SparseTerms(torch.autograd.Function):
             gradient_CV = torch.empty_like(logits_CV)
             for rows_CV, part in zip(torch.split(gradient_CV, len(parts[0][0])), parts, strict=True):
                 rows_CV.copy_(_gradient(*part))
-        return gradient_CV, None, None, None, None, None, None
+        return None, None, gradient_CV, None, None, None, None
 
 
 def _terms(
@@ -187,24 +181,18 @@ def sparse_terms(
     """
     measured: set[int] = set()
 
-    def of_chunk(number: int, hidden_CH: Tensor, *chunk_targets: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def of_chunk(number: int, hidden_CH: Tensor, *chunk_targets: Any) -> Any:
         norms = targets.norms and number not in measured  # not again in the backward pass
         measured.add(number)
-        result: tuple[Tensor, Tensor, Tensor] = _SparseTerms.apply(  # type: ignore[no-untyped-call]
-            head(hidden_CH), *chunk_targets, norms, targets.divergence
-        )
-        return result
+        logits_CV = head(hidden_CH)
+        return _SparseTerms.apply(norms, targets.divergence, logits_CV, *chunk_targets)  # type: ignore[no-untyped-call]
 
     size = chunk or len(hidden_SH) or 1
     columns = (hidden_SH, targets.gold, targets.ids, targets.probabilities)
     chunks = list(zip(*(torch.split(column, size) for column in columns), strict=True))
     tails = [None] * len(chunks) if targets.tail is None else torch.split(targets.tail, size)
-    parts = []
-    for number, (inputs, tail_C) in enumerate(zip(chunks, tails, strict=True)):
-        if torch.is_grad_enabled():
-            parts.append(checkpoint(of_chunk, number, *inputs, tail_C, use_reentrant=False))
-        else:
-            parts.append(of_chunk(number, *inputs, tail_C))
+    run = partial(checkpoint, of_chunk, use_reentrant=False) if torch.is_grad_enabled() else of_chunk
+    parts = [run(number, *inputs, tails[number]) for number, inputs in enumerate(chunks)]
     terms = Terms(*(torch.cat(column) for column in zip(*parts, strict=True)))
     if targets.chunks is None:
         return terms
@@ -233,7 +221,8 @@ def give_fusion_loss(model: Any, chunk: int | None = None) -> None:
         output = split.layers_output(**inputs, **({"output_router_logits": True} if router else {}))
         hidden_SH = output[0].flatten(0, 1).index_select(0, targets.positions)
         if len(hidden_SH):
-            size = chunk or positions_at_a_time(hidden_SH.device, _rows(model))
+            rows = int(getattr(model.config, "vocab_size", 0) or model.get_input_embeddings().num_embeddings)
+            size = chunk or positions_at_a_time(hidden_SH.device, rows)
             terms = sparse_terms(split.head, hidden_SH, targets, size)
             loss = targets.weighted(terms).sum()
         else:  # nothing to learn, but every process takes part in the backward pass
@@ -250,10 +239,6 @@ def give_fusion_loss(model: Any, chunk: int | None = None) -> None:
 
     forward.__signature__ = inspect.signature(split.forward)  # type: ignore[attr-defined]  # generate() reads it
     model.forward = forward
-
-
-def _rows(model: Any) -> int:
-    return int(getattr(model.config, "vocab_size", 0) or model.get_input_embeddings().num_embeddings)
 
 
 def _balance(split: SplitModel, output: Any, mask_BL: Tensor | None) -> Tensor:

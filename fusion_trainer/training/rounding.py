@@ -71,10 +71,9 @@ def _measured(pivot: Path, target: Path, trained: Mapping[str, Tensor]) -> dict[
     shapes = {name: shape for name, (shape, _) in ends.tensors.items()}
     common = [name for name, (shape, _) in starts.tensors.items() if shapes.get(name) == shape]
     if not common:
-        problems = (
+        raise ValueError(
             "; ".join(starts.problems) or f"`{pivot}` and `{target}` have no tensor with the same name and shape"
         )
-        raise ValueError(problems)
     elements: Counter[torch.dtype] = Counter()
     kept, exact, written = 0, True, torch.float32
     for name in common:
@@ -92,10 +91,7 @@ def _measured(pivot: Path, target: Path, trained: Mapping[str, Tensor]) -> dict[
         written = end.dtype
     if not elements:
         return None
-    return {
-        "dtype": str(elements.most_common(1)[0][0]).removeprefix("torch."),
-        "written": str(written).removeprefix("torch."),
-        "elements": elements.total(),
-        "share": kept / elements.total(),
-        "trained_in_dtype": exact,
-    }
+    shown = {"dtype": elements.most_common(1)[0][0], "written": written}
+    names = {key: str(dtype).removeprefix("torch.") for key, dtype in shown.items()}
+    total = elements.total()
+    return {**names, "elements": total, "share": kept / total, "trained_in_dtype": exact}

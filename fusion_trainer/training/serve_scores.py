@@ -27,7 +27,7 @@ from varm_common.tensor_stream import messages
 __all__ = ["serve"]
 
 
-def serve(folder: Path, batch_tokens: int, trust_remote_code: bool) -> None:
+def serve(folder: Path, batch_tokens: int, code: bool) -> None:
     """Answer requests until standard input ends.
 
     Raises:
@@ -45,19 +45,14 @@ def serve(folder: Path, batch_tokens: int, trust_remote_code: bool) -> None:
             _answer(answers, {})
             continue
         try:
-            source = Path(request["folder"])
+            source, name = Path(request["folder"]), request["name"]
             model = models.load_causal_lm(
-                source,
-                request["name"],
-                dtype="auto",
-                device=state.device,
-                trust_remote_code=trust_remote_code,
-                tensors=tensors or None,
+                source, name, dtype="auto", device=state.device, trust_remote_code=code, tensors=tensors or None
             )
             tensors.clear()
-            tokens = write_tokens(dialogues, load_tokenizer(source, request["name"], trust_remote_code))
+            tokens = write_tokens(dialogues, load_tokenizer(source, name, code))
             scored = score(model, tokens, names, batch_tokens, {*request["conversations"]})
-            demand_finite(scored, model, request["name"])
+            demand_finite(scored, model, name)
             reply: dict[str, Any] = {"conversations": by_conversation(scored)}
         except UserError as error:
             reply = {"problem": error.message}

@@ -51,13 +51,9 @@ def demand_free(output: Path, identity: dict[str, Any]) -> None:
         raise UserError(f"`{output}` holds other files ({some(content)}); give a new output_dir")
     if known is not None:
         is_trained = known.name == FUSION or last_checkpoint(output) is not None
-        compared = fixed_settings if is_trained else _nothing
+        # before training starts, all settings may differ
+        compared = fixed_settings if is_trained else lambda _: {}
         Record(known, identity, "Give another output_dir, or remove that folder", compared).read()
-
-
-def _nothing(_: Mapping[str, Any]) -> dict[str, Any]:
-    """The empty part of a record: before training starts, all settings may differ."""
-    return {}
 
 
 @contextmanager
@@ -111,7 +107,10 @@ def finish_training(inputs: Inputs, trainer: FusionTrainer, about: dict[str, Any
     Raises:
         UserError: No weight differs from the pivot's, or the disk refuses.
     """
-    weights = _trained_weights(trainer)
+    if trainer.is_fsdp_enabled:
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    # gathered from all processes; with adapters only theirs
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if inputs.arguments.should_save:
         with written_to(inputs.output, when_run_again(inputs.output)):
             making = inputs.output / RESULT
@@ -137,15 +136,6 @@ def _publish(making: Path, output: Path, about: dict[str, Any]) -> None:
     sync_folder(output)
     write_json(output / FUSION, about)
     (output / PLAN).unlink(missing_ok=True)
-
-
-def _trained_weights(trainer: FusionTrainer) -> dict[str, torch.Tensor]:
-    """The trained weights, gathered from all processes; with adapters only theirs."""
-    accelerator = trainer.accelerator
-    if trainer.is_fsdp_enabled:
-        accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    weights: dict[str, torch.Tensor] = accelerator.get_state_dict(trainer.model_wrapped)
-    return weights
 
 
 def _write_target(

@@ -18,19 +18,11 @@ from transformers import TrainingArguments, set_seed
 
 from fusion_trainer.config import TrainConfig
 from fusion_trainer.data.dialogues import Dialogues
-from fusion_trainer.representations.store import ALIGNED, RepresentationStore
+from fusion_trainer.representations.store import RepresentationStore
 from fusion_trainer.training.batches import Collator, FusionData, TokenFile, pack, write_tokens
 from fusion_trainer.training.divergences import divergence_named
 from fusion_trainer.training.fusion import Rule
-from fusion_trainer.training.inputs import (
-    CAUSED_BY_ARGUMENTS,
-    Inputs,
-    identity_of,
-    load_pivot,
-    open_inputs,
-    place_of_setting,
-    unusable,
-)
+from fusion_trainer.training.inputs import Inputs, identity_of, load_pivot, open_inputs, place_of_setting, unusable
 from fusion_trainer.training.target import FUSION, PLAN, demand_free, exclusive, finish_training, reserve_space
 from fusion_trainer.training.trainer import FusionTrainer, last_checkpoint
 from varm_common.checkpoints import file_tensors
@@ -39,6 +31,8 @@ from varm_common.files import read_mapping, write_json, written_to
 
 __all__ = ["train"]
 
+CAUSED_BY_ARGUMENTS = (ValueError, TypeError, ImportError, OSError)
+"""What the libraries raise about an argument while a training starts. Any other error keeps its traceback."""
 REMOVE = "Remove that folder: the training resumes from the checkpoint before it, or begins again"
 
 
@@ -194,9 +188,8 @@ def _with_adapters(model: Any, config: TrainConfig) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if config.load_in:
-        for (
-            module
-        ) in model.modules():  # on CPUs bitsandbytes repacks evaluated weights, which ends their gradients
+        # on CPUs bitsandbytes repacks evaluated weights, which ends their gradients
+        for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         model = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
@@ -213,7 +206,7 @@ def _names(stores: Sequence[RepresentationStore]) -> list[str]:
     """Short names of the fused models, all different."""
     names: list[str] = []
     for store in stores:
-        name = "pivot" if store.identity.get("kind") != ALIGNED else Path(store.identity["model"]).name
+        name = Path(store.identity["model"]).name if store.aligned else "pivot"
         names.append(name if name not in names else f"{name}-{len(names)}")
     return names
 

@@ -81,16 +81,8 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         if problems := argument_problems(args):
             raise UserError(f"these training arguments cannot be used:{listed(problems)}")
         _teach(model.get_base_model() if hasattr(model, "get_base_model") else model, collator.packed)
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            data_collator=collator,
-            processing_class=tokenizer,
-            compute_metrics=self._metrics,
-            **others,
-        )
+        own = {"processing_class": tokenizer, "compute_metrics": self._metrics}
+        super().__init__(model, args, collator, train_dataset, eval_dataset, **own, **others)
         self.model_accepts_loss_kwargs = True  # transformers then counts the tokens of the whole accumulated batch
         self.loss_is_scaled_for_ga = True
         self.clm_weight, self.divergence, self.schedule = clm_weight, divergence, schedule
@@ -194,33 +186,26 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
 
     def _add_to_sums(self, inputs: Mapping[str, Tensor], targets: Targets) -> None:
         """Add a batch to the sums over positions since the last log."""
-        assert targets.terms is not None
+        terms = targets.terms
+        assert terms is not None
         shares = torch.zeros(len(self.fused_models), device=targets.gold.device)  # also where nothing is fused
         shares[: inputs["shares"].shape[1]] = inputs["shares"].sum(0)[: len(shares)]
-        sums = {
-            "positions": torch.full((), float(len(targets.gold)), device=targets.gold.device),
-            "clm": targets.terms.clm.sum(),
-            "fusion": targets.terms.fusion.sum(),
-            "clm_weight": targets.clm_weight.sum(),
-            "squares": targets.terms.squares.sum(0),
-            "shares": shares,
-        }
+        positions = torch.full((), float(len(targets.gold)), device=targets.gold.device)
+        sums = {"positions": positions, "clm_weight": targets.clm_weight.sum(), "shares": shares}
+        sums |= {"clm": terms.clm.sum(), "fusion": terms.fusion.sum(), "squares": terms.squares.sum(0)}
         if self.alm_weight:  # in every process, also where a batch has no chunk
-            alm = targets.terms.alm
-            sums["alm"] = sums["clm"].new_zeros(()) if alm is None else alm.sum()
+            sums["alm"] = sums["clm"].new_zeros(()) if terms.alm is None else terms.alm.sum()
         for name, number in sums.items():
             self._sums[name] = self._sums[name] + number.double() if name in self._sums else number.double()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with both terms and the models' shares since the last log."""
         if "loss" in logs and self._sums:
-            reduced = self.accelerator.reduce(self._sums, "sum")
-            sums = {name: number.tolist() for name, number in reduced.items()}
+            sums = {name: number.tolist() for name, number in self.accelerator.reduce(self._sums, "sum").items()}
             self._sums = {}
             positions = max(1.0, sums["positions"])
-            logs |= {
-                name: sums[name] / positions for name in ("clm", "fusion", "clm_weight", "alm") if name in sums
-            }
+            means = ("clm", "fusion", "clm_weight", *(["alm"] if self.alm_weight else []))
+            logs |= {name: sums[name] / positions for name in means}
             logs["supervised_tokens"] = sums["positions"]
             clm_square, fusion_square = sums["squares"]
             if clm_square:
@@ -308,21 +293,14 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
             self.state.best_model_checkpoint = str(folder / name)
         if self.args.should_save:
             self.state.save_to_json(str(folder / WRITING / name / "trainer_state.json"))
-            self._name_checkpoint(folder, name)
+            sync_tree(folder / WRITING / name)
+            shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / WRITING / name).rename(folder / name)
+            (folder / WRITING).rmdir()
+            sync_folder(folder)
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder), save_total_limit=limit, best_model_checkpoint=best, use_mtime=True)
         self.accelerator.wait_for_everyone()
-
-    def _name_checkpoint(self, folder: Path, name: str) -> None:
-        sync_tree(folder / WRITING / name)
-        shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / WRITING / name).rename(folder / name)
-        (folder / WRITING).rmdir()
-        sync_folder(folder)
-        rotate_checkpoints(
-            output_dir=str(folder),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
 
 
 class _Order(Sampler[int | None]):
@@ -409,34 +387,22 @@ def argument_problems(args: TrainingArguments) -> list[str]:
     accelerator: Any = args.accelerator_config
     uneven = accelerator.split_batches or accelerator.dispatch_batches or not accelerator.even_batches
     best = (args.metric_for_best_model or "loss").removeprefix("eval_")
-    checks = (
-        (
-            args.n_gpu > 1,
-            "one process sees several GPUs: start with `accelerate launch -m fusion_trainer train …`",
-        ),
-        (args.label_smoothing_factor, "label_smoothing_factor is not part of the fusion loss; leave it at 0"),
-        (
-            not args.average_tokens_across_devices,
-            "average_tokens_across_devices: false would weigh tokens by process; leave it true",
-        ),
-        (args.prediction_loss_only, "prediction_loss_only would leave out the metrics; leave it false"),
-        (args.use_liger_kernel, "use_liger_kernel would replace the fusion loss by its own; leave it false"),
-        (args.auto_find_batch_size, "auto_find_batch_size would restart with other batches; set the batch size"),
-        (args.ignore_data_skip, "ignore_data_skip would train on rows that were seen before; leave it false"),
-        (
-            args.batch_eval_metrics,
-            "batch_eval_metrics would average over batches instead of tokens; leave it false",
-        ),
-        (uneven, "accelerator_config: split_batches, dispatch_batches and even_batches stay as they are"),
-        (best not in METRICS, f"metric_for_best_model: there is no {best}; there are {', '.join(METRICS)}"),
-        (
-            args.push_to_hub,
-            "push_to_hub: upload the finished target, `hf upload NAME OUTPUT_DIR --exclude 'checkpoint-*'`",
-        ),
-        (args.train_sampling_strategy not in STRATEGIES, f"train_sampling_strategy: use {', '.join(STRATEGIES)}"),
-        (
-            args.load_best_model_at_end and args.eval_strategy == "no",
-            "load_best_model_at_end finds no best model without eval_strategy",
-        ),
-    )
-    return [problem for is_wrong, problem in checks if is_wrong]
+    by_process = not args.average_tokens_across_devices
+    no_best = args.load_best_model_at_end and args.eval_strategy == "no"
+    order, to_hub = args.train_sampling_strategy, args.push_to_hub
+    checks = {
+        "one process sees several GPUs: start with `accelerate launch -m fusion_trainer train …`": args.n_gpu > 1,
+        "label_smoothing_factor is not part of the fusion loss; leave it at 0": args.label_smoothing_factor,
+        "average_tokens_across_devices: false would weigh tokens by process; leave it true": by_process,
+        "prediction_loss_only would leave out the metrics; leave it false": args.prediction_loss_only,
+        "use_liger_kernel would replace the fusion loss by its own; leave it false": args.use_liger_kernel,
+        "auto_find_batch_size would restart with other batches; set the batch size": args.auto_find_batch_size,
+        "ignore_data_skip would train on rows that were seen before; leave it false": args.ignore_data_skip,
+        "batch_eval_metrics would average over batches instead of tokens; leave it false": args.batch_eval_metrics,
+        "accelerator_config: split_batches, dispatch_batches and even_batches stay as they are": uneven,
+        f"metric_for_best_model: there is no {best}; there are {', '.join(METRICS)}": best not in METRICS,
+        "push_to_hub: upload the finished target, `hf upload NAME OUTPUT_DIR --exclude 'checkpoint-*'`": to_hub,
+        f"train_sampling_strategy: use {', '.join(STRATEGIES)}": order not in STRATEGIES,
+        "load_best_model_at_end finds no best model without eval_strategy": no_best,
+    }
+    return [problem for problem, is_wrong in checks.items() if is_wrong]
