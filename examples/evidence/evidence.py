@@ -2,7 +2,7 @@
 
 \b
   python examples/evidence/evidence.py small     three seeds of the world of `make demo`, over 90 minutes
-  python examples/evidence/evidence.py real      the models of `make real`, in its folder, about 2 hours for each pivot
+  python examples/evidence/evidence.py real      the models of `make real`, in its folder, 2 hours for each pivot
   python examples/evidence/evidence.py small --seed 1 --seed 2 --save
 
 Fusions: the papers' way, and each loss of `fusion-trainer train`; a target for each source, and Multi, the target
