@@ -196,10 +196,13 @@ class Extraction:
         columns = [np.zeros((0, k), self.id_dtype), np.zeros((0, k), np.float16), *2 * [np.zeros(0, np.float16)]]
         empty = dict(zip(COLUMNS, columns, strict=True))
         done = [part.done.get(number) or row.stored(empty, 0) for number, row in enumerate(part.rows)]
-        facts = {"batch_tokens": self.engine.batch_tokens, "positions": sum(map(len, done))}
-        facts["tokens"] = sum(len(row.ids) for row in part.rows)
-        facts["cut_tokens"] = sum(row.cut_tokens for row in part.rows)
-        facts |= dict(sorted(part.counts.items()))
+        facts: dict[str, Any] = {
+            "batch_tokens": self.engine.batch_tokens,
+            "positions": sum(map(len, done)),
+            "tokens": sum(len(row.ids) for row in part.rows),
+            "cut_tokens": sum(row.cut_tokens for row in part.rows),
+            **dict(sorted(part.counts.items())),
+        }
         self.writer.write(part.shard, done, facts, [row.answers for row in part.rows])
 
     def _save_partials(self, *more: Part) -> None:

@@ -223,14 +223,15 @@ class ModelServers:
         connections: dict[str, HTTPConnection] = self._own.__dict__.setdefault("connections", {})
         method = "GET" if content is None else "POST"
         while True:
-            kept = connections.pop(url, None)
-            connection = kept or self._connected(url)
+            connection = kept = connections.pop(url, None)
             try:
+                connection = connection or self._connected(url)
                 connection.request(method, urlsplit(url).path + path, content, headers)
                 response = connection.getresponse()
                 received = response.read()
             except (OSError, HTTPException) as error:
-                self._drop(connection)
+                if connection is not None:
+                    self._drop(connection)
                 if kept and isinstance(error, ConnectionError) and not self._closed.is_set():
                     continue  # the server closes connections that were idle for a while
                 if isinstance(error, TimeoutError):

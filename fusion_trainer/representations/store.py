@@ -353,5 +353,7 @@ def _wrong_chunks(shard: Shard) -> dict[str, NDArray[np.bool_]]:
     overlapping = np.zeros(len(sizes), bool)
     overlapping[starts] = stops > limits
     unlikely = ~np.isfinite(logprobs) | (logprobs > 0) | ((sizes == 0) & (logprobs != 0))
-    wrong = {"a chunk that reaches into another or out of its row": overlapping}
-    return {**wrong, "a wrong likelihood of a chunk": unlikely}
+    return {
+        "a chunk that reaches into another or out of its row": overlapping,
+        "a wrong likelihood of a chunk": unlikely,
+    }

@@ -104,7 +104,8 @@ class TransformersEngine:
 
     def _on_device(self, array: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)
-        tensor = tensor.pin_memory() if self.model.device.type == "cuda" else tensor
+        if self.model.device.type == "cuda":
+            tensor = tensor.pin_memory()
         return tensor.to(self.model.device, non_blocking=True)
 
     def why_not_finite(self) -> str:

@@ -101,7 +101,8 @@ class VllmServer:
             return "unknown"
 
     def _body(self, tokens: list[int], k: int) -> dict[str, Any]:
-        return {"model": self.name, "prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": k}
+        name = self.name or self.model
+        return {"model": name, "prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": k}
 
     def start(self, batch: Sequence[Query], k: int) -> "Future[Distributions]":
         (query,) = batch

@@ -254,10 +254,13 @@ class Collator:
         size = sum(len(example.tokens.positions) for example in examples)
         entries = max((distribution.ids.shape[1] for distribution in fused), default=0)
         models = max((distribution.shares.shape[1] for distribution in fused), default=0)
-        columns: dict[str, NDArray[Any]] = {"fused_ids": np.zeros((size, entries), np.int64)}
-        for name, width in {"fused_probabilities": entries, "shares": models}.items():
-            columns[name] = np.zeros((size, width), np.float32)
-        columns |= {name: np.zeros(size, np.float32) for name in ("confidence", "fused_tail")}
+        columns: dict[str, NDArray[Any]] = {
+            "fused_ids": np.zeros((size, entries), np.int64),
+            "fused_probabilities": np.zeros((size, entries), np.float32),
+            "shares": np.zeros((size, models), np.float32),
+            "confidence": np.zeros(size, np.float32),
+            "fused_tail": np.zeros(size, np.float32),
+        }
         start = 0
         for example in examples:
             if (part := example.fused) is not None:

@@ -192,7 +192,8 @@ def sparse_terms(
     chunks = list(zip(*(torch.split(column, size) for column in columns), strict=True))
     tails = [None] * len(chunks) if targets.tail is None else torch.split(targets.tail, size)
     run = partial(checkpoint, of_chunk, use_reentrant=False) if torch.is_grad_enabled() else of_chunk
-    parts = [run(number, *inputs, tails[number]) for number, inputs in enumerate(chunks)]
+    numbered = enumerate(zip(chunks, tails, strict=True))
+    parts = [run(number, *inputs, tail_C) for number, (inputs, tail_C) in numbered]
     terms = Terms(*(torch.cat(column) for column in zip(*parts, strict=True)))
     if targets.chunks is None:
         return terms

@@ -27,7 +27,7 @@ from varm_common.tensor_stream import messages
 __all__ = ["serve"]
 
 
-def serve(folder: Path, batch_tokens: int, code: bool) -> None:
+def serve(folder: Path, batch_tokens: int, trust_remote_code: bool) -> None:
     """Answer requests until standard input ends.
 
     Raises:
@@ -46,11 +46,10 @@ def serve(folder: Path, batch_tokens: int, code: bool) -> None:
             continue
         try:
             source, name = Path(request["folder"]), request["name"]
-            model = models.load_causal_lm(
-                source, name, dtype="auto", device=state.device, trust_remote_code=code, tensors=tensors or None
-            )
+            given = {"device": state.device, "trust_remote_code": trust_remote_code, "tensors": tensors or None}
+            model = models.load_causal_lm(source, name, dtype="auto", **given)
             tensors.clear()
-            tokens = write_tokens(dialogues, load_tokenizer(source, name, code))
+            tokens = write_tokens(dialogues, load_tokenizer(source, name, trust_remote_code))
             scored = score(model, tokens, names, batch_tokens, {*request["conversations"]})
             demand_finite(scored, model, name)
             reply: dict[str, Any] = {"conversations": by_conversation(scored)}

@@ -204,8 +204,8 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
             sums = {name: number.tolist() for name, number in self.accelerator.reduce(self._sums, "sum").items()}
             self._sums = {}
             positions = max(1.0, sums["positions"])
-            means = ("clm", "fusion", "clm_weight", *(["alm"] if self.alm_weight else []))
-            logs |= {name: sums[name] / positions for name in means}
+            means = ("clm", "fusion", "clm_weight", "alm")
+            logs |= {name: sums[name] / positions for name in means if name in sums}
             logs["supervised_tokens"] = sums["positions"]
             clm_square, fusion_square = sums["squares"]
             if clm_square:
