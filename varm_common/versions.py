@@ -2,10 +2,11 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-__all__ = ["versions"]
+__all__ = ["installed", "versions"]
 
 
-def _installed(package: str) -> str:
+def installed(package: str) -> str:
+    """The version of a package, or ``not installed``."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -14,4 +15,4 @@ def _installed(package: str) -> str:
 
 def versions() -> dict[str, str]:
     """The versions of the packages that decide the result of a merge."""
-    return {name: _installed(name) for name in ("varm-merge", "mergekit", "torch", "transformers", "safetensors")}
+    return {name: installed(name) for name in ("varm-merge", "mergekit", "torch", "transformers", "safetensors")}

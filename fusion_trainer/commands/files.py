@@ -81,7 +81,9 @@ def verify(folder: Path) -> None:
 @store.command()
 @click.argument("folder", type=PATH)
 @click.option("--row", default=0, show_default=True, help="Number of the row to print.")
-@click.option("--positions", default=20, show_default=True, help="Maximum number of positions to print.")
+@click.option(
+    "--positions", type=click.IntRange(min=1), default=20, show_default=True, help="Positions to print at most."
+)
 @click.option("--dialogues", type=PATH, help="Folder of the store's dialogues, to print the text.")
 @click.option("--tokenizer", help="Folder or Hub id of the tokenizer, if the model has moved.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model repository.")

@@ -214,7 +214,7 @@ class TextTokenizer:
             return frozenset()
         return frozenset(token for name, token in self.tokenizer.get_vocab().items() if _is_byte(name))
 
-    @property
+    @cached_property
     def vocabulary(self) -> frozenset[int]:
         """Every id that stands for a token; a model may have more rows than these."""
         return frozenset(self.tokenizer.get_vocab().values())

@@ -3,7 +3,6 @@
 import glob
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from varm_common.errors import UserError
+from varm_common.versions import installed
 from varm_merge.comparison.backends import NEEDS, SERVERS, TRANSFORMERS
 from varm_merge.comparison.cache import state_of
 from varm_merge.comparison.servers import Servers
@@ -82,12 +82,8 @@ class Tasks:
         files = {file.resolve() for folder in folders for file in folder.rglob("*") if _counts(file)}
         for file in [file for file in files if file.suffix in (".yaml", ".yml")]:
             files |= {named.resolve() for named in _named_files(file)}
-        try:
-            harness = version(HARNESS)
-        except PackageNotFoundError:
-            harness = "not installed"
         local = state_of(files) if files else None
-        return {"task": task.name, "local": local, "settings": settings, HARNESS: harness}
+        return {"task": task.name, "local": local, "settings": settings, HARNESS: installed(HARNESS)}
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
         """The environment of a process that runs a task. A server gets only the key that the user named."""
