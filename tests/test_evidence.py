@@ -165,3 +165,11 @@ def test_a_search_is_made_again_if_its_command_or_a_target_changed(tmp_path: Pat
     assert not evidence.is_tuned(tuned, [Path("a.yaml"), "--evaluations", "4"], [target])
     os.utime(target, (tuned.stat().st_mtime + 1,) * 2)
     assert not evidence.is_tuned(tuned, [Path("a.yaml"), "--evaluations", "3"], [target])
+
+
+def test_clm_is_scaled_by_the_recipe_of_the_merges(tmp_path: Path) -> None:
+    recipe = tmp_path / "real-varm.yaml"
+    settings = {"merge_method": "varm", "base_model": "pivot", "parameters": {"granularity": "matrix"}}
+    recipe.write_text(yaml.safe_dump({**settings, "models": [{"model": "a"}, {"model": "b"}]}))
+    written = evidence.recipe_of_one(recipe, tmp_path / "clm")
+    assert yaml.safe_load(written.read_text()) == {**settings, "models": [{"model": str(tmp_path / "clm")}]}

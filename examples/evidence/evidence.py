@@ -68,9 +68,10 @@ TUNED: dict[str, tuple[str, list[str]]] = {
     "varm_parameter": ("VaRM parameter", ["lambda=0:6"]),
     "varm_depth": ("VaRM, λ by depth", ["lambda:depth=0:6"]),
     "varm_targets": ("VaRM, a weight for each target", ["weight:target"]),
+    "clm": ("CLM alone, scaled", ["lambda=0:6"]),
 }
 """What `varm-merge tune` searches, by merge."""
-STARTS = {"varm_depth": "varm", "varm_targets": "varm"}
+STARTS = {"varm_depth": "varm", "varm_targets": "varm", "clm": "varm"}
 """The merge whose recipe a search begins with, if its name is another."""
 AS_PUBLISHED = {
     "linear": "linear",
@@ -234,13 +235,16 @@ def tune(world: World, case: str, name: str, evaluations: int) -> Path:
     """The folder of a tuned merge: `tuned.json`, `recipe.yaml` and the model."""
     out = world.work / "tuned" / f"{case}-{name}"
     recipe = world.work / "recipes" / f"{case}-{STARTS.get(name, name)}.yaml"
+    targets = world.cases[case]
+    if name == "clm":  # whether a merge gains more than one target does that is scaled in the same way
+        recipe, targets = recipe_of_one(recipe, world.work / "targets" / "clm"), ["clm"]
     searched = [word for parameter in TUNED[name][1] for word in ("--parameter", parameter)]
     several = any(":target" in word or ":depth" in word for word in searched)
     limit = ["--evaluations", str(evaluations * (2 if several else 1))]
     command = [recipe, "--held-out", world.choosing, "--out", out, "--report-share", "0.05", *searched, *limit]
     template = world.settings.get("prepare", {}).get("template")
     command += ["--template", template] if template else []
-    inputs = [world.choosing, *(world.work / "targets" / target / "fusion.json" for target in world.cases[case])]
+    inputs = [world.choosing, *(world.work / "targets" / target / "fusion.json" for target in targets)]
     if not is_tuned(out / "tuned.json", command, inputs):
         shutil.rmtree(out / "model", ignore_errors=True)
         (out / "scores.json").unlink(missing_ok=True)
@@ -248,6 +252,14 @@ def tune(world: World, case: str, name: str, evaluations: int) -> Path:
     if not (out / "model" / "config.json").is_file():
         world.call(BIN / "mergekit-yaml", out / "recipe.yaml", out / "model", "--random-seed", "0")
     return out
+
+
+def recipe_of_one(recipe: Path, target: Path) -> Path:
+    """A recipe with one target instead of its own."""
+    content = {**yaml.safe_load(recipe.read_text("utf-8")), "models": [{"model": str(target.resolve())}]}
+    path = recipe.with_name(f"{recipe.stem}-{target.name}.yaml")
+    write_if_new(path, yaml.safe_dump(content, sort_keys=False))
+    return path
 
 
 def is_tuned(tuned: Path, command: Sequence[str | Path], inputs: Iterable[Path]) -> bool:
@@ -349,6 +361,7 @@ def questions(runs: Sequence[Run], case: str) -> str:
     """What the tables answer, each by a paired difference."""
     pairs = [
         ("Does a tuned merge beat the best target?", f"tuned-{case}-varm", f"best-{case}"),
+        ("Does it beat CLM alone, scaled alike?", f"tuned-{case}-varm", f"tuned-{case}-clm"),
         ("Does it beat the pivot?", f"tuned-{case}-varm", "pivot"),
         ("Does VaRM beat linear as it is?", f"merge-{case}-varm", f"merge-{case}-linear"),
         ("Does VaRM beat linear once both are scaled?", f"tuned-{case}-varm", f"tuned-{case}-task_arithmetic"),
