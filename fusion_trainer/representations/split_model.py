@@ -71,9 +71,7 @@ class SplitModel:
 
     def head(self, hidden_CH: Tensor) -> Tensor:
         """Logits [C, V] of hidden states [C, H]."""
-        from transformers.modeling_outputs import MoeModelOutputWithPast
-
-        logits_CV: Tensor = self.given(MoeModelOutputWithPast(last_hidden_state=hidden_CH[None])).logits[0]
+        logits_CV: Tensor = self.given(_LayersOutput(hidden_CH[None])).logits[0]
         return logits_CV
 
     def given(self, output: Any, **inputs: Any) -> Any:
@@ -104,6 +102,19 @@ class SplitModel:
         except (AttributeError, TypeError, KeyError, IndexError, RuntimeError):
             return logits_LV, False  # its head needs more than the layers' output
         return logits_LV, _agree(ours_LV, logits_LV, TOLERANCE.get(logits_LV.dtype, 1e-1))
+
+
+class _LayersOutput:
+    """Hidden states as the output of layers; all else that a model may pass on from there is None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, place: Any) -> Any:
+        return (self.last_hidden_state,)[place]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def input_device(model: Any) -> torch.device:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tiny_sources
 import torch
+from architectures import ARCHITECTURES
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fusion_trainer.representations.split_model import positions_at_a_time
 from fusion_trainer.representations.topk_model import TopKModel
@@ -188,14 +189,35 @@ def test_logits_exist_for_a_chunk_of_supervised_positions_only() -> None:
     assert seen == [(1, 8, ROWS), (1, 8, ROWS), (1, 4, ROWS)]
 
 
-def test_a_model_whose_head_needs_more_than_hidden_states_is_queried_whole() -> None:
-    config = MambaConfig(vocab_size=ROWS, hidden_size=16, state_size=4, num_hidden_layers=2, expand=2)
+@pytest.mark.parametrize("architecture", ["gemma3", "gpt2", "gpt_bigcode", "mamba2"])
+def test_a_model_that_passes_on_more_than_hidden_states_is_separated_too(architecture: str) -> None:
+    """Image features, cross-attentions and caches of the layers do not change the logits."""
     torch.manual_seed(0)
-    model = MambaForCausalLM(config).eval()
+    _, config = ARCHITECTURES[architecture]()
+    with no_warning():
+        topk_model = TopKModel(AutoModelForCausalLM.from_config(config).eval(), frozenset(range(48)))
+    ids_BL = torch.arange(24).reshape(2, 12)
+    found = topk_model.distributions(ids_BL, None, torch.arange(11), ids_BL[0, 1:], 10)
+    dense = topk_model.bare_forward(ids_BL, None)[0, :11].double().log_softmax(-1)
+    torch.testing.assert_close(found.logprobs_CK.double(), dense.topk(10).values, rtol=1e-4, atol=1e-4)
+
+
+class AttentiveModel(LlamaForCausalLM):
+    """Its logits come from its layers' output and from their attentions."""
+
+    def forward(self, input_ids: Tensor, **options: Any) -> Any:
+        output = super().forward(input_ids=input_ids, output_attentions=True, **options)
+        output.logits = output.logits * output.attentions[0].mean()
+        return output
+
+
+def test_a_model_whose_head_needs_more_than_hidden_states_is_queried_whole() -> None:
+    torch.manual_seed(0)
+    config = tiny_sources.LAYOUTS["llama"](vocab_size=ROWS, attn_implementation="eager")
     with pytest.warns(UserWarning, match="every position"):
-        topk_model = TopKModel(model, KNOWN)
+        topk_model = TopKModel(AttentiveModel(config).eval(), KNOWN)
     assert "forward" not in vars(topk_model.split.layers)
-    assert_answers_as_the_plain_model(topk_model, LENGTHS)
+    assert_answers_as_the_plain_model(topk_model, (12,))
 
 
 @pytest.mark.parametrize(
