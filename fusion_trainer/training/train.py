@@ -196,10 +196,25 @@ def _with_adapters(model: Any, config: TrainConfig) -> Any:
             model, use_gradient_checkpointing=bool(config.training.get("gradient_checkpointing"))
         )
     set_seed(config.training.get("seed", TrainingArguments.seed))  # new adapters are random
+    cannot = f"{place_of_setting(config, 'lora')}`lora` cannot be used"
     try:
-        return get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **(config.lora or {})}))
+        adapted = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **(config.lora or {})}))
     except Exception as error:  # only peft's code has run
-        raise UserError(f"{place_of_setting(config, 'lora')}`lora` cannot be used: {reason_of(error)}") from error
+        raise UserError(f"{cannot}: {reason_of(error)}") from error
+    for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        one, other = (_trained_in(model.get_submodule(name.rpartition(".")[0])) for name in pair)
+        if one != other:
+            raise UserError(
+                f"{cannot}: the pivot has one tensor for `{pair[0]}` and `{pair[1]}`, and these adapters would "
+                "make two of it. Leave both out of `target_modules`; to train them, name one in `modules_to_save` "
+                "and set `ensure_weight_tying: true`"
+            )
+    return adapted
+
+
+def _trained_in(module: Any) -> dict[str, int]:
+    """Where the trained parameters of a module are in memory."""
+    return {name: weight.data_ptr() for name, weight in module.named_parameters() if weight.requires_grad}
 
 
 def _names(stores: Sequence[RepresentationStore]) -> list[str]:

@@ -235,6 +235,44 @@ def test_with_lora_the_target_is_the_pivot_plus_its_adapters(
     assert type(model).__name__ == "LlamaForCausalLM"
 
 
+def tied_pivot(fusion: World, folder: Path) -> Path:
+    """The pivot with one tensor for embedding and head."""
+    pivot = shutil.copytree(fusion.folder / "pivot", folder)
+    settings = {**tiny_fusion.PIVOT, "tie_word_embeddings": True}
+    tiny_sources.new_source("llama", len(fusion.tokenizer.tokenizer), **settings).save_pretrained(pivot)
+    return pivot
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True},
+    ],
+    ids=str,
+)
+def test_adapters_that_make_two_tensors_of_a_tied_one_are_refused(
+    lora: dict[str, Any], fusion: World, tmp_path: Path
+) -> None:
+    pivot = tied_pivot(fusion, tmp_path / "pivot")
+    config = fusion.config(tmp_path / "target", **CLM, pivot=str(pivot), lora={**LORA, **lora})
+    assert "the pivot has one tensor for `lm_head.weight` and `model.embed_tokens.weight`" in refused(config)
+
+
+def test_a_tied_tensor_is_trained_as_one(fusion: World, tmp_path: Path, trainers: list[FusionTrainer]) -> None:
+    pivot = tied_pivot(fusion, tmp_path / "pivot")
+    lora = {**LORA, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    target = train(fusion.config(tmp_path / "target", **CLM, pivot=str(pivot), lora=lora))
+    ids, trained = torch.arange(20)[None], trainers[0].model.eval()
+    logits = AutoModelForCausalLM.from_pretrained(target)(ids).logits
+    torch.testing.assert_close(logits, trained(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(
+        weights(target)["model.embed_tokens.weight"], weights(pivot)["model.embed_tokens.weight"]
+    )
+
+
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_adapters_of_a_quantised_pivot_are_added_to_the_pivot_itself(
     bits: str, fusion: World, tmp_path: Path, trainers: list[FusionTrainer]
