@@ -23,6 +23,12 @@ SOURCES = {
 }
 """By class: its package, the files that declare its arguments and their choices, and its base classes."""
 AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+NOT_MERGED = {
+    "alora_invocation_tokens": "adapters that depend on the text cannot be merged into a target",
+    "inference_mode": "it trains nothing",
+    "layer_replication": "a target has the pivot's layers",
+}
+"""Arguments of a LoraConfig with which there is no target."""
 TYPES = {"int": int, "float": float, "bool": bool}
 
 
@@ -79,6 +85,8 @@ def checked(name: str, given: dict[str, Any]) -> dict[str, Any]:
             problem = f"choose one of {', '.join(choices)}"
         if problem is None and key in AT_LEAST_ONE and result[key] < 1:
             problem = "it is at least 1"
+        if problem is None and key in NOT_MERGED and result[key]:
+            problem = NOT_MERGED[key]
         if problem:
             wrong.append((key, f"`{key}` cannot be {value!r}: {problem}"))
     if unknown or wrong:

@@ -6,6 +6,7 @@ trained from.
 """
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -198,7 +199,9 @@ def _with_adapters(model: Any, config: TrainConfig) -> Any:
     set_seed(config.training.get("seed", TrainingArguments.seed))  # new adapters are random
     cannot = f"{place_of_setting(config, 'lora')}`lora` cannot be used"
     try:
-        adapted = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **(config.lora or {})}))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*merging LoRA weights won't be possible")
+            adapted = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **(config.lora or {})}))
     except Exception as error:  # only peft's code has run
         raise UserError(f"{cannot}: {reason_of(error)}") from error
     for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():

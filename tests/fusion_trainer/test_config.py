@@ -257,6 +257,20 @@ fusion: max_ce
         assert sum(problem.startswith(start) for problem in problems) == 1, start
 
 
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("layer_replication: [[0, 1], [0, 1]]", "a target has the pivot's layers"),
+        ("alora_invocation_tokens: [5]", "adapters that depend on the text cannot be merged into a target"),
+        ("inference_mode: true", "it trains nothing"),
+    ],
+)
+def test_adapters_that_give_no_target_are_refused(line: str, what: str, config: Callable[..., Any]) -> None:
+    message = refusal(config, f"{TRAINING}lora:\n  {line}\n", TrainConfig)
+    assert f"`lora`: `{line.partition(':')[0]}` cannot be" in message
+    assert message.endswith(what)
+
+
 def test_a_training_must_be_set(config: Callable[..., Any]) -> None:
     message = refusal(config, "pivot: org/pivot\n", TrainConfig)
     assert "`training` is not set (--training): Arguments of transformers' TrainingArguments" in message

@@ -261,16 +261,18 @@ def test_adapters_that_make_two_tensors_of_a_tied_one_are_refused(
     assert "the pivot has one tensor for `lm_head.weight` and `model.embed_tokens.weight`" in refused(config)
 
 
+def assert_what_was_trained(target: Path, trained: Any) -> None:
+    ids = torch.arange(20)[None]
+    logits = AutoModelForCausalLM.from_pretrained(target)(ids).logits
+    torch.testing.assert_close(logits, trained.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_a_tied_tensor_is_trained_as_one(fusion: World, tmp_path: Path, trainers: list[FusionTrainer]) -> None:
     pivot = tied_pivot(fusion, tmp_path / "pivot")
     lora = {**LORA, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
     target = train(fusion.config(tmp_path / "target", **CLM, pivot=str(pivot), lora=lora))
-    ids, trained = torch.arange(20)[None], trainers[0].model.eval()
-    logits = AutoModelForCausalLM.from_pretrained(target)(ids).logits
-    torch.testing.assert_close(logits, trained(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
-    assert not torch.equal(
-        weights(target)["model.embed_tokens.weight"], weights(pivot)["model.embed_tokens.weight"]
-    )
+    assert_what_was_trained(target, trainers[0].model)
+    assert not torch.equal(*(weights(folder)["model.embed_tokens.weight"] for folder in (target, pivot)))
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
@@ -729,6 +731,7 @@ def test_the_folder_of_the_target_must_be_named(fusion: World, tmp_path: Path) -
         ({"training": {"bf16": True, "fp16": True}}, "the training arguments cannot be used: "),
         ({"training": {**OFTEN, "load_best_model_at_end": True}}, "the training arguments cannot be used: "),
         ({"lora": {"target_modules": ["no_such_proj"]}}, "`lora` cannot be used: "),
+        ({"lora": {"lora_bias": True}}, "merging LoRA weights won't be possible"),
         ({"lora": {"bias": "most"}}, "`lora` cannot be used: NotImplementedError: Requested bias: most"),
         ({"pivot": "nowhere/at/all"}, "no model folder `nowhere/at/all`"),
         ({"kind": "none"}, "`aligned_stores` has no store to fuse; for CLM alone set `clm_weight: 1`"),
