@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from transformers import set_seed
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from fusion_trainer.training.inputs import Inputs, fixed_settings, load_pivot
@@ -149,6 +150,7 @@ def _write_target(
 
         model.save_pretrained(making / "adapter", state_dict=weights)
         pivot = load_pivot(inputs, "float32", None)
+        set_seed(inputs.arguments.seed)  # some adapters change the pivot at random when they are added
         model = PeftModel.from_pretrained(pivot, making / "adapter").merge_and_unload()
         weights = model.state_dict()
     tied = getattr(model, "all_tied_weights_keys", None) or {}  # each is there once, by another name

@@ -275,6 +275,15 @@ def test_a_tied_tensor_is_trained_as_one(fusion: World, tmp_path: Path, trainers
     assert not torch.equal(*(weights(folder)["model.embed_tokens.weight"] for folder in (target, pivot)))
 
 
+def test_adapters_that_change_the_pivot_at_random_are_merged_into_what_was_trained(
+    fusion: World, tmp_path: Path, trainers: list[FusionTrainer]
+) -> None:
+    """PiSSA moves the main part of the weights into the adapters, found by a random algorithm."""
+    lora = {**LORA, "init_lora_weights": "pissa_niter_4"}
+    target = train(fusion.config(tmp_path / "target", **CLM, lora=lora, training={"seed": 7}))
+    assert_what_was_trained(target, trainers[0].model)
+
+
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_adapters_of_a_quantised_pivot_are_added_to_the_pivot_itself(
     bits: str, fusion: World, tmp_path: Path, trainers: list[FusionTrainer]
