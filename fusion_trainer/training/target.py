@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from transformers import set_seed
+from transformers import AutoConfig, set_seed
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from fusion_trainer.training.inputs import Inputs, fixed_settings, load_pivot
@@ -156,6 +156,10 @@ def _write_target(
     tied = getattr(model, "all_tied_weights_keys", None) or {}  # each is there once, by another name
     rounded = {k: w.to(dtype) if w.is_floating_point() else w for k, w in weights.items() if k not in tied}
     _demand_moved(inputs, rounded)
+    config = model.config.get_text_config()
+    own = AutoConfig.from_pretrained(inputs.folder, trust_remote_code=inputs.config.trust_remote_code)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the Trainer has set those of the tokenizer
+        setattr(config, name, getattr(own.get_text_config(), name, None))
     model.config.use_cache = True
     model.save_pretrained(making, state_dict=rounded)
     model.config.dtype = dtype  # the written one, not the trained one

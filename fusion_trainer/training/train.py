@@ -161,15 +161,13 @@ def _trainer(inputs: Inputs, tokens: Path) -> FusionTrainer:
     if config.lora is not None:
         model = _with_adapters(model, config)
     flat = config.packing and "flash" in str(getattr(model.config, "_attn_implementation", ""))
-    reader = inputs.tokenizer.tokenizer
-    padding = next((i for i in (reader.pad_token_id, reader.eos_token_id) if i is not None), 0)
     try:
         return FusionTrainer(
             model,
             inputs.arguments,
             data(learned),
             data(held_out) if held_out else None,
-            Collator(padding, config.packing, flat, config.tail == "bucket"),
+            Collator(0, config.packing, flat, config.tail == "bucket"),
             clm_weight=config.clm_weight,
             divergence=divergence_named(config.divergence, config.js_beta),
             alm_weight=config.alm_weight,
@@ -177,7 +175,7 @@ def _trainer(inputs: Inputs, tokens: Path) -> FusionTrainer:
             schedule=config.clm_weight_schedule,
             models=_names(inputs.stores),
             name_block=lambda block: f"block {block}: {dialogues[block].conversation} ({dialogues[block].source})",
-            tokenizer=reader,
+            tokenizer=inputs.tokenizer.tokenizer,
         )
     except UserError:
         raise

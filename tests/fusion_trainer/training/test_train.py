@@ -178,6 +178,21 @@ def test_a_tied_pivot_gives_a_tied_target(dtype: torch.dtype, fusion: World, tmp
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_padding_token_without_a_row_in_the_pivot_is_never_used(
+    packing: bool, fusion: World, tmp_path: Path
+) -> None:
+    """Many tokenizers have one that was added after the model was trained."""
+    pivot = shutil.copytree(fusion.folder / "pivot", tmp_path / "pivot")
+    tokenizer = AutoTokenizer.from_pretrained(pivot)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(pivot)
+    target = train(fusion.config(tmp_path / "target", **CLM, pivot=str(pivot), packing=packing))
+    model = AutoModelForCausalLM.from_pretrained(target)
+    assert model.config.pad_token_id is None
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer) - 1
+
+
 def test_a_pivot_with_several_chat_templates_keeps_them(fusion: World, tmp_path: Path) -> None:
     """They are files in a folder of their own."""
     pivot = shutil.copytree(fusion.folder / "pivot", tmp_path / "pivot")
