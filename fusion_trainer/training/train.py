@@ -174,6 +174,7 @@ def _trainer(inputs: Inputs, tokens: Path) -> FusionTrainer:
             alm_temperature=config.alm_temperature,
             schedule=config.clm_weight_schedule,
             models=_names(inputs.stores),
+            longest=int(file.lengths.max()),
             name_block=lambda block: f"block {block}: {dialogues[block].conversation} ({dialogues[block].source})",
             tokenizer=inputs.tokenizer.tokenizer,
         )

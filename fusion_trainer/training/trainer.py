@@ -21,7 +21,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
-from fusion_trainer.representations.split_model import SplitModel
+from fusion_trainer.representations.split_model import SplitModel, context_length
 from fusion_trainer.training.batches import Collator, FusionData
 from fusion_trainer.training.divergences import Divergence
 from fusion_trainer.training.likelihoods import Chunks
@@ -53,6 +53,7 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         schedule: ``constant``; ``hard_and_decay``: from λ linearly to 1 (FuseLLM's published options, in which the
             fusion term fades out); ``soft``: 1 − exp(−CE) of the fused distribution, position by position.
         models: Names of the fused models, for the logs.
+        longest: Tokens of the longest block.
         name_block: The name of a block in messages.
         tokenizer: Saved with each checkpoint.
 
@@ -74,13 +75,14 @@ class FusionTrainer(Trainer):  # type: ignore[misc]
         alm_temperature: float = 100.0,
         schedule: Schedule = "constant",
         models: Sequence[str] = (),
+        longest: int = 1,
         name_block: Callable[[int], str] = str,
         tokenizer: Any = None,
         **others: Any,
     ) -> None:
         if problems := argument_problems(args):
             raise UserError(f"these training arguments cannot be used:{listed(problems)}")
-        _teach(model.get_base_model() if hasattr(model, "get_base_model") else model, collator.packed)
+        _teach(model.get_base_model() if hasattr(model, "get_base_model") else model, collator.packed, longest)
         own = {"processing_class": tokenizer, "compute_metrics": self._metrics}
         super().__init__(model, args, collator, train_dataset, eval_dataset, **own, **others)
         self.model_accepts_loss_kwargs = True  # transformers then counts the tokens of the whole accumulated batch
@@ -341,7 +343,7 @@ def when_run_again(folder: Path) -> str:
     return f"it resumes from `{last}`" if last else "it trains again, since there is no checkpoint (save_strategy)"
 
 
-def _teach(model: Any, packed: bool) -> None:
+def _teach(model: Any, packed: bool, longest: int) -> None:
     """Give a model the fusion loss, once it is known to work with it."""
     split = SplitModel(model)
     if not is_deepspeed_zero3_enabled() and split.device.type != "meta":  # weights that can be used now
@@ -350,14 +352,14 @@ def _teach(model: Any, packed: bool) -> None:
         model.eval()
         if needs_gpu:
             model.set_attn_implementation("eager")
-        _demand_usable(split, packed)
+        _demand_usable(split, packed, longest)
         if needs_gpu:
             model.set_attn_implementation(kernels)
         model.train(training)
     give_fusion_loss(model)
 
 
-def _demand_usable(split: SplitModel, packed: bool) -> None:
+def _demand_usable(split: SplitModel, packed: bool, longest: int) -> None:
     name = type(split.model).__name__
     if not split.trial()[1]:
         raise UserError(
@@ -368,6 +370,24 @@ def _demand_usable(split: SplitModel, packed: bool) -> None:
             f"{name} does not keep packed conversations apart (its attention does not look at position_ids); "
             "leave `packing` off, or try another `attention`"
         )
+    if not _has_position(split, longest - 1):
+        raise UserError(
+            f"{name} has no position for all {longest} tokens of the longest block (its context is "
+            f"{context_length(split.model)}); prepare the dialogues with a smaller max_length"
+        )
+
+
+@torch.no_grad()
+def _has_position(split: SplitModel, position: int) -> bool:
+    """Whether the model can read a token there: models that learn positions have a number of them."""
+    ids_BL = torch.zeros(1, 1, dtype=torch.long, device=split.device)
+    try:
+        split.hidden(input_ids=ids_BL, position_ids=ids_BL + position)
+    except (IndexError, RuntimeError):
+        return False
+    except TypeError:  # it takes no position_ids
+        return True
+    return True
 
 
 @torch.no_grad()

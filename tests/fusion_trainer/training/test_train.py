@@ -15,7 +15,7 @@ import tiny_sources
 import torch
 from click.testing import CliRunner
 from tiny_fusion import CHATS, World, weights
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import fusion_trainer.training.target as targets
 import fusion_trainer.training.train as stage
@@ -769,6 +769,19 @@ def test_settings_that_do_not_go_together_are_refused(
     """The folder is not claimed: the settings put right may have it."""
     assert part in refused(fusion.config(tmp_path / "target", **changed))
     assert not content(tmp_path)
+
+
+def test_a_pivot_without_a_position_for_each_token_is_refused(fusion: World, tmp_path: Path) -> None:
+    pivot = shutil.copytree(fusion.folder / "pivot", tmp_path / "pivot")
+    longest = max(fusion.data().lengths)
+    for room in (longest - 1, longest):
+        settings = {"vocab_size": 700, "n_positions": room, "n_embd": 16, "n_layer": 1, "n_head": 2}
+        GPT2LMHeadModel(GPT2Config(**settings)).save_pretrained(pivot)
+        config = fusion.config(tmp_path / "target", **CLM, pivot=str(pivot))
+        if room < longest:
+            told = f"no position for all {longest} tokens of the longest block (its context is {room})"
+            assert told in refused(config)
+    train(config)
 
 
 @pytest.mark.parametrize(
