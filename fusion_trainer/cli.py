@@ -12,7 +12,7 @@ import click
 
 from fusion_trainer.commands.files import store, vocab_map
 from fusion_trainer.pipeline.stage import KINDS
-from varm_common.console import completion, talks
+from varm_common.console import Program, completion, talks
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -83,7 +83,7 @@ def _mapping(
     return {name: yaml.safe_load(value) for name, value in pairs} or None
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="varm-merge", prog_name="fusion-trainer")
 def main() -> None:
     """Fuse chat LLMs: train targets from a pivot, sources and chat data. VaRM can then merge the targets.

@@ -1,9 +1,11 @@
-"""Options that all commands share, ``--quiet`` and ``--verbose``, and shell completion."""
+"""What both programs share: how they write, ``--quiet`` and ``--verbose``, and shell completion."""
 
 import functools
 import inspect
+import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,9 +14,18 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-__all__ = ["completion", "is_quiet", "no_logs", "talks"]
+__all__ = ["Program", "completion", "is_quiet", "no_logs", "talks"]
 
 Command = Callable[..., None]
+
+
+class Program(click.Group):
+    """Writes ``?`` for a character that the encoding of standard output lacks."""
+
+    def main(self, *arguments: Any, **settings: Any) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="replace")
+        return super().main(*arguments, **settings)
 
 
 def talks(*, libraries: bool = True) -> Callable[[Command], Command]:

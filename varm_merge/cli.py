@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from varm_common import console
 from varm_common.console import completion
 from varm_merge.commands.check import check
 from varm_merge.commands.compare import compare
@@ -22,7 +23,7 @@ from varm_merge.version import __version__
 __all__ = ["main"]
 
 
-class Program(click.Group):
+class Program(console.Program):
     """Obeys NO_COLOR, and reports when standard output cannot be written (a full disk, for example)."""
 
     def invoke(self, context: click.Context) -> Any:

@@ -49,6 +49,15 @@ def test_every_command_helps_with_an_example(program: str, words: list[str], com
     assert all(option.help for option in command.params if isinstance(option, click.Option))
 
 
+@pytest.mark.parametrize("arguments", ["varm-merge compare --help", "fusion-trainer extract --help"])
+def test_output_in_another_encoding_has_question_marks(arguments: str) -> None:
+    program, *words = arguments.split()
+    done = subprocess.run([BIN / program, *words], env={"PYTHONIOENCODING": "latin-1"}, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "…" in CliRunner().invoke(PROGRAMS[program], words).output
+    assert b"?" in done.stdout
+
+
 @pytest.mark.parametrize(("program", "words", "command"), EVERY)
 def test_what_takes_long_can_be_quiet_or_verbose(program: str, words: list[str], command: click.Command) -> None:
     short = {"check", "doctor", "yaml", "completion", "recipe", "show", "verify", "results"}
