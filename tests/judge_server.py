@@ -20,7 +20,10 @@ Answer = str | dict[str, float] | None
 
 @dataclass
 class Fault:
-    """A status with headers, or a trick: ``sleep``, ``reset``, ``cut``, ``no choices``, ``no text``, ``html``."""
+    """A status with headers, or a trick: ``sleep``, ``reset``, ``cut``, ``no choices``, ``no text``, ``html``.
+
+    The tricks ``length`` and ``content_filter`` are reasons to end a reply before its text.
+    """
 
     status: int = 200
     trick: str = ""
@@ -117,8 +120,10 @@ class _Handler(BaseHTTPRequestHandler):
         reply = completion(body, self.judge.answer(body), self.judge.usage)
         if trick == "no choices":
             reply["choices"] = []
-        if trick == "no text":
+        if trick in ("no text", "length", "content_filter"):
             reply["choices"][0]["message"]["content"] = None
+        if trick in ("length", "content_filter"):
+            reply["choices"][0]["finish_reason"] = trick
         if trick == "html":
             self._send(200, b"<html>the proxy is not well</html>", {"content-type": "text/html"})
         elif trick == "cut":

@@ -30,6 +30,7 @@ SAMPLING = ("max_new_tokens", "num_choices", "temperature", "seed")
 CUT_ANSWERS = {
     "length": "answers cut at --max-new-tokens",
     "context": "answers cut at the end of the model's context",
+    "content_filter": "answers cut by the endpoint's content filter",
     "no room": "empty answers, because the question fills the model's context",
 }
 """Messages about answers that did not end by themselves."""

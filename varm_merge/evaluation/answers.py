@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from varm_merge.evaluation.collect import Outcome, collect, in_parallel
-from varm_merge.evaluation.endpoint import Endpoint, Failed
+from varm_merge.evaluation.endpoint import CUT, Endpoint, Failed
 from varm_merge.evaluation.journal import Journal
 from varm_merge.evaluation.questions import Question, Questions
 
@@ -38,7 +38,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """A model's answer; ``end`` says why it ended: ``stop``, ``length``, ``context`` or ``no room``."""
+    """A model's answer; ``end`` says why it ended: ``stop``, ``context``, ``no room``, or one of ``CUT``."""
 
     text: str
     end: str
@@ -146,8 +146,8 @@ def answer_at_endpoint(
                 seed = int(hashlib.sha256(prompt.seed.encode()).hexdigest()[:7], 16)
                 limit, temperature = settings.max_new_tokens, prompt.temperature
                 reply = endpoint.ask(prompt.messages, limit, temperature=temperature, seed=seed)
-                end = "length" if reply.choice.get("finish_reason") == "length" else "stop"
-                chat.add(Answer(reply.text.strip(), end))
+                end = reply.choice.get("finish_reason")
+                chat.add(Answer(reply.text.strip(), end if end in CUT else "stop"))
         return [chat.answers for chat in chats]
 
     missing = [question for question in questions if question.id not in done]

@@ -1,8 +1,8 @@
 """Queries a model behind an OpenAI-compatible endpoint.
 
 The openai client retries timeouts, lost connections and the statuses 408, 409, 429 and 5xx. Replies without text
-are treated like a 5xx. All tries keep to the rate limits and wait as long as ``Retry-After`` says. The key is read
-from the environment and removed from every message.
+are treated like a 5xx, unless they were cut. All tries keep to the rate limits and wait as long as ``Retry-After``
+says. The key is read from the environment and removed from every message.
 """
 
 import json
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from varm_common.endpoints import checked_url, key_from, without_key
 from varm_common.errors import UserError
 
-__all__ = ["Endpoint", "Failed", "Reply", "Usage", "estimated_tokens"]
+__all__ = ["CUT", "Endpoint", "Failed", "Reply", "Usage", "estimated_tokens"]
 
 OPENAI_HOST, OPENAI_KEY = "api.openai.com", "OPENAI_API_KEY"
 NO_KEY = "none"
@@ -30,6 +30,8 @@ NEW_LIMIT = "max_completion_tokens"
 """OpenAI's newer models take this in place of ``max_tokens``, and say so."""
 BROKEN_REPLY = 599
 """The status that a reply without text is given."""
+CUT = ("length", "content_filter")
+"""What cuts a reply. If the model was still reasoning, it has no text; another try would end the same way."""
 LONGEST_WAIT_SECONDS = 120
 """The client does not retry a request when the server wants it to wait longer."""
 BYTES_PER_TOKEN = 4
@@ -123,7 +125,8 @@ class Endpoint:
         response.read()
         if response.is_success:
             try:
-                has_text = isinstance(response.json()["choices"][0]["message"]["content"], str)
+                choice = response.json()["choices"][0]
+                has_text = isinstance(choice["message"]["content"], str) or choice["finish_reason"] in CUT
             except (ValueError, LookupError, TypeError):
                 has_text = False
             if not has_text:
@@ -168,7 +171,7 @@ class Endpoint:
             self.used.completion_tokens += (usage and usage.completion_tokens) or 0
             self.used.uncounted += usage is None
         total = (usage and usage.total_tokens) or 0
-        return Reply(choice["message"]["content"], choice, total, time.monotonic() - began)
+        return Reply(choice["message"]["content"] or "", choice, total, time.monotonic() - began)
 
 
 def _retry_after_seconds(header: str) -> float:

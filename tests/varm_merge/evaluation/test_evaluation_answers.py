@@ -545,6 +545,21 @@ def test_an_endpoint_is_queried_by_turn_and_again_for_missing_answers(questions:
         assert another.requests == []
 
 
+@pytest.mark.parametrize(
+    ("reason", "warning"), [("length", "cut at --max-new-tokens: 1"), ("content_filter", "content filter: 1")]
+)
+def test_a_reply_that_was_cut_before_its_text_is_an_empty_answer(
+    reason: str, warning: str, questions: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "served.jsonl"
+    with judge_server.serving(echo, [judge_server.Fault(trick=reason)]) as server:
+        done = answer("served", questions, output, "--url", server.url, "--concurrency", 1)
+        assert len(server.requests) == 2 * len(QUESTIONS)
+    assert done.exit_code == 0, done.output
+    assert warning in done.output
+    assert sum(text == "" for turns in answers_in(output).values() for text in turns[0]) == 1
+
+
 def test_options_without_effect_are_refused(questions: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     for more, message in (
