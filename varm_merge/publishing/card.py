@@ -318,5 +318,9 @@ def _drawn(weights: Mapping[str, Any], findings: Findings) -> bytes | None:
 
 
 def license_in(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The licence entries of a card's metadata; empty without a licence."""
-    return {key: str(metadata[key]) for key in LICENSE if metadata.get(key)} if metadata.get("license") else {}
+    """The licence entries of a card's metadata; empty without a licence, or with a list of several."""
+    license_ = metadata.get("license")
+    if isinstance(license_, list):
+        license_ = license_[0] if len(license_) == 1 else None
+    entries = {**metadata, "license": license_}
+    return {key: str(entries[key]) for key in LICENSE if entries.get(key)} if license_ else {}

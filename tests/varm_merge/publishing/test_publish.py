@@ -506,6 +506,14 @@ def test_a_relative_folder_that_is_gone_is_not_taken_for_a_model_of_the_hub(here
     assert metadata(here)["base_model"] == ["org/pivot", "org/one"]
 
 
+def test_a_licence_may_be_a_list_in_the_card_of_a_parent(here: Hub, out: Path) -> None:
+    here.add("org/one", {"README.md": b"---\nlicense:\n- apache-2.0\n---\n"})
+    assert push(out).exit_code == 0
+    assert metadata(here)["license"] == "apache-2.0"
+    here.add("org/one", {"README.md": b"---\nlicense: [apache-2.0, mit]\n---\n"})
+    assert "org/one: unknown; org/two: apache-2.0): choose one" in push(out).output
+
+
 def test_different_or_unknown_licences_need_a_choice(here: Hub, out: Path) -> None:
     here.add("org/one", {"README.md": b"---\nlicense: other\nlicense_name: mine\n---\n"})
     here.add("org/two", {"config.json": b"{}"})
