@@ -408,7 +408,9 @@ def argument_problems(args: TrainingArguments) -> list[str]:
     uneven = accelerator.split_batches or accelerator.dispatch_batches or not accelerator.even_batches
     best = (args.metric_for_best_model or "loss").removeprefix("eval_")
     by_process = not args.average_tokens_across_devices
+    full_eval = args.bf16_full_eval or args.fp16_full_eval
     no_best = args.load_best_model_at_end and args.eval_strategy == "no"
+    apart = not args.eval_do_concat_batches
     order, to_hub = args.train_sampling_strategy, args.push_to_hub
     checks = {
         "one process sees several GPUs: start with `accelerate launch -m fusion_trainer train …`": args.n_gpu > 1,
@@ -419,6 +421,8 @@ def argument_problems(args: TrainingArguments) -> list[str]:
         "auto_find_batch_size would restart with other batches; set the batch size": args.auto_find_batch_size,
         "ignore_data_skip would train on rows that were seen before; leave it false": args.ignore_data_skip,
         "batch_eval_metrics would average over batches instead of tokens; leave it false": args.batch_eval_metrics,
+        "bf16_full_eval and fp16_full_eval would round the weights before they are written": full_eval,
+        "eval_do_concat_batches: false would keep the sums of batches apart; leave it true": apart,
         "accelerator_config: split_batches, dispatch_batches and even_batches stay as they are": uneven,
         f"metric_for_best_model: there is no {best}; there are {', '.join(METRICS)}": best not in METRICS,
         "push_to_hub: upload the finished target, `hf upload NAME OUTPUT_DIR --exclude 'checkpoint-*'`": to_hub,
