@@ -145,6 +145,7 @@ def _write_target(
     """Write the target's files to ``making``. Returns its weights before they were rounded to its dtype."""
     dtype = getattr(torch, inputs.output_dtype)
     model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = {name.replace("_orig_mod.", ""): weight for name, weight in weights.items()}  # of torch_compile
     if inputs.config.lora is not None:
         from peft import PeftModel
 

@@ -109,6 +109,17 @@ def test_its_weights_are_those_that_the_trainer_ends_with(
     assert all(torch.equal(tensor, same.model.state_dict()[name]) for name, tensor in ends.items())
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 2}], ids=str)
+def test_a_compiled_model_gives_the_same_target(lora: Any, fusion: World, tmp_path: Path) -> None:
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    found, expected = (
+        weights(train(fusion.config(tmp_path / str(len(how)), lora=lora, training=how))) for how in (compiled, {})
+    )
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4)
+
+
 def test_fusion_json_describes_the_inputs_of_the_target(target: Path, fusion: World) -> None:
     record = json.loads((target / "fusion.json").read_text())
     pivot = fusion.folder / "pivot"
