@@ -180,7 +180,7 @@ def _trainer(inputs: Inputs, tokens: Path) -> FusionTrainer:
         )
     except UserError:
         raise
-    except CAUSED_BY_ARGUMENTS as error:
+    except (*CAUSED_BY_ARGUMENTS, RuntimeError) as error:  # RuntimeError: a program of report_to is missing
         raise unusable(config, error) from error
 
 

@@ -758,6 +758,7 @@ def test_the_folder_of_the_target_must_be_named(fusion: World, tmp_path: Path) -
             {"training": {"save_strategy": "best"}},
             "`save_strategy`: `args.metric_for_best_model` must be provided",
         ),
+        ({"training": {"report_to": "clearml"}}, "ClearMLCallback requires 'clearml' to be installed"),
         ({"training": {"report_to": "nowhere"}}, "`report_to`: nowhere is not supported"),
         ({"training": {"log_level": "loud"}}, "`log_level`: KeyError: 'loud'"),
         ({"training": {"accelerator_config": "no.json"}}, "`accelerator_config`: [Errno 2]"),
