@@ -99,7 +99,7 @@ class ModelServers:
             return self._reply(url, path, body)
         except (_BusyError, BrokenReplyError, TimeoutError) as error:
             raise UserError(
-                f"no usable reply from {url}{path}: {reason_of(error)}; start the server, or correct --server-url"
+                f"no usable reply from {url}{path}: {error}; start the server, or correct --server-url"
             ) from error
         except RefusedError as error:
             raise RefusedError(f"{url}{path}: {error.message}") from None

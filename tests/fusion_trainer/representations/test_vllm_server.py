@@ -169,7 +169,7 @@ REFUSALS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("a key", {"key": "secret"}, {}, "--server-key-env"),
     ("a setting", {}, {"attention": "sdpa"}, "`attention`: no effect"),
     ("no url", {}, {"server_url": "localhost:8000"}, "must begin with http"),
-    ("out of reach", {}, {"server_url": "http://127.0.0.1:9"}, "start the server"),
+    ("out of reach", {}, {"server_url": "http://127.0.0.1:9"}, "127.0.0.1:9/v1/models: no connection ("),
     (
         "poison",
         {"faults": ["short"] * 500},
