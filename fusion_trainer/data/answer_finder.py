@@ -204,27 +204,43 @@ class AnswerFinder:
     def _with_calls(self, number: int) -> FoundAnswer | None:
         """An answer with calls of tools: from the end of its generation prompt to the next marker of an end."""
         text, message = self.text, self._messages[number]
-        before = self._apply(self._messages[:number], prompt=True)
+        start, _ = self._end_of_prompt(number)
         whole = self._apply(self._messages[: number + 1])
-        if not (text.startswith(before) and whole.startswith(before)):
-            return None
-        start, written = len(before), whole[len(before) :]
-        ending = self._markers.token_at_end_of(written)
+        ending = self._markers.token_at_end_of(whole)
+        calls = [text.find(name, start) for name in _names(message.extra.get("tool_calls"))]
         if text.startswith(whole):
-            stop = start + len(written.rstrip().removesuffix(ending)) if ending else len(whole)
+            stop = len(whole.rstrip().removesuffix(ending)) if ending else len(whole)
         else:  # later turns change it: its end is the first one after its last call, before the next turn
-            calls = [text.find(name, start) for name in _names(message.extra.get("tool_calls"))]
             stop = text.find(ending, max(calls, default=start)) if ending else -1
             is_last = number + 1 == len(self._messages)
             next_turn = len(text) if is_last else self._place_of(number + 1) or 0
-            if min([stop, *calls]) < start or stop > next_turn:
+            if stop > next_turn:
                 return None
+        if min([stop, *calls]) < start:
+            return None
         content = message.content.strip()
         pieces: tuple[Piece, ...] = ()
         place = self._place_of(number) if content else None
         if place is not None and start <= place <= stop - len(content) and text.startswith(content, place):
             pieces = ((place, place + len(content), message.content.find(content)),)
         return FoundAnswer(number, start, stop, pieces)
+
+    def _end_of_prompt(self, number: int) -> tuple[int, bool]:
+        """Where the generation prompt of an answer ends in the text (true), or the text departs from it."""
+        before = self._apply(self._messages[:number], prompt=True)
+        if self.text.startswith(before):
+            return len(before), True
+        if not number:
+            return len(self.text), False
+        # Later turns change what precedes the answer, or the prompt opens reasoning that the answer does not have.
+        last, mark = number - 1, self._mark(number - 1)
+        asked = [*self._messages[:last], replace(self._messages[last], content=mark)]
+        prompt, after = self._apply(asked, prompt=True).partition(mark)[2], self._marked(last)[2]
+        if not self.text.endswith(after):
+            return len(self.text), False
+        same = common_start(prompt, after)
+        size = len(same if same == prompt else re.sub("<[^>]*$", "", same))  # not a part of a tag
+        return len(self.text) - len(after) + size, same == prompt
 
     # Answers
 

@@ -311,6 +311,28 @@ def test_reasoning_in_the_last_answer_is_supervised_under_qwen3_s_template() -> 
     assert last.endswith("Let me see: 🙂\n</think>\n\n2<|im_end|>")
 
 
+def test_a_call_is_supervised_though_it_lacks_the_reasoning_that_its_prompt_opens() -> None:
+    """Nemotron 3 and Qwen 3.5: a call without reasoning, and a call before the last question."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = dialogue("Hi.", "", "1 + 1?", "2")
+    messages[1:2] = [Message("assistant", "", extra={"tool_calls": [call]}), Message("tool", "x")]
+    for opened, written in (("<think>\n", "<think></think>\n"), ("<think>\n", ""), ("", "")):
+        jinja = turns(
+            "A: {% if m.tool_calls %}" + written + "<tool_call>{{ m.tool_calls[0].function.name }}</tool_call>"
+            "{% endif %}{{ m.content }}<|im_end|>\n"
+        )
+        template = Template(
+            "mine",
+            jinja + "{% if add_generation_prompt %}A: " + opened + "{% endif %}",
+            shared("unigram", SPECIAL["chatml"]),
+        )
+        rendered = template.render(messages)
+        pieces = [rendered.text.encode()[start:stop].decode() for start, stop in rendered.spans]
+        rest = written.removeprefix(opened.strip())
+        assert pieces == [f"{rest}<tool_call>f</tool_call><|im_end|>", "2<|im_end|>"]
+        assert not rendered.left_out
+
+
 def test_a_header_that_only_the_last_turn_has_is_the_template_s() -> None:
     jinja = turns("{% if loop.last %}(final) {% endif %}A: {{ m.content }}</s>")
     assert supervised(jinja, SHORT) == ["Hello!</s>", "2</s>"]
