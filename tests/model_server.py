@@ -18,12 +18,13 @@ import transformers
 
 @dataclass
 class Served:
-    """The models by name, their ``root`` in ``/models``, and what was sent."""
+    """The models by name, their ``root`` in ``/models``, and what was sent; ``silent``: chats have no text."""
 
     models: dict[str, Any]
     tokenizers: dict[str, Any]
     roots: Mapping[str, str]
     url: str = ""
+    silent: bool = False
     requests: list[tuple[str, Any]] = field(default_factory=list)
     keys: set[str | None] = field(default_factory=set)
     lock: Any = field(default_factory=threading.Lock)
@@ -71,7 +72,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.served.keys.add(self.headers["authorization"])
             self.served.requests.append((self.path, body))
             if self.path == "/v1/chat/completions":
-                message = {"role": "assistant", "content": body["messages"][-1]["content"].split()[-1]}
+                words = body["messages"][-1]["content"].split()
+                message = {"role": "assistant", "content": None if self.served.silent else words[-1]}
                 self._send(200, {"choices": [{"index": 0, "message": message}]})
             elif self.path == "/v1/completions" and body["model"] in self.served.models:
                 self._send(200, {"choices": list(self._choices(body))})

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,10 @@ def _import_problems(leaves: Sequence[Leaf]) -> Iterator[str]:
 
 
 def evaluate(tasks: Tasks, task: Task, folders: Sequence[str], run: Run, output: Path) -> None:
-    """Score a model on a task and write the harness's results as JSON; a NaN ends this process with an error."""
+    """Score a model on a task and write the harness's results as JSON.
+
+    A NaN, or a server all of whose replies lack a text, ends this process with an error.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -187,8 +191,11 @@ def evaluate(tasks: Tasks, task: Task, folders: Sequence[str], run: Run, output:
         confirm_run_unsafe_code=tasks.allow_code,
         log_samples=True,
     )
-    if any(_has_nan(sample["resps"]) for samples in results["samples"].values() for sample in samples):
+    replies = [sample["resps"] for samples in results["samples"].values() for sample in samples]
+    if any(map(_has_nan, replies)):
         sys.exit("Error: the model gives NaN as likelihoods: its weights or its arithmetic are not finite")
+    if tasks.backend == CHAT and not any(text for texts in replies for text in chain(*texts)):
+        sys.exit("Error: no reply of the server has a text; the harness's warnings say what it sent")
     output.write_text(json.dumps({name: results.get(name) for name in RESULTS}, default=str), encoding="utf-8")
 
 

@@ -345,6 +345,10 @@ def test_a_model_that_was_just_merged_is_not_scored_by_a_server_of_the_old_one(
         assert {path for path, _ in server.requests} == {"/v1/chat/completions"}
         assert server.keys <= {None, "Bearer ", "Bearer"}
         assert [{"role": "user", "content": "the red fox"}] in [body["messages"] for _, body in server.requests]
+        server.silent = True  # as when a reasoning model is cut before its answer
+        done = compare("new", *options, f"linear={server.url}", "--limit", "1")
+        assert (done.exit_code, measures("new", "linear", "answers")) == (1, [])
+        assert "✗ linear: task answers: no reply of the server has a text" in done.output
 
 
 def test_a_server_is_asked_what_it_serves(mistral: tiny_models.Family, tmp_path: Path) -> None:
