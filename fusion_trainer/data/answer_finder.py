@@ -296,11 +296,12 @@ class AnswerFinder:
         if not self._markers.prompt or text.endswith(self._markers.prompt, 0, answer.start):
             return start, start
         try:
-            before = self._apply(self._messages[: answer.turn], prompt=True)
+            prompted, whole = self._end_of_prompt(answer.turn)
         except TemplateError:
             return start, start
-        prompted = len(before)
-        if not text.startswith(before) or prompted > answer.stop:
+        reasoning = self._messages[answer.turn].extra.get("reasoning_content", "").strip()
+        reasons = reasoning and reasoning in text[prompted : answer.start]
+        if not (whole or reasons) or prompted > answer.stop:
             return start, start
         if prompted > answer.start:
             return prompted, prompted

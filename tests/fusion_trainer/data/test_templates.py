@@ -311,6 +311,13 @@ def test_reasoning_in_the_last_answer_is_supervised_under_qwen3_s_template() -> 
     assert last.endswith("Let me see: 🙂\n</think>\n\n2<|im_end|>")
 
 
+def prompted(jinja: str, prompt: str, messages: Sequence[Message]) -> list[str]:
+    """The supervised pieces under a template with a generation prompt."""
+    whole = f"{jinja}{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
+    rendered = Template("mine", whole, shared("unigram", SPECIAL["chatml"])).render(messages)
+    return [rendered.text.encode()[start:stop].decode() for start, stop in rendered.spans]
+
+
 def test_a_call_is_supervised_though_it_lacks_the_reasoning_that_its_prompt_opens() -> None:
     """Nemotron 3 and Qwen 3.5: a call without reasoning, and a call before the last question."""
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
@@ -321,16 +328,23 @@ def test_a_call_is_supervised_though_it_lacks_the_reasoning_that_its_prompt_open
             "A: {% if m.tool_calls %}" + written + "<tool_call>{{ m.tool_calls[0].function.name }}</tool_call>"
             "{% endif %}{{ m.content }}<|im_end|>\n"
         )
-        template = Template(
-            "mine",
-            jinja + "{% if add_generation_prompt %}A: " + opened + "{% endif %}",
-            shared("unigram", SPECIAL["chatml"]),
-        )
-        rendered = template.render(messages)
-        pieces = [rendered.text.encode()[start:stop].decode() for start, stop in rendered.spans]
         rest = written.removeprefix(opened.strip())
-        assert pieces == [f"{rest}<tool_call>f</tool_call><|im_end|>", "2<|im_end|>"]
-        assert not rendered.left_out
+        pieces = [f"{rest}<tool_call>f</tool_call><|im_end|>", "2<|im_end|>"]
+        assert prompted(jinja, f"A: {opened}", messages) == pieces
+
+
+def test_reasoning_is_supervised_though_later_turns_or_the_prompt_differ() -> None:
+    """gpt-oss drops reasoning before the final answer; the prompt of Qwen 3.5 may close the reasoning at once."""
+    thought = {"reasoning_content": "hm"}
+    messages = dialogue("Hi.", "Hello!", "1 + 1?", "2")
+    messages = [replace(m, extra=thought) if m.role == "assistant" else m for m in messages]
+    dropped = turns(
+        "A: {% if loop.last or messages[-1].role == 'user' %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+        "{{ m.content }}|\n"
+    )
+    assert prompted(dropped, "A: ", messages) == ["Hello!|", "<think>hm</think>2|"]
+    kept = turns("A: <think>{{ m.reasoning_content }}</think>{{ m.content }}|\n")
+    assert prompted(kept, "A: <think></think>", messages) == ["hm</think>Hello!|", "hm</think>2|"]
 
 
 def test_a_header_that_only_the_last_turn_has_is_the_template_s() -> None:
