@@ -303,6 +303,8 @@ class AnswerFinder:
         reasons = reasoning and reasoning in text[prompted : answer.start]
         if not (whole or reasons) or prompted > answer.stop:
             return start, start
+        if answer.turn + 1 < len(self._messages) and (self._place_of(answer.turn + 1) or start) < start:
+            return start, start  # the next turn is written between the prompt and the content (Gemma 4)
         if prompted > answer.start:
             return prompted, prompted
         return (prompted if text[prompted : answer.start].strip() else start), start

@@ -347,6 +347,19 @@ def test_reasoning_is_supervised_though_later_turns_or_the_prompt_differ() -> No
     assert prompted(kept, "A: <think></think>", messages) == ["hm</think>Hello!|", "hm</think>2|"]
 
 
+def test_the_answer_of_a_tool_is_not_supervised_where_it_is_written_before_the_words_of_its_call() -> None:
+    """Gemma 4 writes the call, what the tool answers, and then the text of the message that has the call."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = dialogue("Hi.", "I look.", "1 + 1?", "2")
+    messages[1:2] = [replace(messages[1], extra={"tool_calls": [call]}), Message("tool", "x"), *dialogue("So?", "y")]
+    answered = turns(
+        "A: {% if m.tool_calls %}<f>{% if loop.nextitem %}{{ loop.nextitem.content }}{% endif %}</f>{% endif %}"
+        "{{ m.content }}|\n",
+        "{% if m.role == 'user' %}U: {{ m.content }}\n{% endif %}",
+    )
+    assert prompted(answered, "A: ", messages) == ["I look.|", "y|", "2|"]
+
+
 def test_a_header_that_only_the_last_turn_has_is_the_template_s() -> None:
     jinja = turns("{% if loop.last %}(final) {% endif %}A: {{ m.content }}</s>")
     assert supervised(jinja, SHORT) == ["Hello!</s>", "2</s>"]
