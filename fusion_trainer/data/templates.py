@@ -1,6 +1,7 @@
 """Chat templates: how a model reads a conversation, and where in that text the answers are."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -130,9 +131,13 @@ class Template:
         turns = [{"role": message.role, "content": message.content, **message.extra} for message in messages]
         options = {"tools": list(tools) if tools else None, "tokenize": False, "add_generation_prompt": prompt}
         jinja = self.with_tools if tools and self.with_tools else self.jinja
+        apply = partial(self.tokenizer.apply_chat_template, chat_template=_dated(jinja), **options)
         try:
-            return str(self.tokenizer.apply_chat_template(turns, chat_template=_dated(jinja), **options))
+            return str(apply(turns))
         except Exception as error:
+            if any("tool_calls" in turn for turn in turns):
+                with suppress(Exception):
+                    return str(apply([_with_json_arguments(turn) for turn in turns]))
             raise TemplateError(f"refuses it: {error}") from error
 
     @cached_property
@@ -143,6 +148,16 @@ class Template:
     def _adds_bos(self) -> bool:
         ids = self.tokenizer("a").input_ids
         return bool(ids) and ids[0] == self.tokenizer.bos_token_id
+
+
+def _with_json_arguments(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn whose calls have their arguments as JSON, for templates that take only a string (DeepSeek V3)."""
+    if "tool_calls" not in turn:
+        return turn
+    functions = [call["function"] for call in turn["tool_calls"]]
+    written = [{**each, "arguments": json.dumps(each["arguments"], ensure_ascii=False)} for each in functions]
+    calls = [{**call, "function": each} for call, each in zip(turn["tool_calls"], written, strict=True)]
+    return {**turn, "tool_calls": calls}
 
 
 def _dated(jinja: str) -> str:

@@ -351,7 +351,8 @@ def test_the_answer_of_a_tool_is_not_supervised_where_it_is_written_before_the_w
     """Gemma 4 writes the call, what the tool answers, and then the text of the message that has the call."""
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     messages = dialogue("Hi.", "I look.", "1 + 1?", "2")
-    messages[1:2] = [replace(messages[1], extra={"tool_calls": [call]}), Message("tool", "x"), *dialogue("So?", "y")]
+    called = replace(messages[1], extra={"tool_calls": [call]})
+    messages[1:2] = [called, Message("tool", "x"), *dialogue("So?", "y")]
     answered = turns(
         "A: {% if m.tool_calls %}<f>{% if loop.nextitem %}{{ loop.nextitem.content }}{% endif %}</f>{% endif %}"
         "{{ m.content }}|\n",
@@ -493,6 +494,14 @@ def test_a_template_for_tools_is_used_where_there_are_tools() -> None:
     assert template.render(dialogue("q", "a")).text == "U: q\nplain a"
     assert template.render(dialogue("q", "a"), tools).text == "U: q\ntool a"
     assert template.sha256 != replace(template, with_tools=None).sha256
+
+
+def test_a_template_that_takes_arguments_only_as_a_string_gets_them_as_json() -> None:
+    """DeepSeek V3 puts the arguments of a call together with strings."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"é": [1]}}}
+    messages = [Message("user", "q"), Message("assistant", "", extra={"tool_calls": [call]})]
+    jinja = turns("{% set f = m.tool_calls[0].function %}{{ f.name + f.arguments }}")
+    assert Template("mine", jinja, shared("unigram")).render(messages).text == 'U: q\nf{"é": [1]}'
 
 
 def test_a_template_of_one_exchange_has_an_end_of_turn() -> None:
