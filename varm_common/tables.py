@@ -13,7 +13,7 @@ def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> No
     lines = [header, *rows]
     if len(lines) == 1:
         return
-    if sys.stdout.isatty():
+    if sys.stdout and sys.stdout.isatty():  # it may be closed: `>&-`
         _show_on_terminal(title, lines)
         return
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

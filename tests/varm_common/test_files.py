@@ -150,6 +150,11 @@ def test_a_full_standard_output_is_reported() -> None:
     assert done.stderr == "Error: standard output cannot be written: No space left on device\n"
 
 
+def test_a_closed_standard_output_does_not_fail_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)
+    tables.show("title", ["", "model"], [["a", "1"]])
+
+
 def test_no_color_is_obeyed(mistral: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["check", str(recipe_of(mistral, tmp_path)), "--offline"]
     assert "\x1b[32m" in CliRunner().invoke(main, arguments, color=True).output
