@@ -22,7 +22,8 @@ Answer = str | dict[str, float] | None
 class Fault:
     """A status with headers, or a trick: ``sleep``, ``reset``, ``cut``, ``no choices``, ``no text``, ``html``.
 
-    The tricks ``length`` and ``content_filter`` are reasons to end a reply before its text.
+    The tricks ``length`` and ``content_filter`` are reasons to end a reply before its text; ``error`` is the body
+    of an error with status 200.
     """
 
     status: int = 200
@@ -124,6 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
             reply["choices"][0]["message"]["content"] = None
         if trick in ("length", "content_filter"):
             reply["choices"][0]["finish_reason"] = trick
+        if trick == "error":
+            reply = {"error": {"message": "not now"}}
         if trick == "html":
             self._send(200, b"<html>the proxy is not well</html>", {"content-type": "text/html"})
         elif trick == "cut":

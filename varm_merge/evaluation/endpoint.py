@@ -161,7 +161,10 @@ class Endpoint:
             if error.status_code in (401, 403, 404) or error.code == "insufficient_quota":
                 hint = NO_KEY_SENT if error.status_code == 401 and not self._key else ""
                 raise UserError(f"{self.url} accepts no request for `{self.model}`: {reason}{hint}") from None
-            raise Failed("the replies have no text" if error.status_code == BROKEN_REPLY else reason) from None
+            if error.status_code == BROKEN_REPLY:  # OpenRouter, for one, sends errors with status 200
+                sent = f": {reason.partition(' ')[2]}" if isinstance(error.body, dict) else ""
+                reason = f"the replies have no text{sent}"
+            raise Failed(reason) from None
         except openai.APIError as error:
             raise Failed(without_key(str(error), self._key)) from None
         choice, usage = reply.choices[0].model_dump(), reply.usage

@@ -293,6 +293,12 @@ def test_transient_failures_are_retried(bench: Bench) -> None:
     assert -1 not in bench.scores().values()
 
 
+def test_an_error_with_status_200_is_reported(bench: Bench) -> None:
+    with serving(rated, [Fault(trick="error")]) as server:
+        done = bench.judged(server.url, "--max-retries", 0, "--concurrency", 1)
+    assert "✗ CLM, question 101, turn 1: the replies have no text: not now" in done.output
+
+
 def test_a_model_that_wants_the_newer_limit_is_given_it(bench: Bench) -> None:
     with serving(rated, newer=True) as server:
         done = bench.judged(server.url, "--concurrency", 4)
