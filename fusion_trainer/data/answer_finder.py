@@ -202,21 +202,25 @@ class AnswerFinder:
         return None
 
     def _with_calls(self, number: int) -> FoundAnswer | None:
-        """An answer with calls of tools: from the end of its generation prompt to the next marker of an end."""
+        """An answer with calls of tools: from the end of its generation prompt to the marker of its end."""
         text, message = self.text, self._messages[number]
         start, _ = self._end_of_prompt(number)
         whole = self._apply(self._messages[: number + 1])
+        names = _names(message.extra.get("tool_calls"))
+        calls = [text.find(name, start) for name in names]
         ending = self._markers.token_at_end_of(whole)
-        calls = [text.find(name, start) for name in _names(message.extra.get("tool_calls"))]
-        if text.startswith(whole):
-            stop = len(whole.rstrip().removesuffix(ending)) if ending else len(whole)
-        else:  # later turns change it: its end is the first one after its last call, before the next turn
-            stop = text.find(ending, max(calls, default=start)) if ending else -1
+        written = whole.rstrip().removesuffix(ending) if ending else whole
+        if text.startswith(written):
+            stop = len(written)
+        else:  # later turns change what precedes the last call
+            last = written[written.rfind(names[-1]) :] if names else ""
+            found = text.find(last or ending, max(calls, default=start))
+            stop = found + len(last)
             is_last = number + 1 == len(self._messages)
             next_turn = len(text) if is_last else self._place_of(number + 1) or 0
-            if stop > next_turn:
+            if found < start or stop > next_turn:
                 return None
-        if min([stop, *calls]) < start:
+        if min(calls, default=start) < start:
             return None
         content = message.content.strip()
         pieces: tuple[Piece, ...] = ()

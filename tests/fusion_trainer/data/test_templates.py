@@ -333,6 +333,19 @@ def test_a_call_is_supervised_though_it_lacks_the_reasoning_that_its_prompt_open
         assert prompted(jinja, f"A: {opened}", messages) == pieces
 
 
+def test_a_call_without_an_end_marker_is_supervised_though_later_turns_drop_its_reasoning() -> None:
+    """GLM 4.5 ends a call with the header of what the tool answers."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    called = Message("assistant", "", extra={"tool_calls": [call], "reasoning_content": "hm"})
+    messages = [Message("user", "Hi."), called, Message("tool", "x"), called, *dialogue("x", "y", "1 + 1?", "2")]
+    messages[4] = Message("tool", "z")
+    jinja = turns(
+        "A: {% if m.tool_calls %}{% if messages[-1].role != 'assistant' or loop.last %}hm{% endif %}"
+        "<call>{{ m.tool_calls[0].function.name }}</call>{% endif %}{{ m.content }}\n"
+    )
+    assert prompted(jinja, "A: ", messages) == ["<call>f</call>\n", "<call>f</call>\n", "y", "2"]
+
+
 def test_reasoning_is_supervised_though_later_turns_or_the_prompt_differ() -> None:
     """gpt-oss drops reasoning before the final answer; the prompt of Qwen 3.5 may close the reasoning at once."""
     thought = {"reasoning_content": "hm"}
