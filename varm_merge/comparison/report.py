@@ -1,5 +1,6 @@
 """The report of a comparison: tables in a terminal, Markdown, and one page with plots."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,9 +148,12 @@ def markdown(report: Mapping[str, Any]) -> str:
 def _recipe(row: Row, report: Mapping[str, Any]) -> str:
     settings = f": {row['settings']}" if row["settings"] else ""
     fence = "`" * (3 if "```" not in row["recipe"]["text"] else 9)
-    command = f"    mergekit-yaml {row['recipe']['path']} OUT {' '.join(report['mergekit_options'])}"
     code = f"{fence}yaml\n{row['recipe']['text'].rstrip()}\n{fence}"
-    return f"### {row['name']}\n\n{row['method']}{settings}\n\n{command}\n\n{code}"
+    return f"### {row['name']}\n\n{row['method']}{settings}\n\n    {_command(row, report)}\n\n{code}"
+
+
+def _command(row: Row, report: Mapping[str, Any]) -> str:
+    return shlex.join(["mergekit-yaml", row["recipe"]["path"], "OUT", *report["mergekit_options"]])
 
 
 def _escaped(text: str) -> str:
@@ -175,7 +179,8 @@ def write_page(report: Mapping[str, Any], path: Path) -> None:
     """
     drawn = _plots(report["rows"]) if plots.available() else None
     texts = {"tables": tables(report), "problems": problems(report), "remarks": remarks(report)}
-    page.write(path, page.render("compare.html", data={}, report=report, plots=drawn, **texts))
+    own = {"report": report, "plots": drawn, "command": _command, **texts}
+    page.write(path, page.render("compare.html", data={}, **own))
 
 
 def _plots(rows: Sequence[Row]) -> list[plots.Plot]:

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,8 @@ def test_the_markdown_holds_the_same_and_no_name_breaks_a_table(report: dict[str
             for cell in cells:
                 assert (f"**{cell.text}**" if cell.best else f"| {cell.text}") in text
     assert "7.5 [7.5 – 7.5]" in text
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("    mergekit-yaml ")]
+    assert ["mergekit-yaml", f"{HOSTILE}.yaml", "OUT", "--quiet"] in commands
 
 
 def test_a_comparison_without_a_single_result_is_a_page_too(
