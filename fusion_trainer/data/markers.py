@@ -44,6 +44,7 @@ class Markers:
         self._any_end = re.compile(any_end)
         self._end_ahead = re.compile(rf"\s*{any_end}")
         self._only_ends = re.compile(rf"{any_end}+\s*")
+        self._eos = tokenizer.eos_token or "\0"
         self.prompt, self.between, self.last = "", "", ""
         self._probe(apply, tokenizer.bos_token or "")
 
@@ -58,7 +59,10 @@ class Markers:
         return self._any_end.findall(text)
 
     def token_at_end_of(self, text: str) -> str:
-        """The special token that a text ends with; empty if there is none."""
+        """The special token that a text ends with, or EOS and the tokens after it; empty if there is none."""
+        eos, after = text.rstrip().rpartition(self._eos)[1:]
+        if eos and self._only_ends.fullmatch(after):
+            return eos + after
         return next((end for end in self._ends if end in self.special and text.rstrip().endswith(end)), "")
 
     def token_ahead(self, text: str, closing: str = "") -> str | None:
@@ -66,12 +70,14 @@ class Markers:
 
         Args:
             text: What follows an answer.
-            closing: What follows the last answer. If that is nothing but several tokens, they are one marker.
+            closing: What follows the last answer. If that is nothing but several tokens, they are one marker. EOS
+                ends it: Command R7B always writes the header of the next answer.
         """
         ahead = self._end_ahead.match(text)
         if not ahead or ahead[0].strip() in self.prompt:
             return None
         marker = closing.strip()
+        marker = marker[: marker.rfind(self._eos) + len(self._eos)] if self._eos in marker else marker
         if self._only_ends.fullmatch(closing) and text.strip().startswith(marker):
             return text[: text.find(marker) + len(marker)]
         return ahead[0]

@@ -251,6 +251,20 @@ def test_the_last_answer_may_end_with_one_special_token_more() -> None:
     assert pieces == ["Hello!<|end|>", "2<|end|><|stop|>"]
 
 
+def test_the_header_of_the_next_answer_is_no_part_of_an_end_marker_though_it_is_only_tokens() -> None:
+    """Command R7B ends every conversation with the header of the next answer."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [SHORT[0], replace(SHORT[1], extra={"tool_calls": [call]}), Message("tool", "x"), *SHORT[1:]]
+    jinja = turns(
+        "<|turn|><|A|>{{ m.content }}{% if m.tool_calls %}f{% endif %}<|end|></s>",
+        "<|turn|><|U|>{{ m.content }}</s>",
+    )
+    tokenizer = shared("sentencepiece_bpe", ("<|turn|>", "<|A|>", "<|U|>", "<|end|>"))
+    rendered = Template("mine", f"{jinja}<|turn|><|A|>", tokenizer).render(messages)
+    pieces = [rendered.text.encode()[start:stop].decode() for start, stop in rendered.spans]
+    assert pieces == ["Hello!f<|end|></s>", "Hello!<|end|></s>", "2<|end|></s>"]
+
+
 def test_an_end_marker_is_found_however_many_words_it_has() -> None:
     assert supervised(turns("### A:\n{{ m.content }}\n### END\n\n"), SHORT) == ["Hello!\n### END", "2\n### END"]
 
