@@ -234,10 +234,10 @@ def _tools(value: Any) -> list[Any] | None:
 
 
 def _repeats(value: Any, texts: Sequence[str]) -> bool:
-    """Whether a column only repeats one of the texts, or is a rendering of all."""
+    """Whether a column only repeats one of the texts, or is a rendering of all their paragraphs."""
     place = 0 if isinstance(value, str) else -1
-    for text in texts:
-        place = value.find(text.strip(), place) if place >= 0 else -1
+    for part in (part for text in texts for part in text.strip().split("\n\n")):
+        place = value.find(part, place) if place >= 0 else -1
     return place >= 0 or value in texts
 
 

@@ -360,6 +360,15 @@ def test_a_column_of_another_format_that_only_repeats_the_turns_is_counted(tmp_p
     assert unused == {"prompt": 1, "instruction": 1, "completion": 1, "text": 1}
 
 
+def test_the_text_column_of_alpaca_only_repeats_the_other_columns(tmp_path: Path) -> None:
+    """As in tatsu-lab/alpaca: the text has a header between the instruction and the input."""
+    row = {"instruction": "Add.", "input": "1 and 1", "output": "2"}
+    text = "### Instruction:\nAdd.\n\n### Input:\n1 and 1\n\n### Response:\n2"
+    assert answer_of({**row, "text": text}, tmp_path) == Message("assistant", "2")
+    other = as_jsonl(tmp_path / "other", [{**row, "text": text.replace("1 and 1", "1 and 2")}])
+    assert "has both `instruction/output` and `text`" in refusal(other)
+
+
 def test_keys_that_were_not_used_are_counted(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {
