@@ -173,6 +173,8 @@ def load_table(data: str, name: str | None, split: str) -> Any:
     try:
         if path.suffix in (".parquet", ".arrow"):
             return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")
+        if path.is_file():
+            raise ValueError("only .json, .jsonl, .parquet and .arrow are known; unpack or convert it")
         if (path.is_dir() and (path / "state.json").is_file()) or (path / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(str(path))
             if isinstance(saved, datasets.DatasetDict) and split not in saved:

@@ -690,6 +690,13 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
     assert f"cannot read the file `{path}`" in refusal(path)
 
 
+def test_a_file_of_another_kind_is_not_reported_as_missing(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl.gz"
+    path.touch()
+    message = refusal(path)
+    assert f"cannot read the file `{path}`: only .json, .jsonl, .parquet and .arrow are known" in message
+
+
 def test_a_split_that_is_not_there_is_named(tmp_path: Path) -> None:
     path = as_folder_of_splits(tmp_path / "chats", [{"text": "Hello."}])
     with pytest.raises(UserError, match=r"cannot read the folder .*chats.*validation"):
