@@ -72,7 +72,7 @@ def open_source(data: str, *, name: str | None = None, split: str = "train") -> 
         )
 
     def rows() -> Iterator[tuple[str, Any]]:
-        for number, row in enumerate(dataset, 1):
+        for number, row in enumerate(dataset.with_format(None), 1):
             yield f"{path.name}, row {number}", _without_nulls(row)
 
     return Source(sha256_of(path) if path.is_file() else str(dataset._fingerprint), rows)

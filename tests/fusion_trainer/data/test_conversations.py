@@ -172,6 +172,14 @@ def test_other_columns_may_hold_anything(write: Writer, tmp_path: Path) -> None:
     assert [conversation.messages for conversation in read(write(tmp_path / "chats", rows))] == [DIALOGUE] * 7
 
 
+def test_a_folder_that_was_saved_with_a_format_for_training_has_all_columns_as_they_are(tmp_path: Path) -> None:
+    rows = [{"messages": OPENAI, "weight": 1, "input_ids": [1, 2]}]
+    for number, columns in enumerate((["input_ids"], None)):
+        dataset = datasets.Dataset.from_list(rows).with_format("torch", columns=columns)
+        dataset.save_to_disk(str(tmp_path / str(number)))
+        assert [conversation.messages for conversation in read(tmp_path / str(number))] == [DIALOGUE]
+
+
 def test_rows_are_known_by_their_id_or_their_number(tmp_path: Path) -> None:
     ids: list[dict[str, Any]] = [{"id": "a-1"}, {"id": 17}, {"conversation_id": "c"}, {"id": None}, {}]
     path = as_jsonl(tmp_path / "chats", [{"text": "Hello.", **columns} for columns in ids])
