@@ -42,15 +42,6 @@ __all__ = [
     "run_state",
 ]
 
-TAGALONG = [
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "chat_template.json",
-]
-"""Files of the base model that are copied beside a merge by names, with its config and tokenizer."""
-
 
 class _RunState(threading.local):
     """The run in this thread: the recipe's file, whether tensors are merged by their names, and the weight log."""
@@ -179,7 +170,7 @@ def _names_as_architecture(config: MergeConfiguration, options: MergeOptions) ->
         **anonymous, pre_weights=weights, layer_templates=no_layers, post_weights=[], override_num_layers=0
     )
     module = ModuleDefinition(architecture=definitions.JsonModuleArchitecture(definition=definition))
-    return ModelArchitecture(modules={"default": module}, tagalong_files=TAGALONG, **anonymous)
+    return ModelArchitecture(modules={"default": module}, **anonymous)
 
 
 # Blocks and names
