@@ -46,16 +46,6 @@ RELIED_ON = {
     "mergekit.merge": ("get_architecture_info", "_update_config_vocab", "_copy_tagalong_files"),
 }
 """Internals of each module that are used later; those that are replaced at once need not be listed."""
-TEMPLATE = "chat_template.json"
-"""The chat template of a processor, as older versions of transformers save it."""
-COPIED = (
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    TEMPLATE,
-)
-"""Files of the base model that are copied beside every merge; mergekit copies them for some recipes only."""
 
 
 def attach(module: ModuleType) -> None:
@@ -147,8 +137,8 @@ def _attach_to_run(merge: ModuleType) -> None:
                 options = options.model_copy(update={"copy_tokenizer": False})
             with _staged(Path(out_path), options) as place:
                 run_merge(recipe_file.one_spelling(merge_config), str(place), options, config_source)
-                copied = [name for name in COPIED if name != TEMPLATE or not merge_config.chat_template]
-                merge._copy_tagalong_files(merge_config, str(place), copied, options)
+                overruled = {staging.TEMPLATE} if merge_config.chat_template else set()
+                merge._copy_tagalong_files(merge_config, str(place), {*staging.COPIED} - overruled, options)
                 staging.copy_code(merge_config, place)
 
     @functools.wraps(model_out_config)

@@ -23,10 +23,28 @@ from varm_common.checkpoints import WEIGHT_FILE, weight_files
 from varm_merge.merging.weight_log import FILE_NAME
 from varm_merge.recipes.locate import TOKENIZER_FILES
 
-__all__ = ["copy_code", "staged"]
+__all__ = ["COPIED", "TEMPLATE", "copy_code", "staged"]
 
 STAGE = ".unfinished-merge"
 CONFIG = "config.json"
+TOKENIZER = (
+    *TOKENIZER_FILES,
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""All files of a tokenizer."""
+TEMPLATE = "chat_template.json"
+"""The chat template of a processor, as older versions of transformers save it."""
+COPIED = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    TEMPLATE,
+)
+"""Files of the base model that are copied beside every merge; mergekit copies them for some recipes only."""
 
 
 @contextmanager
@@ -88,10 +106,11 @@ def _move(place: Path, out: Path) -> None:
     written = {path.relative_to(place).as_posix(): path for path in place.rglob("*") if path.is_file()}
     for name in {CONFIG} & written.keys() | {FILE_NAME}:
         (out / name).unlink(missing_ok=True)
-    has_tokenizer = not written.keys().isdisjoint(TOKENIZER_FILES)
+    replaced = {*COPIED} if CONFIG in written else set()
+    if not written.keys().isdisjoint(TOKENIZER_FILES):
+        replaced |= {*TOKENIZER}
     for path in [*out.iterdir()]:
-        is_replaced = WEIGHT_FILE.fullmatch(path.name) or (has_tokenizer and path.name in TOKENIZER_FILES)
-        if is_replaced and path.name not in written:
+        if path.name not in written and (path.name in replaced or WEIGHT_FILE.fullmatch(path.name)):
             path.unlink()
     for name in sorted(written, key=lambda name: name == CONFIG):
         (out / name).parent.mkdir(parents=True, exist_ok=True)

@@ -30,3 +30,16 @@ def test_generation_ends_at_the_tokens_of_the_base_model(tmp_path: Path) -> None
     runs.merge(runs.recipe(family, *lines), tmp_path / "out", copy_tokenizer=True)
     assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [2, 5]
     assert not (tmp_path / "out" / "chat_template.json").exists()  # a processor would read it, not chatml
+
+
+def test_no_chat_template_or_processor_of_an_earlier_merge_is_left(tmp_path: Path) -> None:
+    family, out = tiny_models.save_family(tmp_path, "mistral"), tmp_path / "out"
+    tiny_models.train_tokenizer(family.pivot, TEXT)
+    (family.pivot / "preprocessor_config.json").write_text("{}")
+    runs.merge(runs.recipe(family, "chat_template: chatml"), out, copy_tokenizer=True)
+    (family.pivot / "preprocessor_config.json").unlink()
+    (out / "notes.txt").touch()
+    runs.merge(runs.recipe(family), out, copy_tokenizer=True)
+    assert transformers.AutoTokenizer.from_pretrained(out).chat_template is None
+    assert not (out / "preprocessor_config.json").exists()
+    assert (out / "notes.txt").exists()
