@@ -6,6 +6,7 @@ folder that was cut off between two files does not load.
 """
 
 import json
+import os.path
 import re
 import shutil
 import signal
@@ -55,7 +56,7 @@ def staged(out: Path, options: MergeOptions) -> Iterator[Path]:
     (SIGTERM, SIGHUP) ends the merge as Ctrl-C does.
     """
     cached = set(_folders(options.lora_merge_cache))
-    new = next((path for path in reversed((out, *out.absolute().parents)) if not path.exists()), None)
+    new = next((path for path in reversed((out, *out.absolute().parents)) if not os.path.lexists(path)), None)
     _remove(out / STAGE)  # of a merge that was killed
     place = out / STAGE / out.resolve().name  # the name that mergekit gives the model card
     try:

@@ -43,3 +43,10 @@ def test_no_chat_template_or_processor_of_an_earlier_merge_is_left(tmp_path: Pat
     assert transformers.AutoTokenizer.from_pretrained(out).chat_template is None
     assert not (out / "preprocessor_config.json").exists()
     assert (out / "notes.txt").exists()
+
+
+def test_an_output_folder_that_is_a_broken_link_is_kept(mistral: tiny_models.Family, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "not-mounted")
+    with pytest.raises(OSError, match="out"):
+        runs.merge(runs.recipe(mistral), tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
