@@ -84,6 +84,7 @@ def _attach_to_planning(plan: ModuleType) -> None:
         plan_tensors(self)
         known = [*(weight.name for weight, _ in self._tensors), *planning.architecture_names(self)]
         refuse_idle_filters(self.config, known, planning.input_names(self))
+        output_model.untie(self.out_model_config, planning.configs_of_heads(self))
         run_state.log = WeightLog(self.config.base_model and str(self.config.base_model), content)
         tasks, blocks = [task for _, task in self._tensors], planning.planned_blocks(self)
         layout, out_dtype = layout_of_model(self.out_model_config), self.config.out_dtype

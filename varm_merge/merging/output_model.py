@@ -15,10 +15,12 @@ from mergekit.config import MergeConfiguration
 from varm_merge.merging.loading import Loaded, Unloadable, loaded, numberless, patterns
 from varm_merge.recipes.headers import is_buffer
 
-__all__ = ["follow_slices", "judge", "layers_taken", "saved"]
+__all__ = ["HEADS", "follow_slices", "is_tied", "judge", "layers_taken", "saved", "untie"]
 
 NOT_BY_LAYER = ("architectures", "token_id", "token_ids")
 """Ends of the names of a config's lists that do not have one entry per layer."""
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+"""Ends of the names of heads."""
 
 
 # The config
@@ -65,6 +67,17 @@ def follow_slices(out_config: Any, config: MergeConfiguration, architecture: Any
         for entry, values in list(vars(own).items()):
             if isinstance(values, list | tuple) and len(values) == depth and not entry.endswith(NOT_BY_LAYER):
                 setattr(part, entry, [values[layer] for layer in layers if layer < depth])
+
+
+def is_tied(config: Any) -> bool:
+    """Whether a model ties its head to its embeddings."""
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+
+
+def untie(out_config: Any, configs: Iterable[Any]) -> None:
+    """Untie the output config, in place, if a model of whose head the merge's is made has a head of its own."""
+    if not all(map(is_tied, configs)):
+        out_config.tie_word_embeddings = out_config.get_text_config().tie_word_embeddings = False
 
 
 def saved(out_config: Any) -> Any:

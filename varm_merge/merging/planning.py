@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from mergekit import merge_methods
 from mergekit.architecture import WeightInfo
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods import TensorGroup
@@ -24,6 +24,7 @@ from varm_common.errors import UserError
 from varm_merge.merging.experts import Layout, layout_of_model
 from varm_merge.merging.mergekit_io import swapped
 from varm_merge.merging.method import METHOD_NAME, SPEC
+from varm_merge.merging.output_model import HEADS
 from varm_merge.merging.tasks import settings_of, tensor_group
 from varm_merge.merging.weight_log import WeightLog, natural_order
 from varm_merge.merging.weights import Settings, block_of
@@ -33,6 +34,7 @@ __all__ = [
     "PlannedTensor",
     "architecture_names",
     "by_name",
+    "configs_of_heads",
     "input_names",
     "new_plan",
     "planned_blocks",
@@ -207,6 +209,15 @@ def architecture_names(planner: Any) -> Iterator[str]:
     for module in planner.config.modules:
         for weight in planner._out_module_arch(module).all_weights():
             yield from (weight.name, *(weight.aliases or ()), *(weight.tied_names or ()))
+
+
+def configs_of_heads(planner: Any) -> Iterator[Any]:
+    """The configs of the models of whose heads the merge's is made; of an adapter, that of its merged model."""
+    for weight, task in planner._tensors:
+        for model in task.model_order if weight.name.endswith(HEADS) else ():
+            folder = LoaderCache().get(model).index.base_path
+            loaded = ModelReference(model=ModelPath(path=folder)) if folder else model  # no folder: headers only
+            yield loaded.config(trust_remote_code=planner.options.trust_remote_code)
 
 
 # The recipe

@@ -9,12 +9,11 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from varm_merge.merging.loading import patterns
+from varm_merge.merging.output_model import HEADS, is_tied
 from varm_merge.recipes.header_loader import Loaders
 from varm_merge.recipes.headers import is_buffer
 
 __all__ = ["Finding", "only_some", "other_layouts", "untied"]
-
-HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ def other_layouts(loaders: Loaders, options: MergeOptions) -> Iterator[Finding]:
         extra = [name for name in loaders[model].unused() if name not in known]
         shared = {_layer_part(name) for name in lacking} & {_layer_part(name) for name in extra}
         heads = [name for name in lacking if name.endswith(HEADS)]
-        is_tied = bool(heads) and _is_tied(model.config(trust_remote_code=options.trust_remote_code))
-        if shared or is_tied or len(lacking) > len(known) / 2:
+        has_none = bool(heads) and is_tied(model.config(trust_remote_code=options.trust_remote_code))
+        if shared or has_none or len(lacking) > len(known) / 2:
             instead = f", and in their place {patterns(extra)}" if extra else ""
             yield Finding(
                 f"`{model}` has no {patterns(lacking)} of {base}{instead}: a merge by names needs one layout. "
@@ -61,18 +60,14 @@ def only_some(loaders: Loaders) -> Iterator[Finding]:
 
 
 def untied(out_config: Any, loaders: Loaders, options: MergeOptions) -> Iterator[Finding]:
-    """Models with a head of their own where the merge, like the base model, ties it to the embeddings."""
-    if not _is_tied(out_config):
+    """Models with a head of their own where the merge's config ties it to the embeddings."""
+    if not is_tied(out_config):
         return
     for model, loader in loaders.items():
         heads = [name for name in loader.model.tensors if name.endswith(HEADS)]
-        if heads and not _is_tied(model.config(trust_remote_code=options.trust_remote_code)):
+        if heads and not is_tied(model.config(trust_remote_code=options.trust_remote_code)):
             yield Finding(
-                f"`{model}` has a head of its own, {patterns(heads)}, but the merge ties the head to the "
-                "embeddings as the base model does: the head of this model is lost",
+                f"`{model}` has a head of its own, {patterns(heads)}, but the merge's config ties the head to the "
+                "embeddings, as the base model's does: programs that obey it lose the head of this model",
                 model,
             )
-
-
-def _is_tied(config: Any) -> bool:
-    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))

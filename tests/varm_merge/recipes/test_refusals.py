@@ -136,15 +136,21 @@ def test_a_tensor_that_one_target_lacks_is_remarked_on(family: Callable[..., Fam
     assert f"`{target}` has no `{name}`: merged from the other models only" in check.output
 
 
-def test_a_head_that_the_merge_ties_is_remarked_on(family: Callable[..., Family], tmp_path: Path) -> None:
-    models = family("llama")
-    pivot = shutil.copytree(models.pivot, tmp_path / "pivot")
-    tiny_models.edit(pivot, lambda tensors: tensors.pop("lm_head.weight"))
-    config = json.loads((pivot / "config.json").read_text())
-    (pivot / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    check, _ = both(runs.recipe(Family(pivot, models.targets), granularity="layer"), tmp_path / "out")
-    for target in models.targets:
-        assert f"`{target}` has a head of its own, `lm_head.weight`" in check.output
+def test_a_head_that_a_target_has_of_its_own_is_not_tied_away(
+    family: Callable[..., Family], tmp_path: Path
+) -> None:
+    tied, untied = family("qwen2"), tmp_path / "untied"
+    shutil.copytree(tied.targets[1], untied)
+    tiny_models.edit(untied, lambda tensors: tensors.update({"lm_head.weight": torch.ones(40, 16)}))
+    rewrite(untied, tie_word_embeddings=False)
+    text = runs.recipe(Family(tied.pivot, (tied.targets[0], untied)))
+    check, _ = both(text, tmp_path / "out")
+    assert "a head of its own" not in check.output
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").tie_word_embeddings is False
+    linear = text.replace("varm", "linear").replace("{}", '{"weight": 1}')
+    (tmp_path / "linear.yaml").write_text(linear)
+    check = CliRunner().invoke(main, ["check", str(tmp_path / "linear.yaml")])
+    assert f"`{untied}` has a head of its own, `lm_head.weight`" in check.output  # mergekit leaves the config tied
 
 
 def test_by_names_means_whole_models_of_one_layout(mistral: Family, tmp_path: Path) -> None:
