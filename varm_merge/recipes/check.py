@@ -87,7 +87,7 @@ def _problems(recipe: Recipe, models: bool) -> list[Problem]:
     if recipe.out is not None:
         for where, message in overwritten(recipe.document, recipe.out, recipe.kind == "raw"):
             recipe.add(where, message)
-    if recipe.by_name:
+    if recipe.by_name or recipe.kind == "raw":
         for where, message in obstacles(recipe.document):
             recipe.add(where, message)
     if models:

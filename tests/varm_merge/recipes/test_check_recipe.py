@@ -318,3 +318,10 @@ def test_mergekit_pytorch_takes_a_path_as_it_stands(tmp_path: Path) -> None:
     lines.append(f"  - model: {folder}/b.safetensors")
     ((line, message),) = [(problem.line, problem.message) for problem in check("\n".join(lines), kind="raw")]
     assert (line, message.startswith(f"no checkpoint file `{folder}/b.safetensors`")) == (6, True)
+
+
+def test_mergekit_pytorch_has_no_layers_for_a_gradient(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    models = f"base_model: {tmp_path}/a\nmodels: [{{model: {tmp_path}/a}}, {{model: {tmp_path}/a}}]\n"
+    found = check(f"merge_method: varm\n{models}parameters:\n  lambda: [1, 2]\n", kind="raw", models=False)
+    assert any((problem.line, "is a gradient" in problem.message) == (5, True) for problem in found)
