@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import click
+import torch
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Task
@@ -210,6 +211,8 @@ def _attach_to_command(script: ModuleType) -> None:
         raw, is_varm = kind == "raw", recipe_file.uses_varm(text)
         out = Path(arguments["out_path"]) if raw else None
         refuse(check(text, kind=kind, models=raw, options=options, out=out), path)
+        if is_varm and options.multi_gpu and not raw and torch.accelerator.current_accelerator() is None:
+            raise UserError("--multi-gpu needs a GPU, and torch finds none: leave the flag out")
         with ExitStack() as stack:
             arguments[argument] = stack.enter_context(_as_utf8(path, text))
             stack.enter_context(swapped(run_state, "path", path))

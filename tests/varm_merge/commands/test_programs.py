@@ -19,6 +19,7 @@ import torch
 from click.testing import CliRunner, Result
 from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
 from mergekit.scripts.multimerge import main as mergekit_multi
+from mergekit.scripts.run_yaml import main as mergekit_yaml
 from tiny_models import Family
 
 from varm_merge.merging.tasks import MeasureUnit, MergeTensor
@@ -133,6 +134,15 @@ def test_other_methods_write_the_same_bytes_without_the_plugin(mistral: Family, 
         with_plugin = tmp_path / "with_plugin" / method
         assert_same_bytes(with_plugin, tmp_path / method, "model.safetensors", "config.json")
         assert not (with_plugin / "varm_weights.json").exists()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
+def test_several_gpus_are_refused_where_there_is_none(mistral: Family, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(runs.recipe(mistral))
+    for flag in ("--multi-gpu", "--gpu-rich"):
+        done = CliRunner().invoke(mergekit_yaml, [str(recipe), str(tmp_path / "out"), flag])
+        assert "Error: --multi-gpu needs a GPU" in done.output
 
 
 def test_mergekit_multi_merges_a_merge(mistral: Family, tmp_path: Path) -> None:
