@@ -204,6 +204,8 @@ def _attach_to_command(script: ModuleType) -> None:
     @functools.wraps(callback)
     def checked(**arguments: Any) -> Any:
         path = Path(arguments[argument])
+        if path.is_dir() or not path.exists():
+            raise UserError(f"there is no recipe `{path}`")
         if not path.is_file():
             return callback(**arguments)
         text = recipe_file.read(path)

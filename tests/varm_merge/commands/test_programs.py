@@ -145,6 +145,12 @@ def test_several_gpus_are_refused_where_there_is_none(mistral: Family, tmp_path:
         assert "Error: --multi-gpu needs a GPU" in done.output
 
 
+def test_a_recipe_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "recipe.yaml"):
+        done = CliRunner().invoke(mergekit_yaml, [str(path), str(tmp_path / "out")])
+        assert done.output == f"Error: there is no recipe `{path}`\n"
+
+
 def test_mergekit_multi_merges_a_merge(mistral: Family, tmp_path: Path) -> None:
     first = runs.recipe(mistral, "name: first", granularity="layer")
     final = runs.recipe(Family(mistral.pivot, (Path("first"), mistral.targets[1])), granularity="module")
