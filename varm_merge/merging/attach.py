@@ -240,6 +240,8 @@ def _explained(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = f"`{error.filename}`: " if error.filename else ""
         return f"{where}{error.strerror}. Fix this and run the same command again"
+    if "Circular reference" in str(error):  # mergekit's serialiser of a model path calls itself
+        return "mergekit-multi does not take a path with a space or a quote in it: rename that folder"
     reason = " ".join(str(error).split()) or "no reason given"
     return f"{type(error).__name__}: {reason[:1000]} (-v shows where)"
 

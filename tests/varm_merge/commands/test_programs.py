@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -149,6 +150,14 @@ def test_a_recipe_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "recipe.yaml"):
         done = CliRunner().invoke(mergekit_yaml, [str(path), str(tmp_path / "out")])
         assert done.output == f"Error: there is no recipe `{path}`\n"
+
+
+def test_mergekit_multi_names_what_it_does_not_take(mistral: Family, tmp_path: Path) -> None:
+    spaced = Family(shutil.copytree(mistral.pivot, tmp_path / "the pivot"), mistral.targets)
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    recipe.write_text(f"{runs.recipe(spaced)}name: first\n")
+    done = CliRunner().invoke(mergekit_multi, [str(recipe), "-I", str(out)])
+    assert "mergekit-multi does not take a path with a space or a quote" in done.output
 
 
 def test_mergekit_multi_merges_a_merge(mistral: Family, tmp_path: Path) -> None:
