@@ -199,6 +199,10 @@ def _with_one_vocabulary(task: Any, info: Any, tensors: Tensors) -> Any:
     if not isinstance(task, PermutedVocabulary):
         return task.execute(tensors) if hasattr(task, "gather_tensors") else tensors
     vocabulary, rows = info.tokenizer.get_vocab(), [info.permutations[model] for model in tensors]
+    for model, row in zip(tensors, rows, strict=True):
+        if beyond := {id_: token for token, id_ in vocabulary.items() if id_ not in row}:
+            where = f"the tokenizer of `{model}` has the token `{beyond[min(beyond)]}` beyond its embeddings"
+            raise UserError(f"{where}: remove the token, or give the model more rows (resize_token_embeddings)")
     last = {max(vocabulary.values(), key=row.__getitem__) for row in rows if vocabulary}
     chosen = _SomeTokens(
         (token, id_)

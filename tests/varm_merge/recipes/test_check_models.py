@@ -156,6 +156,9 @@ def test_tokens_come_from_models_that_are_there_and_are_compared(mistral: Family
         True,
     )
     outside = str(mistral.pivot)
+    larger = changed(targets[0], tmp_path / "larger", lambda t: None)
+    save_tokenizer(larger, {"<unk>": 41, **{str(id_): id_ for id_ in range(41)}})
+    models = [{"model": str(larger)}, {"model": str(targets[1])}]
     for change, wrong in (
         ({"tokenizer_source": "./nowhere"}, "no tokenizer folder `./nowhere`"),
         ({"tokenizer": {"source": "./nowhere"}}, "no tokenizer folder `./nowhere`"),
@@ -167,6 +170,7 @@ def test_tokens_come_from_models_that_are_there_and_are_compared(mistral: Family
         ),
         ({"tokenizer": {"source": str(pivot), "tokens": {"a": {"source": str(targets[0])}}}}, ""),
         ({"tokenizer_source": "base"}, ""),
+        ({"tokenizer_source": str(larger), "models": models}, f"the tokenizer of `{larger}` has the token"),
     ):
         looked = Looked()
         problems = messages_of(sound | change, looked)
