@@ -120,7 +120,7 @@ def _headers(recipe: Recipe) -> None:
         for message in model.remarks:
             recipe.remark(where, f"{message} (`{model.name}`)")
         base = next(iter(recipe.looked.models.values()))
-        if message := headers.other_dtypes(base, model):
+        if not recipe.config.dtype and (message := headers.other_dtypes(base, model)):
             recipe.remark(where, message)
 
 

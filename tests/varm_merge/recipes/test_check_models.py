@@ -291,12 +291,16 @@ def test_models_that_do_not_fit_are_distinguished_by_their_headers(mistral: Fami
         (half, "", "have the dtypes BF16 and F32"),
     ):
         content = recipe_of("varm", mistral)
+        assert content.pop("dtype")
         content["models"] = [{"model": str(other)}, {"model": str(folder)}]
         looked = Looked()
         problems = messages_of(content, looked)
         assert bool(problems) == bool(wrong), problems
         assert any(one.startswith("4: ") and wrong in one for one in problems) or not wrong, problems
         assert any(remarked in one.message for one in looked.remarks) or not remarked, looked.remarks
+    looked = Looked()
+    messages_of({**content, "dtype": "float32"}, looked)
+    assert not any("dtype" in one.message for one in looked.remarks)
 
 
 @pytest.mark.parametrize("architecture", ["gpt_neox", "mixtral", "mpt", "t5", "qwen2", "gemma"])
